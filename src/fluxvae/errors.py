@@ -1,0 +1,89 @@
+"""Every error fluxvae raises on purpose, and what each becomes on the wire.
+
+    FluxVAEError
+    ├── InvalidLatentsError (ValueError)   the latents, or the size given with them
+    ├── InvalidOptionError (ValueError)    an option: output_type, engine, dtype, format, ...
+    ├── CheckpointError                    weights that are missing, damaged, foreign or out of reach
+    ├── MemoryLimitError                   the limit is below the smallest that works, or was outrun
+    ├── NonFiniteOutputError               the decode gave NaN or Inf; never a picture
+    └── DecodeCancelled                    the caller's cancel() said so
+
+A message names the field, what came, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "CheckpointError",
+    "DecodeCancelled",
+    "FluxVAEError",
+    "InvalidLatentsError",
+    "InvalidOptionError",
+    "MemoryLimitError",
+    "NonFiniteOutputError",
+    "Status",
+    "status_of",
+]
+
+
+class FluxVAEError(Exception):
+    """The root: ``except FluxVAEError`` catches all that fluxvae raises on purpose."""
+
+
+class InvalidLatentsError(FluxVAEError, ValueError):
+    """The latents, or the height and width given with them, cannot be decoded as asked."""
+
+
+class InvalidOptionError(FluxVAEError, ValueError):
+    """An option has a value that is unknown, or that this engine or device cannot honour."""
+
+
+class CheckpointError(FluxVAEError):
+    """The weights are missing, truncated, of another model, or cannot be reached."""
+
+
+class MemoryLimitError(FluxVAEError):
+    """The memory limit is below the smallest that works for this size."""
+
+
+class NonFiniteOutputError(FluxVAEError):
+    """The decoded pixels hold NaN or Inf."""
+
+
+class DecodeCancelled(FluxVAEError):
+    """The decode stopped because its caller asked it to."""
+
+
+class Status(NamedTuple):
+    """How one class of error leaves the process."""
+
+    http: int
+    """HTTP status; the one Triton's HTTP endpoint gives for ``triton``."""
+    triton: str
+    """Name of a ``pb_utils.TritonError`` code; gRPC carries the same name."""
+    exit_code: int
+    """Exit status of the command line."""
+
+
+_STATUS: dict[type[Exception], Status] = {
+    FluxVAEError: Status(500, "INTERNAL", 1),
+    InvalidLatentsError: Status(400, "INVALID_ARG", 2),
+    InvalidOptionError: Status(400, "INVALID_ARG", 2),
+    MemoryLimitError: Status(400, "INVALID_ARG", 3),
+    CheckpointError: Status(500, "INTERNAL", 4),
+    NonFiniteOutputError: Status(500, "INTERNAL", 5),
+    DecodeCancelled: Status(400, "CANCELLED", 130),
+}
+
+
+def status_of(error: BaseException) -> Status:
+    """The row of the error table for ``error``: its own class's, or its nearest ancestor's.
+
+    An error that is not fluxvae's is an internal one.
+    """
+    for cls in type(error).__mro__:
+        if cls in _STATUS:
+            return _STATUS[cls]
+    return _STATUS[FluxVAEError]
