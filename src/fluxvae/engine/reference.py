@@ -1,0 +1,87 @@
+"""The reference engine: diffusers' ``AutoencoderKL.decode`` itself, which every other engine is held to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL
+
+from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
+
+__all__ = ["ReferenceEngine"]
+
+
+class ReferenceEngine:
+    """Raw latents to pixels by diffusers, bit for bit what ``FluxPipeline`` computes.
+
+    Its bits change with the batch an image travels in: that is diffusers' own behaviour. ``tiling`` is diffusers'
+    blended tiling: another function, with seams; ``slicing`` decodes the images of a batch one after another.
+
+    Memory: about 5.8 times the last level's feature map, 128 * H * W values an image for FLUX; no limit is kept.
+    """
+
+    name = "diffusers"
+
+    def __init__(self, vae: AutoencoderKL, *, tiling: bool = False, slicing: bool = False) -> None:
+        self._vae = vae
+        self._tiling = tiling
+        self._slicing = slicing
+        self._lock = threading.Lock()
+
+    def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> object:
+        """Refused: diffusers does not plan its memory."""
+        raise InvalidOptionError(
+            "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"
+        )
+
+    def decode(
+        self,
+        raw: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
+        """Decode raw latents.
+
+        Args:
+            raw: (B, C, lh, lw), in the VAE's dtype, on its device.
+            progress: called with (0, 1) before and (1, 1) after: diffusers' decode is one opaque step.
+            cancel: asked once, before the work starts.
+
+        Returns:
+            (B, 3, H, W), the VAE's dtype, nominally [-1, 1], not clamped.
+
+        Raises:
+            DecodeCancelled: cancel() said so.
+            NonFiniteOutputError: the pixels hold NaN or Inf.
+        """
+        with self._lock, self._options():
+            if cancel is not None and cancel():
+                raise DecodeCancelled("decode: cancelled before it started, as its caller asked")
+            if progress is not None:
+                progress(0, 1)
+            with torch.inference_mode():
+                image: torch.Tensor = self._vae.decode(raw, return_dict=False)[0]
+            if progress is not None:
+                progress(1, 1)
+        if not bool(torch.isfinite(image).all()):
+            raise NonFiniteOutputError(
+                f"decode: the pixels hold NaN or Inf in {image.dtype}; half precision can overflow in this network: "
+                "decode with dtype='float32'"
+                if image.dtype != torch.float32
+                else "decode: the pixels hold NaN or Inf in float32; the latents or the weights are out of range"
+            )
+        return image
+
+    @contextmanager
+    def _options(self) -> Iterator[None]:
+        """Tiling and slicing as asked, for this decode only: the module may be someone's ``pipe.vae``."""
+        before = (self._vae.use_tiling, self._vae.use_slicing)
+        self._vae.use_tiling, self._vae.use_slicing = self._tiling, self._slicing
+        try:
+            yield
+        finally:
+            self._vae.use_tiling, self._vae.use_slicing = before

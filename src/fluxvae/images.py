@@ -1,0 +1,97 @@
+"""The VAE's output to what a caller asked for: PIL, NumPy, torch, uint8, or an encoded file.
+
+``pil``, ``np`` and ``pt`` are diffusers' own ``VaeImageProcessor.postprocess``, so that they are its bits; ``uint8``
+holds the bytes of ``pil``.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from numpy.typing import NDArray
+from PIL import Image
+
+from fluxvae.errors import InvalidOptionError
+
+__all__ = ["FORMATS", "OUTPUT_TYPES", "OutputType", "check_format", "check_output_type", "encode", "postprocess"]
+
+OutputType = Literal["pil", "np", "pt", "uint8"]
+OUTPUT_TYPES: tuple[str, ...] = ("pil", "np", "pt", "uint8")
+
+FORMATS = ("png", "jpeg", "webp")
+_DEFAULT_QUALITY = {"jpeg": 95, "webp": 95}
+
+# FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
+_PROCESSOR = VaeImageProcessor(vae_scale_factor=16)
+
+
+def check_output_type(output_type: object) -> None:
+    """Raise `InvalidOptionError` unless ``output_type`` is one of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise InvalidOptionError(f"output_type: got {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
+
+
+def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
+    """Turn a decoded batch into ``output_type``.
+
+    Args:
+        image: (B, 3, H, W), any float dtype, nominally in [-1, 1], not clamped.
+        output_type: see below.
+
+    Returns:
+        - ``"pil"``: list of B RGB ``PIL.Image.Image``;
+        - ``"np"``: (B, H, W, 3) float32 in [0, 1];
+        - ``"pt"``: (B, 3, H, W) in [0, 1], in the dtype and on the device of ``image``;
+        - ``"uint8"``: (B, H, W, 3) uint8 ``numpy.ndarray``, the bytes of ``"pil"``.
+
+    Raises:
+        InvalidOptionError: an unknown output type.
+
+    Memory: ``pil`` and ``uint8`` go image by image: 8 bytes a value of one image, besides what they return.
+    """
+    check_output_type(output_type)
+    if output_type in ("np", "pt"):
+        return _PROCESSOR.postprocess(image, output_type=output_type)
+    pictures = [_PROCESSOR.postprocess(one[None], output_type="pil")[0] for one in image]
+    if output_type == "pil":
+        return pictures
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def check_format(format: object, quality: object = None) -> None:
+    """Raise `InvalidOptionError` unless `encode` would take this format and quality."""
+    if format not in FORMATS:
+        raise InvalidOptionError(f"format: got {format!r}, expected one of {', '.join(FORMATS)}")
+    if quality is None:
+        return
+    if format == "png":
+        raise InvalidOptionError(f"quality: got {quality!r} with format png, which is lossless; leave quality out")
+    if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise InvalidOptionError(f"quality: got {quality!r}, expected a whole number from 1 to 100")
+
+
+def encode(pixels: NDArray[np.uint8], format: str = "png", quality: int | None = None) -> bytes:
+    """Encode one picture.
+
+    Args:
+        pixels: (H, W, 3) uint8, RGB.
+        format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
+        quality: 1 to 100, for jpeg and webp; 95 where it is left out.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        InvalidOptionError: an unknown format, a quality out of range, or a quality for png.
+    """
+    check_format(format, quality)
+    options: dict[str, Any] = {}
+    if format != "png":
+        options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=format, **options)
+    return buffer.getvalue()

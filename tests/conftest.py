@@ -1,0 +1,29 @@
+"""Shared fixtures: Hypothesis profiles and small models."""
+
+from __future__ import annotations
+
+import pytest
+from diffusers import AutoencoderKL
+from hypothesis import HealthCheck, settings
+from models import random_vae
+
+from fluxvae import Decoder
+
+settings.register_profile(
+    "default",
+    deadline=None,  # a shared machine: time is no property of the code
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    print_blob=True,
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def vae() -> AutoencoderKL:
+    return random_vae()
+
+
+@pytest.fixture(scope="session")
+def decoder(vae: AutoencoderKL) -> Decoder:
+    return Decoder(vae, engine="diffusers")
