@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, settings
-from models import random_vae
 
 from fluxvae import Decoder
+from models import random_vae
 
 settings.register_profile(
     "default",

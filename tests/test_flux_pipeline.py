@@ -13,9 +13,9 @@ import torch
 from diffusers import FluxPipeline
 from hypothesis import example, given
 from hypothesis import strategies as st
-from models import flux_pipeline, random_vae, run_pipeline
 
 from fluxvae import Decoder, SizeFlooredWarning
+from models import flux_pipeline, random_vae, run_pipeline
 
 DTYPES = [torch.float32, torch.bfloat16]
 

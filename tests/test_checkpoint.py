@@ -1,0 +1,230 @@
+"""Every kind of checkpoint source, and every way one can be wrong; no network is used."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from fluxvae import CheckpointError, Decoder, InvalidOptionError
+from fluxvae.checkpoint import ASSETS, WEIGHTS_NAME, load_vae
+from models import flux_pipeline, random_vae
+
+LATENTS = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "vae"
+    vae.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the folder to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "broken"))
+
+
+def assert_same_decode(decoder: Decoder, vae: AutoencoderKL) -> None:
+    expected = Decoder(vae, engine="diffusers").decode(LATENTS, height=32, width=32, output_type="pt")
+    assert torch.equal(decoder.decode(LATENTS, height=32, width=32, output_type="pt"), expected)
+
+
+def test_vae_folder(folder: Path, vae: AutoencoderKL) -> None:
+    assert_same_decode(Decoder.from_pretrained(folder, engine="diffusers", device="cpu"), vae)
+
+
+def test_pipeline_folder(vae: AutoencoderKL, tmp_path: Path) -> None:
+    flux_pipeline(vae).save_pretrained(tmp_path)
+    for options in ({}, {"subfolder": "vae"}):
+        assert_same_decode(Decoder.from_pretrained(tmp_path, engine="diffusers", device="cpu", **options), vae)
+
+
+def test_the_encoder_is_not_kept(folder: Path) -> None:
+    assert not [name for name, _ in load_vae(folder).named_parameters() if name.startswith("encoder")]
+
+
+def test_dtype_is_the_one_asked_for(folder: Path) -> None:
+    decoder = Decoder.from_pretrained(folder, dtype="bfloat16", device="cpu")
+    assert {p.dtype for p in decoder.vae.parameters()} == {torch.bfloat16}
+
+
+def bfl_state_dict(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """``vae``'s weights under BFL's key names, written from BFL's module layout (``modules/autoencoder.py``)."""
+    levels = len(vae.config.block_out_channels)
+    rules = [
+        (r"\.resnets\.(\d+)\.conv_shortcut\.", r".block.\1.nin_shortcut."),
+        (r"mid_block\.resnets\.(\d+)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
+        (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
+        (r"mid_block\.attentions\.0\.to_(q|k|v)\.", r"mid.attn_1.\1."),
+        (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
+        (r"\.resnets\.(\d+)\.", r".block.\1."),
+        (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
+        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample."),
+        (r"down_blocks\.(\d+)\.", r"down.\1."),
+        (r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}."),
+        (r"conv_norm_out\.", "norm_out."),
+    ]
+    result = {}
+    for key, tensor in vae.state_dict().items():
+        linear = "attentions.0.to_" in key and key.endswith("weight")
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        result[key] = (tensor[:, :, None, None] if linear else tensor).contiguous().clone()
+    return result
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_single_file_in_bfl_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    vae = random_vae(seed=5, widths=(32, 32, 64, 64), layers_per_block=2)
+    weights = bfl_state_dict(vae)
+    # Names from BFL's own module, spelled out so that the table above cannot agree with itself alone.
+    for name in (
+        "encoder.down.0.block.0.norm1.weight",
+        "encoder.mid.attn_1.q.weight",
+        "decoder.mid.block_2.conv2.bias",
+        "decoder.up.3.upsample.conv.weight",
+        "decoder.up.1.block.0.nin_shortcut.weight",
+        "decoder.norm_out.weight",
+    ):
+        assert name in weights
+    file = tmp_path / "ae.safetensors"
+    save_file({prefix + key: tensor for key, tensor in weights.items()}, file)
+    decoder = Decoder.from_pretrained(file, engine="diffusers", device="cpu")
+    assert (decoder.format.scaling_factor, decoder.format.shift_factor) == (0.3611, 0.1159)
+    assert_same_decode(decoder, vae)
+
+
+def test_hub_id_from_the_cache(
+    folder: Path, vae: AutoencoderKL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id resolves through the hub library's own cache, revision included."""
+    commit = "a" * 40
+    snapshot = tmp_path / "models--someone--flux" / "snapshots" / commit / "vae"
+    shutil.copytree(folder, snapshot)
+    refs = tmp_path / "models--someone--flux" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    (refs / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for options in ({}, {"revision": "v1"}, {"subfolder": "vae"}):
+        assert_same_decode(Decoder.from_pretrained("someone/flux", engine="diffusers", device="cpu", **options), vae)
+    with pytest.raises(CheckpointError, match=r"someone/flux@v2 is not in the hub's cache.*local folder or file"):
+        load_vae("someone/flux", revision="v2")
+    with pytest.raises(CheckpointError, match="nobody/nothing is not in the hub's cache"):
+        load_vae("nobody/nothing")
+
+
+def test_missing() -> None:
+    with pytest.raises(CheckpointError, match=r"nothing at no/such/folder; expected 'demo'"):
+        load_vae("no/such/folder")
+    with pytest.raises(CheckpointError, match=r"nothing at weights/ae.safetensors"):
+        load_vae("weights/ae.safetensors")
+
+
+def test_folder_without_a_vae(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no VAE in .*looked for .*config.json or .*vae"):
+        load_vae(tmp_path)
+
+
+def test_missing_weights(broken: Path) -> None:
+    (broken / WEIGHTS_NAME).unlink()
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME} is missing"):
+        load_vae(broken)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 4000, -100])
+def test_truncated_weights(broken: Path, keep: int) -> None:
+    weights = broken / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME} is not a whole safetensors file.*download it again"):
+        load_vae(broken)
+
+
+def test_truncated_single_file(tmp_path: Path, vae: AutoencoderKL) -> None:
+    file = tmp_path / "ae.safetensors"
+    save_file(bfl_state_dict(vae), file)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="ae.safetensors is not a whole safetensors file"):
+        load_vae(file)
+
+
+def test_broken_config(broken: Path) -> None:
+    (broken / "config.json").write_text('{"_class_name": ')
+    with pytest.raises(CheckpointError, match="config.json is not readable as JSON"):
+        load_vae(broken)
+
+
+def test_another_components_folder(broken: Path) -> None:
+    (broken / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(CheckpointError, match="describes FluxTransformer2DModel, expected AutoencoderKL"):
+        load_vae(broken)
+
+
+def test_weights_that_lack_a_tensor(broken: Path) -> None:
+    """diffusers would fill it with random numbers and only log it."""
+    weights = load_file(broken / WEIGHTS_NAME)
+    del weights["decoder.conv_in.weight"]
+    save_file(weights, broken / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=r"lack 1 of the decoder's tensors.*decoder.conv_in.weight"):
+        load_vae(broken)
+
+
+def test_weights_of_another_width(broken: Path) -> None:
+    random_vae(widths=(32, 32, 32, 64)).save_pretrained(broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 32, 32, 32]}))
+    with pytest.raises(CheckpointError, match="another model than config.json says"):
+        load_vae(broken)
+
+
+def test_single_file_that_lacks_a_tensor(tmp_path: Path, vae: AutoencoderKL) -> None:
+    weights = bfl_state_dict(vae)
+    del weights["decoder.mid.attn_1.q.weight"]
+    save_file(weights, tmp_path / "ae.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks|cannot be read"):
+        load_vae(tmp_path / "ae.safetensors")
+
+
+def test_foreign_single_files(tmp_path: Path, folder: Path) -> None:
+    save_file({"transformer.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="holds 1 tensors, but not decoder.up.0"):
+        load_vae(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="a diffusers VAE is loaded by its folder"):
+        load_vae(folder / WEIGHTS_NAME)
+    shallow = {
+        "decoder.conv_in.weight": torch.zeros(8, 32, 3, 3),
+        "decoder.up.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3),
+    }
+    save_file(shallow, tmp_path / "flux2.safetensors")
+    with pytest.raises(CheckpointError, match="32 latent channels, as FLUX.2's has"):
+        load_vae(tmp_path / "flux2.safetensors")
+    (tmp_path / "ae.ckpt").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"\.ckpt file; expected \.safetensors"):
+        load_vae(tmp_path / "ae.ckpt")
+
+
+def test_options_that_mean_nothing_are_refused(folder: Path) -> None:
+    with pytest.raises(InvalidOptionError, match="revision: got 'main'"):
+        load_vae(folder, revision="main")
+    with pytest.raises(InvalidOptionError, match="subfolder: got 'vae'"):
+        load_vae(folder / WEIGHTS_NAME, subfolder="vae")
+
+
+def test_flux_config_is_the_full_decoder() -> None:
+    config = AutoencoderKL.load_config(ASSETS / "flux1")
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    assert sum(p.numel() for p in vae.decoder.parameters()) == 49_545_475
