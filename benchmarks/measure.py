@@ -1,0 +1,78 @@
+"""What every benchmark needs: the full FLUX decoder with seeded weights, peak memory of a call, the machine's name."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import AutoencoderKL
+
+from fluxvae.checkpoint import ASSETS
+
+T = TypeVar("T")
+
+
+class Measured(NamedTuple):
+    """One call: what it returned, its wall time, and what memory it added at its peak."""
+
+    result: Any
+    seconds: float
+    peak_bytes: int
+
+
+def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> AutoencoderKL:
+    """FLUX.1's decoder in its full architecture, 49.5 M parameters, with seeded random weights, channels-last."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
+    vae.encoder = None
+    return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def packed_latents(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """(batch, patches, 64) float32, of unit variance as FLUX's are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, (height // 16) * (width // 16), 64, generator=generator)
+
+
+def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
+    """Run ``call`` once. On a CPU the peak is of resident memory (VmHWM, reset before), on CUDA of allocated memory."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    start = time.perf_counter()
+    result = call()
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated(device) if cuda else _status("VmHWM")
+    return Measured(result, seconds, peak - before)
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")

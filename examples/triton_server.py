@@ -1,0 +1,31 @@
+"""Serve the model folder on a real Triton server on this machine, for local use: Ctrl-C stops it.
+
+    uv run examples/triton_server.py
+
+In production run NVIDIA's container instead; the same folder serves there unchanged (docs/triton.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+from fluxvae.serve.triton import TritonServer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = Path(__file__).parent.parent / "triton_models"
+    parser.add_argument("--models", type=Path, default=models, help="the model folder (default: triton_models)")
+    parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
+    args = parser.parse_args()
+    print("starting Triton and loading the checkpoint ...", flush=True)
+    with TritonServer(args.models, http_port=args.http_port, grpc_port=args.grpc_port) as server:
+        print(f"vae_decoder is served at http://{server.http_url} and grpc://{server.grpc_url}; Ctrl-C stops it")
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The demo: decode real packed latents to a picture, and check what the seed asks of a decoder.
+
+``uv run triton_models/vae_decoder/1/model.py`` runs this; it needs no server. Every check compares with diffusers
+itself, on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+from fluxvae.checkpoint import ASSETS
+from fluxvae.decoder import Decoder
+from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
+from fluxvae.images import postprocess
+from fluxvae.oracle import flux_pipeline_tail
+from fluxvae.tolerances import BATCH_VS_SINGLE
+
+__all__ = ["main"]
+
+DEFAULT_LATENTS = ASSETS / "latents" / "astronaut_512x512.safetensors"
+
+
+class Check(NamedTuple):
+    """One line of the closing table."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status: 0, 1 where a check failed, else the error's own (see `errors`)."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        latents, height, width = read_latents(args.latents, args.height, args.width)
+        checks, caption = run(latents, height, width, args, console)
+    except FluxVAEError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        return status_of(error).exit_code
+    table = Table("check", "result", "found", caption=caption)
+    for check in checks:
+        table.add_row(check.name, "[green]pass[/green]" if check.passed else "[red]FAIL[/red]", check.found)
+    Console().print(table)
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        console.print(f"[red]{len(failed)} of {len(checks)} checks failed:[/red] {', '.join(failed)}")
+    else:
+        Console().print(f"The picture: {args.output}", highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="model.py",
+        description="Decode packed FLUX latents to a PNG, and check the decoder against diffusers' FluxPipeline.",
+        epilog="Without options it decodes a photograph's latents with the small checkpoint that ships with fluxvae. "
+        "With FLUX.1's own weights: --checkpoint path/to/ae.safetensors --latents mine.safetensors --height 1024 "
+        "--width 1024",
+    )
+    parser.add_argument(
+        "--latents",
+        type=Path,
+        default=DEFAULT_LATENTS,
+        help="a safetensors file with a tensor 'latents' of shape (batch, patches, 64), and height and width in its "
+        "metadata or given here (default: %(default)s)",
+    )
+    parser.add_argument("--height", type=int, help="pixels; instead of the file's own")
+    parser.add_argument("--width", type=int, help="pixels; instead of the file's own")
+    parser.add_argument(
+        "--checkpoint", default="demo", help="'demo', a VAE folder, ae.safetensors, or a hub id (default: %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("fluxvae-demo.png"), help="default: %(default)s")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: %(default)s)")
+    return parser
+
+
+def read_latents(path: Path, height: int | None = None, width: int | None = None) -> tuple[torch.Tensor, int, int]:
+    """Read packed latents and their size.
+
+    Args:
+        path: safetensors with ``latents`` (B, gh*gw, 64), and perhaps ``height`` and ``width`` in its metadata.
+        height, width: pixels; win over the metadata.
+
+    Raises:
+        InvalidLatentsError: no such file, no such tensor, or no size.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "latents" not in file.keys():  # noqa: SIM118
+                raise InvalidLatentsError(f"latents: {path} holds {list(file.keys())}, expected a tensor 'latents'")
+            metadata = file.metadata() or {}
+            latents: torch.Tensor = file.get_tensor("latents")
+    except (OSError, SafetensorError) as error:
+        raise InvalidLatentsError(f"latents: {path} cannot be read as safetensors: {error}") from error
+    try:
+        size = [int(given if given is not None else metadata[name]) for name, given in _named(height, width)]
+    except (KeyError, ValueError) as error:
+        raise InvalidLatentsError(
+            f"height and width: {path} does not state them in its metadata ({error}); pass --height and --width"
+        ) from error
+    return latents, size[0], size[1]
+
+
+def _named(height: int | None, width: int | None) -> list[tuple[str, int | None]]:
+    return [("height", height), ("width", width)]
+
+
+def run(
+    latents: torch.Tensor, height: int, width: int, args: argparse.Namespace, console: Console
+) -> tuple[list[Check], str]:
+    """Decode, write the picture, and compare with diffusers; returns the checks and a line about the decode.
+
+    Memory: what diffusers takes for a batch of two at this size; the decoder's own path takes less.
+    """
+    with Progress(
+        TextColumn("{task.description:<42}"), BarColumn(), TimeElapsedColumn(), console=console, transient=False
+    ) as bar:
+        step = bar.add_task("loading the checkpoint", total=5)
+
+        def done(next_step: str) -> None:
+            bar.update(step, advance=1, description=next_step)
+
+        decoder = Decoder.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype, engine="diffusers")
+        height, width = decoder.check(latents, height=height, width=width)
+        done("decoding")
+        start = time.perf_counter()
+        raw = decoder.decode_raw(latents, height=height, width=width)
+        image = postprocess(raw, "pt")
+        seconds = time.perf_counter() - start
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        postprocess(raw[:1], "pil")[0].save(args.output)
+        done("diffusers, for comparison")
+        packed = latents.to(decoder.device, decoder.dtype)
+        oracle = flux_pipeline_tail(decoder.vae, packed, height, width)
+        done("a batch of two, for comparison")
+        batch = torch.cat([latents[:1], latents[:1].flip(1)])
+        together = decoder.decode(batch, height=height, width=width, output_type="pt")
+        alone = torch.cat([decoder.decode(one[None], height=height, width=width, output_type="pt") for one in batch])
+        done("checking")
+        shape = (latents.shape[0], 3, height, width)
+        low, high = float(image.min()), float(image.max())
+        tolerance = BATCH_VS_SINGLE[str(decoder.dtype).removeprefix("torch.")].bound
+        difference = float((together.float() - alone.float()).abs().max())
+        checks = [
+            Check("shape is (batch, 3, height, width)", tuple(image.shape) == shape, str(tuple(image.shape))),
+            Check("values lie in 0.0 to 1.0", 0.0 <= low <= high <= 1.0, f"{low:.3f} to {high:.3f}"),
+            Check("identical to FluxPipeline's own decode", torch.equal(image, oracle), _difference(image, oracle)),
+            Check(f"a batch equals its images alone (to {tolerance:g})", difference <= tolerance, f"{difference:.1e}"),
+        ]
+        done("done")
+    rate = latents.shape[0] * height * width / 1e6 / seconds
+    caption = (
+        f"{args.checkpoint}, {height}x{width} pixels, {decoder.dtype} on {decoder.device}: {seconds:.2f} s, "
+        f"{rate:.2f} megapixels/s"
+    )
+    return checks, caption
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    if a.shape != b.shape:
+        return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return (
+        "the same bits" if torch.equal(a, b) else f"differs by up to {float((a.float() - b.float()).abs().max()):.1e}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What every result is checked against: the last lines of diffusers' ``FluxPipeline.__call__``, run by diffusers.
+
+The demo, the tests and the benchmarks compare with this; the product's path does not use it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+__all__ = ["flux_pipeline_tail", "flux_pipeline_tail_raw"]
+
+
+def flux_pipeline_tail(
+    vae: AutoencoderKL, packed: torch.Tensor, height: int, width: int, output_type: str = "pt"
+) -> Any:
+    """Decode packed latents as FluxPipeline does once its transformer is done.
+
+    Args:
+        vae: any dtype, on the device of ``packed``.
+        packed: (B, gh*gw, 64), in the VAE's dtype.
+        height, width: pixels.
+        output_type: ``"pil"``, ``"np"`` or ``"pt"``.
+
+    Source: diffusers 0.42.1, ``pipeline_flux.py``, the branch after the denoising loop.
+    """
+    image = flux_pipeline_tail_raw(vae, packed, height, width)
+    return VaeImageProcessor(vae_scale_factor=16).postprocess(image, output_type=output_type)
+
+
+@torch.no_grad()
+def flux_pipeline_tail_raw(vae: AutoencoderKL, packed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """As `flux_pipeline_tail`, before post-processing: (B, 3, H, W), nominally [-1, 1]."""
+    latents = FluxPipeline._unpack_latents(packed, height, width, 8)
+    latents = (latents / vae.config.scaling_factor) + vae.config.shift_factor
+    image: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return image
