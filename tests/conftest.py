@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, settings
 
 from fluxvae import Decoder
 from models import random_vae
+
+# The models are tiny: a second thread would only wait for the first, for long where other work wants the cores.
+torch.set_num_threads(1)
 
 settings.register_profile(
     "default",

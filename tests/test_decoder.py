@@ -9,7 +9,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import fluxvae
-from fluxvae import DecodeCancelled, Decoder, InvalidLatentsError, InvalidOptionError, NonFiniteOutputError
+from fluxvae import (
+    DecodeCancelled,
+    Decoder,
+    InvalidLatentsError,
+    InvalidOptionError,
+    MemoryLimitError,
+    NonFiniteOutputError,
+)
 from fluxvae.errors import FluxVAEError, status_of
 from fluxvae.images import encode
 from models import random_vae
@@ -64,6 +71,12 @@ BAD_OPTIONS = {
     "memory_limit": {"engine": "diffusers", "memory_limit": "1GiB"},
     "kernels": {"engine": "diffusers", "kernels": "winograd"},
     "spill_dir": {"engine": "diffusers", "spill_dir": "."},
+    "tiling": {"engine": "exact", "tiling": True},
+    "slicing": {"slicing": True},
+    "limit text": {"memory_limit": "lots"},
+    "limit sign": {"memory_limit": -1},
+    "unknown kernels": {"kernels": "fast"},
+    "no such folder": {"spill_dir": "no/such/folder"},
 }
 
 
@@ -99,12 +112,51 @@ def test_bad_requests_are_refused_before_any_work(vae: AutoencoderKL, monkeypatc
         decoder.decode(LATENTS, **SIZE, scaling_factor=0)
 
 
+def test_the_exact_engine_is_the_default_and_close_to_the_reference(vae: AutoencoderKL, decoder: Decoder) -> None:
+    exact = Decoder(vae)
+    assert exact.engine.name == "exact"
+    ours, reference = (one.decode(LATENTS, **SIZE, output_type="uint8") for one in (exact, decoder))
+    difference = np.abs(ours.astype(int) - reference)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_an_image_does_not_depend_on_its_batch(vae: AutoencoderKL) -> None:
+    exact = Decoder(vae)
+    together = exact.decode(LATENTS, **SIZE, output_type="pt")
+    alone = [exact.decode(one[None], **SIZE, output_type="pt")[0] for one in LATENTS]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_plan(vae: AutoencoderKL, decoder: Decoder) -> None:
+    plan = Decoder(vae, memory_limit="64MiB").plan(256, 384, batch=2)
+    assert plan.peak_bytes <= 64 * 2**20
+    assert plan.work_ratio >= 1
+    assert "384x256" in str(plan)
+    with pytest.raises(InvalidLatentsError, match="width: got 20"):
+        Decoder(vae).plan(16, 20)
+    with pytest.raises(InvalidOptionError, match="needs engine='exact'"):
+        decoder.plan(64, 64)
+
+
+def test_a_limit_below_what_the_output_takes_is_refused_before_any_work(vae: AutoencoderKL) -> None:
+    latents = torch.zeros(1, 16, 64, 64)
+    limited = Decoder(vae, memory_limit=10_000_000)
+    started: list[int] = []
+    for kind in ("np", "pt", "uint8", "pil"):
+        with pytest.raises(MemoryLimitError, match="memory_limit: got 10000000"):
+            limited.decode(latents, output_type=kind, progress=lambda done, _: started.append(done))
+    assert not started
+
+
 def test_non_finite_output_is_never_a_picture() -> None:
     vae = random_vae()
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] = float("nan")
     with pytest.raises(NonFiniteOutputError, match="NaN"):
         Decoder(vae, engine="diffusers").decode(LATENTS, **SIZE)
+    with pytest.raises(NonFiniteOutputError, match="NaN"):
+        Decoder(vae).decode(LATENTS, **SIZE)
 
 
 def test_the_error_table_covers_every_error() -> None:

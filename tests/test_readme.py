@@ -59,8 +59,14 @@ def test_grpc(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert difference.mean() < 8, "lossy, but the same picture"
 
 
+def test_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(BLOCKS[3], tmp_path, monkeypatch)
+    assert names["decoder"].plan(2048, 2048).peak_bytes <= 600_000_000
+    assert "2048x2048" in capsys.readouterr().out
+
+
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_the_error_table_is_the_codes_own() -> None:

@@ -10,6 +10,7 @@ from fluxvae.errors import (
     MemoryLimitError,
     NonFiniteOutputError,
 )
+from fluxvae.install import install
 from fluxvae.latents import SizeFlooredWarning, pack_latents, unpack_latents
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NonFiniteOutputError",
     "SizeFlooredWarning",
     "__version__",
+    "install",
     "pack_latents",
     "unpack_latents",
 ]

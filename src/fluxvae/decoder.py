@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 
 from fluxvae.checkpoint import load_vae
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.engine.reference import ReferenceEngine
-from fluxvae.errors import InvalidOptionError
-from fluxvae.images import OutputType, check_output_type, postprocess
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
+from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
 from fluxvae.latents import LatentFormat, unpack_latents
 
 __all__ = ["Decoder"]
@@ -31,10 +33,14 @@ class Decoder:
         device: ``"auto"`` (where the module is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a ``torch.device``.
         dtype: ``"auto"`` (the module's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, or a ``torch.dtype``. A
             device or dtype other than the module's moves the module itself, as ``Module.to`` does.
-        engine: ``"diffusers"``, the reference. ``"exact"`` is not there yet and is refused.
-        kernels, memory_limit, spill_dir: options of the exact engine; refused with another.
-        tiling, slicing: diffusers' own, options of the reference engine. Tiling blends overlapping tiles and is not
-            the untiled image: it shows seams and shifts colours.
+        engine: ``"exact"``, the untiled image in bounded memory, the same bits in any batch; or ``"diffusers"``, the
+            reference, whose bits are FluxPipeline's.
+        kernels: of the exact engine: ``"auto"`` is the fastest for the device; a plan names it.
+        memory_limit: of the exact engine: bytes, or ``"2GiB"`` or ``"0.7GB"``: what a decode may add above the loaded
+            weights. None: what is free when it starts, less a margin.
+        spill_dir: of the exact engine: a folder on a disk for what the limit leaves no room for.
+        tiling, slicing: of the reference engine: diffusers' own. Tiling blends overlapping tiles and is not the
+            untiled image: it shows seams and shifts colours.
 
     Raises:
         InvalidOptionError: an option that is unknown or that the engine cannot honour.
@@ -46,7 +52,7 @@ class Decoder:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        engine: str = "diffusers",
+        engine: str = "exact",
         kernels: str = "auto",
         memory_limit: int | str | None = None,
         spill_dir: str | Path | None = None,
@@ -57,15 +63,22 @@ class Decoder:
             raise InvalidOptionError(
                 f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL; Decoder.from_pretrained loads one"
             )
-        _check_engine(engine, kernels=kernels, memory_limit=memory_limit, spill_dir=spill_dir)
-        if device != "auto":
-            vae.to(_device(device))
-        if dtype != "auto":
-            vae.to(_dtype(dtype, vae.device))
+        exact_options: dict[str, object] = {"kernels": kernels, "memory_limit": memory_limit, "spill_dir": spill_dir}
+        _check_engine(engine, exact_options, {"tiling": tiling, "slicing": slicing})
+        where = vae.device if device == "auto" else _device(device)
+        precision = vae.dtype if dtype == "auto" else _dtype(dtype, where)
+        if (vae.device, vae.dtype) != (where, precision):
+            vae.to(device=where, dtype=precision)
         self.format = LatentFormat.from_config(vae.config)
         """How latents become raw latents: read from the checkpoint."""
         self.vae = vae
-        self.engine = ReferenceEngine(vae, tiling=tiling, slicing=slicing)
+        self.memory_limit = None if memory_limit is None else parse_memory_limit(memory_limit)
+        """Bytes a decode may add above the loaded weights; None: what is free."""
+        self.engine: ExactEngine | ReferenceEngine
+        if engine == "exact":
+            self.engine = ExactEngine(vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir)
+        else:
+            self.engine = ReferenceEngine(vae, tiling=tiling, slicing=slicing)
 
     @classmethod
     def from_pretrained(
@@ -142,6 +155,8 @@ class Decoder:
             DecodeCancelled: cancel() said so.
         """
         check_output_type(output_type)
+        if self.memory_limit is not None:
+            self._check_output(output_type, latents.shape[0], *self.check(latents, height=height, width=width))
         image = self.decode_raw(
             latents,
             height=height,
@@ -177,6 +192,18 @@ class Decoder:
         raw = self.format.to_raw(latents, scaling_factor, shift_factor)
         return self.engine.decode(raw, progress=progress, cancel=cancel)
 
+    def _check_output(self, output_type: OutputType, batch: int, height: int, width: int) -> None:
+        """The engine plans for itself; what it returns and what `postprocess` makes of that must fit too."""
+        assert self.memory_limit is not None
+        itemsize = self.dtype.itemsize
+        needed = batch * 3 * height * width * itemsize
+        needed += postprocess_bytes(output_type, batch, height, width, itemsize)
+        if needed > self.memory_limit:
+            raise MemoryLimitError(
+                f"memory_limit: got {self.memory_limit} bytes; {batch} x {height}x{width} pixels as {output_type!r} "
+                f"take {needed} bytes by themselves; raise the limit, decode fewer at a time, or ask for 'uint8'"
+            )
+
     def check(self, latents: torch.Tensor, *, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Validate one request without decoding it.
 
@@ -188,25 +215,34 @@ class Decoder:
         """
         return self.format.check(latents, height, width)
 
-    def plan(self, height: int, width: int, batch: int = 1) -> Any:
-        """What decoding ``batch`` images of this size will take: ``.peak_bytes``, ``.work_ratio``, ``str(plan)``.
+    def plan(self, height: int, width: int, batch: int = 1) -> Plan:
+        """How ``batch`` images of this size would be decoded now; ``str(plan)`` is a table that explains itself.
+
+        Args:
+            height, width: pixels, multiples of 8.
 
         Raises:
-            InvalidOptionError: the engine does not plan.
+            InvalidLatentsError: a size that no latents decode to.
+            MemoryLimitError: the limit is below the smallest that works.
+            InvalidOptionError: the reference engine does not plan.
         """
         scale = self.format.vae_scale_factor
+        for name, value in (("height", height), ("width", width), ("batch", batch)):
+            multiple = 1 if name == "batch" else scale
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
+                raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
         return self.engine.plan(height // scale, width // scale, batch)
 
 
-def _check_engine(engine: str, **exact_options: object) -> None:
-    if engine == "exact":
-        raise InvalidOptionError("engine: got 'exact', which is not built yet; use engine='diffusers'")
-    if engine != "diffusers":
-        raise InvalidOptionError(f"engine: got {engine!r}, expected 'diffusers'")
-    for name, value in exact_options.items():
-        if value is not None and value != "auto":
+def _check_engine(engine: str, exact: dict[str, object], diffusers: dict[str, object]) -> None:
+    """Refuse an unknown engine, and options of the other one: none is ignored."""
+    if engine not in ("exact", "diffusers"):
+        raise InvalidOptionError(f"engine: got {engine!r}, expected 'exact' or 'diffusers'")
+    others, other = (diffusers, "diffusers") if engine == "exact" else (exact, "exact")
+    for name, value in others.items():
+        if value not in (None, False, "auto"):
             raise InvalidOptionError(
-                f"{name}: got {value!r} with engine='diffusers', which cannot honour it; it is for engine='exact'"
+                f"{name}: got {value!r} with engine={engine!r}, which cannot honour it; it is for engine={other!r}"
             )
 
 

@@ -7,6 +7,7 @@ holds the bytes of ``pil``.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,16 @@ from PIL import Image
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["FORMATS", "OUTPUT_TYPES", "OutputType", "check_format", "check_output_type", "encode", "postprocess"]
+__all__ = [
+    "FORMATS",
+    "OUTPUT_TYPES",
+    "OutputType",
+    "check_format",
+    "check_output_type",
+    "encode",
+    "postprocess",
+    "postprocess_bytes",
+]
 
 OutputType = Literal["pil", "np", "pt", "uint8"]
 OUTPUT_TYPES: tuple[str, ...] = ("pil", "np", "pt", "uint8")
@@ -27,6 +37,9 @@ _DEFAULT_QUALITY = {"jpeg": 95, "webp": 95}
 
 # FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
 _PROCESSOR = VaeImageProcessor(vae_scale_factor=16)
+
+_BAND_VALUES = 1 << 20
+"""Values post-processed at a time: a few MB of temporaries, whatever the size of the image."""
 
 
 def check_output_type(output_type: object) -> None:
@@ -51,15 +64,44 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
     Raises:
         InvalidOptionError: an unknown output type.
 
-    Memory: ``pil`` and ``uint8`` go image by image: 8 bytes a value of one image, besides what they return.
+    Memory: `postprocess_bytes`. It goes by bands of rows: every step is elementwise, so the bits are the same.
     """
     check_output_type(output_type)
-    if output_type in ("np", "pt"):
-        return _PROCESSOR.postprocess(image, output_type=output_type)
-    pictures = [_PROCESSOR.postprocess(one[None], output_type="pil")[0] for one in image]
+    batch, channels, height, width = image.shape
+    if output_type == "pt":
+        tensor = torch.empty_like(image)
+        for one, rows in _bands(image):
+            tensor[one, :, rows] = _PROCESSOR.postprocess(image[one : one + 1, :, rows], output_type="pt")[0]
+        return tensor
     if output_type == "pil":
-        return pictures
-    return np.stack([np.asarray(picture) for picture in pictures])
+        return [Image.fromarray(postprocess(one[None], "uint8")[0]) for one in image]
+    dtype = np.float32 if output_type == "np" else np.uint8
+    array = np.empty((batch, height, width, channels), dtype)
+    for one, rows in _bands(image):
+        band = _PROCESSOR.postprocess(image[one : one + 1, :, rows], output_type="np" if dtype is np.float32 else "pil")
+        array[one, rows] = band[0]
+    return array
+
+
+def postprocess_bytes(output_type: OutputType, batch: int, height: int, width: int, itemsize: int) -> int:
+    """What `postprocess` adds to memory at its peak, its result included; ``itemsize`` is that of the VAE's dtype.
+
+    On CUDA this is host memory, but for ``"pt"``.
+    """
+    pixels = height * width
+    band = min(_BAND_VALUES, 3 * pixels) * 20  # the float32 temporaries of one band
+    per_image = {"pt": 3 * itemsize, "np": 12, "uint8": 3, "pil": 4}[output_type]  # PIL keeps RGB in 4 bytes
+    one_more = 3 * pixels if output_type == "pil" else 0
+    return batch * per_image * pixels + one_more + band
+
+
+def _bands(image: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Every image of the batch in bands of rows."""
+    batch, channels, height, width = image.shape
+    step = max(1, _BAND_VALUES // (channels * width))
+    for one in range(batch):
+        for start in range(0, height, step):
+            yield one, slice(start, min(start + step, height))
 
 
 def check_format(format: object, quality: object = None) -> None:

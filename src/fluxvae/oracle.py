@@ -5,13 +5,26 @@ The demo, the tests and the benchmarks compare with this; the product's path doe
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from diffusers.image_processor import VaeImageProcessor
+from numpy.typing import NDArray
 
-__all__ = ["flux_pipeline_tail", "flux_pipeline_tail_raw"]
+__all__ = ["LevelDifference", "flux_pipeline_tail", "flux_pipeline_tail_raw", "level_difference"]
+
+
+class LevelDifference(NamedTuple):
+    """How two pictures differ, in the 256 levels of a byte."""
+
+    largest: int
+    changed: float
+    """Share of values that differ at all."""
+
+    def __str__(self) -> str:
+        return f"{self.changed:.4%} of bytes differ, by {self.largest}"
 
 
 def flux_pipeline_tail(
@@ -38,3 +51,9 @@ def flux_pipeline_tail_raw(vae: AutoencoderKL, packed: torch.Tensor, height: int
     latents = (latents / vae.config.scaling_factor) + vae.config.shift_factor
     image: torch.Tensor = vae.decode(latents, return_dict=False)[0]
     return image
+
+
+def level_difference(ours: NDArray[np.uint8], expected: NDArray[np.uint8]) -> LevelDifference:
+    """Compare two uint8 arrays of one shape."""
+    difference = np.abs(ours.astype(np.int16) - expected)
+    return LevelDifference(int(difference.max()), float((difference > 0).mean()))

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BATCH_VS_SINGLE", "Tolerance"]
+__all__ = [
+    "BATCH_VS_SINGLE",
+    "ENGINE_ERROR_RATIO",
+    "ENGINE_FLOAT64_ERROR",
+    "EXACT_VS_REFERENCE_CHANGED",
+    "EXACT_VS_REFERENCE_LEVELS",
+    "PEAK_PREDICTION",
+    "WINOGRAD_CHANGED",
+    "WINOGRAD_CONV",
+    "WINOGRAD_LEVELS",
+    "WINOGRAD_SILU",
+    "WINOGRAD_STATISTICS",
+    "Tolerance",
+]
 
 
 class Tolerance(NamedTuple):
@@ -25,3 +38,29 @@ BATCH_VS_SINGLE = {
     "bfloat16": Tolerance(4e-2, 0.0, "the same in bfloat16, whose own step near 1 is 3.9e-3"),
     "float16": Tolerance(5e-3, 0.0, "the same in float16"),
 }
+
+EXACT_VS_REFERENCE_LEVELS = {
+    "float32": Tolerance(1, 1, "largest difference in uint8 levels between the exact engine and diffusers"),
+    "bfloat16": Tolerance(16, 0, "the same in bfloat16, where both are off the true image by several levels"),
+    "float16": Tolerance(2, 0, "the same in float16"),
+}
+
+EXACT_VS_REFERENCE_CHANGED = Tolerance(1e-3, 0, "share of uint8 values that differ from diffusers' in float32")
+
+ENGINE_FLOAT64_ERROR = Tolerance(1e-11, 4e-14, "largest float64 difference to diffusers, relative to the largest pixel")
+
+ENGINE_ERROR_RATIO = {
+    "float32": Tolerance(
+        1.0, 0.6, "rms error against float64, the exact engine's divided by diffusers', direct kernels"
+    ),
+    "bfloat16": Tolerance(1.0, 0.93, "the same in bfloat16"),
+    "float16": Tolerance(1.05, 0.95, "the same in float16, over few pixels"),
+}
+
+WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
+WINOGRAD_STATISTICS = Tolerance(1e-5, 1.3e-6, "error of a block's mean, and relative error of its squared deviations")
+WINOGRAD_SILU = Tolerance(4, 2.61, "error of SiLU in units of 2**-24 of its value")
+WINOGRAD_CHANGED = Tolerance(1e-3, 4.1e-4, "share of uint8 values that Winograd kernels change from a float64 decode")
+WINOGRAD_LEVELS = Tolerance(1, 1, "by how many levels")
+
+PEAK_PREDICTION = Tolerance(0.10, 0.09, "how far a measured peak may lie below the predicted one, as a share of it")

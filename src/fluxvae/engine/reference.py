@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from diffusers import AutoencoderKL
@@ -31,7 +32,7 @@ class ReferenceEngine:
         self._slicing = slicing
         self._lock = threading.Lock()
 
-    def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> object:
+    def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> NoReturn:
         """Refused: diffusers does not plan its memory."""
         raise InvalidOptionError(
             "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"

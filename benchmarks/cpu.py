@@ -1,0 +1,323 @@
+"""The full FLUX decoder on a CPU: this engine and every other one, in turn, on the same latents.
+
+    uv run --group bench benchmarks/cpu.py                                  # all engines, 512 and 1024
+    uv run --group bench benchmarks/cpu.py --sizes 512 --only fluxvae diffusers-f32 openvino-f32
+    uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1 and 2 threads
+    uv run --group bench benchmarks/cpu.py --profile      # ours: each kernel's share
+
+Every engine runs in a process of its own, so that its peak memory and its threads are its own; building, converting
+and compiling a model is timed apart. The first decode gives the peak above the loaded model, the fastest of
+``--repeats`` the time. CPU seconds, of all threads, tell more than wall time where other processes are running; with
+one thread none of them is spent waiting. Errors are against a float64 decode by diffusers (kept in ``--work``: it takes
+minutes). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fluxvae import unpack_latents
+from fluxvae.engine import exact
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.oracle import level_difference
+from measure import flux_vae, machine, measure, packed_latents
+
+Decode = Callable[[torch.Tensor], torch.Tensor]
+TIMEOUT = 3600
+
+
+class _Decoder(torch.nn.Module):
+    """What is exported: raw latents in, pixels out."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        image: torch.Tensor = self.vae.decode(raw, return_dict=False)[0]
+        return image
+
+
+def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor], Decode]:
+    def build(raw: torch.Tensor) -> Decode:
+        engine = ExactEngine(flux_vae(dtype), kernels=kernels)
+        engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads them
+        return lambda raw: engine.decode(raw.to(dtype))
+
+    return build
+
+
+def _diffusers(dtype: torch.dtype) -> Callable[[torch.Tensor], Decode]:
+    def build(raw: torch.Tensor) -> Decode:
+        vae = flux_vae(dtype)
+        return lambda raw: vae.decode(raw.to(dtype, memory_format=torch.channels_last), return_dict=False)[0]
+
+    return build
+
+
+def _compiled(raw: torch.Tensor) -> Decode:
+    compiled = torch.compile(_Decoder(flux_vae()))
+    compiled(raw)
+    return lambda raw: compiled(raw)
+
+
+def _openvino(precision: str) -> Callable[[torch.Tensor], Decode]:
+    def build(raw: torch.Tensor) -> Decode:
+        import openvino
+
+        model = openvino.convert_model(_Decoder(flux_vae()), example_input=raw, input=[tuple(raw.shape)])
+        config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = openvino.Core().compile_model(model, "CPU", config)
+        return lambda raw: torch.from_numpy(next(iter(compiled([raw.numpy()]).values())))
+
+    return build
+
+
+def _onnxruntime(raw: torch.Tensor) -> Decode:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "decoder.onnx")
+        torch.onnx.export(_Decoder(flux_vae()), (raw,), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda raw: torch.from_numpy(session.run(None, {name: raw.numpy()})[0])
+
+
+ENGINES: dict[str, tuple[str, Callable[[torch.Tensor], Decode]]] = {
+    "fluxvae": ("fluxvae, Winograd float32", _exact("winograd")),
+    "diffusers-f32": ("diffusers float32", _diffusers(torch.float32)),
+    "openvino-f32": ("OpenVINO f32", _openvino("f32")),
+    "fluxvae-direct": ("fluxvae, direct float32", _exact("torch")),
+    "compile-f32": ("torch.compile float32", _compiled),
+    "onnxruntime": ("ONNX Runtime float32", _onnxruntime),
+    "fluxvae-bf16": ("fluxvae, bfloat16 weights", _exact("winograd", torch.bfloat16)),
+    "diffusers-bf16": ("diffusers bfloat16", _diffusers(torch.bfloat16)),
+    "openvino-bf16": ("OpenVINO bf16", _openvino("bf16")),
+}
+FLOAT32 = ("diffusers-f32", "openvino-f32")
+"""Against the faster of these the ratio is taken."""
+
+
+def raw_latents(size: int) -> torch.Tensor:
+    """(1, 16, size / 8, size / 8): seeded, as FLUX's scale and shift make them."""
+    return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
+
+
+def reference(size: int, work: Path) -> torch.Tensor:
+    """The float64 decode by diffusers, computed once."""
+    path = work / f"reference-{size}.npy"
+    if not path.exists():
+        print(f"float64 reference at {size} ...", file=sys.stderr, flush=True)
+        with torch.inference_mode():
+            image = flux_vae(torch.float64).decode(raw_latents(size).double(), return_dict=False)[0]
+        np.save(path, image.numpy())
+    return torch.from_numpy(np.load(path))
+
+
+def to_uint8(image: torch.Tensor) -> Any:
+    """As VaeImageProcessor rounds."""
+    return ((image.double() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+
+def run_one(name: str, size: int, threads: int, repeats: int, work: Path, compare: bool) -> dict[str, Any]:
+    """One engine, one size: the row of the table."""
+    torch.set_num_threads(threads)
+    raw = raw_latents(size)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        decode = ENGINES[name][1](raw)
+        build = time.perf_counter() - start
+        before = time.process_time()
+        first = measure(lambda: decode(raw))
+        seconds, processor = [first.seconds], [time.process_time() - before]
+        for _ in range(repeats - 1):
+            start, before = time.perf_counter(), time.process_time()
+            decode(raw)
+            seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - before)
+    row = {
+        "engine": name, "size": size, "threads": threads, "seconds": round(min(seconds), 3),
+        "cpu_seconds": round(min(processor), 3),
+        "build_seconds": round(build, 2), "peak_bytes": first.peak_bytes,
+    }  # fmt: skip
+    if compare:
+        expected, image = reference(size, work), first.result.double()
+        error = image - expected
+        difference = level_difference(to_uint8(image), to_uint8(expected))
+        row |= {
+            "max_error": float(error.abs().max()), "rms_error": float(error.square().mean().sqrt()),
+            "changed": difference.changed, "levels": difference.largest,
+        }  # fmt: skip
+    return row
+
+
+def profile(size: int, threads: int) -> dict[str, Any]:
+    """The time in each kind of call, of one decode by the Winograd kernels."""
+    torch.set_num_threads(threads)
+    spent: collections.Counter[str] = collections.Counter()
+    make = exact.make_kernels
+
+    def timed(name: str, device: torch.device) -> Any:
+        kernels = make(name, device)
+        for method in ("load", "prologue", "conv3x3", "upsample", "linear", "attend"):
+            setattr(kernels, method, _timed(getattr(kernels, method), method, spent))
+        return kernels
+
+    exact.make_kernels = timed  # type: ignore[assignment]
+    engine, raw = ExactEngine(flux_vae(), kernels="winograd"), raw_latents(size)
+    engine.decode(raw[:, :, :2, :2])
+    spent.clear()
+    start = time.perf_counter()
+    engine.decode(raw)
+    total = time.perf_counter() - start
+    spent["everything else"] = total - sum(spent.values())
+    return {"size": size, "seconds": total, "shares": dict(spent.most_common())}
+
+
+def _timed(call: Callable[..., Any], method: str, spent: collections.Counter[str]) -> Callable[..., Any]:
+    def wrapped(*args: Any) -> Any:
+        name = method
+        if method in ("conv3x3", "upsample"):
+            out = args[4] if method == "conv3x3" else args[2]
+            name = f"{method} {args[0].shape[2]}->{out.shape[2]}, {out.shape[1]} wide"
+        start = time.perf_counter()
+        result = call(*args)
+        spent[name] += time.perf_counter() - start
+        return result
+
+    return wrapped
+
+
+def child(*options: object) -> dict[str, Any]:
+    """Run this file in a process of its own; its last line."""
+    command = [sys.executable, __file__, "--child", *map(str, options)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
+    if done.returncode:
+        return {"failed": done.returncode}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "size", "engine", "seconds", "times faster", "peak above the model", "max error", "bytes changed", "by"
+    )
+    for row in rows:
+        if "failed" in row:
+            table.add_row(str(row["size"]), ENGINES[row["engine"]][0], f"failed ({row['failed']})")
+            continue
+        peers = [r for r in rows if r["size"] == row["size"] and r["engine"] in FLOAT32 and "seconds" in r]
+        best = min((r["seconds"] for r in peers), default=None)
+        row["ratio"] = None if best is None else round(best / row["seconds"], 2)
+        error = [f"{row['max_error']:.1e}", f"{row['changed']:.4%}", str(row["levels"])] if "changed" in row else []
+        table.add_row(
+            str(row["size"]), ENGINES[row["engine"]][0], f"{row['seconds']:.2f}",
+            "" if best is None else f"{row['ratio']:.2f}", f"{row['cpu_seconds']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB", *error,
+        )  # fmt: skip
+    return table
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("size", "threads", "seconds", "seconds per megapixel", "peak above the model")
+    for row in rows:
+        row["seconds_per_megapixel"] = round(row["seconds"] / (row["size"] ** 2 / 1e6), 2)
+        table.add_row(
+            str(row["size"]), str(row["threads"]), f"{row['seconds']:.2f}", f"{row['seconds_per_megapixel']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+        )  # fmt: skip
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars: seconds per engine, one panel per size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({row["size"] for row in rows})
+    figure, axes = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 3.6), squeeze=False, layout="constrained")
+    for axis, size in zip(axes[0], sizes, strict=True):
+        chosen = sorted((r for r in rows if r["size"] == size and "seconds" in r), key=lambda r: -r["seconds"])
+        names = [ENGINES[row["engine"]][0] for row in chosen]
+        colours = ["#d1495b" if row["engine"].startswith("fluxvae") else "#8d99ae" for row in chosen]
+        axis.bar_label(axis.barh(names, [row["seconds"] for row in chosen], color=colours), fmt="%.1f s", padding=3)
+        axis.set_title(f"{size}x{size}, seconds")
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines to run")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="pixels (default: 512 1024)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=2, help="decodes per engine (default: %(default)s)")
+    parser.add_argument("--no-errors", action="store_true", help="skip the float64 decode and the errors")
+    parser.add_argument(
+        "--scaling", action="store_true", help="ours alone, 256 to 2048 pixels, 1 and --threads threads"
+    )
+    parser.add_argument("--profile", action="store_true", help="ours alone: each kernel's share of the time")
+    parser.add_argument("--plot", type=Path, help="write an SVG or PNG")
+    parser.add_argument("--work", type=Path, default=Path("out/benchmark-cpu"), help="keeps the float64 decodes")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.child:
+        name, size, threads, repeats, compare = args.child
+        result = (
+            profile(int(size), int(threads))
+            if name == "profile"
+            else run_one(name, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
+        )
+        print(json.dumps(result))
+        return 0
+    console = Console(width=140)
+    if args.profile:
+        rows = [child("profile", size, args.threads, 1, 0, "--work", args.work) for size in args.sizes]
+        for row in rows:
+            table = Table(f"{row['size']}x{row['size']}", "seconds", "share")
+            for what, seconds in row["shares"].items():
+                table.add_row(what, f"{seconds:.3f}", f"{seconds / row['seconds']:.1%}")
+            console.print(table)
+    else:
+        runs = [(name, size, args.threads) for size in args.sizes for name in args.only]
+        if args.scaling:
+            runs = [("fluxvae", size, threads) for size in (256, 512, 1024, 2048) for threads in {1, args.threads}]
+        elif not args.no_errors:
+            for size in args.sizes:
+                reference(size, args.work)
+        rows = []
+        for name, size, threads in runs:
+            print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads ...", file=sys.stderr, flush=True)
+            compare = int(not (args.no_errors or args.scaling))
+            row = child(name, size, threads, args.repeats, compare, "--work", args.work)
+            rows.append({"engine": name, "size": size, "threads": threads, **row})
+        console.print(scaling_table(rows) if args.scaling else compare_table(rows))
+        if args.plot:
+            plot(rows, args.plot)
+    print(json.dumps({"benchmark": "cpu", **machine(), "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

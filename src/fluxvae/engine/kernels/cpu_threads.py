@@ -1,0 +1,64 @@
+"""Threads for compiled functions that release the GIL: as many as ``torch.get_num_threads()``, the caller among them.
+
+Neither Numba's own thread pool nor OpenMP: the one is not safe when several Python threads call it at once, the other's
+threads spin after each use and would compete with ours. Here a function takes tasks from a counter until none is left;
+helpers that find the pool busy, or come late, find nothing to do.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+__all__ = ["count", "run"]
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_size = 0
+
+
+def count() -> int:
+    """How many threads a call may use now."""
+    return max(torch.get_num_threads(), 1)
+
+
+def run(function: Callable[[int], None], workers: int) -> None:
+    """Call ``function(worker)`` for workers 0 to workers - 1, worker 0 in this thread; returns when all are done.
+
+    Every worker takes tasks from a shared counter, so helpers that have not started when this thread has finished are
+    not needed any more and are called off.
+    """
+    if workers <= 1:
+        function(0)
+        return
+    futures = _start(function, workers - 1)
+    try:
+        function(0)
+    finally:
+        waiting = [future for future in futures if not future.cancel()]
+        for future in waiting:
+            future.result()
+
+
+def _start(function: Callable[[int], None], helpers: int) -> list[Future[None]]:
+    global _pool, _size
+    with _lock:
+        if _pool is None or _size < helpers:
+            if _pool is not None:
+                _pool.shutdown(wait=False)  # it still finishes what it was given
+            _pool, _size = ThreadPoolExecutor(helpers, thread_name_prefix="fluxvae-kernel"), helpers
+        return [_pool.submit(function, worker) for worker in range(1, helpers + 1)]
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork; the child starts its own."""
+    global _pool, _size, _lock
+    _pool, _size, _lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,284 @@
+"""Direct kernels made of ordinary PyTorch calls: any device, float32, bfloat16, float16 (and float64 for tests).
+
+Roundings: diffusers rounds a half-precision map after GroupNorm and again after SiLU; here affine and SiLU run in
+float32 and round once. Convolutions, residual additions and projections round where diffusers' do.
+
+Layout: on a CPU, oneDNN's channels-last float32 convolution adds all 9*cin products of a value in one chain, its
+channels-first one in blocks; the error is 6.1e-7 against 2.2e-7 (128 channels, values near 1) and a whole decode's
+twice as large. Diffusers runs the channels-first one unless the model is converted, so these kernels do too: a block is
+turned around in cache on its way in. Half-precision blocks and other devices stay channels last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fluxvae.engine.network import Attention, Conv, parameters
+from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.plan import Call
+
+__all__ = ["TorchKernels"]
+
+_FUSE_CHUNK = 16
+"""Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+
+
+class TorchKernels:
+    """PyTorch's own convolution, matrix product and fused attention."""
+
+    name = "torch"
+    row_multiple = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._onednn = device.type == "cpu" and torch._C._has_mkldnn
+
+    # -- what the planner asks ---------------------------------------------------------------------------------
+
+    def macs(self, call: Call) -> int:
+        """Multiply-adds of one call."""
+        pixels = call.rows * call.width
+        if call.kind == "conv3":
+            return 9 * call.cin * call.cout * pixels
+        if call.kind == "up":
+            return 16 * call.cin * call.cout * call.rows * (call.width + 1)
+        if call.kind == "linear":
+            return call.cin * call.cout * pixels
+        return pixels * (2 * call.tokens * call.cin + 4 * call.cin * call.cin)
+
+    def loaded(self, call: Call) -> int:
+        """Arena bytes of weights: a channels-last copy, the summed kernels, projections only where they are cast."""
+        taps = {"conv3": 9, "up": 16, "linear": 1, "attend": 4}[call.kind]
+        if call.kind in ("linear", "attend") and not call.cast:
+            return 0
+        return taps * call.cin * call.cout * call.itemsize
+
+    def overhead(self, call: Call) -> int:
+        """Bytes outside the arena during one call: PyTorch's result, oneDNN's reordered weights."""
+        pixels = call.rows * call.width
+        if call.kind == "conv3":
+            return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
+        if call.kind == "up":
+            summing = _FUSE_CHUNK * call.cin * 16 * 8
+            phases = call.rows * (call.width + 1) * 2 * call.cout
+            return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
+        if call.kind == "linear":
+            return 0
+        packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
+        return 4 * pixels * call.cin * call.itemsize + packed
+
+    def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
+        """The result and the reordered weights; channels first, the input in oneDNN's blocks as well."""
+        blocked = rows * call.width * call.cin if self._first(call.itemsize) else 0
+        return (blocked + out + weights) * call.itemsize
+
+    def _first(self, itemsize: int) -> bool:
+        """Convolve channels first."""
+        return self._onednn and itemsize == 4
+
+    def workspace(self, call: Call) -> int:
+        """Arena bytes during one call: the block once more in the accumulation dtype, for statistics and prologue."""
+        pixels = call.rows * call.width * (4 if call.kind == "up" else 1)
+        wide = max(4, call.itemsize)
+        moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0
+        if self._first(call.itemsize) and call.kind in ("conv3", "up"):
+            return max(moments, (call.rows + 2) * call.width * call.cin * call.itemsize)
+        if call.kind == "up" or call.itemsize == wide:
+            return moments
+        # Half precision runs the prologue in float32; a map's first brings one row more than a block has.
+        return max(moments, (pixels + call.width) * call.cin * wide)
+
+    # -- what the sweeps ask -----------------------------------------------------------------------------------
+
+    def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""
+        weight, bias = parameters(conv.module)
+        bias = None if bias is None else bias.to(dtype)
+        if kind == "up":
+            return self._subpixel(weight, bias, dtype, into)
+        if kind == "linear":
+            weight = weight.reshape(conv.cout, conv.cin)
+            if weight.dtype != dtype:
+                weight = _carve(into, weight.shape, dtype).copy_(weight)
+            return weight, bias
+        # One layout always: the layout of the weights is part of what oneDNN and cuDNN choose an algorithm by.
+        return self._weight(into, weight.shape, dtype).copy_(weight), bias
+
+    def prologue(
+        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+    ) -> None:
+        """Affine and SiLU, rounded once."""
+        if affine is None:
+            if rows.data_ptr() != out.data_ptr():
+                out.copy_(rows)
+            return
+        if out.dtype == affine.scale.dtype:
+            torch.addcmul(affine.shift, rows, affine.scale, out=out)
+            if silu:
+                F.silu(out, inplace=True)
+            return
+        wide = _carve(work, rows.shape, affine.scale.dtype)
+        wide.copy_(rows)
+        torch.addcmul(affine.shift, wide, affine.scale, out=wide)
+        if silu:
+            F.silu(wide, inplace=True)
+        out.copy_(wide)
+
+    def conv3x3(
+        self,
+        padded: torch.Tensor,
+        weights: Any,
+        affine: Affine | None,
+        pad_rows: tuple[bool, bool],
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        scale: float,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """PyTorch's convolution of a channels-last block, the residual added on the way out."""
+        weight, bias = weights
+        result = self._conv(padded, weight, bias, work)
+        if residual is None:
+            out.copy_(result)
+        else:
+            torch.add(result, residual, out=out)
+        if scale != 1.0:
+            out.div_(scale)
+        return _moments(out, work) if statistics else None
+
+    def upsample(
+        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
+    ) -> Partial | None:
+        """Four 2x2 convolutions of the small map: both column phases of one row phase in one call.
+
+        A row of the large map with phase 0 sees the small rows i-1 and i, with phase 1 the rows i and i+1; columns
+        likewise, so phase 1's outputs stand one column further right. (width + 1) columns are computed for that.
+        """
+        n, width, channels = padded.shape[0] - 2, padded.shape[1], out.shape[2]
+        phases = out.view(n, 2, width, 2, channels)
+        kernels, bias = weights
+        for p, kernel in enumerate(kernels):
+            both = self._conv(padded[p : p + n + 1], kernel, bias, work)
+            phases[:, p, :, 0].copy_(both[:, :width, :channels])
+            phases[:, p, :, 1].copy_(both[:, 1:, channels:])
+            del both
+        return _moments(out, work) if statistics else None
+
+    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
+        """A matrix product over pixels."""
+        weight, bias = weights
+        flat, result = rows.view(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
+        if bias is None:
+            torch.mm(flat, weight.t(), out=result)
+        else:
+            torch.addmm(bias, flat, weight.t(), out=result)
+
+    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """(weight, bias) of q, k, v and out."""
+        convs = (layer.q, layer.k, layer.v, layer.out)
+        return [self.load(conv, "linear", dtype, part) for conv, part in zip(convs, into.chunk(4), strict=False)]
+
+    def attend(
+        self,
+        layer: Attention,
+        weights: Any,
+        queries: torch.Tensor,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """One head: the normalised map n is keys and values at once, so neither projection is ever stored.
+
+        q . (Wk n + bk) = (q Wk) . n + constant, and softmax does not see a constant per query; the weights of a row
+        sum to one, so sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
+        """
+        (wq, bq), (wk, _), (wv, bv), (wo, bo) = weights
+        flat = queries.view(1, -1, queries.shape[-1])
+        q = F.linear(F.linear(flat, wq, bq), wk.t())
+        mixed = F.scaled_dot_product_attention(
+            q[None], normed[None, None], normed[None, None], scale=layer.softmax_scale
+        )[0]
+        del q
+        result = F.linear(F.linear(mixed, wv, bv), wo, bo).view_as(out)
+        if layer.residual:
+            out.add_(result)
+        else:
+            out.copy_(result)
+        if layer.scale != 1.0:
+            out.div_(layer.scale)
+        return _moments(out, work) if statistics else None
+
+    def _conv(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows to rows: zero padding left and right, none above and below."""
+        image = _image(rows)
+        if not self._first(rows.dtype.itemsize):
+            return _pixels(F.conv2d(image, weight, bias, padding=(0, 1)))
+        image = _carve(work, image.shape, rows.dtype).copy_(image)
+        # F.conv2d leaves oneDNN for small blocks when there is one thread: the same image would change its last bits.
+        result: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
+        return _pixels(result)
+
+    def _weight(self, into: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The start of ``into`` as a (cout, cin, h, w) weight in the layout `_conv` wants."""
+        if self._first(dtype.itemsize):
+            return _carve(into, shape, dtype)
+        cout, cin, height, width = shape
+        return _carve(into, torch.Size((cout, height, width, cin)), dtype).permute(0, 3, 1, 2)
+
+    def _subpixel(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """Per row phase one (2*cout, cin, 2, 2) kernel, column phases one after the other; summed in float64."""
+        cout, cin = weight.shape[:2]
+        shape = torch.Size((2 * cout, cin, 2, 2))
+        kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
+        for start in range(0, cout, _FUSE_CHUNK):
+            part = weight[start : start + _FUSE_CHUNK].to(torch.float64)
+            for p, kernel in enumerate(kernels):
+                rows = _pair(part, p, 2)
+                for q in range(2):
+                    kernel[q * cout + start : q * cout + start + len(part)] = _pair(rows, q, 3).to(dtype)
+        return kernels, None if bias is None else torch.cat([bias, bias])
+
+
+def _image(rows: torch.Tensor) -> torch.Tensor:
+    """(n, W, C) rows as the (1, C, n, W) channels-last image they already are."""
+    return rows.permute(2, 0, 1).unsqueeze(0)
+
+
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    """The way back."""
+    return image.squeeze(0).permute(1, 2, 0)
+
+
+def _carve(work: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """The start of the workspace as a tensor."""
+    return work[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def _moments(block: torch.Tensor, work: torch.Tensor) -> Partial:
+    """Per channel: mean, then the squared deviations from it (two passes: no cancellation).
+
+    PyTorch's sum over the outer dimension adds pairwise, in an order that does not depend on the number of threads.
+    """
+    flat = block.view(-1, block.shape[-1])
+    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+    wide = _carve(work, flat.shape, dtype)
+    if block.dtype == dtype:
+        mean = flat.sum(0) / len(flat)
+        torch.sub(flat, mean, out=wide)
+    else:
+        wide.copy_(flat)
+        mean = wide.sum(0) / len(flat)
+        wide.sub_(mean)
+    return Partial(len(flat), mean, wide.square_().sum(0))
+
+
+def _pair(taps: torch.Tensor, phase: int, dim: int) -> torch.Tensor:
+    """Three taps along ``dim`` on the large map as two on the small one."""
+    a, b, c = taps.unbind(dim)
+    return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)

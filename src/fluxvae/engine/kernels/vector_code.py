@@ -1,0 +1,260 @@
+"""Explicit vector code for Numba: functions of addresses, written in LLVM's vectors of the host's width.
+
+Numba's own loop vectoriser neither keeps a block of products in registers nor vectorises a transform that reads and
+writes 64 streams. `vector_function` turns a Python function that writes LLVM code into one that compiled code calls;
+its arguments are addresses and byte strides (int64). LLVM lowers the vectors for any processor; `supported` says where
+that is worth while (a fused multiply-add in hardware).
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import struct
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import llvmlite.binding as llvm  # type: ignore[import-untyped]
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = [
+    "F32",
+    "LANES",
+    "REGISTERS",
+    "VECTOR",
+    "VECTOR_BYTES",
+    "WIDE",
+    "Code",
+    "fetch_add",
+    "supported",
+    "vector_function",
+]
+
+Matrix = Sequence[Sequence[Fraction]]
+
+
+def _registers() -> tuple[int, int]:
+    """(float32 lanes of a vector register, how many registers there are) on this machine."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 32
+    if features.get("avx2") and features.get("fma"):
+        return 8, 16
+    return 4, 32  # Arm's NEON; others are refused by `supported`
+
+
+LANES, REGISTERS = _registers()
+
+F32 = ir.FloatType()
+VECTOR = ir.VectorType(F32, LANES)
+WIDE = ir.VectorType(ir.DoubleType(), LANES)
+VECTOR_I = ir.VectorType(ir.IntType(32), LANES)
+I64 = ir.IntType(64)
+I32 = ir.IntType(32)
+VECTOR_BYTES = 4 * LANES
+
+
+def supported() -> str | None:
+    """None where these kernels run well, else why they do not."""
+    features = llvm.get_host_cpu_features()
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return None
+    if not (features.get("avx2") and features.get("fma")):
+        return "this processor has no AVX2 with fused multiply-add"
+    return None
+
+
+class Code:
+    """A little assembler over llvmlite's builder: float32 vectors at byte addresses."""
+
+    def __init__(self, function: ir.Function) -> None:
+        self.function = function
+        self.b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def i(self, value: int) -> ir.Constant:
+        return ir.Constant(I64, value)
+
+    def at(self, base: ir.Value, *offsets: ir.Value | int) -> ir.Value:
+        for offset in offsets:
+            base = self.b.add(base, self.i(offset) if isinstance(offset, int) else offset)
+        return base
+
+    def load(self, address: ir.Value, kind: ir.Type = VECTOR) -> ir.Value:
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
+
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for a cache line, into L2; never faults."""
+        module = self.function.module
+        function = module.globals.get("llvm.prefetch.p0")
+        if function is None:
+            kinds = [ir.IntType(8).as_pointer(), I32, I32, I32]
+            function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
+        flags = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, L2, data
+        self.b.call(function, [self.b.inttoptr(address, ir.IntType(8).as_pointer()), *flags])
+
+    def const(self, value: float, kind: ir.Type = VECTOR) -> ir.Constant:
+        return ir.Constant(kind, [value] * LANES)
+
+    def gather(self, address: ir.Value, stride: ir.Value) -> ir.Value:
+        """A vector of values ``stride`` bytes apart."""
+        vector = ir.Constant(VECTOR, ir.Undefined)
+        for lane in range(LANES):
+            value = self.load(self.at(address, self.b.mul(stride, self.i(lane))), F32)
+            vector = self.b.insert_element(vector, value, ir.Constant(I32, lane))
+        return vector
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        vector = self.b.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+        return self.b.shuffle_vector(vector, ir.Constant(VECTOR, ir.Undefined), zeros)
+
+    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        return self.intrinsic("llvm.fma", x, y, z)
+
+    def intrinsic(self, name: str, *arguments: ir.Value) -> ir.Value:
+        """LLVM's own function of that name for our vectors."""
+        kind = arguments[0].type
+        full = f"{name}.v{LANES}f{64 if kind == WIDE else 32}"
+        function = self.function.module.globals.get(full)
+        if function is None:
+            function = ir.Function(self.function.module, ir.FunctionType(kind, [kind] * len(arguments)), full)
+        return self.b.call(function, arguments)
+
+    def silu(self, y: ir.Value) -> ir.Value:
+        """y / (1 + exp(-y)), within 2 units in the last place.
+
+        exp(t) = 2**n exp(r) with n = round(t / ln 2) and |r| <= ln(2) / 2: there Taylor's polynomial of degree 7 is
+        exact to 6e-9. NaN stays NaN: the clamp only sees to the exponent's range.
+        """
+        b = self.b
+        t = b.fneg(y)
+        t = b.select(b.fcmp_ordered("<", t, self.const(88.0)), t, self.const(88.0))
+        t = b.select(b.fcmp_ordered(">", t, self.const(-87.0)), t, self.const(-87.0))
+        n = self.intrinsic("llvm.rint", b.fmul(t, self.const(_f32(1 / math.log(2)))))
+        high = _f32(math.log(2) * 2**12) // 1 / 2**12  # so few bits that n * high is exact
+        r = self.fma(n, self.const(-high), t)
+        r = self.fma(n, self.const(_f32(high - math.log(2))), r)
+        e = self.const(_f32(1 / math.factorial(7)))
+        for k in range(6, -1, -1):
+            e = self.fma(e, r, self.const(_f32(1 / math.factorial(k))))
+        exponent = b.shl(b.fptosi(n, VECTOR_I), ir.Constant(VECTOR_I, [23] * LANES))
+        e = b.bitcast(b.add(b.bitcast(e, VECTOR_I), exponent), VECTOR)
+        return b.fdiv(y, b.fadd(e, self.const(1.0)))
+
+    def locals(self, count: int) -> list[ir.Value]:
+        """Stack slots for vectors; LLVM keeps them in registers where it can."""
+        with self.b.goto_entry_block():
+            return [self.b.alloca(VECTOR) for _ in range(count)]
+
+    def array(self, count: int, kind: ir.Type = VECTOR) -> ir.Value:
+        """Vectors on the stack, indexed with gep."""
+        with self.b.goto_entry_block():
+            return self.b.alloca(kind, count)
+
+    def loop(self, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
+        """``for i in range(count): body(i)``, count at least 1."""
+        head = self.function.append_basic_block("loop")
+        before = self.b.block
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.phi(I64)
+        index.add_incoming(self.i(0), before)
+        body(index)
+        following = self.b.add(index, self.i(1))
+        index.add_incoming(following, self.b.block)
+        done = self.function.append_basic_block("done")
+        self.b.cbranch(self.b.icmp_signed("<", following, count), head, done)
+        self.b.position_at_end(done)
+
+    def combine(self, coefficients: Sequence[Fraction], values: Sequence[ir.Value]) -> ir.Value | None:
+        """sum_k coefficients[k] * values[k], the unit coefficients first, then fused multiply-adds."""
+        total: ir.Value | None = None
+        terms = [(c, v) for c, v in zip(coefficients, values, strict=True) if c != 0]
+        for c, v in sorted(terms, key=lambda term: {1: 0, -1: 1}.get(int(term[0]) if abs(term[0]) == 1 else 0, 2)):
+            if total is None:
+                total = v if c == 1 else self.b.fmul(v, self.const(float(c), v.type))
+            elif abs(c) == 1:
+                total = self.b.fadd(total, v) if c == 1 else self.b.fsub(total, v)
+            else:
+                total = self.fma(v, self.const(float(c), v.type), total)
+        return total
+
+    def rows_in_pairs(self, matrix: Matrix, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """``matrix @ values``; rows for points +a and -a share their even and odd halves."""
+        out: list[Any] = [None] * len(matrix)
+        for r, row in enumerate(matrix):
+            if out[r] is not None:
+                continue
+            if r + 1 < len(matrix) and all(
+                b == (-1) ** k * a for k, (a, b) in enumerate(zip(row, matrix[r + 1], strict=True))
+            ):
+                even = self.combine([c if k % 2 == 0 else Fraction(0) for k, c in enumerate(row)], values)
+                odd = self.combine([c if k % 2 == 1 else Fraction(0) for k, c in enumerate(row)], values)
+                out[r], out[r + 1] = self.b.fadd(even, odd), self.b.fsub(even, odd)
+            else:
+                out[r] = self.combine(row, values)
+        return out
+
+    def columns_in_pairs(self, matrix: Matrix, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """``matrix @ values``; columns for points +a and -a enter as their sum and their difference."""
+        values, columns = list(values), [list(column) for column in zip(*matrix, strict=True)]
+        k = 0
+        while k + 1 < len(columns):
+            if any(columns[k][1:]) and all(
+                b == (-1) ** r * a for r, (a, b) in enumerate(zip(*columns[k : k + 2], strict=True))
+            ):
+                plus, minus = self.b.fadd(*values[k : k + 2]), self.b.fsub(*values[k : k + 2])
+                values[k : k + 2] = [plus, minus]
+                columns[k + 1] = [c if r % 2 else Fraction(0) for r, c in enumerate(columns[k])]
+                columns[k] = [Fraction(0) if r % 2 else c for r, c in enumerate(columns[k])]
+                k += 1
+            k += 1
+        return [self.combine(row, values) for row in zip(*columns, strict=True)]
+
+
+def _f32(value: float) -> float:
+    """Rounded to float32, as llvmlite wants its constants."""
+    return struct.unpack("f", struct.pack("f", value))[0]  # type: ignore[no-any-return]
+
+
+def vector_function(name: str, count: int, emit: Callable[..., None]) -> Any:
+    """A Numba-callable ``name(int64 * count) -> None`` whose body ``emit(code, *arguments)`` writes."""
+
+    def define(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        module = builder.module
+        if name not in module.globals:
+            function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * count), name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            code = Code(function)
+            emit(code, *function.args)
+            code.b.ret_void()
+        builder.call(module.globals[name], arguments)
+        return context.get_dummy_value()
+
+    source = (
+        f"def {name}(typing, {', '.join(f'a{k}' for k in range(count))}):\n"
+        f"    return types.void({', '.join(['types.int64'] * count)}), define\n"
+    )
+    scope = {"types": types, "define": define}
+    exec(source, scope)  # Numba reads an intrinsic's arity from its Python signature
+    return intrinsic(scope[name])
+
+
+def _fetch_add(typing: Any, address: Any) -> Any:
+    """The counter at ``address`` (int64), which is one more afterwards; atomic."""
+
+    def define(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "seq_cst")
+
+    return types.int64(types.int64), define
+
+
+fetch_add: Any = intrinsic(_fetch_add)

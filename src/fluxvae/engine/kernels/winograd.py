@@ -1,0 +1,402 @@
+"""3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
+
+`winograd_loops` has the inner loops, `winograd_tasks` the order of work, `cpu_threads` the threads. What is not a
+float32 3x3 convolution of whole vectors of channels (the last layer's three, float64) goes to the direct kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.kernels.torch import _moments as moments
+from fluxvae.engine.kernels.vector_code import LANES
+from fluxvae.engine.kernels.winograd_loops import NR
+from fluxvae.engine.kernels.winograd_tasks import (
+    AFFINE,
+    COPY,
+    POSITIONS,
+    SILU,
+    STEP,
+    THIRD,
+    ConvJob,
+    LinearJob,
+    RowsJob,
+    WeightsJob,
+    affine_rows,
+    convolve,
+    linear_rows,
+    merge,
+    transform_weights,
+)
+from fluxvae.engine.network import Attention, Conv, parameters
+from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.plan import Call
+
+__all__ = ["WinogradKernels"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+_log = logging.getLogger(__name__)
+
+LINE = 64
+"""Bytes of a cache line."""
+LEAST_RUN, MOST_RUN = 24, 48
+"""Tiles of a task. Few: every task reads all of its weights. Many: its transformed tiles leave L2."""
+LEAST_SLICE = 128
+"""Output channels of a task, at least: every slice transforms its tiles again."""
+SLICE_COST = 0.06
+"""What that adds to a task, about."""
+LEAST_PIXELS = 1024
+"""Of a map: below, transforming the weights takes longer than the multiplications it saves."""
+PASS = 1 << 15
+"""Values of a task that only passes over pixels."""
+
+
+class Weights(NamedTuple):
+    """One layer's, ready for `WinogradKernels`."""
+
+    transformed: torch.Tensor
+    factor_bias: Array
+    """(2, cout) float32: ones, and the bias."""
+    cin: int
+    cout: int
+
+
+class LinearWeights(NamedTuple):
+    """A linear layer's, ready for `WinogradKernels`."""
+
+    panels: torch.Tensor
+    bias: torch.Tensor
+    """(cout,) float32."""
+    cin: int
+    cout: int
+
+
+class Cut(NamedTuple):
+    """How a call is cut into tasks: by its layer and size alone, so that its statistics always add up alike."""
+
+    across: int
+    tiles: int
+    run: int
+    units: int
+    """Runs of tiles."""
+    slices: int
+    """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
+    panels: int
+    """Of NR output channels, per slice."""
+    position_in: int
+    position_out: int
+    workers: int
+    """Threads that find work."""
+
+
+class WinogradKernels(TorchKernels):
+    """Winograd where it applies, PyTorch elsewhere."""
+
+    name = "winograd"
+    row_multiple = 6
+
+    # -- what the planner asks ---------------------------------------------------------------------------------
+
+    def macs(self, call: Call) -> int:
+        """Multiply-adds of one call; of the transforms, none."""
+        if not _applies(call):
+            return super().macs(call)
+        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        return POSITIONS * cut.tiles * call.cin * call.cout
+
+    def loaded(self, call: Call) -> int:
+        """Arena bytes of the transformed weights."""
+        if call.kind in ("linear", "attend") and _vectors(call.cin, call.cout, call.itemsize):
+            return (4 if call.kind == "attend" else 1) * _panel_bytes(call.cin, call.cout)
+        if not _applies(call):
+            return super().loaded(call)
+        return _transformed_bytes(call.cin, call.cout)
+
+    def overhead(self, call: Call) -> int:
+        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        if not _applies(call):
+            return super().overhead(call)
+        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        small = POSITIONS * call.cin * 4 + 5 * call.cout * 4
+        return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
+
+    def workspace(self, call: Call) -> int:
+        """Arena bytes: every thread's transformed tiles and products."""
+        if not _applies(call):
+            return super().workspace(call)
+        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        # The last block of a map has fewer tiles, which may make longer runs, and wider slices: room for the longest.
+        run = min(_rounded(_most(call.cin)), _rounded(cut.tiles))
+        return cut.workers * _scratch(run, call.cin, -(-call.cout // NR))
+
+    # -- what the sweeps ask -----------------------------------------------------------------------------------
+
+    def prepare(self) -> float:
+        """Compile what this machine has not compiled yet, or load it from Numba's cache; seconds it took.
+
+        Calls need no preparation; this is for a caller that wants to say what it is waiting for.
+        """
+        start = time.perf_counter()
+        done = np.ones(1, np.int64)  # a counter past the last task: there is nothing to do
+        convolve(ConvJob(*[1] * len(ConvJob._fields)), np.empty((2, 1), np.float32), np.empty((3, 1, 1)), done, 0)
+        merge(np.zeros((3, 1, 1)), np.zeros((3, 1)))
+        transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
+        linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
+        affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            _log.info("compiled the Winograd kernels in %.1f s; Numba keeps them for the next process", seconds)
+        return seconds
+
+    def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """The weights transformed in float64 and rounded once."""
+        # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
+        if kind == "linear" and _vectors(conv.cin, conv.cout, dtype.itemsize):
+            return _linear_weights(*parameters(conv.module), into)
+        planned = into.numel() >= _transformed_bytes(conv.cin, conv.cout)
+        if kind not in ("conv3", "up") or not planned or not _vectors(conv.cin, conv.cout, dtype.itemsize):
+            return super().load(conv, kind, dtype, into)
+        weight, bias = parameters(conv.module)
+        weight = weight.float()
+        kernel, channel, row, column = (4 * stride for stride in weight.stride())
+        job = WeightsJob(
+            src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
+            cin=conv.cin, cout=conv.cout, position=_position_weights(conv.cin, conv.cout),
+        )  # fmt: skip
+        _share(transform_weights, job, conv.cout // LANES)
+        factor_bias = np.ones((2, conv.cout), np.float32)
+        factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
+        return Weights(into, factor_bias, conv.cin, conv.cout)
+
+    def prologue(
+        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+    ) -> None:
+        """One pass, by our threads: PyTorch's would still be spinning when ours start."""
+        channels = rows.shape[-1]
+        if not _vectors(channels, channels, rows.element_size()):
+            super().prologue(rows, affine, silu, out, work)
+            return
+        if affine is None and rows.data_ptr() == out.data_ptr():
+            return
+        scale, shift = (0, 0) if affine is None else (affine.scale.data_ptr(), affine.shift.data_ptr())
+        pixels = rows.numel() // channels
+        run = max(1, PASS // channels)
+        job = RowsJob(
+            src=rows.data_ptr(), dst=out.data_ptr(), scale=scale, shift=shift, pixels=pixels, channels=channels,
+            run=run, what=COPY if affine is None else SILU if silu else AFFINE,
+        )  # fmt: skip
+        _share(affine_rows, job, -(-pixels // run))
+
+    def conv3x3(
+        self,
+        padded: torch.Tensor,
+        weights: Any,
+        affine: Affine | None,
+        pad_rows: tuple[bool, bool],
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        scale: float,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """F(6, 3)."""
+        if not isinstance(weights, Weights):
+            return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
+        if scale != 1.0:
+            weights = weights._replace(factor_bias=(weights.factor_bias / scale).astype(np.float32))
+        return _convolve("conv3", padded, weights, out, residual, statistics, work)
+
+    def upsample(
+        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
+    ) -> Partial | None:
+        """F(6, 3) on the large map, which is never built: see `winograd_loops.PIXELS_UP`."""
+        if not isinstance(weights, Weights):
+            return super().upsample(padded, weights, out, statistics, work)
+        return _convolve("up", padded, weights, out, None, statistics, work)
+
+    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
+        """Our products: MKL's, of few rows, depend on the number of threads."""
+        if not isinstance(weights, LinearWeights):
+            super().linear(rows, weights, out)
+            return
+        count = rows.numel() // weights.cin
+        run = min(MOST_RUN, _rounded(count))
+        job = LinearJob(
+            src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
+            rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
+        )  # fmt: skip
+        _share(linear_rows, job, job.tasks)
+
+    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """The four projections; the keys' the other way round, see `attend`."""
+        if not _vectors(layer.q.cin, layer.q.cout, dtype.itemsize) or layer.q.cin != layer.q.cout:
+            return super().load_attention(layer, dtype, into)
+        weights = [parameters(conv.module) for conv in (layer.q, layer.k, layer.v, layer.out)]
+        weights[1] = (weights[1][0].reshape(layer.k.cout, layer.k.cin).t(), None)
+        return [_linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
+
+    def attend(
+        self,
+        layer: Attention,
+        weights: Any,
+        queries: torch.Tensor,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """As `TorchKernels.attend`, with our own products around PyTorch's fused attention."""
+        if not isinstance(weights[0], LinearWeights):
+            return super().attend(layer, weights, queries, normed, out, statistics, work)
+        q, k, v, o = weights
+        flat = queries.view(-1, queries.shape[-1])
+        first, second = torch.empty_like(flat), torch.empty_like(flat)
+        self.linear(flat, q, first)
+        self.linear(first, k, second)
+        mixed = F.scaled_dot_product_attention(
+            second[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
+        )
+        self.linear(mixed.contiguous(), v, first)
+        self.linear(first, o, second)
+        result = second.view_as(out)
+        if layer.residual:
+            out.add_(result)
+        else:
+            out.copy_(result)
+        if layer.scale != 1.0:
+            out.div_(layer.scale)
+        return moments(out, work) if statistics else None
+
+
+def _applies(call: Call) -> bool:
+    """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
+    worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
+    return call.kind in ("conv3", "up") and worthwhile and _vectors(call.cin, call.cout, call.itemsize)
+
+
+def _vectors(cin: int, cout: int, itemsize: int) -> bool:
+    """float32, and whole vectors of channels."""
+    return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0
+
+
+def _enlarge(kind: str) -> int:
+    return 2 if kind == "up" else 1
+
+
+def _panel_bytes(cin: int, cout: int) -> int:
+    """Bytes of a linear layer's weights in panels."""
+    return cin * -(-cout // NR) * NR * 4
+
+
+def _linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> LinearWeights:
+    """(cout, cin) or (cout, cin, 1, 1) as (panels, cin, NR); beyond cout, arbitrary."""
+    cout, cin = weight.shape[:2]
+    panels = into[: _panel_bytes(cin, cout)].view(torch.float32).view(-1, cin, NR)
+    for index, panel in enumerate(panels):
+        part = weight.reshape(cout, cin)[index * NR : (index + 1) * NR]
+        panel[:, : len(part)] = part.t()
+    return LinearWeights(panels, torch.zeros(cout) if bias is None else bias.float(), cin, cout)
+
+
+def _position_weights(cin: int, cout: int) -> int:
+    """Bytes of one position's weights."""
+    return _odd_lines(cin * -(-cout // NR) * NR * 4)
+
+
+def _transformed_bytes(cin: int, cout: int) -> int:
+    """Bytes of a layer's transformed weights."""
+    return POSITIONS * _position_weights(cin, cout)
+
+
+def _cut(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
+    """``rows`` and ``width`` of the input."""
+    across = -(-width * _enlarge(kind) // STEP)
+    tiles = across * -(-rows * _enlarge(kind) // STEP)
+    run = _rounded(-(-tiles // -(-tiles // _most(cin))))
+    units = -(-tiles // run)
+    threads, total = cpu_threads.count(), -(-cout // NR)
+
+    def cost(slices: int) -> float:
+        return -(-units * slices // threads) / slices * (1 + SLICE_COST * slices)
+
+    slices = min(
+        (k for k in range(1, total + 1) if total % k == 0 and total // k * NR >= min(LEAST_SLICE, cout)), key=cost
+    )
+    panels = total // slices
+    return Cut(
+        across, tiles, run, units, slices, panels,
+        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(threads, units * slices),
+    )  # fmt: skip
+
+
+def _most(cin: int) -> int:
+    """Tiles of a task, at most."""
+    return min(max(cin // 8, LEAST_RUN), MOST_RUN)
+
+
+def _rounded(tiles: int) -> int:
+    """Up to whole blocks of products."""
+    return -(-tiles // THIRD) * THIRD
+
+
+def _scratch(run: int, cin: int, panels: int) -> int:
+    """Bytes a thread needs: transformed tiles, and products."""
+    return POSITIONS * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
+
+
+def _odd_lines(nbytes: int) -> int:
+    """At least so many bytes, in an odd number of cache lines: 64 positions then lie in 64 different cache sets."""
+    return (-(-nbytes // LINE) | 1) * LINE
+
+
+def _convolve(
+    kind: str,
+    padded: torch.Tensor,
+    weights: Weights,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    statistics: bool,
+    work: torch.Tensor,
+) -> Partial | None:
+    rows, width = padded.shape[0] - 2, padded.shape[1]
+    cin, cout, enlarge = weights.cin, weights.cout, _enlarge(kind)
+    cut = _cut(kind, cin, cout, rows, width)
+    row = out.shape[1] * cout * 4
+    # Threads that the work was not planned for, or that were added since, have no scratch.
+    scratch = _scratch(cut.run, cin, cut.panels)
+    workers = min(cut.workers, work.numel() // scratch)
+    if workers < 1:
+        raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
+    job = ConvJob(
+        src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
+        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=rows * enlarge, columns=width * enlarge,
+        cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
+        weights=weights.transformed.data_ptr(), position_weights=_position_weights(cin, cout),
+        panels=cut.panels, slices=cut.slices,
+        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, tasks=cut.units * cut.slices,
+        position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
+        scratch_bytes=scratch,
+    )  # fmt: skip
+    stats = np.empty((3, cut.units, cout))
+    counter = np.zeros(1, np.int64)
+    cpu_threads.run(lambda worker: convolve(job, weights.factor_bias, stats, counter, worker), workers)
+    if not statistics:
+        return None
+    merged = torch.empty(3, cout, dtype=torch.float64)
+    merge(stats, merged.numpy())
+    return Partial(rows * width * enlarge**2, merged[1], merged[2])
+
+
+def _share(function: Any, job: Any, tasks: int) -> None:
+    """Run a compiled function that takes its tasks from a counter."""
+    counter = np.zeros(1, np.int64)
+    cpu_threads.run(lambda _: function(job, counter), min(cpu_threads.count(), tasks))

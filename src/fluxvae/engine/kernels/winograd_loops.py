@@ -1,0 +1,331 @@
+"""The inner loops of the Winograd kernels: products, transforms, affine and SiLU, for Numba code to call.
+
+Every output value is one chain of operations in a fixed order, whatever block it is computed in: the same bits for any
+cut into tiles, tasks and threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from fluxvae.engine.kernels.vector_code import F32, LANES, REGISTERS, VECTOR, VECTOR_BYTES, WIDE, Code, vector_function
+from fluxvae.engine.kernels.winograd_matrices import toom_cook
+
+Matrix = Sequence[Sequence[Fraction]]
+
+NR = 2 * LANES
+"""Output channels of one register block of products."""
+PIXELS = (0, 1, 2, 3, 4, 5, 6, 7)
+PIXELS_UP = (0, 1, 1, 2, 2, 3, 3, 4)
+"""Of the small map, the pixels under a tile of the nearest-2x map: its first input is the odd one of a pair, since
+tiles of 6 begin one pixel before an even position. So the large map need not exist."""
+CHAIN = 32
+"""Products added one after the other before their sum joins the total: rounding errors grow with the square root of a
+chain's length, so short chains make K = 512 as accurate as K = 64."""
+TILES = 12 if REGISTERS == 32 else 6
+"""Winograd tiles of one register block: 24 (12) accumulators, the rest for operands. Ends use a third or two of it."""
+
+
+# -- the products --------------------------------------------------------------------------------------------------
+
+
+def _products(tiles: int) -> Any:
+    """``products(a, a_block, b, blocks, c, ahead, pace)``: (tiles x K) times (K x NR), K = blocks * LANES, into ``c``.
+
+    ``a``: one float32 matrix per LANES of K, (tiles, LANES) each, ``a_block`` bytes apart. ``b``: (K, NR) contiguous.
+    ``c``: (tiles, NR) contiguous. Each value is a sum of chains of CHAIN fused multiply-adds,
+    over K in ascending order. Meanwhile ``pace`` bytes per k are fetched from ``ahead`` into L2.
+    """
+
+    def emit(
+        x: Code, a: ir.Value, a_block: ir.Value, b: ir.Value, blocks: ir.Value, c: ir.Value, ahead: ir.Value,
+        pace: ir.Value,
+    ) -> None:  # fmt: skip
+        sums = x.locals(tiles * 2)
+
+        def chain(index: ir.Value) -> None:
+            first = x.b.mul(index, x.i(CHAIN // LANES))
+            left, right = x.at(a, x.b.mul(first, a_block)), x.at(b, x.b.mul(first, x.i(LANES * NR * 4)))
+            for slot in sums:
+                x.b.store(x.const(0.0), slot)
+
+            def block(index: ir.Value) -> None:
+                distant = x.at(ahead, x.b.mul(x.b.mul(x.b.add(first, index), x.i(LANES)), pace))
+                corner, panel = x.at(left, x.b.mul(index, a_block)), x.at(right, x.b.mul(index, x.i(LANES * NR * 4)))
+
+                def step(k: ir.Value) -> None:
+                    row, column = x.at(panel, x.b.mul(k, x.i(NR * 4))), x.at(corner, x.b.mul(k, x.i(4)))
+                    vectors = [x.load(x.at(row, w * VECTOR_BYTES)) for w in range(2)]
+                    x.prefetch(x.at(distant, x.b.mul(k, pace)))
+                    for t in range(tiles):
+                        scalar = x.splat(x.load(x.at(column, t * VECTOR_BYTES), F32))
+                        for w in range(2):
+                            slot = sums[2 * t + w]
+                            x.b.store(x.fma(scalar, vectors[w], x.b.load(slot)), slot)
+
+                x.loop(x.i(LANES), step)
+
+            rest = x.b.sub(blocks, first)
+            whole = x.i(CHAIN // LANES)
+            x.loop(x.b.select(x.b.icmp_signed("<", rest, whole), rest, whole), block)
+            with x.b.if_else(x.b.icmp_signed("==", index, x.i(0))) as (start, later):
+                with start:
+                    for k, slot in enumerate(sums):
+                        x.store(x.b.load(slot), x.at(c, k * VECTOR_BYTES))
+                with later:
+                    for k, slot in enumerate(sums):
+                        where = x.at(c, k * VECTOR_BYTES)
+                        x.store(x.b.fadd(x.load(where), x.b.load(slot)), where)
+
+        x.loop(x.b.sdiv(x.b.add(blocks, x.i(CHAIN // LANES - 1)), x.i(CHAIN // LANES)), chain)
+
+    return vector_function(f"fluxvae_products_{tiles}", 7, emit)
+
+
+products_3, products_2, products_1 = _products(TILES), _products(TILES // 3 * 2), _products(TILES // 3)
+
+
+# -- the transforms ------------------------------------------------------------------------------------------------
+
+
+def _input_transform(bt: Matrix, pixels: Sequence[int]) -> Any:
+    """``input_transform(src, row, column, dst, position, block, blocks)``: one tile, all its channels.
+
+    Reads pixels, ``row`` and ``column`` bytes apart, of blocks * LANES channels, in both directions the ones that
+    ``pixels`` lists (one entry per input of the tile); writes BT d B, position (i, j) at dst + (n i + j) * position, a
+    block of LANES channels every ``block`` bytes.
+    """
+    n, read = len(bt), max(pixels) + 1
+
+    def emit(
+        x: Code, src: ir.Value, row: ir.Value, column: ir.Value, dst: ir.Value, position: ir.Value, block: ir.Value,
+        blocks: ir.Value,
+    ) -> None:  # fmt: skip
+        half = x.array(n * read)
+        rows = [x.b.mul(row, x.i(i)) for i in range(read)]
+        positions = [x.b.mul(position, x.i(j)) for j in range(n)]
+
+        def transform(values: list[ir.Value]) -> list[ir.Value]:
+            return x.rows_in_pairs(bt, [values[k] for k in pixels])
+
+        def channels(index: ir.Value) -> None:
+            source = x.at(src, x.b.mul(index, x.i(VECTOR_BYTES)))
+            target = x.at(dst, x.b.mul(index, block))
+
+            def columns(j: ir.Value) -> None:
+                top = x.at(source, x.b.mul(j, column))
+                for i, value in enumerate(transform([x.load(x.at(top, rows[i])) for i in range(read)])):
+                    x.b.store(value, x.b.gep(half, [x.b.add(j, x.i(read * i))]))
+
+            def across(i: ir.Value) -> None:
+                first = x.b.mul(i, x.i(read))
+                left = x.at(target, x.b.mul(x.b.mul(i, x.i(n)), position))
+                values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(read)]
+                for j, value in enumerate(transform(values)):
+                    x.store(value, x.at(left, positions[j]))
+
+            x.loop(x.i(read), columns)
+            x.loop(x.i(n), across)
+
+        x.loop(blocks, channels)
+
+    return vector_function(f"fluxvae_input_transform_{read}", 7, emit)
+
+
+def _output_transform(at: Matrix, residual: bool) -> Any:
+    """``output_transform(src, position, panel, dst, row, column, rows, columns, extra, terms, terms_step, vectors)``.
+
+    One tile, ``vectors`` * LANES channels: y = (AT m A + residual) * factor + bias, and its statistics.
+
+    ``src``: position (i, j) at src + (n i + j) * position, two vectors side by side, then ``panel`` bytes on.
+    ``dst``: pixels ``row`` and ``column`` bytes apart, of which the first ``rows`` x ``columns`` are written.
+    ``extra``: the residual, laid out as ``dst`` (its address minus dst's; unused without one).
+    ``terms``: five float32 rows ``terms_step`` bytes apart: factor, bias, and, updated, shift, sum of (y - shift) and
+    sum of (y - shift)**2.
+    """
+    m, n = len(at), len(at[0])
+
+    def emit(
+        x: Code, src: ir.Value, position: ir.Value, panel: ir.Value, dst: ir.Value, row: ir.Value, column: ir.Value,
+        rows: ir.Value, columns: ir.Value, extra: ir.Value, terms: ir.Value, terms_step: ir.Value, vectors: ir.Value,
+    ) -> None:  # fmt: skip
+        half = x.array(m * n)
+        positions = [x.b.mul(position, x.i(n * i)) for i in range(n)]
+        total, squares = x.locals(2)
+        terms_at = [x.b.mul(terms_step, x.i(k)) for k in range(5)]
+
+        def channels(index: ir.Value) -> None:
+            pair, odd = x.b.lshr(index, x.i(1)), x.b.and_(index, x.i(1))
+            source = x.at(src, x.b.mul(pair, panel), x.b.mul(odd, x.i(VECTOR_BYTES)))
+            offset = x.b.mul(index, x.i(VECTOR_BYTES))
+            target, own = x.at(dst, offset), x.at(terms, offset)
+            factor, bias, shift = (x.load(x.at(own, terms_at[k])) for k in range(3))
+            x.b.store(x.load(x.at(own, terms_at[3])), total)
+            x.b.store(x.load(x.at(own, terms_at[4])), squares)
+
+            def down(j: ir.Value) -> None:
+                top = x.at(source, x.b.mul(j, position))
+                values = [x.load(x.at(top, positions[i])) for i in range(n)]
+                for i, value in enumerate(x.columns_in_pairs(at, values)):
+                    x.b.store(value, x.b.gep(half, [x.b.add(j, x.i(n * i))]))
+
+            def across(i: ir.Value) -> None:
+                first = x.b.mul(i, x.i(n))
+                values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(n)]
+                pixel = x.at(target, x.b.mul(i, row))
+                for j, value in enumerate(x.columns_in_pairs(at, values)):
+                    with x.b.if_then(x.b.icmp_signed("<", x.i(j), columns), likely=True):
+                        if residual:
+                            value = x.b.fadd(value, x.load(x.at(pixel, extra)))
+                        value = x.fma(value, factor, bias)
+                        x.store(value, pixel)
+                        apart = x.b.fsub(value, shift)
+                        x.b.store(x.b.fadd(x.b.load(total), apart), total)
+                        x.b.store(x.fma(apart, apart, x.b.load(squares)), squares)
+                    pixel = x.at(pixel, column)
+
+            x.loop(x.i(n), down)
+            x.loop(rows, across)
+            x.store(x.b.load(total), x.at(own, terms_at[3]))
+            x.store(x.b.load(squares), x.at(own, terms_at[4]))
+
+        x.loop(vectors, channels)
+
+    return vector_function(f"fluxvae_output_transform_{residual:d}", 12, emit)
+
+
+def _kernel_transform(g: Matrix) -> Any:
+    """``kernel_transform(src, kernel, row, column, dst, position)``: LANES kernels, G g GT, in float64, rounded once.
+
+    ``src``: tap (i, j) of kernel k at src + k * kernel + i * row + j * column; ``dst``: position p at
+    dst + p * position, the kernels side by side.
+    """
+    n = len(g)
+
+    def emit(
+        x: Code, src: ir.Value, kernel: ir.Value, row: ir.Value, column: ir.Value, dst: ir.Value, position: ir.Value
+    ) -> None:
+        half = x.array(n * 3, WIDE)
+
+        def down(j: ir.Value) -> None:
+            top = x.at(src, x.b.mul(j, column))
+            taps = [x.at(top, x.b.mul(row, x.i(i))) for i in range(3)]
+            values = [x.b.fpext(x.gather(tap, kernel), WIDE) for tap in taps]
+            for i, coefficients in enumerate(g):
+                x.b.store(x.combine(coefficients, values), x.b.gep(half, [x.b.add(j, x.i(3 * i))]))
+
+        def across(i: ir.Value) -> None:
+            first = x.b.mul(i, x.i(3))
+            values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(3)]
+            target = x.at(dst, x.b.mul(x.b.mul(i, x.i(n)), position))
+            for coefficients in g:
+                x.store(x.b.fptrunc(x.combine(coefficients, values), VECTOR), target)
+                target = x.at(target, position)
+
+        x.loop(x.i(3), down)
+        x.loop(x.i(n), across)
+
+    return vector_function("fluxvae_kernel_transform", 6, emit)
+
+
+_F63 = toom_cook(6, 3)
+input_transform = _input_transform(_F63.bt, PIXELS)
+input_transform_up = _input_transform(_F63.bt, PIXELS_UP)
+output_transform = _output_transform(_F63.at, residual=False)
+output_transform_residual = _output_transform(_F63.at, residual=True)
+kernel_transform = _kernel_transform(_F63.g)
+
+
+# -- pixel by pixel ------------------------------------------------------------------------------------------------
+
+
+def _affine(silu: bool) -> Any:
+    """``f(src, dst, scale, shift, pixels, vectors)``: y = x * scale + shift, then y / (1 + exp(-y)) if ``silu``."""
+
+    def emit(
+        x: Code, src: ir.Value, dst: ir.Value, scale: ir.Value, shift: ir.Value, pixels: ir.Value, vectors: ir.Value
+    ) -> None:
+        size = x.b.mul(vectors, x.i(VECTOR_BYTES))
+
+        def pixel(index: ir.Value) -> None:
+            start = x.b.mul(index, size)
+
+            def channels(vector: ir.Value) -> None:
+                offset = x.b.mul(vector, x.i(VECTOR_BYTES))
+                where = x.b.add(start, offset)
+                y = x.fma(x.load(x.at(src, where)), x.load(x.at(scale, offset)), x.load(x.at(shift, offset)))
+                x.store(x.silu(y) if silu else y, x.at(dst, where))
+
+            x.loop(vectors, channels)
+
+        x.loop(pixels, pixel)
+
+    return vector_function(f"fluxvae_affine_{silu:d}", 6, emit)
+
+
+affine, affine_silu = _affine(False), _affine(True)
+
+
+def _copy() -> Any:
+    """``copy(src, dst, vectors)``; zeros where ``src`` is 0."""
+
+    def emit(x: Code, src: ir.Value, dst: ir.Value, vectors: ir.Value) -> None:
+        def one(index: ir.Value) -> None:
+            offset = x.b.mul(index, x.i(VECTOR_BYTES))
+            value = x.locals(1)[0]
+            x.b.store(x.const(0.0), value)
+            with x.b.if_then(x.b.icmp_signed("!=", src, x.i(0)), likely=True):
+                x.b.store(x.load(x.at(src, offset)), value)
+            x.store(x.b.load(value), x.at(dst, offset))
+
+        x.loop(vectors, one)
+
+    return vector_function("fluxvae_copy", 3, emit)
+
+
+copy = _copy()
+
+
+def _gather_tiles() -> Any:
+    """``gather_tiles(src, row, dst, block, rows, blocks)``: rows of blocks * LANES values as `products` wants them.
+
+    ``row`` bytes apart in ``src``; in ``dst`` one (rows, LANES) matrix per block, ``block`` bytes apart.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, row: ir.Value, dst: ir.Value, block: ir.Value, rows: ir.Value, blocks: ir.Value
+    ) -> None:
+        def one(index: ir.Value) -> None:
+            source, target = x.at(src, x.b.mul(index, row)), x.at(dst, x.b.mul(index, x.i(VECTOR_BYTES)))
+
+            def channels(k: ir.Value) -> None:
+                value = x.load(x.at(source, x.b.mul(k, x.i(VECTOR_BYTES))))
+                x.store(value, x.at(target, x.b.mul(k, block)))
+
+            x.loop(blocks, channels)
+
+        x.loop(rows, one)
+
+    return vector_function("fluxvae_gather_tiles", 6, emit)
+
+
+def _add_bias() -> Any:
+    """``add_bias(src, panel, dst, bias, vectors)``: a row of `products`, panels ``panel`` bytes apart, plus a bias."""
+
+    def emit(x: Code, src: ir.Value, panel: ir.Value, dst: ir.Value, bias: ir.Value, vectors: ir.Value) -> None:
+        def channels(index: ir.Value) -> None:
+            pair, odd = x.b.lshr(index, x.i(1)), x.b.and_(index, x.i(1))
+            offset = x.b.mul(index, x.i(VECTOR_BYTES))
+            value = x.load(x.at(src, x.b.mul(pair, panel), x.b.mul(odd, x.i(VECTOR_BYTES))))
+            x.store(x.b.fadd(value, x.load(x.at(bias, offset))), x.at(dst, offset))
+
+        x.loop(vectors, channels)
+
+    return vector_function("fluxvae_add_bias", 5, emit)
+
+
+gather_tiles, add_bias = _gather_tiles(), _add_bias()

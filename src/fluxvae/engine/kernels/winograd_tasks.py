@@ -1,0 +1,363 @@
+"""The work of one Winograd convolution as tasks that threads take from a counter. Compiled by Numba, without the GIL.
+
+A task is a run of tiles and a slice of output channels, taken by one thread from input to output: transform the tiles,
+multiply position by position, transform back with bias, residual and statistics. Its products stay in that thread's
+cache, and no thread waits for another. Which thread does a task changes nothing in its result.
+
+Addresses and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from fluxvae.engine.kernels.vector_code import LANES, fetch_add
+from fluxvae.engine.kernels.winograd_loops import (
+    NR,
+    TILES,
+    add_bias,
+    affine,
+    affine_silu,
+    copy,
+    gather_tiles,
+    input_transform,
+    input_transform_up,
+    kernel_transform,
+    output_transform,
+    output_transform_residual,
+    products_1,
+    products_2,
+    products_3,
+)
+
+__all__ = [
+    "ConvJob",
+    "LinearJob",
+    "RowsJob",
+    "WeightsJob",
+    "affine_rows",
+    "convolve",
+    "linear_rows",
+    "merge",
+    "transform_weights",
+]
+
+VECTOR_CODE = "6cc9ab085fdfa8ac"
+"""Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
+STEP = 6
+"""Outputs of a tile, in each direction."""
+SIZE = 8
+"""Its inputs."""
+SIZE_UP = 5
+"""Its inputs on the small map, where that is enlarged."""
+POSITIONS = SIZE * SIZE
+THIRD = TILES // 3
+"""Runs of tiles are multiples of this: the products' smallest block."""
+
+
+def _compiled(function: Callable[..., None]) -> Any:
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # nowhere to keep compiled code: neither beside this file nor in the user's cache folder
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+class ConvJob(NamedTuple):
+    """One call of conv3x3 or upsample."""
+
+    src: int
+    src_row: int
+    src_column: int
+    src_rows: int
+    """Rows there are, halo included; outside of them and of the columns, zeros."""
+    src_columns: int
+    cin: int
+    dst: int
+    dst_row: int
+    dst_column: int
+    rows: int
+    """Of the output."""
+    columns: int
+    cout: int
+    enlarge: int
+    """1: a convolution of the map; 2: of the map enlarged twice, nearest."""
+    residual: int
+    """Address of the residual minus that of the output; -1: none."""
+    weights: int
+    """(positions, panels, cin, NR) float32."""
+    position_weights: int
+    """Bytes of one position's weights, padding included."""
+    panels: int
+    """Panels of NR output channels in one slice."""
+    slices: int
+    tiles_across: int
+    tiles: int
+    run: int
+    """Tiles of one task."""
+    tasks: int
+    position_in: int
+    """Bytes between two positions of the transformed tiles."""
+    position_out: int
+    """The same of the products."""
+    scratch: int
+    scratch_bytes: int
+    """Per thread."""
+
+
+@_compiled
+def add_tile(stats: Any, terms: Any, before: int, pixels: int) -> int:
+    """Join a tile's sums, which lie around a shift, to the statistics so far; their mean is the next tile's shift.
+
+    float32 sums around a nearby shift, joined in float64 (Chan, Golub and LeVeque 1979), lose nothing to cancellation:
+    what a far shift costs a tile is small against what the distance itself adds to the squared deviations.
+    """
+    after = before + pixels
+    share, weight, inverse = pixels / after, before * pixels / after, 1.0 / pixels
+    for c in range(stats.shape[1]):
+        total = np.float64(terms[3, c])
+        apart = terms[2, c] + total * inverse - stats[0, c]
+        stats[0, c] += apart * share
+        stats[1, c] += max(terms[4, c] - total * total * inverse, 0.0) + apart * apart * weight
+        terms[2, c] = stats[0, c]
+    return after
+
+
+@_compiled
+def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: int) -> None:
+    """Take tasks until none is left.
+
+    Args:
+        factor_bias: (2, cout) float32: outputs are multiplied by the one, then the other is added.
+        stats: (3, tasks without slices, cout) float64, filled: count, mean, sum of squared deviations.
+        counter: (1,) int64, starting at 0.
+        worker: which scratch is this thread's.
+    """
+    lane_bytes = 4 * LANES
+    transformed = job.scratch + worker * job.scratch_bytes
+    multiplied = transformed + POSITIONS * job.position_in
+    blocks = job.cin // LANES
+    block_bytes = job.run * lane_bytes
+    panel_out = job.run * NR * 4
+    panel_weights = job.cin * NR * 4
+    slice_width = job.panels * NR
+    patch = np.empty(POSITIONS * job.cin, np.float32)
+    terms = np.empty((5, slice_width), np.float32)
+    terms_step = slice_width * 4
+    size = SIZE if job.enlarge == 1 else SIZE_UP
+    src_step = STEP // job.enlarge
+    patch_at = patch.ctypes.data
+    terms_at = terms.ctypes.data
+    while True:
+        task = fetch_add(counter.ctypes.data)
+        if task >= job.tasks:
+            return
+        part = task % job.slices
+        unit = task // job.slices
+        first = unit * job.run
+        count = min(job.run, job.tiles - first)
+
+        for t in range(count):
+            tile = first + t
+            top = tile // job.tiles_across * src_step
+            left = tile % job.tiles_across * src_step - 1
+            target = transformed + t * lane_bytes
+            src, row, column = job.src + top * job.src_row + left * job.src_column, job.src_row, job.src_column
+            if top + size > job.src_rows or left < 0 or left + size > job.src_columns:
+                for i in range(size):
+                    for j in range(size):
+                        inside = top + i < job.src_rows and left + j >= 0 and left + j < job.src_columns
+                        pixel = src + i * job.src_row + j * job.src_column
+                        copy(pixel if inside else 0, patch_at + (i * size + j) * job.cin * 4, blocks)
+                src, row, column = patch_at, size * job.cin * 4, job.cin * 4
+            if job.enlarge == 1:
+                input_transform(src, row, column, target, job.position_in, block_bytes, blocks)
+            else:
+                input_transform_up(src, row, column, target, job.position_in, block_bytes, blocks)
+
+        first_weights = job.weights + part * job.panels * panel_weights
+        pace = NR * 4 // (-(-count // TILES))
+        for position in range(POSITIONS):
+            for panel in range(job.panels):
+                weights = first_weights + position * job.position_weights + panel * panel_weights
+                next_weights = weights + panel_weights
+                left_at = transformed + position * job.position_in
+                out_at = multiplied + position * job.position_out + panel * panel_out
+                done = 0
+                while done < count:
+                    left_row, out_row = left_at + done * lane_bytes, out_at + done * NR * 4
+                    ahead = next_weights + done // TILES * pace * job.cin
+                    rest = count - done
+                    if rest > 2 * THIRD:
+                        products_3(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
+                    elif rest > THIRD:
+                        products_2(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
+                    else:
+                        products_1(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
+                    done += TILES
+
+        channel = part * slice_width
+        width = min(slice_width, job.cout - channel)
+        for c in range(width):
+            terms[0, c] = factor_bias[0, channel + c]
+            terms[1, c] = factor_bias[1, channel + c]
+            terms[2:5, c] = 0.0
+        stats[:, unit, channel : channel + width] = 0.0
+        pixels = 0
+        for t in range(-1, count):  # the first one's first pixel twice: it becomes the statistics' first shift
+            tile = first + max(t, 0)
+            y = tile // job.tiles_across * STEP
+            x = tile % job.tiles_across * STEP
+            target = job.dst + y * job.dst_row + x * job.dst_column + channel * 4
+            source = multiplied + max(t, 0) * NR * 4
+            rows, columns = min(STEP, job.rows - y), min(STEP, job.columns - x)
+            residual = job.residual
+            if t < 0:
+                rows, columns = 1, 1
+                residual += target - (terms_at + 2 * terms_step)
+                target = terms_at + 2 * terms_step
+            if job.residual == -1:
+                output_transform(
+                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
+                    0, terms_at, terms_step, width // LANES,
+                )  # fmt: skip
+            else:
+                output_transform_residual(
+                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
+                    residual, terms_at, terms_step, width // LANES,
+                )  # fmt: skip
+            if t >= 0:
+                pixels = add_tile(stats[1:, unit, channel : channel + width], terms, pixels, rows * columns)
+                stats[0, unit, channel : channel + width] = pixels
+            terms[3:5, :] = 0.0
+
+
+@_compiled
+def merge(stats: Any, out: Any) -> None:
+    """Combine the tasks' statistics (3, n, C) in their order into (3, C) (Chan, Golub and LeVeque 1979)."""
+    out[:] = stats[:, 0]
+    for k in range(1, stats.shape[1]):
+        for c in range(stats.shape[2]):
+            count = out[0, c] + stats[0, k, c]
+            apart = stats[1, k, c] - out[1, c]
+            out[1, c] += apart * stats[0, k, c] / count
+            out[2, c] += stats[2, k, c] + apart * apart * out[0, c] * stats[0, k, c] / count
+            out[0, c] = count
+
+
+class WeightsJob(NamedTuple):
+    """The transform of one layer's weights."""
+
+    src: int
+    """(cout, cin, 3, 3) float32, in any order, by the strides that follow."""
+    kernel: int
+    channel: int
+    row: int
+    column: int
+    dst: int
+    """As `ConvJob.weights`; where a panel is wider than what is left of cout, arbitrary."""
+    cin: int
+    cout: int
+    position: int
+    """Bytes, as `ConvJob.position_weights`."""
+
+
+@_compiled
+def transform_weights(job: WeightsJob, counter: Any) -> None:
+    """Take half panels until none is left."""
+    while True:
+        half = fetch_add(counter.ctypes.data)
+        if half * LANES >= job.cout:
+            return
+        for channel in range(job.cin):
+            src = job.src + half * LANES * job.kernel + channel * job.channel
+            target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
+            kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
+
+
+class RowsJob(NamedTuple):
+    """A pass over pixels: GroupNorm's affine, SiLU after it, or a copy."""
+
+    src: int
+    dst: int
+    scale: int
+    """Address of C float32."""
+    shift: int
+    pixels: int
+    channels: int
+    run: int
+    """Pixels of one task."""
+    what: int
+    """COPY, AFFINE or SILU."""
+
+
+COPY, AFFINE, SILU = 0, 1, 2
+
+
+@_compiled
+def affine_rows(job: RowsJob, counter: Any) -> None:
+    """Take runs of pixels until none is left."""
+    vectors = job.channels // LANES
+    while True:
+        first = fetch_add(counter.ctypes.data) * job.run
+        if first >= job.pixels:
+            return
+        count = min(job.run, job.pixels - first)
+        offset = first * job.channels * 4
+        if job.what == COPY:
+            copy(job.src + offset, job.dst + offset, count * vectors)
+        elif job.what == SILU:
+            affine_silu(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+        else:
+            affine(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+
+
+class LinearJob(NamedTuple):
+    """A linear layer over pixels: src (rows, cin) times weights (cin, cout), plus a bias."""
+
+    src: int
+    dst: int
+    weights: int
+    """(panels, cin, NR) float32."""
+    bias: int
+    rows: int
+    cin: int
+    cout: int
+    run: int
+    """Rows of one task, a multiple of THIRD."""
+    tasks: int
+
+
+@_compiled
+def linear_rows(job: LinearJob, counter: Any) -> None:
+    """Take runs of rows until none is left."""
+    blocks, panels = job.cin // LANES, (job.cout + NR - 1) // NR
+    lane_bytes, block_bytes, panel_out = 4 * LANES, job.run * LANES * 4, job.run * NR * 4
+    gathered = np.empty(job.run * job.cin, np.float32)
+    multiplied = np.empty(job.run * panels * NR, np.float32)
+    left_at, out_at = gathered.ctypes.data, multiplied.ctypes.data
+    while True:
+        task = fetch_add(counter.ctypes.data)
+        if task >= job.tasks:
+            return
+        first = task * job.run
+        count = min(job.run, job.rows - first)
+        gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, block_bytes, count, blocks)
+        for panel in range(panels):
+            weights = job.weights + panel * job.cin * NR * 4
+            done = 0
+            while done < count:
+                left, out, rest = left_at + done * lane_bytes, out_at + panel * panel_out + done * NR * 4, count - done
+                if rest > 2 * THIRD:
+                    products_3(left, block_bytes, weights, blocks, out, weights, 0)
+                elif rest > THIRD:
+                    products_2(left, block_bytes, weights, blocks, out, weights, 0)
+                else:
+                    products_1(left, block_bytes, weights, blocks, out, weights, 0)
+                done += TILES
+        for row in range(count):
+            target = job.dst + (first + row) * job.cout * 4
+            add_bias(out_at + row * NR * 4, panel_out, target, job.bias, job.cout // LANES)

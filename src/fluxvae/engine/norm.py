@@ -1,0 +1,83 @@
+"""GroupNorm over a map that is never in one place: statistics block by block, combined in one order.
+
+Every block of rows gives, per channel, its count, its mean and its sum of squared deviations from that mean. The
+blocks are combined in float64 in block order (Chan, Golub and LeVeque 1979), so the result depends on how the image
+is cut into blocks (a function of layer and image size alone) and on nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fluxvae.engine.network import Norm, parameters
+
+__all__ = ["Affine", "Moments", "NonFiniteMap", "Partial"]
+
+
+class NonFiniteMap(ArithmeticError):
+    """A feature map holds NaN or Inf (or overflowed when squared); the engine decides what that becomes."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """What a GroupNorm does once its statistics are known: ``x * scale + shift`` per channel."""
+
+    scale: torch.Tensor
+    """(C,), float32 (float64 for a float64 decode)."""
+    shift: torch.Tensor
+    """(C,), as ``scale``."""
+
+
+@dataclass(frozen=True)
+class Partial:
+    """One block's statistics per channel."""
+
+    count: int
+    mean: torch.Tensor
+    """(C,) float32 or float64."""
+    m2: torch.Tensor
+    """(C,): sum of squared deviations from ``mean``."""
+
+
+class Moments:
+    """The statistics of one map while its blocks come in; 16 bytes per block and channel."""
+
+    def __init__(self) -> None:
+        self._counts: list[int] = []
+        self._means: list[torch.Tensor] = []
+        self._m2s: list[torch.Tensor] = []
+
+    def add(self, partial: Partial) -> None:
+        """Take the next block's; blocks come in order."""
+        self._counts.append(partial.count)
+        self._means.append(partial.mean.to(torch.float64))
+        self._m2s.append(partial.m2.to(torch.float64))
+
+    def affine(self, norm: Norm, dtype: torch.dtype) -> Affine:
+        """Close the map: the affine that ``norm`` amounts to, in ``dtype``.
+
+        Raises:
+            NonFiniteMap: a value was not finite.
+        """
+        means, m2s = torch.stack(self._means), torch.stack(self._m2s)  # (blocks, C)
+        counts = torch.tensor(self._counts, dtype=torch.float64, device=means.device)[:, None]
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        m2 = m2s.sum(0) + ((means - mean).square() * counts).sum(0)
+        grouped, grouped_m2 = mean.view(norm.groups, -1), m2.view(norm.groups, -1)
+        centre = grouped.mean(1, keepdim=True)
+        variance = (grouped_m2.sum(1, keepdim=True) / total + (grouped - centre).square().sum(1, keepdim=True)) / (
+            grouped.shape[1]
+        )
+        if not bool(torch.isfinite(variance).all()):
+            raise NonFiniteMap(f"the input of {norm.name} holds NaN or Inf")
+        scale = (variance + norm.eps).rsqrt().expand_as(grouped).reshape(-1)
+        shift = -centre.expand_as(grouped).reshape(-1)
+        if not norm.learned:
+            return Affine(scale.to(dtype), (shift * scale).to(dtype))
+        weight, bias = parameters(norm.module)
+        scale = scale * weight.to(torch.float64)
+        shift = shift * scale if bias is None else shift * scale + bias.to(torch.float64)
+        return Affine(scale.to(dtype), shift.to(dtype))

@@ -1,0 +1,302 @@
+"""Where feature maps live: in the arena, in a temporary file, or (from a GPU) in pinned host memory.
+
+The arena is one allocation for a whole decode: a map at each end, the running sweep's scratch between them. It is
+never fragmented, its pages are touched once, and nothing of it outlives the decode.
+
+A spilled map is read and written with pread and pwrite into scratch: mapped pages would count as resident memory. Its
+file has no name (O_TMPFILE, or unlinked before the first byte), so it vanishes with the process however that ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fluxvae.engine.plan import ALIGN, aligned
+from fluxvae.errors import InvalidOptionError, MemoryLimitError
+
+__all__ = ["Arena", "HostMap", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory", "trim_heap"]
+
+_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
+"""File systems whose files are themselves resident memory."""
+
+
+_LIBC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class Store(Protocol):
+    """A feature map (height, width, channels) that is read and written by rows."""
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """The rows: a view where the map is in memory, else ``into``, filled."""
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """The rows to compute into directly, or None where they must be given to `write`."""
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Store rows that were computed elsewhere."""
+
+    def close(self) -> None:
+        """Give the space back."""
+
+
+class MemoryMap:
+    """Rows of a tensor."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """A view."""
+        return self.rows[start:stop]
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """A view."""
+        return self.rows[start:stop]
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Copy."""
+        self.rows[start : start + len(rows)].copy_(rows)
+
+    def close(self) -> None:
+        """The arena owns the memory."""
+
+
+class HostMap:
+    """A map of a GPU decode, in pinned host memory."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._rows = torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """Copy to the device."""
+        into.copy_(self._rows[start:stop], non_blocking=True)
+        return into
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """Not on the device."""
+        return None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Copy from the device; ordered with later reads by the stream."""
+        self._rows[start : start + len(rows)].copy_(rows, non_blocking=True)
+
+    def close(self) -> None:
+        """Free the host memory once the copies in flight are done (PyTorch's pinned allocator sees to it)."""
+        del self._rows
+
+
+class SpilledMap:
+    """A map in an unnamed file."""
+
+    def __init__(self, descriptor: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._descriptor = descriptor
+        self._row_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """pread into ``into``."""
+        self._move(os.preadv, start, into)
+        return into
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """A file's rows are not memory."""
+        return None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """pwrite."""
+        self._move(os.pwritev, start, rows)
+
+    def close(self) -> None:
+        """Close; the file has no name, so that is its end."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _move(self, call: Callable[[int, list[memoryview], int], int], start: int, rows: torch.Tensor) -> None:
+        view = rows.reshape(-1).view(torch.uint8).numpy().data
+        offset = start * self._row_bytes
+        while view.nbytes:
+            try:
+                moved = call(self._descriptor, [view[: 1 << 30]], offset)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise MemoryLimitError(
+                        "spill_dir: the disk filled up while a feature map was spilled to it; free some space, name "
+                        "another folder with spill_dir, or raise memory_limit so that less is spilled"
+                    ) from error
+                raise
+            if moved == 0:
+                raise OSError(errno.EIO, "a spilled feature map ended early")
+            view, offset = view[moved:], offset + moved
+
+
+class Spill:
+    """Makes spilled maps for one device: files in a folder that is not memory, or pinned host memory."""
+
+    def __init__(self, device: torch.device, spill_dir: str | os.PathLike[str] | None) -> None:
+        self._device = device
+        self.folder: Path | None = None
+        if device.type != "cpu":
+            if spill_dir is not None:
+                raise InvalidOptionError(
+                    f"spill_dir: got {str(spill_dir)!r} on {device}, where maps are spilled to host memory; omit it"
+                )
+            return
+        if spill_dir is not None:
+            self.folder = _given_folder(Path(spill_dir))
+            return
+        candidates = (tempfile.gettempdir(), "/var/tmp", os.getcwd())
+        usable = [p for p in map(Path, candidates) if p.is_dir() and os.access(p, os.W_OK | os.X_OK)]
+        self.folder = next((p for p in usable if _file_system(p) not in _IN_MEMORY), None)
+
+    def free(self) -> int | None:
+        """Bytes that may be spilled now; None: nowhere to spill to."""
+        if self._device.type != "cpu":
+            return int(0.8 * available_memory(torch.device("cpu")))
+        if self.folder is None:
+            return None
+        status = os.statvfs(self.folder)
+        return int(0.95 * status.f_bavail * status.f_frsize)
+
+    def describe(self) -> str:
+        """For the plan."""
+        return str(self.folder) if self._device.type == "cpu" else "host memory"
+
+    def create(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Store:
+        """A new map with arbitrary contents."""
+        if self._device.type != "cpu":
+            return HostMap(shape, dtype)
+        assert self.folder is not None
+        return SpilledMap(_unnamed_file(self.folder), shape, dtype)
+
+
+class Arena:
+    """One block of memory: map at the left end, scratch, map at the right end."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        # PyTorch aligns to 64 bytes; ours is stricter, so that equal blocks are equally aligned in every plan.
+        flat = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
+        self._flat = flat[-flat.data_ptr() % ALIGN :][:nbytes]
+        self._maps = [0, 0]
+        self._cursor = 0
+
+    def map(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
+        """The map of one end; the one that was there is no more."""
+        nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        size = aligned(nbytes)
+        self._maps[side] = size
+        start = 0 if side == 0 else len(self._flat) // ALIGN * ALIGN - size
+        if start < 0 or sum(self._maps) > len(self._flat):
+            raise AssertionError(f"maps of {self._maps} bytes in an arena of {len(self._flat)}: the plan was wrong")
+        return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
+
+    def release(self, side: int) -> None:
+        """The map of this end is not needed any more."""
+        self._maps[side] = 0
+
+    def new_sweep(self) -> None:
+        """All scratch is free again."""
+        self._cursor = self._maps[0]
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, aligned, valid until `new_sweep`."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._cursor = self._cursor, self._cursor + aligned(nbytes)
+        if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:
+            raise AssertionError(f"scratch of {self._cursor - self._maps[0]} bytes does not fit: the plan was wrong")
+        return self._flat[start : start + nbytes].view(dtype).view(shape)
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    It keeps freed blocks for later; results and reordered weights of one layer's size would stay resident beside
+    those of the next, outside every plan.
+    """
+    if _LIBC_TRIM is not None:
+        _LIBC_TRIM(0)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free now: of the GPU, or of the machine and of the control group this process is in."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    available = _meminfo()
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            allowed, used = Path(limit).read_text().strip(), int(Path(usage).read_text())
+        except (OSError, ValueError):
+            continue
+        if allowed != "max":
+            available = min(available, max(int(allowed) - used, 0))
+    return available
+
+
+def _meminfo() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: half of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 << 30
+
+
+def _given_folder(folder: Path) -> Path:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidOptionError(f"spill_dir: got {str(folder)!r}, expected an existing folder that can be written to")
+    kind = _file_system(folder)
+    if kind in _IN_MEMORY:
+        raise InvalidOptionError(
+            f"spill_dir: got {str(folder)!r}, which is a {kind}: files there are themselves memory, so spilling to it "
+            "would not save any; name a folder on a disk, /var/tmp for example"
+        )
+    return folder
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system ``folder`` is on; "" where /proc/mounts does not say."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return ""
+    where = str(folder.resolve())
+    best, kind = -1, ""
+    for line in mounts:
+        fields = line.split()
+        if len(fields) < 3:
+            continue
+        point = fields[1].encode().decode("unicode_escape")  # a space is written \040
+        inside = point == "/" or where == point or where.startswith(point + "/")
+        if inside and len(point) >= best:  # a later mount hides an earlier one
+            best, kind = len(point), fields[2]
+    return kind
+
+
+def _unnamed_file(folder: Path) -> int:
+    """A file descriptor, close-on-exec, of a file that no folder lists."""
+    flag = getattr(os, "O_TMPFILE", 0)
+    if flag:
+        try:
+            return os.open(folder, flag | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:  # file systems without it (NFS, some overlays)
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+    descriptor, name = tempfile.mkstemp(prefix="fluxvae-", suffix=".spill", dir=folder)
+    os.unlink(name)
+    return descriptor

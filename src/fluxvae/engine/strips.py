@@ -1,0 +1,183 @@
+"""Streams of rows: how one sweep reads a map strip by strip, whether the map is stored or computed on the way.
+
+Every operation walks its input from top to bottom in blocks cut by absolute position. A block's input stands in a
+`Window`: the block's rows and one halo row on either side, in scratch laid out the same way every time. The last two
+rows of a window are the first two of the next, so no row is read, normalised or computed twice within a sweep, and
+whatever a sweep has read may be overwritten: that is what makes working in place safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.norm import Affine
+from fluxvae.engine.storage import Store
+
+__all__ = ["ConvRows", "Ring", "Scratch", "StoredRows", "Stream", "UpsampledRows", "Window"]
+
+Scratch = Callable[[tuple[int, ...]], torch.Tensor]
+"""Carves a tensor of the compute dtype from the arena."""
+
+
+class Stream(Protocol):
+    """The rows of a map, in order, each once."""
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """The next ``len(into)`` rows: a view of where they are, or ``into`` itself, filled."""
+
+
+class StoredRows:
+    """A stored map's rows."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._at = 0
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        start, self._at = self._at, self._at + len(into)
+        return self._store.read(start, self._at, into)
+
+
+class Window:
+    """The padded input of a 3x3 convolution, moving down one block at a time."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        source: Stream,
+        affine: Affine | None,
+        shape: tuple[int, int, int],
+        rows: int,
+        scratch: Scratch,
+        work: torch.Tensor,
+    ) -> None:
+        """``shape`` is the map's (height, width, channels), ``rows`` the height of a block."""
+        self._kernels, self._source, self.affine, self._work = kernels, source, affine, work
+        self._height, width, channels = shape
+        self._rows = rows
+        self._buffer = scratch((rows + 2, width, channels))
+        self._next = 0
+        self._have = 0
+        self.span = (0, 0)
+        self.pad_rows = (True, False)
+
+    def advance(self) -> torch.Tensor | None:
+        """The next block's (n+2, width, channels), or None at the end; `span` is then its rows (start, stop)."""
+        start, stop = self._next, min(self._next + self._rows, self._height)
+        if start == stop:
+            return None
+        if start == 0:
+            self._buffer[0].zero_()
+        else:  # row by row: with blocks of one row the two ranges overlap
+            self._buffer[0].copy_(self._buffer[self._rows])
+            self._buffer[1].copy_(self._buffer[self._rows + 1])
+        need = min(stop + 1, self._height)
+        if need > self._have:
+            fresh = self._buffer[1 + self._have - start : 1 + need - start]
+            self._kernels.prologue(self._source.take(fresh), self.affine, True, fresh, self._work)
+            self._have = need
+        if stop == self._height:
+            self._buffer[stop - start + 1].zero_()
+        self._next = stop
+        self.span, self.pad_rows = (start, stop), (start == 0, stop == self._height)
+        return self._buffer[: stop - start + 2]
+
+
+class _Blocks:
+    """A stream made of computed blocks."""
+
+    def __init__(self) -> None:
+        self._block: torch.Tensor | None = None
+        self._used = 0
+
+    def next_block(self) -> torch.Tensor:
+        """Compute the next block of output rows; overwrites the one before."""
+        raise NotImplementedError
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        filled = 0
+        while filled < len(into):
+            if self._block is None or self._used == len(self._block):
+                self._block, self._used = self.next_block(), 0
+            n = min(len(into) - filled, len(self._block) - self._used)
+            into[filled : filled + n].copy_(self._block[self._used : self._used + n])
+            filled, self._used = filled + n, self._used + n
+        return into
+
+
+class ConvRows(_Blocks):
+    """The rows of a convolution's output, computed when asked for."""
+
+    def __init__(self, kernels: Kernels, window: Window, weights: Any, out: torch.Tensor, work: torch.Tensor) -> None:
+        """``out`` (rows, width, channels) is the scratch for one block."""
+        super().__init__()
+        self._kernels, self._window, self._weights, self._out, self._work = kernels, window, weights, out, work
+
+    def next_block(self) -> torch.Tensor:
+        """See `_Blocks`."""
+        padded = self._window.advance()
+        assert padded is not None
+        out = self._out[: len(padded) - 2]
+        self._kernels.conv3x3(
+            padded, self._weights, self._window.affine, self._window.pad_rows, out, None, 1.0, False, self._work
+        )
+        return out
+
+
+class UpsampledRows(_Blocks):
+    """The rows of an upsample's output, computed when asked for."""
+
+    def __init__(self, kernels: Kernels, window: Window, weights: Any, out: torch.Tensor, work: torch.Tensor) -> None:
+        """``out`` (2 * rows, 2 * width, channels) is the scratch for one block."""
+        super().__init__()
+        self._kernels, self._window, self._weights, self._out, self._work = kernels, window, weights, out, work
+
+    def next_block(self) -> torch.Tensor:
+        """See `_Blocks`."""
+        padded = self._window.advance()
+        assert padded is not None
+        out = self._out[: 2 * (len(padded) - 2)]
+        self._kernels.upsample(padded, self._weights, out, False, self._work)
+        return out
+
+
+class Ring:
+    """Passes a stream on and keeps its last rows, for a second reader that follows behind."""
+
+    def __init__(self, source: Stream, kept: torch.Tensor) -> None:
+        """``kept`` (rows, width, channels) must hold the distance between the two readers."""
+        self._source, self._kept = source, kept
+        self._at = 0
+        self._behind = 0
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        rows = self._source.take(into)
+        for at, part in self._pieces(self._at, len(rows)):
+            self._kept[at : at + part.stop - part.start].copy_(rows[part])
+        self._at += len(rows)
+        return rows
+
+    def again(self, into: torch.Tensor) -> torch.Tensor:
+        """The next rows for the reader behind."""
+        assert self._at - self._behind <= len(self._kept), "the ring was planned too small"
+        for at, part in self._pieces(self._behind, len(into)):
+            into[part].copy_(self._kept[at : at + part.stop - part.start])
+        self._behind += len(into)
+        return into
+
+    def _pieces(self, start: int, count: int) -> list[tuple[int, slice]]:
+        """Rows start..start+count of the map: where each contiguous piece stands in the ring, and its slice."""
+        size, pieces, done = len(self._kept), [], 0
+        while done < count:
+            at = (start + done) % size
+            n = min(size - at, count - done)
+            pieces.append((at, slice(done, done + n)))
+            done += n
+        return pieces

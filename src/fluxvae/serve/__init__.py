@@ -1,0 +1,1 @@
+"""Serving: the Triton server, and what its model needs beside the decoder."""

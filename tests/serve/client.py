@@ -1,0 +1,147 @@
+"""How these tests talk to the server: the same request over HTTP or gRPC, and several at once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from fluxvae import Decoder, SizeFlooredWarning
+from fluxvae.serve.triton import TritonServer
+
+Protocol = Literal["http", "grpc"]
+PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
+GATHER = "vae_decoder_gather"
+GATHER_ROWS = 8
+_TIMEOUT_S = 200.0
+
+BAD_REQUEST = {"http": "400", "grpc": "StatusCode.INVALID_ARGUMENT"}
+SERVER_ERROR = {"http": "500", "grpc": "StatusCode.INTERNAL"}
+NOT_FOUND = {"http": "404", "grpc": "StatusCode.NOT_FOUND"}
+
+
+def random_latents(seed: int, height: int, width: int, batch: int = 1) -> np.ndarray:
+    patches = (height // 16) * (width // 16)
+    return np.random.default_rng(seed).standard_normal((batch, patches, 64), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Request:
+    latents: np.ndarray
+    height: int
+    width: int
+    outputs: tuple[str, ...] | None = ("images",)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, np.ndarray | None] = field(default_factory=dict)
+    """Instead of the usual inputs; None leaves one out."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        rows = (len(self.latents), 1)
+        usual = {
+            "latents": self.latents,
+            "height": np.full(rows, self.height, np.int32),
+            "width": np.full(rows, self.width, np.int32),
+        }
+        return {name: array for name, array in {**usual, **self.inputs}.items() if array is not None}
+
+
+@dataclass(frozen=True)
+class Serving:
+    server: TritonServer
+    library: Decoder
+
+    @property
+    def exact(self) -> bool:
+        """Whether the engine promises the same bits in any batch; diffusers does not."""
+        return self.library.engine.name == "exact"
+
+    def infer(self, protocol: Protocol, request: Request, model: str = "vae_decoder") -> dict[str, np.ndarray]:
+        """One request. Raises InferenceServerException when the server refuses it."""
+        module: Any = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+        inputs = []
+        for name, array in request.arrays().items():
+            tensor = module.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+            tensor.set_data_from_numpy(array)
+            inputs.append(tensor)
+        asked = request.outputs and [module.InferRequestedOutput(name) for name in request.outputs]
+        options: dict[str, Any] = {"outputs": asked, "parameters": request.parameters or None}
+        if protocol == "http":
+            options_of_client = {"connection_timeout": _TIMEOUT_S, "network_timeout": _TIMEOUT_S}
+            client = module.InferenceServerClient(self.server.http_url, **options_of_client)
+        else:
+            client = module.InferenceServerClient(self.server.grpc_url)
+            options["client_timeout"] = _TIMEOUT_S
+        with client:  # an open HTTP connection, idle or not, holds up the server's shutdown
+            result = client.infer(model, inputs, **options)
+            response = result.get_response()
+            outputs = response["outputs"] if protocol == "http" else response.outputs
+            names = [output["name"] if protocol == "http" else output.name for output in outputs]
+            return {name: result.as_numpy(name) for name in names}
+
+    def infer_together(
+        self, protocol: Protocol, requests: Sequence[Request]
+    ) -> list[dict[str, np.ndarray] | InferenceServerException]:
+        """Requests in one ``execute`` of the gathering model, which runs once it has 8 rows; its counts prove it."""
+        assert sum(len(request.latents) for request in requests) == GATHER_ROWS
+
+        def one(request: Request) -> dict[str, np.ndarray] | InferenceServerException:
+            try:
+                return self.infer(protocol, request, GATHER)
+            except InferenceServerException as error:
+                return error
+
+        before = self._executions()
+        with ThreadPoolExecutor(len(requests)) as pool:
+            answers = list(pool.map(one, requests))
+        deadline = time.monotonic() + 60
+        while (after := self._executions()) == before:  # counted after the answers have left
+            assert time.monotonic() < deadline, "no execute was counted"
+            time.sleep(0.01)
+        assert after - before == Counter({GATHER_ROWS: 1})
+        return answers
+
+    def _executions(self) -> Counter[int]:
+        """How many times the gathering model has run, by the rows of an ``execute``."""
+        with tritonclient.http.InferenceServerClient(self.server.http_url) as client:
+            [statistics] = client.get_inference_statistics(GATHER)["model_stats"]
+        return Counter(
+            {batch["batch_size"]: batch["compute_infer"]["count"] for batch in statistics.get("batch_stats", [])}
+        )
+
+    def decode(self, request: Request, output_type: str = "uint8") -> Any:
+        """What the library makes of the same request."""
+        factors = {k: v for k, v in request.parameters.items() if k.endswith("_factor")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SizeFlooredWarning)
+            return self.library.decode(
+                torch.from_numpy(request.latents),
+                height=request.height,
+                width=request.width,
+                output_type=output_type,  # type: ignore[arg-type]
+                **factors,
+            )
+
+    def assert_same_pixels(self, images: np.ndarray, request: Request) -> None:
+        """``images`` (uint8) are the library's."""
+        assert_same_pixels(images, self.decode(request), exact=self.exact)
+
+
+def assert_same_pixels(images: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:
+    """The same bits; without the exact engine, up to diffusers' own wavering from batch to batch."""
+    assert (images.shape, images.dtype) == (expected.shape, np.uint8)
+    if exact:
+        np.testing.assert_array_equal(images, expected)
+        return
+    difference = np.abs(images.astype(np.int16) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.001

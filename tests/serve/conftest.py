@@ -1,0 +1,66 @@
+"""One real Triton server for all tests of this folder, on a tiny random checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxvae import Decoder
+from fluxvae.serve.triton import TritonServer
+from models import random_vae
+from serve.client import GATHER, Serving
+
+TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny images on a shared machine: threads that wait for each other take many times longer than one alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: FLUX's topology, 32 channels wide, seeded."""
+    folder = tmp_path_factory.mktemp("tiny")
+    random_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def library(tiny_checkpoint: Path) -> Decoder:
+    """The library on the same weights as the server: what pixels are held against."""
+    return Decoder.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+def copy_model(repository: Path, name: str, **edits: str) -> Path:
+    """A copy of the shipped model under another name; ``edits`` replace text of its config, which must be there."""
+    folder = repository / name
+    shutil.copytree(TRITON_MODELS / "vae_decoder", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    config = folder / "config.pbtxt"
+    text = config.read_text()
+    for old, new in {'name: "vae_decoder"': f'name: "{name}"', **edits}.items():
+        assert text.count(old) == 1, (old, text.count(old))
+        text = text.replace(old, new)
+    config.write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder) -> Iterator[Serving]:
+    """The shipped model folder, and a copy that waits until an ``execute`` is full: 8 rows."""
+    repository = tmp_path_factory.mktemp("repository")
+    (repository / "vae_decoder").symlink_to(TRITON_MODELS / "vae_decoder")
+    copy_model(repository, GATHER, **{"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"})
+    log = tmp_path_factory.mktemp("log") / "triton.log"
+    with TritonServer(
+        repository, env={"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}, log_path=log
+    ) as server:
+        yield Serving(server, library)

@@ -1,0 +1,228 @@
+"""``1/model.py`` between a fake Triton and a real decoder: what the real server cannot be made to do on demand."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fluxvae import Decoder
+from serve import fake_pb_utils
+from serve.client import assert_same_pixels
+from serve.fake_pb_utils import InferenceRequest, TritonError
+
+MODEL = Path(__file__).parents[2] / "triton_models" / "vae_decoder" / "1" / "model.py"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", fake_pb_utils)
+    monkeypatch.setattr(fake_pb_utils.Logger, "lines", [])
+    spec = importlib.util.spec_from_file_location("vae_decoder_model", MODEL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(**parameters: str) -> dict[str, str]:
+    config = {"parameters": {name: {"string_value": value} for name, value in parameters.items()}}
+    return {
+        "model_config": json.dumps(config),
+        "model_instance_kind": "CPU",
+        "model_instance_device_id": "0",
+        "model_instance_name": "vae_decoder_0_0",
+    }
+
+
+@pytest.fixture
+def model(module: ModuleType, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("FLUXVAE_CHECKPOINT", raising=False)
+    model = module.TritonPythonModel()
+    model.initialize(arguments(checkpoint=str(tiny_checkpoint)))
+    return model
+
+
+def latents(seed: int, patches: int, batch: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((batch, patches, 64), dtype=np.float32)
+
+
+@pytest.mark.parametrize("engine", ["exact", "diffusers"])
+def test_images_of_mixed_requests(module: ModuleType, tiny_checkpoint: Path, engine: str) -> None:
+    model = module.TritonPythonModel()
+    model.initialize(arguments(checkpoint=str(tiny_checkpoint), engine=engine))
+    library = Decoder.from_pretrained(tiny_checkpoint, device="cpu", engine=engine)
+    one, two = latents(0, 8), latents(1, 8, batch=2)
+    requests = [
+        InferenceRequest(one, 32, 64),
+        InferenceRequest(one, 64, 32),
+        InferenceRequest(one[:, :5], 32, 64),
+        InferenceRequest(two, 32, 64),
+    ]
+    wide, tall, bad, pair = model.execute(requests)
+    for response, data, (height, width) in ((wide, one, (32, 64)), (tall, one, (64, 32)), (pair, two, (32, 64))):
+        expected = library.decode(torch.from_numpy(data), height=height, width=width, output_type="uint8")
+        assert_same_pixels(response.outputs()["images"], expected, exact=engine == "exact")
+    assert bad.error().code() == TritonError.INVALID_ARG
+
+
+def test_only_what_is_asked_for_is_computed(
+    module: ModuleType, model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for name in ("encode", "postprocess"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, real=real: (made.append(str(args[1])), real(*args))[1])
+    data = latents(0, 4)
+    expected = library.decode(torch.from_numpy(data), height=32, width=32, output_type="uint8")
+
+    for outputs, work in {
+        ("images",): ["uint8"],
+        ("images_np",): ["np"],
+        ("images_pt",): ["pt"],
+        ("images_encoded",): ["uint8", "webp"],
+        ("images_encoded", "images"): ["uint8", "webp"],
+    }.items():
+        made.clear()
+        [response] = model.execute([InferenceRequest(data, 32, 32, outputs, format="webp", quality=100)])
+        assert made == work
+        assert response.outputs().keys() == set(outputs)
+    picture = Image.open(io.BytesIO(response.outputs()["images_encoded"][0, 0]))
+    assert picture.format == "WEBP"
+    np.testing.assert_array_equal(response.outputs()["images"], expected)
+
+
+def test_bfloat16_leaves_as_float32(module: ModuleType, tiny_checkpoint: Path) -> None:
+    model = module.TritonPythonModel()
+    model.initialize(arguments(checkpoint=str(tiny_checkpoint), dtype="bfloat16"))
+    [response] = model.execute([InferenceRequest(latents(0, 4), 32, 32, ("images_pt",))])
+    images = response.outputs()["images_pt"]
+    assert (images.dtype, images.shape) == (np.float32, (1, 3, 32, 32))
+    assert torch.equal(torch.from_numpy(images).bfloat16().float(), torch.from_numpy(images))
+
+
+def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise KeyError("/secret/path")
+
+    monkeypatch.setattr(model.decoder, "decode_raw", broken)
+    responses = model.execute([InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)])
+    for response in responses:
+        error = response.error()
+        assert error.code() == TritonError.INTERNAL
+        assert "secret" not in error.message()
+        reference = error.message().rsplit(" ", 1)[1]
+        [logged] = [line for line in fake_pb_utils.Logger.lines if reference in line]
+        assert "KeyError: '/secret/path'" in logged
+        assert "Traceback" in logged
+
+
+def test_one_request_without_memory_leaves_its_neighbours_alone(
+    model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = model.decoder.decode_raw
+    shapes = []
+
+    def small_memory(latents: torch.Tensor, **options: Any) -> torch.Tensor:
+        shapes.append(tuple(latents.shape))
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(latents, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(model.decoder, "decode_raw", small_memory)
+    one, two = latents(0, 4), latents(1, 4, batch=2)
+    single, pair = model.execute([InferenceRequest(one, 32, 32), InferenceRequest(two, 32, 32)])
+    assert [shape[0] for shape in shapes] == [3, 1, 2]
+    expected = library.decode(torch.from_numpy(one), height=32, width=32, output_type="uint8")
+    np.testing.assert_array_equal(single.outputs()["images"], expected)
+    assert pair.error().code() == TritonError.UNAVAILABLE
+    assert pair.error().message().startswith("out of memory; the server's log has the details under request ")
+
+
+def test_a_failing_encoder_fails_only_its_request(
+    module: ModuleType, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> bytes:
+        raise OSError("encoder")
+
+    monkeypatch.setattr(module, "encode", broken)
+    data = latents(0, 4)
+    bad, good = model.execute(
+        [InferenceRequest(data, 32, 32, ("images_encoded",)), InferenceRequest(data, 32, 32, ("images",))]
+    )
+    assert bad.error().code() == TritonError.INTERNAL
+    assert good.outputs()["images"].shape == (1, 32, 32, 3)
+
+
+def test_a_triton_that_misbehaves_leaves_nobody_without_an_answer(model: Any) -> None:
+    class Broken(InferenceRequest):
+        def is_cancelled(self) -> bool:
+            raise RuntimeError("no answer from the server")
+
+    data = latents(0, 4)
+    requests = [InferenceRequest(data, 16, 64), Broken(data, 32, 32), InferenceRequest(data, 64, 16)]
+    good, broken, after = model.execute(requests)
+    assert good.outputs()["images"].shape == (1, 16, 64, 3)
+    for response in (broken, after):
+        assert response.error().code() == TritonError.INTERNAL
+        assert "no answer" not in response.error().message()
+
+
+def test_cancelled_requests_are_not_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.decoder, "decode_raw", lambda *args, **kwargs: pytest.fail("decoded"))
+    [response] = model.execute([InferenceRequest(latents(0, 4), 32, 32, cancelled=True)])
+    assert response.error().code() == TritonError.CANCELLED
+
+
+def test_the_pixel_limit_is_the_configured_one(module: ModuleType, tiny_checkpoint: Path) -> None:
+    model = module.TritonPythonModel()
+    model.initialize(arguments(checkpoint=str(tiny_checkpoint), max_pixels="2048"))
+    small, large = model.execute(
+        [InferenceRequest(latents(0, 4, batch=2), 32, 32), InferenceRequest(latents(0, 4, batch=3), 32, 32)]
+    )
+    assert small.outputs()["images"].shape == (2, 32, 32, 3)
+    assert "more than the 2048 this server allows" in large.error().message()
+
+
+def test_threads_are_set(module: ModuleType, tiny_checkpoint: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        module.TritonPythonModel().initialize(arguments(checkpoint=str(tiny_checkpoint), threads=str(before + 1)))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"checkpoint": "/no/such/folder"}, "CheckpointError: checkpoint: nothing at /no/such/folder"),
+        ({"engine": "warp"}, "InvalidOptionError: engine: got 'warp'"),
+        ({"dtype": "int8"}, "InvalidOptionError: dtype: got 'int8'"),
+        ({"device": "tpu"}, "InvalidOptionError: device: got 'tpu'"),
+        ({"engine": "diffusers", "memory_limit": "1GiB"}, "InvalidOptionError: memory_limit: got '1GiB'"),
+    ],
+)
+def test_refuses_to_load(module: ModuleType, tiny_checkpoint: Path, parameters: dict[str, str], message: str) -> None:
+    with pytest.raises(fake_pb_utils.TritonModelException, match=message):
+        module.TritonPythonModel().initialize(arguments(**{"checkpoint": str(tiny_checkpoint), **parameters}))
+
+
+def test_refuses_a_stub_that_corrupts(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_pb_utils.Tensor, "as_numpy", lambda tensor: np.full(3, tensor._array[0]))
+    with pytest.raises(fake_pb_utils.TritonModelException, match="corrupt tensors"):
+        module.TritonPythonModel().initialize(arguments())
+
+
+def test_finalize_lets_the_weights_go(model: Any) -> None:
+    model.finalize()
+    assert model.decoder is None

@@ -1,0 +1,239 @@
+"""The Triton model's logic without Triton: which requests are decoded together, and who gets which answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxvae import DecodeCancelled, Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError
+from fluxvae.serve.requests import Job, Parameters, answer, code_of, group, read_job, read_parameters
+
+SIZES = [(16, 64), (64, 16), (32, 32), (32, 16)]  # the first three have the same number of patches
+
+
+def job(index: int, height: int, width: int, batch: int = 1, **parameters: object) -> Job:
+    """A job whose latents carry its index in every value."""
+    latents = torch.full((batch, height * width // 256, 64), float(index))
+    return Job(index=index, latents=latents, height=height, width=width, parameters=Parameters(**parameters))
+
+
+def asked(job: Job) -> tuple[object, ...]:
+    """All that must be the same for two jobs to share a decode."""
+    return (job.height, job.width, job.parameters.scaling_factor, job.parameters.shift_factor)
+
+
+def paint(index: float, scaling_factor: float | None, shift_factor: float | None) -> float:
+    """A colour that tells whose image it is and with which factors it was decoded."""
+    return index + (0 if scaling_factor is None else 100) + (0 if shift_factor is None else 200)
+
+
+@st.composite
+def job_lists(draw: st.DrawFn) -> list[Job]:
+    specs = draw(
+        st.lists(
+            st.tuples(
+                st.sampled_from(SIZES), st.integers(1, 4), st.sampled_from([None, 0.5]), st.sampled_from([None, 0])
+            ),
+            max_size=12,
+        )
+    )
+    return [
+        job(index, *size, batch, scaling_factor=scaling, shift_factor=shift)
+        for index, (size, batch, scaling, shift) in enumerate(specs)
+    ]
+
+
+@settings(max_examples=200)
+@given(jobs=job_lists(), max_pixels=st.integers(1, 16 * 1024))
+def test_groups_hold_every_job_once_in_order_and_within_the_budget(jobs: list[Job], max_pixels: int) -> None:
+    groups = group(jobs, max_pixels)
+
+    assert sorted(member.index for members in groups for member in members) == list(range(len(jobs)))
+    for members in groups:
+        assert members
+        assert len({asked(member) for member in members}) == 1
+        assert [member.index for member in members] == sorted(member.index for member in members)
+        assert len(members) == 1 or sum(member.pixels for member in members) <= max_pixels
+    for same in {asked(member) for member in jobs}:  # of those, an earlier one is never in a later group
+        order = [member.index for members in groups if asked(members[0]) == same for member in members]
+        assert order == sorted(order)
+
+
+def test_same_patch_count_is_not_the_same_group() -> None:
+    groups = group([job(0, 16, 64), job(1, 64, 16), job(2, 16, 64)], 10**6)
+    assert [[member.index for member in members] for members in groups] == [[0, 2], [1]]
+
+
+class FakeDecoder:
+    """Paints each image in its own colour; fails for a whole batch that holds a poisonous one."""
+
+    def __init__(self, poison: set[int]) -> None:
+        self.poison = poison
+
+    def check(self, latents: torch.Tensor, *, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+    def decode_raw(
+        self,
+        latents: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        scaling_factor: float | None,
+        shift_factor: float | None,
+        cancel: Callable[[], bool],
+    ) -> torch.Tensor:
+        assert latents.shape[1] * 256 == height * width
+        if cancel():
+            raise DecodeCancelled("cancelled")
+        values = latents[:, 0, 0]
+        if self.poison & {int(value) for value in values}:
+            raise RuntimeError("boom")
+        colours = values + paint(0, scaling_factor, shift_factor)
+        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, height, width)
+
+
+@settings(max_examples=200)
+@given(jobs=job_lists(), data=st.data(), max_pixels=st.integers(1, 16 * 1024))
+def test_every_job_is_answered_once_with_its_own_image(jobs: list[Job], data: st.DataObject, max_pixels: int) -> None:
+    indices = st.sets(st.integers(0, max(0, len(jobs) - 1)))
+    poison, gone = data.draw(indices), data.draw(indices)
+    answers: dict[int, torch.Tensor | Exception] = {}
+
+    def deliver(job: Job, outcome: torch.Tensor | Exception) -> None:
+        assert job.index not in answers
+        answers[job.index] = outcome
+
+    answer(FakeDecoder(poison), jobs, deliver, max_pixels=max_pixels, cancelled=lambda job: job.index in gone)
+
+    assert answers.keys() == {job.index for job in jobs}
+    for job in jobs:
+        outcome = answers[job.index]
+        if job.index in gone:
+            assert isinstance(outcome, DecodeCancelled)
+        elif job.index in poison:
+            assert isinstance(outcome, RuntimeError)
+        else:
+            assert isinstance(outcome, torch.Tensor)
+            assert outcome.shape == (job.latents.shape[0], 3, job.height, job.width)
+            assert (outcome == paint(job.index, job.parameters.scaling_factor, job.parameters.shift_factor)).all()
+
+
+def test_the_decode_goes_on_while_one_of_its_requests_is_wanted() -> None:
+    asked: list[bool] = []
+
+    class Slow(FakeDecoder):
+        def decode_raw(self, latents: torch.Tensor, *, cancel: Callable[[], bool], **rest: object) -> torch.Tensor:
+            gone.add(0)
+            asked.append(cancel())
+            gone.add(1)
+            asked.append(cancel())
+            return torch.zeros(len(latents), 3, 16, 16)
+
+    gone: set[int] = set()
+    answer(
+        Slow(set()),
+        [job(0, 16, 16), job(1, 16, 16)],
+        lambda job, outcome: None,
+        max_pixels=10**6,
+        cancelled=lambda job: job.index in gone,
+    )
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("given_parameters", "expected"),
+    [
+        ({}, Parameters()),
+        ({"format": "jpeg", "quality": 80}, Parameters(format="jpeg", quality=80)),
+        ({"scaling_factor": 1, "shift_factor": 0}, Parameters(scaling_factor=1.0, shift_factor=0.0)),
+        ({"priority": 1, "timeout": 5, "triton_enable_empty_final_response": True}, Parameters()),
+    ],
+)
+def test_parameters(given_parameters: dict[str, object], expected: Parameters) -> None:
+    assert read_parameters(json.dumps(given_parameters)) == expected
+
+
+def test_no_parameters() -> None:
+    assert read_parameters("") == Parameters()
+
+
+@pytest.mark.parametrize(
+    ("given_parameters", "message"),
+    [
+        ({"colour": "red"}, r"parameter 'colour': unknown, expected one of format, quality, scaling_factor, shift_"),
+        ({"format": "bmp"}, r"format: got 'bmp', expected one of png, jpeg, webp"),
+        ({"format": 3}, r"format: got 3, expected one of png, jpeg, webp"),
+        ({"format": "jpeg", "quality": "high"}, r"quality: got 'high', expected a whole number from 1 to 100"),
+        ({"format": "jpeg", "quality": True}, r"quality: got True"),
+        ({"format": "webp", "quality": 0}, r"quality: got 0"),
+        ({"quality": 90}, r"quality: got 90 with format png"),
+        ({"scaling_factor": 0}, r"scaling_factor: got 0"),
+        ({"scaling_factor": "0.5"}, r"scaling_factor: got '0.5', expected a finite number"),
+        ({"scaling_factor": True}, r"scaling_factor: got True"),
+        ({"shift_factor": float("nan")}, r"shift_factor: got nan"),
+        ({"shift_factor": None}, r"shift_factor: got None"),
+    ],
+)
+def test_parameters_refused(given_parameters: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        read_parameters(json.dumps(given_parameters))
+
+
+def read(decoder: Decoder, latents: np.ndarray, heights: object, widths: object, max_pixels: int = 4096) -> Job:
+    column = (len(latents), 1)
+    return read_job(
+        3,
+        latents,
+        np.broadcast_to(np.array(heights, np.int32).reshape(-1, 1), column),
+        np.broadcast_to(np.array(widths, np.int32).reshape(-1, 1), column),
+        "{}",
+        decoder=decoder,
+        max_pixels=max_pixels,
+    )
+
+
+def test_a_job_has_the_size_that_is_decoded(decoder: Decoder) -> None:
+    with pytest.warns(UserWarning, match="decoding 32x16"):
+        found = read(decoder, np.zeros((2, 2, 64), np.float32), 40, 31)
+    assert (found.index, found.height, found.width, found.pixels) == (3, 32, 16, 2 * 32 * 16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heights", "widths", "message"),
+    [
+        (2, [32, 16], 16, r"height: got \[16, 32\] in one request"),
+        (2, 16, [32, 16], r"width: got \[16, 32\] in one request"),
+        (1, 2**31 - 1, 2**31 - 1, r"pixels, more than the 4096 this server allows in one request"),
+        (2, 32, 80, r"2 x 32x80 \(batch x height x width\) = 5120 pixels"),
+        (1, 0, 32, r"height: got 0, expected a positive number"),
+        (1, -32, -32, r"height: got -32, expected a positive number"),
+        (1, 32, 32, r"a grid of 2 x 2 = 4 patches of 16 pixels, but the latents hold 2"),
+    ],
+)
+def test_a_job_refused(decoder: Decoder, batch: int, heights: object, widths: object, message: str) -> None:
+    with pytest.raises(InvalidLatentsError, match=message):
+        read(decoder, np.zeros((batch, 2, 64), np.float32), heights, widths)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidLatentsError("x"), "INVALID_ARG"),
+        (InvalidOptionError("x"), "INVALID_ARG"),
+        (DecodeCancelled("x"), "CANCELLED"),
+        (FluxVAEError("x"), "INTERNAL"),
+        (ZeroDivisionError("x"), "INTERNAL"),
+        (MemoryError(), "UNAVAILABLE"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "UNAVAILABLE"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "UNAVAILABLE"),
+    ],
+)
+def test_codes(error: Exception, code: str) -> None:
+    assert code_of(error) == code

@@ -1,0 +1,305 @@
+"""The exact engine against diffusers in float64, and against itself under other limits, batches and threads.
+
+Not covered: a GPU (the code is the same torch code; issue 8 measures it), and FLUX's full width outside ``-m slow``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from engine_models import Shape, one_thread, rms, shapes, true_decode
+from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
+from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+__all__ = ["one_thread"]  # a fixture, found by its name
+
+BLOCKS = st.sampled_from([1, 300, 2000, 1 << 20])
+"""Values per block: from one row at a time to the whole map."""
+
+
+@given(shape=shapes(), blocks=BLOCKS)
+@example(shape=Shape(height=1, width=1), blocks=1)
+@example(shape=Shape(widths=(8,), attention=False, height=1, width=9), blocks=300)
+@example(shape=Shape(widths=(8, 16, 24, 24), post_quant=True, height=3, width=2), blocks=300)
+def test_in_float64_it_is_the_same_function(shape: Shape, blocks: int) -> None:
+    vae, raw = shape.vae(torch.float64), shape.latents(torch.float64)
+    ours = ExactEngine(vae, block_values=blocks).decode(raw)
+    truth = true_decode(vae, raw)
+    assert ours.shape == truth.shape
+    assert float((ours - truth).abs().max()) <= ENGINE_FLOAT64_ERROR.bound * max(float(truth.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
+    """Over architectures and sizes; each kind alone may lie a little above by chance of a few hundred values."""
+    torch_dtype = getattr(torch, dtype)
+    cases = [
+        Shape(height=8, width=8),
+        Shape(widths=(32, 64, 64, 64), groups=32, layers_per_block=2, latent_channels=16, height=5, width=7),
+        Shape(widths=(16, 16), height=1, width=24),
+        Shape(widths=(16, 32, 32), attention=False, post_quant=True, height=24, width=1),
+        Shape(widths=(16, 48), height=3, width=16),
+    ]
+    if dtype == "float16":  # slow on a CPU without float16 arithmetic
+        cases = [replace(case, height=min(case.height, 4), width=min(case.width, 4)) for case in cases[:2]]
+    ours_squared = theirs_squared = 0.0
+    for case in cases:
+        for seed in range(1 if dtype == "float16" else 3):
+            shape = replace(case, seed=seed)
+            vae, raw = shape.vae(torch_dtype), shape.latents(torch_dtype)
+            truth = true_decode(vae, raw)
+            scale = rms(truth)
+            with torch.no_grad():
+                theirs = rms(vae.decode(raw).sample.double() - truth) / scale
+            ours = rms(ExactEngine(vae, block_values=2000).decode(raw).double() - truth) / scale
+            assert ours <= 1.5 * theirs, shape
+            ours_squared, theirs_squared = ours_squared + ours**2, theirs_squared + theirs**2
+    ratio = (ours_squared / theirs_squared) ** 0.5
+    assert ratio <= ENGINE_ERROR_RATIO[dtype].bound, ratio
+
+
+@given(
+    shape=shapes(),
+    blocks=st.sampled_from([300, 2000]),
+    fraction=st.floats(0, 1),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=25)
+def test_same_bits_for_any_limit_batch_and_position(
+    shape: Shape, blocks: int, fraction: float, dtype: torch.dtype
+) -> None:
+    vae, raw = shape.vae(dtype), shape.latents(dtype)
+    free = ExactEngine(vae, block_values=blocks)
+    whole = free.decode(raw)
+    low = free.smallest_limit(shape.height, shape.width, shape.batch)
+    high = free.plan(shape.height, shape.width, shape.batch).peak_bytes
+    tight = ExactEngine(vae, block_values=blocks, memory_limit=int(low + fraction * (high - low)))
+    assert torch.equal(tight.decode(raw), whole)
+    for i in range(shape.batch):
+        assert torch.equal(tight.decode(raw[i : i + 1])[0], whole[i]), "alone or in a batch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_every_rung(dtype: torch.dtype) -> None:
+    """Walk the whole ladder of one network: every plan the planner can choose between smallest and unlimited."""
+    shape = Shape(widths=(16, 32, 32), layers_per_block=2, height=12, width=10, batch=2)
+    vae, raw = shape.vae(dtype), shape.latents(dtype)
+    free = ExactEngine(vae, block_values=3000)
+    truth, seen = free.decode(raw), {}
+    low, high = free.smallest_limit(12, 10, 2), free.plan(12, 10, 2).peak_bytes
+    for step in range(41):
+        engine = ExactEngine(vae, block_values=3000, memory_limit=low + (high - low) * step // 40)
+        seen.setdefault(engine.plan(12, 10, 2).rungs, engine)
+    places = {place for rungs in seen for rung in rungs for place in rung.split("/")}
+    assert places == {"memory", "spill", "recompute"}
+    assert len(seen) >= 4
+    for rungs, engine in seen.items():
+        assert torch.equal(engine.decode(raw), truth), rungs
+
+
+def test_same_bits_for_one_thread_and_two() -> None:
+    shape = Shape(widths=(16, 32, 32), height=12, width=10)
+    vae, raw, before = shape.vae(), shape.latents(), torch.get_num_threads()
+    try:
+        images = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            images.append(ExactEngine(vae, block_values=4000).decode(raw))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*images)
+
+
+def test_weights_may_lie_in_any_layout() -> None:
+    shape = Shape(height=7, width=6)
+    vae, raw = shape.vae(), shape.latents()
+    plain = ExactEngine(vae).decode(raw)
+    assert torch.equal(ExactEngine(vae.to(memory_format=torch.channels_last)).decode(raw), plain)
+
+
+def test_the_same_engine_follows_a_model_that_changes_its_dtype() -> None:
+    shape = Shape()
+    vae = shape.vae()
+    engine = ExactEngine(vae)
+    engine.decode(shape.latents())
+    torch.nn.Module.to(vae, torch.bfloat16)
+    assert engine.decode(shape.latents(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@given(fraction=st.floats(0, 1), batch=st.integers(1, 3))
+@settings(max_examples=10)
+def test_progress_counts_every_block_once(fraction: float, batch: int) -> None:
+    shape = Shape(batch=batch)
+    vae = shape.vae()
+    low = ExactEngine(vae, block_values=500).smallest_limit(6, 5, batch)
+    engine = ExactEngine(vae, block_values=500, memory_limit=int(low * (1 + fraction)))
+    seen: list[tuple[int, int]] = []
+    engine.decode(shape.latents(), progress=lambda done, total: seen.append((done, total)))
+    total = engine.plan(6, 5, batch).total_blocks
+    assert seen == [(i, total) for i in range(total + 1)]
+
+
+@given(at=st.floats(0, 0.999))
+@settings(max_examples=15)
+def test_a_cancelled_decode_leaves_nothing_behind(at: float) -> None:
+    shape = Shape(batch=2)
+    vae, raw = shape.vae(), shape.latents()
+    free = ExactEngine(vae, block_values=500)
+    expected = free.decode(raw)
+    engine = ExactEngine(vae, block_values=500, memory_limit=free.smallest_limit(6, 5, 2))
+    stop, done = int(at * engine.plan(6, 5, 2).total_blocks), [0]
+    files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    def progress(count: int, total: int) -> None:
+        done[0] = count
+
+    with pytest.raises(DecodeCancelled, match=f"after {stop} of"):
+        engine.decode(raw, progress=progress, cancel=lambda: done[0] >= stop)
+    assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (files, threads)
+    assert torch.equal(engine.decode(raw), expected), "the engine is as good as new"
+
+
+def test_an_error_in_progress_leaves_nothing_behind() -> None:
+    shape = Shape()
+    vae = shape.vae()
+    limit = ExactEngine(vae, block_values=500).smallest_limit(6, 5)
+    engine = ExactEngine(vae, block_values=500, memory_limit=limit)
+    files = len(os.listdir("/proc/self/fd"))
+
+    def broken(done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        engine.decode(shape.latents(), progress=broken)
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() -> None:
+    shape = Shape(batch=2)
+    vae, raw = shape.vae(), shape.latents()
+    smallest = ExactEngine(vae).smallest_limit(6, 5, 2)
+    started: list[int] = []
+    with pytest.raises(MemoryLimitError, match=f"at least {smallest} bytes") as caught:
+        ExactEngine(vae, memory_limit=smallest - 1).decode(raw, progress=lambda *_: started.append(1))
+    assert "memory_limit" in str(caught.value)
+    assert not started
+    assert ExactEngine(vae, memory_limit=smallest).decode(raw).shape == (2, 3, 24, 20)
+
+
+def test_overflow_in_half_precision_is_decoded_again_in_float32() -> None:
+    shape = Shape(height=3, width=3)
+    vae = shape.vae()
+    _overflow(vae, 4e3)
+    torch.nn.Module.to(vae, torch.float16)
+    raw = shape.latents(torch.float16)
+    seen: list[tuple[int, int]] = []
+    with pytest.warns(PrecisionRetryWarning, match="float32"):
+        image = ExactEngine(vae).decode(raw, progress=lambda *at: seen.append(at))
+    assert image.dtype == torch.float16
+    assert torch.isfinite(image).all()
+    truth = true_decode(vae, raw)
+    assert rms(image.double() - truth) <= 0.01 * rms(truth)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_what_overflows_float32_too_is_an_error_in_bfloat16() -> None:
+    vae = Shape(height=3, width=3).vae()
+    _overflow(vae, 1e18)
+    torch.nn.Module.to(vae, torch.bfloat16)
+    with pytest.warns(PrecisionRetryWarning), pytest.raises(NonFiniteOutputError, match="float32 too"):
+        ExactEngine(vae).decode(Shape(height=3, width=3).latents(torch.bfloat16))
+
+
+def _overflow(vae: AutoencoderKL, factor: float) -> None:
+    """Make the last resnet but one too large for half precision; the norms behind it scale it back."""
+    resnet = vae.decoder.up_blocks[-1].resnets[0]
+    with torch.no_grad():
+        for module in (vae.decoder.up_blocks[-2].upsamplers[0].conv, resnet.conv_shortcut):
+            module.weight.mul_(factor)
+            module.bias.mul_(factor)
+
+
+def test_the_float32_retry_keeps_the_limit_or_says_why_not() -> None:
+    shape = Shape(height=16, width=16)
+    vae = shape.vae()
+    _overflow(vae, 4e3)
+    torch.nn.Module.to(vae, torch.float16)
+    engine = ExactEngine(vae)
+    engine.memory_limit = engine.smallest_limit(16, 16)
+    with pytest.raises(NonFiniteOutputError, match="no room for float32.*at least"):
+        engine.decode(shape.latents(torch.float16))
+
+
+@pytest.mark.parametrize("where", ["latents", "weights", "output"])
+def test_non_finite_float32_is_an_error_never_a_picture(where: str) -> None:
+    shape = Shape()
+    vae, raw = shape.vae(), shape.latents()
+    with torch.no_grad():
+        if where == "latents":
+            raw[0, 1, 2, 3] = torch.nan
+        elif where == "weights":
+            vae.decoder.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = torch.inf
+        else:
+            vae.decoder.conv_out.bias[1] = torch.nan
+    with pytest.raises(NonFiniteOutputError, match="latents" if where == "latents" else "float32"):
+        ExactEngine(vae).decode(raw)
+
+
+def test_large_finite_offsets_lose_no_accuracy() -> None:
+    """Statistics by squares alone would cancel: a channel whose mean is a thousand times its spread."""
+    shape = Shape(height=8, width=8)
+    vae, raw = shape.vae(), shape.latents()
+    with torch.no_grad():
+        vae.decoder.conv_in.bias.fill_(1000.0)
+        truth = true_decode(vae, raw)
+        theirs = rms(vae.decode(raw).sample.double() - truth)
+    assert rms(ExactEngine(vae).decode(raw).double() - truth) <= theirs
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda vae: setattr(vae.decoder.conv_in, "padding_mode", "circular"), "decoder.conv_in"),
+        (lambda vae: setattr(vae.decoder, "conv_act", torch.nn.ReLU()), "decoder.conv_act"),
+        (lambda vae: setattr(vae.decoder.mid_block.resnets[1], "nonlinearity", torch.nn.Mish()), "resnets.1.nonlin"),
+        (lambda vae: setattr(vae.decoder.mid_block.attentions[0], "heads", 2), "attentions.0"),
+        (lambda vae: setattr(vae, "decoder", torch.nn.Identity()), "vae"),
+    ],
+)
+def test_what_it_cannot_read_is_refused_by_name(change: object, named: str) -> None:
+    vae = Shape().vae()
+    change(vae)  # type: ignore[operator]
+    with pytest.raises(InvalidOptionError, match=named):
+        ExactEngine(vae)
+
+
+def test_wrong_input_is_refused() -> None:
+    engine = ExactEngine(Shape().vae())
+    for raw in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 4), torch.zeros(1, 4, 0, 4), torch.zeros(1, 4, 4, 4).half()):
+        with pytest.raises(InvalidOptionError, match="raw: got"):
+            engine.decode(raw)
+    with pytest.raises(InvalidOptionError, match="kernels: got 'magic'"):
+        ExactEngine(Shape().vae(), kernels="magic")
+    with pytest.raises(InvalidOptionError, match="memory_limit"):
+        ExactEngine(Shape().vae(), memory_limit=0)
+
+
+def test_nothing_is_warned_about_in_an_ordinary_decode() -> None:
+    shape = Shape()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExactEngine(shape.vae()).decode(shape.latents())

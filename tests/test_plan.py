@@ -1,0 +1,254 @@
+"""The planner: predicted against measured peaks, the ladder, memory limits in words, spill folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine_models import Shape, one_thread
+from fluxvae.engine import storage
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.errors import InvalidOptionError, MemoryLimitError
+from fluxvae.tolerances import PEAK_PREDICTION
+
+__all__ = ["one_thread"]  # a fixture, found by its name
+
+HERE = Path(__file__).parent
+WIDE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [64, 64, 64],
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX = WIDE | {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+}
+
+
+def measure(job: dict[str, object]) -> list[dict[str, float]]:
+    """Run `engine_peaks.py` in a process of its own."""
+    child = subprocess.run(
+        [sys.executable, str(HERE / "engine_peaks.py"), json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def assert_predicted(rows: list[dict[str, float]]) -> None:
+    for row in rows:
+        ratio = row["measured"] / row["predicted"]
+        assert 1 - PEAK_PREDICTION.bound <= ratio <= 1, row
+        if row["limit"] is not None:
+            assert row["measured"] <= row["limit"], row
+
+
+def test_measured_peak_is_what_was_predicted() -> None:
+    cases = [
+        {"size": [128, 128]},
+        {"size": [128, 128], "fraction": 0.6},
+        {"size": [150, 120], "fraction": 0.3},
+    ]
+    assert_predicted(measure({"vae": WIDE, "threads": 2, "cases": cases}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_measured_peak_over_random_cases_of_the_full_architecture(dtype: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=generator))  # noqa: E731
+    cases = [
+        {"size": [draw(16, 64), draw(16, 64)], "batch": draw(1, 2), "fraction": draw(0, 10) / 10} for _ in range(10)
+    ]
+    assert_predicted(measure({"vae": FLUX, "dtype": dtype, "cases": cases}))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (128, 128), (512, 512), (37, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ladder_of_the_full_architecture(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """No weights are needed to plan, so the full widths are planned on the meta device's stand-in: empty tensors."""
+    engine = _flux_engine(dtype)
+    free = engine.plan(*size)
+    low = engine.smallest_limit(*size)
+    assert free.work_ratio == 1.0
+    assert set(free.rungs) <= {"memory", "memory/memory"}
+    before: Plan | None = None
+    for step in range(11):
+        engine.memory_limit = low + (free.peak_bytes - low) * step // 10
+        plan = engine.plan(*size)
+        assert plan.peak_bytes <= engine.memory_limit
+        assert plan.work_ratio >= 1.0
+        if before is not None:
+            assert plan.seconds <= before.seconds * 1.0001, "more memory never costs time"
+        before = plan
+    assert plan.rungs == free.rungs
+
+
+def test_the_bars_of_the_full_architecture_are_planned() -> None:
+    """Predicted only: ``-m slow`` and benchmarks/memory.py measure."""
+    engine = _flux_engine(torch.float32)
+    assert engine.plan(128, 128).peak_bytes <= 1.7e9
+    engine.memory_limit = 700_000_000
+    assert engine.plan(128, 128).work_ratio <= 1.35
+    assert engine.smallest_limit(256, 256) <= 1e9
+    assert engine.smallest_limit(512, 512) <= 2e9
+
+
+def _flux_engine(dtype: torch.dtype) -> ExactEngine:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**FLUX)
+    vae.encoder = None
+    torch.nn.Module.to(vae, dtype)
+    vae.decoder.to_empty(device="cpu")  # never touched: planning reads shapes
+    engine = ExactEngine(vae)
+    engine.memory_limit = 1 << 60
+    return engine
+
+
+def test_a_plan_explains_itself() -> None:
+    engine = ExactEngine(Shape().vae(), memory_limit=100_000_000)
+    plan = engine.plan(6, 5, 2)
+    text = str(plan)
+    assert "2 x 20x24" in text
+    assert "100.00 MB (memory_limit)" in text
+    assert "up_blocks.0.resnets.0" in text
+    assert plan.kernels == "torch"
+    assert "free memory" in str(ExactEngine(Shape().vae()).plan(6, 5))
+
+
+@given(amount=st.integers(1, 10**6), unit=st.sampled_from(["", "B", "kB", "MB", "GB", "KiB", "MiB", "GiB"]))
+def test_memory_limits_in_words(amount: int, unit: str) -> None:
+    factor = {"": 1, "B": 1, "kB": 1000, "MB": 10**6, "GB": 10**9, "KiB": 1024, "MiB": 2**20, "GiB": 2**30}[unit]
+    assert parse_memory_limit(f"{amount}{unit}") == amount * factor
+    assert parse_memory_limit(f" {amount} {unit.lower()} ") == amount * factor
+    assert parse_memory_limit(amount) == amount
+
+
+@pytest.mark.parametrize("value", ["", "GB", "-1GB", "1.2.3GB", "1XB", "nan", 0, -5, True, None, 1.5, "0", "0.1"])
+def test_memory_limits_that_are_none(value: object) -> None:
+    with pytest.raises(InvalidOptionError, match="memory_limit: got .*'2GiB'"):
+        parse_memory_limit(value)  # type: ignore[arg-type]
+
+
+def test_half_a_gigabyte() -> None:
+    assert parse_memory_limit("0.7GB") == 700_000_000
+    assert parse_memory_limit("2GiB") == 2 << 30
+
+
+# -- spilling --------------------------------------------------------------------------------------------------------
+
+
+def test_a_spill_folder_in_memory_is_refused() -> None:
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no /dev/shm here")
+    with pytest.raises(InvalidOptionError, match=r"spill_dir: got '/dev/shm', which is a tmpfs"):
+        ExactEngine(Shape().vae(), spill_dir="/dev/shm")
+
+
+def test_the_automatic_spill_folder_is_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/dev/shm")
+    folder = storage.Spill(torch.device("cpu"), None).folder
+    assert folder != Path("/dev/shm")
+
+
+def test_a_missing_spill_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match="spill_dir: got .*existing folder"):
+        ExactEngine(Shape().vae(), spill_dir=tmp_path / "none")
+
+
+def test_without_room_to_spill_the_smallest_limit_is_larger_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ExactEngine(Shape(height=16, width=16).vae(), block_values=3000)
+    with_disk = engine.smallest_limit(16, 16)
+    monkeypatch.setattr(storage.Spill, "free", lambda self: None)
+    without = engine.smallest_limit(16, 16)
+    assert without > with_disk
+    engine.memory_limit = with_disk
+    with pytest.raises(MemoryLimitError, match=f"at least {without} bytes.*{with_disk} bytes would do"):
+        engine.plan(16, 16)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "unlinked"])
+def test_spilled_maps_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
+    if not unnamed:
+        monkeypatch.setattr(os, "O_TMPFILE", 0, raising=False)
+    shape = Shape(height=12, width=10)
+    vae, raw = shape.vae(), shape.latents()
+    limit = ExactEngine(vae, block_values=3000).smallest_limit(12, 10)
+    engine = ExactEngine(vae, block_values=3000, memory_limit=limit, spill_dir=tmp_path)
+    assert engine.plan(12, 10).spill_bytes > 0
+    during: set[str] = set()
+    image = engine.decode(raw, progress=lambda *_: during.update(os.listdir(tmp_path)))
+    assert torch.equal(image, ExactEngine(vae, block_values=3000).decode(raw))
+    assert not during, "not even while it runs"
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from engine_models import Shape
+from fluxvae.engine.exact import ExactEngine
+shape = Shape(height=40, width=40)
+engine = ExactEngine(shape.vae(), block_values=3000, spill_dir=sys.argv[2])
+engine.memory_limit = engine.smallest_limit(40, 40)
+spilled = {s.kind for s in engine.plan(40, 40).steps if s.spilled}
+assert spilled
+def progress(done, total):
+    if done > total * 0.6:
+        print("spilling", flush=True)
+engine.decode(shape.latents(), progress=progress)
+"""
+
+
+def test_killed_in_mid_spill_leaves_no_file(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(HERE), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline().strip() == "spilling"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert child.returncode == -signal.SIGKILL, "it was still decoding"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_fifty_decodes_do_not_grow() -> None:
+    shape = Shape(height=24, width=24, batch=1)
+    vae, raw = shape.vae(), shape.latents()
+    engine = ExactEngine(vae)
+
+    def resident() -> int:
+        storage.trim_heap()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(10):
+        engine.decode(raw)
+    before, files = resident(), len(os.listdir("/proc/self/fd"))
+    start = time.perf_counter()
+    for _ in range(50):
+        engine.decode(raw)
+    assert resident() - before < 2 << 20, f"after {time.perf_counter() - start:.1f} s"
+    assert len(os.listdir("/proc/self/fd")) == files

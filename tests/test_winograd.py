@@ -1,0 +1,354 @@
+"""The Winograd kernels: exact matrices, convolutions against float64, and the same bits however the work is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from fluxvae import unpack_latents
+from fluxvae.checkpoint import ASSETS
+from fluxvae.engine import kernels as kernel_sets
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.kernels import (
+    make_kernels,
+    vector_code,
+    winograd,
+    winograd_loops,
+    winograd_matrices,
+    winograd_tasks,
+)
+from fluxvae.engine.kernels.winograd import WinogradKernels
+from fluxvae.engine.kernels.winograd_matrices import POINTS, matmul, toom_cook
+from fluxvae.engine.network import Conv
+from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.plan import Call
+from fluxvae.oracle import level_difference
+from fluxvae.tolerances import WINOGRAD_CHANGED, WINOGRAD_CONV, WINOGRAD_LEVELS, WINOGRAD_SILU, WINOGRAD_STATISTICS
+from models import random_vae
+
+CPU = torch.device("cpu")
+KERNELS = WinogradKernels(CPU)
+THREADS = (1, 2, 3)
+pytestmark = pytest.mark.skipif(vector_code.supported() is not None, reason=str(vector_code.supported()))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def conv_layer(cin: int, cout: int, seed: int = 0) -> Conv:
+    torch.manual_seed(seed)
+    return Conv("test", cin, cout, 3, torch.nn.Conv2d(cin, cout, 3, padding=1).requires_grad_(False))
+
+
+def load(conv: Conv, kind: str) -> Any:
+    call = Call(kind, conv.cin, conv.cout, 1, 1, 4, False)  # type: ignore[arg-type]
+    return KERNELS.load(conv, kind, torch.float32, torch.empty(KERNELS.loaded(call), dtype=torch.uint8))
+
+
+def workspace(conv: Conv, kind: str, rows: int, width: int) -> torch.Tensor:
+    call = Call(kind, conv.cin, conv.cout, rows, width, 4, False)  # type: ignore[arg-type]
+    # 0xFF bytes are NaN: scratch that is read before it is written would show.
+    return torch.full((KERNELS.workspace(call),), 255, dtype=torch.uint8)
+
+
+def pad(rows: torch.Tensor) -> torch.Tensor:
+    return F.pad(rows, (0, 0, 0, 0, 1, 1))
+
+
+def run_conv(
+    conv: Conv, padded: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
+) -> tuple[torch.Tensor, Partial]:
+    rows, width = padded.shape[0] - 2, padded.shape[1]
+    out = torch.full((rows, width, conv.cout), torch.nan) if residual is None else residual.clone()
+    partial = KERNELS.conv3x3(
+        padded, load(conv, "conv3"), None, (True, True), out, None if residual is None else out, scale, True,
+        workspace(conv, "conv3", rows, width),
+    )  # fmt: skip
+    assert partial is not None
+    return out, partial
+
+
+def run_up(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
+    rows, width = padded.shape[0] - 2, padded.shape[1]
+    out = torch.full((2 * rows, 2 * width, conv.cout), torch.nan)
+    partial = KERNELS.upsample(padded, load(conv, "up"), out, True, workspace(conv, "up", rows, width))
+    assert partial is not None
+    return out, partial
+
+
+def direct(conv: Conv, rows: torch.Tensor, enlarge: bool = False) -> torch.Tensor:
+    """In float64 by PyTorch: (n, W, cin) to (n, W, cout)."""
+    image = rows.permute(2, 0, 1)[None].double()
+    if enlarge:
+        image = F.interpolate(image, scale_factor=2, mode="nearest")
+    module = conv.module
+    return F.conv2d(image, module.weight.double(), module.bias.double(), padding=1)[0].permute(1, 2, 0)
+
+
+def check(out: torch.Tensor, partial: Partial, expected: torch.Tensor) -> None:
+    assert (out - expected).abs().max() <= WINOGRAD_CONV.bound
+    flat = out.reshape(-1, out.shape[-1]).double()
+    deviations = (flat - flat.mean(0)).square().sum(0)
+    assert partial.count == len(flat)
+    assert (partial.mean - flat.mean(0)).abs().max() <= WINOGRAD_STATISTICS.bound
+    assert ((partial.m2 - deviations).abs() <= WINOGRAD_STATISTICS.bound * (deviations + 1e-3)).all()
+
+
+# -- the matrices --------------------------------------------------------------------------------------------------
+
+small = st.integers(-50, 50).map(Fraction)
+
+
+@given(st.data(), st.sampled_from([(6, 3), (7, 2), (5, 4)]))
+def test_transforms_are_exact(data: st.DataObject, size: tuple[int, int]) -> None:
+    outputs, taps = size
+    t = toom_cook(outputs, taps)
+    d = data.draw(st.lists(small, min_size=8, max_size=8))
+    g = data.draw(st.lists(small, min_size=taps, max_size=taps))
+    products = [x[0] * y[0] for x, y in zip(matmul(t.g, [[v] for v in g]), matmul(t.bt, [[v] for v in d]), strict=True)]
+    y = [row[0] for row in matmul(t.at, [[p] for p in products])]
+    assert y == [sum(g[k] * d[i + k] for k in range(taps)) for i in range(outputs)]
+
+
+def test_a_wrong_number_of_points_is_refused() -> None:
+    with pytest.raises(ValueError, match="7 distinct points"):
+        toom_cook(6, 3, POINTS[:-1])
+
+
+# -- convolutions --------------------------------------------------------------------------------------------------
+
+shapes = st.tuples(st.integers(1, 20), st.integers(1, 20), st.sampled_from([16, 48]), st.sampled_from([16, 32, 80]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.booleans(), st.sampled_from([1.0, 1.7]), st.integers(0, 100))
+def test_convolution(shape: tuple[int, int, int, int], residual: bool, scale: float, seed: int) -> None:
+    rows, width, cin, cout = shape
+    conv = conv_layer(cin, cout, seed)
+    x, base = torch.randn(rows, width, cin), torch.randn(rows, width, cout) if residual else None
+    out, partial = run_conv(conv, pad(x), base, scale)
+    expected = direct(conv, x)
+    check(out, partial, (expected if base is None else expected + base) / scale)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(0, 100))
+def test_upsample(shape: tuple[int, int, int, int], seed: int) -> None:
+    rows, width, cin, cout = shape
+    conv = conv_layer(cin, cout, seed)
+    x = torch.randn(rows, width, cin)
+    check(*run_up(conv, pad(x)), direct(conv, x, enlarge=True))
+
+
+def test_a_residual_elsewhere() -> None:
+    conv = conv_layer(32, 32)
+    x, base, out = torch.randn(9, 7, 32), torch.randn(9, 7, 32), torch.empty(9, 7, 32)
+    work = workspace(conv, "conv3", 9, 7)
+    KERNELS.conv3x3(pad(x), load(conv, "conv3"), None, (True, True), out, base, 1.0, False, work)
+    assert torch.equal(out, run_conv(conv, pad(x), base)[0])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 130), st.sampled_from([16, 48]), st.sampled_from([16, 32, 80]))
+def test_linear(rows: int, cin: int, cout: int) -> None:
+    torch.manual_seed(rows)
+    conv = Conv("test", cin, cout, 1, torch.nn.Conv2d(cin, cout, 1).requires_grad_(False))
+    into = torch.full((KERNELS.loaded(Call("linear", cin, cout, 1, rows, 4, False)),), 255, dtype=torch.uint8)
+    weights = KERNELS.load(conv, "linear", torch.float32, into)
+    x, outs = torch.randn(1, rows, cin), []
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        outs.append(torch.full((1, rows, cout), torch.nan))
+        KERNELS.linear(x, weights, outs[-1])
+    expected = F.linear(x.double(), conv.module.weight.double()[:, :, 0, 0], conv.module.bias.double())
+    assert torch.allclose(outs[0].double(), expected, rtol=0, atol=2e-6)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize(("cin", "cout"), [(4, 32), (32, 3), (20, 20)])
+def test_other_widths_are_computed_directly(cin: int, cout: int) -> None:
+    conv = conv_layer(cin, cout)
+    x = torch.randn(8, 9, cin)
+    check(*run_conv(conv, pad(x)), direct(conv, x))
+
+
+def test_float64_is_computed_directly() -> None:
+    conv = conv_layer(32, 32)
+    conv.module.double()
+    x = torch.randn(8, 9, 32, dtype=torch.float64)
+    call = Call("conv3", 32, 32, 8, 9, 8, False)
+    weights = KERNELS.load(conv, "conv3", x.dtype, torch.empty(KERNELS.loaded(call), dtype=torch.uint8))
+    work, out = torch.empty(KERNELS.workspace(call), dtype=torch.uint8), torch.empty_like(x)
+    KERNELS.conv3x3(pad(x), weights, None, (True, True), out, None, 1.0, False, work)
+    assert torch.allclose(out, direct(conv, x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [32, 24])
+def test_prologue(channels: int) -> None:
+    rows = torch.cat([torch.linspace(-120, 120, 4001), torch.logspace(-30, 1, 499)])[: 4500 // channels * channels]
+    rows = rows.repeat(channels).reshape(-1, 1, channels)
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    out, work = torch.empty_like(rows), torch.empty(2 * rows.nbytes, dtype=torch.uint8)
+    KERNELS.prologue(rows, Affine(ones, zeros), True, out, work)
+    exact = F.silu(rows.double())
+    # Below -87 exp(-x) leaves float32's range, and the result is a denormal or nearly one.
+    assert ((out - exact).abs() <= WINOGRAD_SILU.bound * exact.abs() * 2**-24 + 1e-35).all()
+    KERNELS.prologue(rows, Affine(2 * ones, zeros + 3), False, out, work)
+    assert torch.allclose(out, rows * 2 + 3)
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    conv = conv_layer(16, 16)
+    conv.module.bias.fill_(1000.0)
+    x = torch.randn(30, 30, 16)
+    out, partial = run_conv(conv, pad(x))
+    flat = out.double().reshape(-1, 16)
+    assert torch.allclose(partial.m2, (flat - flat.mean(0)).square().sum(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_shows_in_the_statistics(bad: float) -> None:
+    conv = conv_layer(16, 16)
+    x = torch.randn(13, 13, 16)
+    x[12, 12, 5] = bad
+    partials = [run_conv(conv, pad(x))[1], run_up(conv, pad(x))[1]]
+    assert all(not torch.isfinite(partial.m2).any() for partial in partials)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([32, 128, 256, 512]), st.sampled_from([32, 96, 512]), st.integers(1, 60), st.integers(1, 300))
+def test_workspace_is_enough_for_the_last_block(cin: int, cout: int, rows: int, width: int) -> None:
+    for kind in ("conv3", "up"):
+        work = KERNELS.workspace(Call(kind, cin, cout, rows, width, 4, False))  # type: ignore[arg-type]
+        for fewer in {1, rows // 2, rows - 1, rows} - {0}:
+            cut = winograd._cut(kind, cin, cout, fewer, width)
+            assert winograd._scratch(cut.run, cin, cut.panels) <= work
+
+
+# -- the same bits -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [run_conv, run_up])
+def test_threads_change_nothing(run: Any) -> None:
+    conv = conv_layer(32, 512)
+    padded = pad(torch.randn(25, 40, 32))
+    results = []
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        results.append(run(conv, padded))
+    for out, partial in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(partial.mean, results[0][1].mean)
+        assert torch.equal(partial.m2, results[0][1].m2)
+
+
+@pytest.mark.parametrize(("run", "step", "grown"), [(run_conv, 6, 1), (run_up, 3, 2)])
+def test_values_do_not_depend_on_where_blocks_are_cut(run: Any, step: int, grown: int) -> None:
+    conv = conv_layer(32, 48)
+    padded = pad(torch.randn(4 * step + 3, 11, 32))
+    whole, _ = run(conv, padded)
+    for cut in (step, 3 * step):
+        above, below = run(conv, padded[: cut + 2])[0], run(conv, padded[cut:])[0]
+        assert torch.equal(torch.cat([above, below]), whole)
+        assert len(above) == grown * cut
+
+
+def test_several_python_threads_at_once() -> None:
+    conv = conv_layer(32, 32)
+    padded = pad(torch.randn(30, 60, 32))
+    expected = run_conv(conv, padded)[0]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        torch.set_num_threads(THREADS[index % len(THREADS)])
+        for _ in range(10):
+            if not torch.equal(run_conv(conv, padded)[0], expected):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+# -- whole decodes -------------------------------------------------------------------------------------------------
+
+
+def to_uint8(image: torch.Tensor) -> Any:
+    return (((image / 2 + 0.5).clamp(0, 1)) * 255).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (1, 9), (17, 1)])
+def test_decodes(height: int, width: int) -> None:
+    vae = random_vae(widths=(32, 64, 64, 96))
+    raw = torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(3))
+    engine = ExactEngine(vae, kernels="winograd")
+    assert engine.plan(height, width).kernels == "winograd"
+    image = engine.decode(raw)
+    with torch.no_grad():
+        expected = random_vae(widths=(32, 64, 64, 96), dtype=torch.float64).decode(raw.double()).sample
+    difference = level_difference(to_uint8(image), to_uint8(expected))
+    assert difference.changed <= WINOGRAD_CHANGED.bound
+    assert difference.largest <= WINOGRAD_LEVELS.bound
+    if height * width > 64:  # MKL's own products of a few rows (attention's projections) do depend on its threads
+        torch.set_num_threads(3)
+        assert torch.equal(engine.decode(raw), image)
+    assert torch.equal(engine.decode(raw[1:]), image[1:])
+    smallest = ExactEngine(vae, kernels="winograd", memory_limit=engine.smallest_limit(height, width))
+    assert torch.equal(smallest.decode(raw[:1]), image[:1])
+
+
+def test_the_demo_checkpoints_picture() -> None:
+    with safe_open(ASSETS / "latents" / "astronaut_512x512.safetensors", "pt") as file:
+        latents = unpack_latents(file.get_tensor("latents").float(), 512, 512)[:, :, 4:36, 20:52]
+    vae = AutoencoderKL.from_pretrained(ASSETS / "demo").eval().requires_grad_(False)
+    raw = latents / vae.config.scaling_factor + vae.config.shift_factor
+    image = ExactEngine(vae, kernels="winograd").decode(raw)
+    expected = vae.double().decode(raw.double()).sample
+    difference = level_difference(to_uint8(image), to_uint8(expected))
+    assert difference.changed <= WINOGRAD_CHANGED.bound
+    assert difference.largest <= WINOGRAD_LEVELS.bound
+
+
+# -- where they do not run -----------------------------------------------------------------------------------------
+
+
+def test_a_processor_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vector_code, "supported", lambda: "this processor is too old")
+    with pytest.raises(ValueError, match="too old"):
+        make_kernels("winograd", CPU)
+    assert kernel_sets.no_winograd(torch.device("cuda")) is not None
+    assert make_kernels("auto", CPU).name == "torch"
+
+
+def test_numbas_cache_knows_the_vector_code() -> None:
+    # Numba recompiles when the file of a function changes, not when what it calls does.
+    digest = hashlib.sha256()
+    for module in (vector_code, winograd_loops, winograd_matrices):
+        digest.update(Path(module.__file__).read_bytes())
+    assert digest.hexdigest()[:16] == winograd_tasks.VECTOR_CODE, (
+        f"write {digest.hexdigest()[:16]!r} into winograd_tasks.VECTOR_CODE, so that caches of compiled code expire"
+    )
+
+
+def test_preparing_compiles() -> None:
+    assert KERNELS.prepare() >= 0
+    assert KERNELS.prepare() < 1
+    assert winograd_tasks.convolve.signatures

@@ -1,0 +1,98 @@
+"""Make the README's pictures with the demo checkpoint.
+
+`demo.png`: the two held-out photographs, original and decoded from packed latents.
+`seams.png`: one crop of a 2048x2048 decode, untiled and with diffusers' tiling, with the difference beside them. Tiling
+gives every tile its own GroupNorm statistics and its own attention, so colours shift and seams show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw, ImageFont
+
+from demo_pictures import HELD_OUT, held_out, open_picture, psnr
+from make_demo_latents import ASSETS, decode, encode
+
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+MARGIN, CAPTION = 8, 26
+SEAMS_PICTURE, SEAMS_SIZE, SEAMS_CROP = "retina.jpg", 2048, (512, 768, 640)  # (left, top, side)
+
+
+def strip(panels: list[tuple[str, np.ndarray]], size: int) -> Image.Image:
+    """Pictures side by side, each with its words underneath."""
+    font = ImageFont.load_default(15)
+    width = len(panels) * (size + MARGIN) + MARGIN
+    canvas = Image.new("RGB", (width, size + MARGIN + CAPTION), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, (words, pixels) in enumerate(panels):
+        left = MARGIN + index * (size + MARGIN)
+        picture = Image.fromarray(pixels)
+        if picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+        canvas.paste(picture, (left, MARGIN))
+        draw.text((left + size / 2, size + MARGIN + 4), words, fill="black", font=font, anchor="ma")
+    return canvas
+
+
+def write(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    picture.save(temporary, optimize=True)
+    os.replace(temporary, path)
+    print(f"{path.name}: {picture.width}x{picture.height}, {path.stat().st_size:,} bytes")
+
+
+def demo_strip(vae: AutoencoderKL) -> Image.Image:
+    panels = []
+    for name in HELD_OUT:
+        original = held_out(name)
+        decoded = decode(vae, encode(vae, original), *original.shape[:2])
+        panels += [("original", original), (f"decoded, {psnr(original, decoded):.1f} dB", decoded)]
+    return strip(panels, 256)
+
+
+def seams_strip(vae: AutoencoderKL) -> Image.Image:
+    """The same crop of a 2048x2048 decode, untiled and tiled. The first half is where the exact engine comes in."""
+    picture = open_picture(SEAMS_PICTURE).resize((SEAMS_SIZE, SEAMS_SIZE), Image.Resampling.LANCZOS)
+    packed = encode(vae, np.asarray(picture))
+    untiled = decode(vae, packed, SEAMS_SIZE, SEAMS_SIZE)
+    vae.enable_tiling()
+    tiled = decode(vae, packed, SEAMS_SIZE, SEAMS_SIZE)
+    vae.disable_tiling()
+    difference = np.abs(untiled.astype(int) - tiled.astype(int))
+    print(f"tiled against untiled at {SEAMS_SIZE}: {psnr(untiled, tiled):.1f} dB, ", end="")
+    print(f"largest difference {difference.max()}, {(difference > 0).mean():.0%} of values differ")
+    left, top, side = SEAMS_CROP
+    window = (slice(top, top + side), slice(left, left + side))
+    amplified = np.clip(difference * 8, 0, 255).astype(np.uint8)
+    return strip(
+        [
+            ("untiled", untiled[window]),
+            (f"diffusers' tiling, {psnr(untiled, tiled):.1f} dB", tiled[window]),
+            ("difference, 8 times", amplified[window]),
+        ],
+        320,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ASSETS / "demo", help="default: the packaged one")
+    parser.add_argument("--output", type=Path, default=IMAGES, help="default: docs/images")
+    parser.add_argument("--only", choices=("demo", "seams"), help="default: both")
+    args = parser.parse_args()
+    vae = AutoencoderKL.from_pretrained(args.checkpoint, torch_dtype=torch.float32).eval()
+    if args.only != "seams":
+        write(demo_strip(vae), args.output / "demo.png")
+    if args.only != "demo":
+        write(seams_strip(vae), args.output / "seams.png")
+
+
+if __name__ == "__main__":
+    main()
