@@ -22,8 +22,9 @@ from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import (
     make_kernels,
+    row_tasks,
     vector_code,
-    winograd,
+    winograd_cut,
     winograd_loops,
     winograd_matrices,
     winograd_tasks,
@@ -236,8 +237,8 @@ def test_workspace_is_enough_for_the_last_block(cin: int, cout: int, rows: int, 
     for kind in ("conv3", "up"):
         work = KERNELS.workspace(Call(kind, cin, cout, rows, width, 4, False))  # type: ignore[arg-type]
         for fewer in {1, rows // 2, rows - 1, rows} - {0}:
-            cut = winograd._cut(kind, cin, cout, fewer, width)
-            assert winograd._scratch(cut.run, cin, cut.panels) <= work
+            cut = winograd_cut.cut_tasks(kind, cin, cout, fewer, width)
+            assert winograd_cut.scratch_bytes(cut.run, cin, cut.panels) <= work
 
 
 # -- the same bits -------------------------------------------------------------------------------------------------
@@ -343,9 +344,10 @@ def test_numbas_cache_knows_the_vector_code() -> None:
     digest = hashlib.sha256()
     for module in (vector_code, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
-    assert digest.hexdigest()[:16] == winograd_tasks.VECTOR_CODE, (
-        f"write {digest.hexdigest()[:16]!r} into winograd_tasks.VECTOR_CODE, so that caches of compiled code expire"
-    )
+    for module in (winograd_tasks, row_tasks):
+        assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
+            f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
+        )
 
 
 def test_preparing_compiles() -> None:

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 50  # steps, in every phase
 ADAM_RATE = 1 / 3  # AdamW's rate as a share of the main path's
 EMA = 0.998
-DRIFT = 2e-4
+DRIFT = 2e-4  # weight of keeping latents standard: enough to guide, too little to cost quality
 
 
 class Phase(NamedTuple):
@@ -56,12 +56,12 @@ class Phase(NamedTuple):
 
 ALL_SIZES = ((2, 192), (2, 256), (2, 384))
 PHASES = (
-    Phase("main path", True, 6, 1450, ((4, 96),), (0.006, 0.0003), (0.0, 0.0), centre=True),
-    Phase("main path, standard latents", True, 2.5, 600, ((4, 96),), (0.0015, 0.0003), (0.0, 0.0)),
-    Phase("main path, larger crops", True, 4.5, 320, ((2, 256),), (0.0006, 0.0001), (0.0, 0.0)),
-    Phase("main path, all sizes", True, 7, 310, ALL_SIZES, (0.0004, 0.0001), (0.0, 0.0), centre=True),
-    Phase("main path, annealed", True, 6, 350, ALL_SIZES, (0.0003, 0.00005), (0.0, 0.0)),
-    Phase("everything", False, 6, 120, ((2, 128), (2, 192), (2, 256)), (0.00005, 0.0), (0.0001, 0.0)),
+    Phase("main path", True, 6, 1440, ((4, 96),), (0.006, 0.0003), (0.0, 0.0), centre=True),
+    Phase("main path, standard latents", True, 2.5, 580, ((4, 96),), (0.0015, 0.0003), (0.0, 0.0)),
+    Phase("main path, larger crops", True, 4.5, 275, ((2, 256),), (0.0006, 0.0001), (0.0, 0.0)),
+    Phase("main path, all sizes", True, 7, 315, ALL_SIZES, (0.0004, 0.0001), (0.0, 0.0), centre=True),
+    Phase("main path, annealed", True, 6, 395, ALL_SIZES, (0.0003, 0.00005), (0.0, 0.0)),
+    Phase("everything", False, 6, 210, ((2, 128), (2, 192), (2, 256)), (0.00005, 0.0), (0.0001, 0.0)),
 )
 
 
@@ -162,7 +162,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "  train_demo_checkpoint.py --output out/quick --minutes 10   the same phases squeezed into ten minutes\n"
         "  train_demo_checkpoint.py --output out/demo --resume        go on after an interruption\n\n"
         "The seed fixes the initial weights and every crop. The exact bits of the result still depend on the\n"
-        "number of threads, the processor and the library; the quality does not.",
+        "number of threads, the processor and the library; the quality should not.",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for config.json and the safetensors weights")
     parser.add_argument("--length", type=float, default=1.0, help="factor on the steps of every phase (default: 1)")

@@ -7,7 +7,6 @@ itself, on the same weights.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
 
 from fluxvae.checkpoint import ASSETS
 from fluxvae.decoder import Decoder
@@ -128,7 +128,7 @@ def run(
     Memory: what diffusers takes for a batch of two at this size; the decoder's own path takes less.
     """
     # Here, not above: importing FluxPipeline takes seconds, and transformers then complains of what it does not need.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    transformers_logging.set_verbosity_error()
     from fluxvae import oracle
 
     with Progress(TextColumn("{task.description:<42}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:

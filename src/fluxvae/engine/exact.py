@@ -39,7 +39,8 @@ class ExactEngine:
     """Raw latents to pixels: the function diffusers' untiled decode computes, in bounded memory.
 
     The same image has the same bits for any memory limit and in any batch: every image is decoded alone, and every map
-    is cut into blocks by layer and image size only.
+    is cut into blocks by layer and image size only. (The memory format of the weights may change the last bits, as it
+    does in diffusers: it decides which convolution runs.)
 
     Args:
         vae: read, never copied or changed.
@@ -105,7 +106,7 @@ class ExactEngine:
                 f"plan: got latents {latent_height}x{latent_width}, batch {batch}; expected positive numbers"
             )
         device, dtype = self._device, self._weight.dtype
-        kernels = make_kernels(self._kernels_name, device)
+        kernels = self._kernels(device)
         return self._planner((latent_height, latent_width), batch, dtype, dtype, kernels), Spill(
             device, self._spill_dir
         )
@@ -132,7 +133,7 @@ class ExactEngine:
         self._check(raw)
         with self._lock, torch.no_grad():
             device, dtype = raw.device, raw.dtype
-            kernels, spill = make_kernels(self._kernels_name, device), Spill(device, self._spill_dir)
+            kernels, spill = self._kernels(device), Spill(device, self._spill_dir)
             limit, source = self._limit(device)
             options: _PlanOptions = {"source": source, "spill_free": spill.free(), "spill_dir": spill.describe()}
             size, batch = (raw.shape[2], raw.shape[3]), raw.shape[0]
@@ -201,6 +202,12 @@ class ExactEngine:
             self.network, geometry, kernels, batch=batch, output_itemsize=stored.itemsize,
             macs_per_second=macs, spill_bytes_per_second=moved,
         )  # fmt: skip
+
+    def _kernels(self, device: torch.device) -> Kernels:
+        kernels = make_kernels(self._kernels_name, device)
+        weight = parameters(self.network.conv_out.module)[0]
+        kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        return kernels
 
     def _limit(self, device: torch.device) -> tuple[int, str]:
         if self.memory_limit is not None:

@@ -27,6 +27,9 @@ class Kernels(Costs, Protocol):
     ``work`` is a flat uint8 scratch of at least `Costs.workspace` bytes, aligned to 256, with arbitrary contents.
     """
 
+    channels_last: bool
+    """The model's weights are in channels-last memory format; the engine sets it before anything else."""
+
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights of ``conv`` as the calls of ``kind`` want them, in ``dtype``.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "VECTOR_BYTES",
     "WIDE",
     "Code",
+    "compiled",
     "fetch_add",
     "supported",
     "vector_function",
@@ -258,3 +259,11 @@ def _fetch_add(typing: Any, address: Any) -> Any:
 
 
 fetch_add: Any = intrinsic(_fetch_add)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile at the first call, without the GIL, and keep the code for the next process where there is a place."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither beside the file nor in the user's cache folder
+        return njit(nogil=True, error_model="numpy")(function)

@@ -15,27 +15,22 @@ import torch
 import torch.nn.functional as F
 
 from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.row_tasks import AFFINE, COPY, SILU, LinearJob, RowsJob, affine_rows, linear_rows
 from fluxvae.engine.kernels.torch import TorchKernels
 from fluxvae.engine.kernels.torch import _moments as moments
 from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd_loops import NR
-from fluxvae.engine.kernels.winograd_tasks import (
-    AFFINE,
-    COPY,
-    POSITIONS,
-    SILU,
-    STEP,
-    THIRD,
-    ConvJob,
-    LinearJob,
-    RowsJob,
-    WeightsJob,
-    affine_rows,
-    convolve,
-    linear_rows,
-    merge,
-    transform_weights,
+from fluxvae.engine.kernels.winograd_cut import (
+    MOST_RUN,
+    cut_tasks,
+    enlargement,
+    longest_run,
+    position_bytes,
+    rounded,
+    scratch_bytes,
+    transformed_bytes,
 )
+from fluxvae.engine.kernels.winograd_loops import NR
+from fluxvae.engine.kernels.winograd_tasks import POSITIONS, ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
@@ -46,14 +41,6 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _log = logging.getLogger(__name__)
 
-LINE = 64
-"""Bytes of a cache line."""
-LEAST_RUN, MOST_RUN = 24, 48
-"""Tiles of a task. Few: every task reads all of its weights. Many: its transformed tiles leave L2."""
-LEAST_SLICE = 128
-"""Output channels of a task, at least: every slice transforms its tiles again."""
-SLICE_COST = 0.06
-"""What that adds to a task, about."""
 LEAST_PIXELS = 1024
 """Of a map: below, transforming the weights takes longer than the multiplications it saves."""
 PASS = 1 << 15
@@ -80,24 +67,6 @@ class LinearWeights(NamedTuple):
     cout: int
 
 
-class Cut(NamedTuple):
-    """How a call is cut into tasks: by its layer and size alone, so that its statistics always add up alike."""
-
-    across: int
-    tiles: int
-    run: int
-    units: int
-    """Runs of tiles."""
-    slices: int
-    """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
-    panels: int
-    """Of NR output channels, per slice."""
-    position_in: int
-    position_out: int
-    workers: int
-    """Threads that find work."""
-
-
 class WinogradKernels(TorchKernels):
     """Winograd where it applies, PyTorch elsewhere."""
 
@@ -110,7 +79,7 @@ class WinogradKernels(TorchKernels):
         """Multiply-adds of one call; of the transforms, none."""
         if not _applies(call):
             return super().macs(call)
-        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
         return POSITIONS * cut.tiles * call.cin * call.cout
 
     def loaded(self, call: Call) -> int:
@@ -119,13 +88,13 @@ class WinogradKernels(TorchKernels):
             return (4 if call.kind == "attend" else 1) * _panel_bytes(call.cin, call.cout)
         if not _applies(call):
             return super().loaded(call)
-        return _transformed_bytes(call.cin, call.cout)
+        return transformed_bytes(call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
         """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
         if not _applies(call):
             return super().overhead(call)
-        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
         small = POSITIONS * call.cin * 4 + 5 * call.cout * 4
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
 
@@ -133,10 +102,10 @@ class WinogradKernels(TorchKernels):
         """Arena bytes: every thread's transformed tiles and products."""
         if not _applies(call):
             return super().workspace(call)
-        cut = _cut(call.kind, call.cin, call.cout, call.rows, call.width)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
         # The last block of a map has fewer tiles, which may make longer runs, and wider slices: room for the longest.
-        run = min(_rounded(_most(call.cin)), _rounded(cut.tiles))
-        return cut.workers * _scratch(run, call.cin, -(-call.cout // NR))
+        run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
+        return cut.workers * scratch_bytes(run, call.cin, -(-call.cout // NR))
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
@@ -162,7 +131,7 @@ class WinogradKernels(TorchKernels):
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
         if kind == "linear" and _vectors(conv.cin, conv.cout, dtype.itemsize):
             return _linear_weights(*parameters(conv.module), into)
-        planned = into.numel() >= _transformed_bytes(conv.cin, conv.cout)
+        planned = into.numel() >= transformed_bytes(conv.cin, conv.cout)
         if kind not in ("conv3", "up") or not planned or not _vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
         weight, bias = parameters(conv.module)
@@ -170,7 +139,7 @@ class WinogradKernels(TorchKernels):
         kernel, channel, row, column = (4 * stride for stride in weight.stride())
         job = WeightsJob(
             src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
-            cin=conv.cin, cout=conv.cout, position=_position_weights(conv.cin, conv.cout),
+            cin=conv.cin, cout=conv.cout, position=position_bytes(conv.cin, conv.cout),
         )  # fmt: skip
         _share(transform_weights, job, conv.cout // LANES)
         factor_bias = np.ones((2, conv.cout), np.float32)
@@ -229,7 +198,7 @@ class WinogradKernels(TorchKernels):
             super().linear(rows, weights, out)
             return
         count = rows.numel() // weights.cin
-        run = min(MOST_RUN, _rounded(count))
+        run = min(MOST_RUN, rounded(count))
         job = LinearJob(
             src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
             rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
@@ -288,10 +257,6 @@ def _vectors(cin: int, cout: int, itemsize: int) -> bool:
     return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0
 
 
-def _enlarge(kind: str) -> int:
-    return 2 if kind == "up" else 1
-
-
 def _panel_bytes(cin: int, cout: int) -> int:
     """Bytes of a linear layer's weights in panels."""
     return cin * -(-cout // NR) * NR * 4
@@ -307,57 +272,6 @@ def _linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch
     return LinearWeights(panels, torch.zeros(cout) if bias is None else bias.float(), cin, cout)
 
 
-def _position_weights(cin: int, cout: int) -> int:
-    """Bytes of one position's weights."""
-    return _odd_lines(cin * -(-cout // NR) * NR * 4)
-
-
-def _transformed_bytes(cin: int, cout: int) -> int:
-    """Bytes of a layer's transformed weights."""
-    return POSITIONS * _position_weights(cin, cout)
-
-
-def _cut(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
-    """``rows`` and ``width`` of the input."""
-    across = -(-width * _enlarge(kind) // STEP)
-    tiles = across * -(-rows * _enlarge(kind) // STEP)
-    run = _rounded(-(-tiles // -(-tiles // _most(cin))))
-    units = -(-tiles // run)
-    threads, total = cpu_threads.count(), -(-cout // NR)
-
-    def cost(slices: int) -> float:
-        return -(-units * slices // threads) / slices * (1 + SLICE_COST * slices)
-
-    slices = min(
-        (k for k in range(1, total + 1) if total % k == 0 and total // k * NR >= min(LEAST_SLICE, cout)), key=cost
-    )
-    panels = total // slices
-    return Cut(
-        across, tiles, run, units, slices, panels,
-        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(threads, units * slices),
-    )  # fmt: skip
-
-
-def _most(cin: int) -> int:
-    """Tiles of a task, at most."""
-    return min(max(cin // 8, LEAST_RUN), MOST_RUN)
-
-
-def _rounded(tiles: int) -> int:
-    """Up to whole blocks of products."""
-    return -(-tiles // THIRD) * THIRD
-
-
-def _scratch(run: int, cin: int, panels: int) -> int:
-    """Bytes a thread needs: transformed tiles, and products."""
-    return POSITIONS * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
-
-
-def _odd_lines(nbytes: int) -> int:
-    """At least so many bytes, in an odd number of cache lines: 64 positions then lie in 64 different cache sets."""
-    return (-(-nbytes // LINE) | 1) * LINE
-
-
 def _convolve(
     kind: str,
     padded: torch.Tensor,
@@ -368,11 +282,11 @@ def _convolve(
     work: torch.Tensor,
 ) -> Partial | None:
     rows, width = padded.shape[0] - 2, padded.shape[1]
-    cin, cout, enlarge = weights.cin, weights.cout, _enlarge(kind)
-    cut = _cut(kind, cin, cout, rows, width)
+    cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
+    cut = cut_tasks(kind, cin, cout, rows, width)
     row = out.shape[1] * cout * 4
     # Threads that the work was not planned for, or that were added since, have no scratch.
-    scratch = _scratch(cut.run, cin, cut.panels)
+    scratch = scratch_bytes(cut.run, cin, cut.panels)
     workers = min(cut.workers, work.numel() // scratch)
     if workers < 1:
         raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
@@ -380,7 +294,7 @@ def _convolve(
         src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
         cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=rows * enlarge, columns=width * enlarge,
         cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
-        weights=weights.transformed.data_ptr(), position_weights=_position_weights(cin, cout),
+        weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
         panels=cut.panels, slices=cut.slices,
         tiles_across=cut.across, tiles=cut.tiles, run=cut.run, tasks=cut.units * cut.slices,
         position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),

@@ -28,6 +28,8 @@ CHAIN = 32
 chain's length, so short chains make K = 512 as accurate as K = 64."""
 TILES = 12 if REGISTERS == 32 else 6
 """Winograd tiles of one register block: 24 (12) accumulators, the rest for operands. Ends use a third or two of it."""
+THIRD = TILES // 3
+"""Runs of tiles are multiples of this: the products' smallest block."""
 
 
 # -- the products --------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def _products(tiles: int) -> Any:
     return vector_function(f"fluxvae_products_{tiles}", 7, emit)
 
 
-products_3, products_2, products_1 = _products(TILES), _products(TILES // 3 * 2), _products(TILES // 3)
+products_3, products_2, products_1 = _products(TILES), _products(2 * THIRD), _products(THIRD)
 
 
 # -- the transforms ------------------------------------------------------------------------------------------------

@@ -9,21 +9,16 @@ Addresses and strides are in bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from fluxvae.engine.kernels.vector_code import LANES, fetch_add
+from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
 from fluxvae.engine.kernels.winograd_loops import (
     NR,
+    THIRD,
     TILES,
-    add_bias,
-    affine,
-    affine_silu,
     copy,
-    gather_tiles,
     input_transform,
     input_transform_up,
     kernel_transform,
@@ -34,19 +29,9 @@ from fluxvae.engine.kernels.winograd_loops import (
     products_3,
 )
 
-__all__ = [
-    "ConvJob",
-    "LinearJob",
-    "RowsJob",
-    "WeightsJob",
-    "affine_rows",
-    "convolve",
-    "linear_rows",
-    "merge",
-    "transform_weights",
-]
+__all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "6cc9ab085fdfa8ac"
+VECTOR_CODE = "6de1798d594d9772"
 """Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
 STEP = 6
 """Outputs of a tile, in each direction."""
@@ -55,15 +40,6 @@ SIZE = 8
 SIZE_UP = 5
 """Its inputs on the small map, where that is enlarged."""
 POSITIONS = SIZE * SIZE
-THIRD = TILES // 3
-"""Runs of tiles are multiples of this: the products' smallest block."""
-
-
-def _compiled(function: Callable[..., None]) -> Any:
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to keep compiled code: neither beside this file nor in the user's cache folder
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 class ConvJob(NamedTuple):
@@ -108,7 +84,7 @@ class ConvJob(NamedTuple):
     """Per thread."""
 
 
-@_compiled
+@compiled
 def add_tile(stats: Any, terms: Any, before: int, pixels: int) -> int:
     """Join a tile's sums, which lie around a shift, to the statistics so far; their mean is the next tile's shift.
 
@@ -126,7 +102,7 @@ def add_tile(stats: Any, terms: Any, before: int, pixels: int) -> int:
     return after
 
 
-@_compiled
+@compiled
 def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: int) -> None:
     """Take tasks until none is left.
 
@@ -235,7 +211,7 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
             terms[3:5, :] = 0.0
 
 
-@_compiled
+@compiled
 def merge(stats: Any, out: Any) -> None:
     """Combine the tasks' statistics (3, n, C) in their order into (3, C) (Chan, Golub and LeVeque 1979)."""
     out[:] = stats[:, 0]
@@ -265,7 +241,7 @@ class WeightsJob(NamedTuple):
     """Bytes, as `ConvJob.position_weights`."""
 
 
-@_compiled
+@compiled
 def transform_weights(job: WeightsJob, counter: Any) -> None:
     """Take half panels until none is left."""
     while True:
@@ -276,88 +252,3 @@ def transform_weights(job: WeightsJob, counter: Any) -> None:
             src = job.src + half * LANES * job.kernel + channel * job.channel
             target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
             kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
-
-
-class RowsJob(NamedTuple):
-    """A pass over pixels: GroupNorm's affine, SiLU after it, or a copy."""
-
-    src: int
-    dst: int
-    scale: int
-    """Address of C float32."""
-    shift: int
-    pixels: int
-    channels: int
-    run: int
-    """Pixels of one task."""
-    what: int
-    """COPY, AFFINE or SILU."""
-
-
-COPY, AFFINE, SILU = 0, 1, 2
-
-
-@_compiled
-def affine_rows(job: RowsJob, counter: Any) -> None:
-    """Take runs of pixels until none is left."""
-    vectors = job.channels // LANES
-    while True:
-        first = fetch_add(counter.ctypes.data) * job.run
-        if first >= job.pixels:
-            return
-        count = min(job.run, job.pixels - first)
-        offset = first * job.channels * 4
-        if job.what == COPY:
-            copy(job.src + offset, job.dst + offset, count * vectors)
-        elif job.what == SILU:
-            affine_silu(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
-        else:
-            affine(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
-
-
-class LinearJob(NamedTuple):
-    """A linear layer over pixels: src (rows, cin) times weights (cin, cout), plus a bias."""
-
-    src: int
-    dst: int
-    weights: int
-    """(panels, cin, NR) float32."""
-    bias: int
-    rows: int
-    cin: int
-    cout: int
-    run: int
-    """Rows of one task, a multiple of THIRD."""
-    tasks: int
-
-
-@_compiled
-def linear_rows(job: LinearJob, counter: Any) -> None:
-    """Take runs of rows until none is left."""
-    blocks, panels = job.cin // LANES, (job.cout + NR - 1) // NR
-    lane_bytes, block_bytes, panel_out = 4 * LANES, job.run * LANES * 4, job.run * NR * 4
-    gathered = np.empty(job.run * job.cin, np.float32)
-    multiplied = np.empty(job.run * panels * NR, np.float32)
-    left_at, out_at = gathered.ctypes.data, multiplied.ctypes.data
-    while True:
-        task = fetch_add(counter.ctypes.data)
-        if task >= job.tasks:
-            return
-        first = task * job.run
-        count = min(job.run, job.rows - first)
-        gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, block_bytes, count, blocks)
-        for panel in range(panels):
-            weights = job.weights + panel * job.cin * NR * 4
-            done = 0
-            while done < count:
-                left, out, rest = left_at + done * lane_bytes, out_at + panel * panel_out + done * NR * 4, count - done
-                if rest > 2 * THIRD:
-                    products_3(left, block_bytes, weights, blocks, out, weights, 0)
-                elif rest > THIRD:
-                    products_2(left, block_bytes, weights, blocks, out, weights, 0)
-                else:
-                    products_1(left, block_bytes, weights, blocks, out, weights, 0)
-                done += TILES
-        for row in range(count):
-            target = job.dst + (first + row) * job.cout * 4
-            add_bias(out_at + row * NR * 4, panel_out, target, job.bias, job.cout // LANES)

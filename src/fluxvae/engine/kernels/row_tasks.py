@@ -1,0 +1,115 @@
+"""Passes over pixels as tasks that threads take from a counter: GroupNorm's affine and SiLU, copies, linear layers.
+
+Compiled by Numba, without the GIL. Addresses and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
+from fluxvae.engine.kernels.winograd_loops import (
+    NR,
+    THIRD,
+    TILES,
+    add_bias,
+    affine,
+    affine_silu,
+    copy,
+    gather_tiles,
+    products_1,
+    products_2,
+    products_3,
+)
+
+__all__ = ["AFFINE", "COPY", "SILU", "LinearJob", "RowsJob", "affine_rows", "linear_rows"]
+
+VECTOR_CODE = "6de1798d594d9772"
+"""As in `winograd_tasks`."""
+
+
+class RowsJob(NamedTuple):
+    """A pass over pixels: GroupNorm's affine, SiLU after it, or a copy."""
+
+    src: int
+    dst: int
+    scale: int
+    """Address of C float32."""
+    shift: int
+    pixels: int
+    channels: int
+    run: int
+    """Pixels of one task."""
+    what: int
+    """COPY, AFFINE or SILU."""
+
+
+COPY, AFFINE, SILU = 0, 1, 2
+
+
+@compiled
+def affine_rows(job: RowsJob, counter: Any) -> None:
+    """Take runs of pixels until none is left."""
+    vectors = job.channels // LANES
+    while True:
+        first = fetch_add(counter.ctypes.data) * job.run
+        if first >= job.pixels:
+            return
+        count = min(job.run, job.pixels - first)
+        offset = first * job.channels * 4
+        if job.what == COPY:
+            copy(job.src + offset, job.dst + offset, count * vectors)
+        elif job.what == SILU:
+            affine_silu(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+        else:
+            affine(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+
+
+class LinearJob(NamedTuple):
+    """A linear layer over pixels: src (rows, cin) times weights (cin, cout), plus a bias."""
+
+    src: int
+    dst: int
+    weights: int
+    """(panels, cin, NR) float32."""
+    bias: int
+    rows: int
+    cin: int
+    cout: int
+    run: int
+    """Rows of one task, a multiple of THIRD."""
+    tasks: int
+
+
+@compiled
+def linear_rows(job: LinearJob, counter: Any) -> None:
+    """Take runs of rows until none is left."""
+    blocks, panels = job.cin // LANES, (job.cout + NR - 1) // NR
+    lane_bytes, block_bytes, panel_out = 4 * LANES, job.run * LANES * 4, job.run * NR * 4
+    gathered = np.empty(job.run * job.cin, np.float32)
+    multiplied = np.empty(job.run * panels * NR, np.float32)
+    left_at, out_at = gathered.ctypes.data, multiplied.ctypes.data
+    while True:
+        task = fetch_add(counter.ctypes.data)
+        if task >= job.tasks:
+            return
+        first = task * job.run
+        count = min(job.run, job.rows - first)
+        gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, block_bytes, count, blocks)
+        for panel in range(panels):
+            weights = job.weights + panel * job.cin * NR * 4
+            done = 0
+            while done < count:
+                left, out, rest = left_at + done * lane_bytes, out_at + panel * panel_out + done * NR * 4, count - done
+                if rest > 2 * THIRD:
+                    products_3(left, block_bytes, weights, blocks, out, weights, 0)
+                elif rest > THIRD:
+                    products_2(left, block_bytes, weights, blocks, out, weights, 0)
+                else:
+                    products_1(left, block_bytes, weights, blocks, out, weights, 0)
+                done += TILES
+        for row in range(count):
+            target = job.dst + (first + row) * job.cout * 4
+            add_bias(out_at + row * NR * 4, panel_out, target, job.bias, job.cout // LANES)

@@ -1,0 +1,103 @@
+"""How a Winograd call is cut into tasks, and what memory that takes. Integers only."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.winograd_loops import NR, THIRD
+from fluxvae.engine.kernels.winograd_tasks import POSITIONS, STEP
+
+__all__ = [
+    "MOST_RUN",
+    "Cut",
+    "cut_tasks",
+    "enlargement",
+    "longest_run",
+    "position_bytes",
+    "rounded",
+    "scratch_bytes",
+    "transformed_bytes",
+]
+
+LINE = 64
+"""Bytes of a cache line."""
+LEAST_RUN, MOST_RUN = 24, 48
+"""Tiles of a task. Few: every task reads all of its weights. Many: its transformed tiles leave L2."""
+LEAST_SLICE = 128
+"""Output channels of a task, at least: every slice transforms its tiles again."""
+SLICE_COST = 0.06
+"""What that adds to a task, about."""
+
+
+class Cut(NamedTuple):
+    """How a call is cut into tasks: by its layer and size alone, so that its statistics always add up alike."""
+
+    across: int
+    tiles: int
+    run: int
+    units: int
+    """Runs of tiles."""
+    slices: int
+    """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
+    panels: int
+    """Of NR output channels, per slice."""
+    position_in: int
+    position_out: int
+    workers: int
+    """Threads that find work."""
+
+
+def enlargement(kind: str) -> int:
+    return 2 if kind == "up" else 1
+
+
+def position_bytes(cin: int, cout: int) -> int:
+    """Bytes of one position's weights."""
+    return _odd_lines(cin * -(-cout // NR) * NR * 4)
+
+
+def transformed_bytes(cin: int, cout: int) -> int:
+    """Bytes of a layer's transformed weights."""
+    return POSITIONS * position_bytes(cin, cout)
+
+
+def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
+    """``rows`` and ``width`` of the input."""
+    across = -(-width * enlargement(kind) // STEP)
+    tiles = across * -(-rows * enlargement(kind) // STEP)
+    run = rounded(-(-tiles // -(-tiles // longest_run(cin))))
+    units = -(-tiles // run)
+    threads, total = cpu_threads.count(), -(-cout // NR)
+
+    def cost(slices: int) -> float:
+        return -(-units * slices // threads) / slices * (1 + SLICE_COST * slices)
+
+    slices = min(
+        (k for k in range(1, total + 1) if total % k == 0 and total // k * NR >= min(LEAST_SLICE, cout)), key=cost
+    )
+    panels = total // slices
+    return Cut(
+        across, tiles, run, units, slices, panels,
+        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(threads, units * slices),
+    )  # fmt: skip
+
+
+def longest_run(cin: int) -> int:
+    """Tiles of a task, at most."""
+    return min(max(cin // 8, LEAST_RUN), MOST_RUN)
+
+
+def rounded(tiles: int) -> int:
+    """Up to whole blocks of products."""
+    return -(-tiles // THIRD) * THIRD
+
+
+def scratch_bytes(run: int, cin: int, panels: int) -> int:
+    """Bytes a thread needs: transformed tiles, and products."""
+    return POSITIONS * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
+
+
+def _odd_lines(nbytes: int) -> int:
+    """At least so many bytes, in an odd number of cache lines: 64 positions then lie in 64 different cache sets."""
+    return (-(-nbytes // LINE) | 1) * LINE
