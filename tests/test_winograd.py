@@ -21,6 +21,7 @@ from fluxvae.checkpoint import ASSETS
 from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import (
+    cpu_threads,
     make_kernels,
     row_tasks,
     vector_code,
@@ -287,6 +288,16 @@ def test_several_python_threads_at_once() -> None:
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+def test_alone_gives_the_threads_back() -> None:
+    torch.set_num_threads(3)
+    with cpu_threads.alone(), cpu_threads.alone():
+        assert (cpu_threads.count(), torch.get_num_threads()) == (3, 1)
+        with cpu_threads.pytorchs():
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 1
+    assert (cpu_threads.count(), torch.get_num_threads()) == (3, 3)
 
 
 # -- whole decodes -------------------------------------------------------------------------------------------------

@@ -179,7 +179,8 @@ class WinogradKernels(TorchKernels):
     ) -> Partial | None:
         """F(6, 3)."""
         if not isinstance(weights, Weights):
-            return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
+            with cpu_threads.pytorchs():
+                return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
         if scale != 1.0:
             weights = weights._replace(factor_bias=(weights.factor_bias / scale).astype(np.float32))
         return _convolve("conv3", padded, weights, out, residual, statistics, work)
@@ -231,9 +232,10 @@ class WinogradKernels(TorchKernels):
         first, second = torch.empty_like(flat), torch.empty_like(flat)
         self.linear(flat, q, first)
         self.linear(first, k, second)
-        mixed = F.scaled_dot_product_attention(
-            second[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
-        )
+        with cpu_threads.pytorchs():
+            mixed = F.scaled_dot_product_attention(
+                second[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
+            )
         self.linear(mixed.contiguous(), v, first)
         self.linear(first, o, second)
         result = second.view_as(out)

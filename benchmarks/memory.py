@@ -1,0 +1,218 @@
+"""Memory, time and error of decoding: diffusers untiled, diffusers tiled, and the exact engine at several limits.
+
+    uv run --group bench benchmarks/memory.py                                   # 512, 1024 and 2048
+    uv run --group bench benchmarks/memory.py --sizes 512 --limits 0.35GB none
+    uv run --group bench benchmarks/memory.py --sizes 4096 --limits 2GB --only exact --repeats 1
+
+Every case runs in a process of its own: its peak above the loaded model is its own, and a case that is killed for
+memory is a row that says so. The cases of one size take turns (``--repeats`` rounds), so that a slow minute of the
+machine hits all alike; the time is the fastest round's. Errors are against diffusers' untiled float32 decode of the
+same size, where that was run: the largest and the rms difference in [-1, 1], the share of uint8 values that differ,
+the mean colour shift, and (for tiles) how much steeper the image is across tile borders than elsewhere. The last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fluxvae import unpack_latents
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.plan import parse_memory_limit
+from measure import flux_vae, machine, measure, packed_latents
+
+UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
+DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "1.2GB", "0.7GB"], 2048: ["3GB", "1GB"], 4096: ["2GB"]}
+TILE = 512
+"""Pixels: diffusers' FLUX tiles are 1024, which leaves 1024x1024 untiled; 512 tiles it."""
+
+
+def raw_latents(size: int) -> torch.Tensor:
+    """(1, 16, size / 8, size / 8), smooth as real ones are not: seeded noise, the harder case for tiles."""
+    return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
+
+
+def run_case(kind: str, limit: str, size: int, kernels: str, threads: int, keep: Path) -> dict[str, Any]:
+    """One decode in this process; the image goes to ``keep``."""
+    torch.set_num_threads(threads)
+    vae, raw, row = flux_vae(), raw_latents(size), {}
+    small = raw[:, :, :4, :4].contiguous()
+    with torch.inference_mode():
+        if kind == EXACT:
+            allowed = None if limit == "none" else parse_memory_limit(limit)
+            ExactEngine(vae, kernels=kernels).decode(small)
+            engine = ExactEngine(vae, kernels=kernels, memory_limit=allowed)
+            plan = engine.plan(size // 8, size // 8)
+            row = {"predicted": plan.peak_bytes, "work_ratio": plan.work_ratio, "spill": plan.spill_bytes}
+            run = measure(lambda: engine.decode(raw))
+            image = run.result
+        else:
+            vae.decode(small)
+            if kind == TILED:
+                vae.enable_tiling()
+                vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 8
+            raw = raw.contiguous(memory_format=torch.channels_last)
+            run = measure(lambda: vae.decode(raw).sample)
+            image = run.result
+    np.save(keep, image.float().numpy())
+    return row | {"seconds": run.seconds, "peak": run.peak_bytes}
+
+
+def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, float]:
+    """How far ``image`` (1, 3, H, W) is from ``truth``."""
+    difference = image.astype(np.float64) - truth
+    levels = [np.round((np.clip(x.astype(np.float64) / 2 + 0.5, 0, 1)) * 255) for x in (image, truth)]
+    found = {
+        "max": float(np.abs(difference).max()),
+        "rms": float(np.sqrt(np.square(difference).mean())),
+        "changed": float((levels[0] != levels[1]).mean()),
+        "colour": float(np.abs(difference.mean(axis=(0, 2, 3))).max()),
+    }
+    if tile is not None and image.shape[3] > tile:
+        # Tiles start every three quarters of a tile; blending spreads the step over the quarter before.
+        steps = np.abs(np.diff(difference, axis=3)).mean(axis=(0, 1, 2))
+        at = [x for start in range(tile * 3 // 4, image.shape[3], tile * 3 // 4) for x in (start - 1,)]
+        found["seam"] = float(steps[at].mean() / steps.mean())
+    return found
+
+
+def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:
+    """`run_case` in a new process."""
+    call = [sys.executable, __file__, "--child", kind, limit, str(size), str(keep)]
+    call += ["--kernels", options.kernels, "--threads", str(options.threads)]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]}
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """All cases of one size, taking turns."""
+    limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
+    cases = [(UNTILED, ""), (TILED, ""), *((EXACT, limit) for limit in limits)]
+    cases = [case for case in cases if not options.only or case[0].split()[0] in options.only]
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for turn in range(options.repeats):
+        for number, (kind, limit) in enumerate(cases):
+            keep = folder / f"{size}-{number}.npy"
+            row = child(kind, limit, size, options, keep)
+            print(f"{size} {kind} {limit} round {turn + 1}: {row}", file=sys.stderr, flush=True)
+            best = rows.setdefault((kind, limit), {"size": size, "case": kind, "limit": limit} | row)
+            if "failed" not in row and "failed" not in best:
+                best["seconds"] = min(best["seconds"], row["seconds"])
+                best["peak"] = max(best["peak"], row["peak"])
+    truth = folder / f"{size}-0.npy"
+    if cases[0][0] == UNTILED and truth.exists():
+        for number, case in enumerate(cases):
+            keep = folder / f"{size}-{number}.npy"
+            if number and keep.exists():
+                tile = TILE if case[0] == TILED else None
+                rows[case] |= errors(np.load(keep), np.load(truth), tile)
+    for path in folder.glob(f"{size}-*.npy"):
+        path.unlink()
+    return list(rows.values())
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """For the terminal."""
+    shown = Table(title="FLUX decoder, float32; errors against diffusers untiled")
+    for column in (
+        "size",
+        "decode",
+        "limit",
+        "time",
+        "peak",
+        "predicted",
+        "work",
+        "max error",
+        "uint8 changed",
+        "seam",
+    ):
+        shown.add_column(column, justify="left" if column == "decode" else "right")
+    for row in rows:
+        if "failed" in row:
+            shown.add_row(str(row["size"]), row["case"], row["limit"], row["failed"])
+            continue
+        cells = [
+            f"{row['seconds']:.1f} s",
+            f"{row['peak'] / 1e9:.3f} GB",
+            f"{row['predicted'] / 1e9:.3f} GB" if "predicted" in row else "",
+            f"x{row['work_ratio']:.2f}" if "work_ratio" in row else "",
+            f"{row['max']:.1e}" if "max" in row else "",
+            f"{row['changed']:.3%}" if "changed" in row else "",
+            f"x{row['seam']:.1f}" if "seam" in row else "",
+        ]
+        shown.add_row(str(row["size"]), row["case"], row["limit"], *cells)
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Peak against size, and time against peak."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no plot: matplotlib is not installed (uv sync --group bench)", file=sys.stderr)
+        return
+    rows = [row for row in rows if "failed" not in row]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in dict.fromkeys(row["case"] for row in rows):
+        mine = [row for row in rows if row["case"] == name]
+        left.plot([r["size"] for r in mine], [r["peak"] / 1e9 for r in mine], "o", label=name)
+        right.plot([r["peak"] / 1e9 for r in mine], [r["seconds"] for r in mine], "o", label=name)
+        for r in mine:
+            right.annotate(f" {r['size']}", (r["peak"] / 1e9, r["seconds"]), fontsize=8)
+    for axes, x, y in (
+        (left, "pixels along each side", "peak above the model, GB"),
+        (right, "peak above the model, GB", "seconds"),
+    ):
+        axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    left.set_xticks(sorted({r["size"] for r in rows}), [str(s) for s in sorted({r["size"] for r in rows})])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")
+    parser.add_argument("--only", nargs="+", choices=["diffusers", "exact"])
+    parser.add_argument("--kernels", default="torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs/images/memory.png")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        kind, limit, size, keep = options.child
+        print(json.dumps(run_case(kind, limit, int(size), options.kernels, options.threads, Path(keep))))
+        return 0
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.sizes:
+            rows += run_size(size, options, Path(folder))
+    Console(width=130).print(table(rows))
+    plot(rows, options.plot)
+    print(json.dumps({"benchmark": "memory", "machine": machine(), "kernels": options.kernels, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
