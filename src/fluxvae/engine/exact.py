@@ -185,8 +185,9 @@ class ExactEngine:
         clock.begin()
         runner = Runner(self.network, plan, kernels, spill, raw.device, dtype, clock.tick)
         try:
-            for latents, pixels in zip(raw, image, strict=True):
-                runner.run(latents, pixels)
+            with kernels.session():
+                for latents, pixels in zip(raw, image, strict=True):
+                    runner.run(latents, pixels)
         finally:
             runner.close()
 

@@ -7,6 +7,7 @@ every row once, when the row enters the scratch) or inside `Kernels.conv3x3` (th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxvae.engine.plan import Costs
@@ -29,6 +30,9 @@ class Kernels(Costs, Protocol):
 
     channels_last: bool
     """The model's weights are in channels-last memory format; the engine sets it before anything else."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around a whole decode: what the kernels need of the process's threads meanwhile."""
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights of ``conv`` as the calls of ``kind`` want them, in ``dtype``.

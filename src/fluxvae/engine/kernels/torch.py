@@ -11,6 +11,7 @@ around in cache on its way in. Half-precision blocks and other devices stay chan
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ class TorchKernels:
         return max(moments, (pixels + call.width) * call.cin * wide)
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
+
+    def session(self) -> AbstractContextManager[None]:
+        """PyTorch's own threads serve."""
+        return nullcontext()
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -125,6 +126,10 @@ class WinogradKernels(TorchKernels):
         if seconds > 1:
             _log.info("compiled the Winograd kernels in %.1f s; Numba keeps them for the next process", seconds)
         return seconds
+
+    def session(self) -> AbstractContextManager[None]:
+        """OpenMP's threads would spin in the way of ours after each of PyTorch's small operations."""
+        return cpu_threads.alone()
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights transformed in float64 and rounded once."""
