@@ -13,6 +13,7 @@ __all__ = [
     "ENGINE_ERROR_RATIO",
     "ENGINE_FLOAT64_ERROR",
     "EXACT_VS_REFERENCE_CHANGED",
+    "EXACT_VS_REFERENCE_CHANGED_FULL",
     "EXACT_VS_REFERENCE_LEVELS",
     "PEAK_PREDICTION",
     "WINOGRAD_CHANGED",
@@ -46,6 +47,13 @@ EXACT_VS_REFERENCE_LEVELS = {
 }
 
 EXACT_VS_REFERENCE_CHANGED = Tolerance(1e-3, 0, "share of uint8 values that differ from diffusers' in float32")
+
+EXACT_VS_REFERENCE_CHANGED_FULL = Tolerance(
+    1.2e-2,
+    5.9e-3,
+    "the same at 1024 pixels with FLUX's widths and random weights: nearly all of it is diffusers' own error, whose "
+    "channels-last convolutions sum in one chain (docs/performance.md)",
+)
 
 ENGINE_FLOAT64_ERROR = Tolerance(1e-11, 4e-14, "largest float64 difference to diffusers, relative to the largest pixel")
 
