@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from engine_models import Shape, one_thread, rms, shapes, true_decode
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
+from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
 
@@ -108,6 +109,29 @@ def test_same_bits_on_every_rung(dtype: torch.dtype) -> None:
     assert len(seen) >= 4
     for rungs, engine in seen.items():
         assert torch.equal(engine.decode(raw), truth), rungs
+
+
+@settings(max_examples=30)
+@given(data=st.data(), blocks=st.sampled_from([300, 3000]))
+def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int) -> None:
+    """Any choice of places for any map, also those that no limit would make the planner choose."""
+    shape = Shape(widths=(16, 32, 32), height=5, width=4)
+    vae, raw = shape.vae(), shape.latents()
+    engine = ExactEngine(vae, block_values=blocks)
+    planner, spill = engine._planner_for(5, 4, 1)
+    state, layers = None, []
+    for index in range(-1, len(engine.network.layers) + 1):
+        choices = planner._choices(index, state)
+        # The last is the one that keeps least: it computes the upsampled map and the middle behind it again.
+        layer, state = choices[data.draw(st.one_of(st.integers(0, len(choices) - 1), st.just(len(choices) - 1)))]
+        layers.append(layer)
+    plan = planner._make(tuple(layers), fastest=tuple(layers), limit=None, source="", spill_dir=None)
+    image = torch.empty(3, 20, 16)
+    runner = Runner(engine.network, plan, engine._kernels(raw.device), spill, raw.device, raw.dtype, lambda: None)
+    with torch.no_grad():
+        runner.run(raw[0], image)
+    runner.close()
+    assert torch.equal(image, engine.decode(raw)[0])
 
 
 def test_same_bits_for_one_thread_and_two() -> None:
