@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
-    "BATCH_VS_SINGLE",
     "ENGINE_ERROR_RATIO",
     "ENGINE_FLOAT64_ERROR",
     "EXACT_VS_REFERENCE_CHANGED",
@@ -34,19 +33,13 @@ class Tolerance(NamedTuple):
     what: str
 
 
-BATCH_VS_SINGLE = {
-    "float32": Tolerance(2e-5, 0.0, "largest difference in [0, 1] between a diffusers batch and its images alone"),
-    "bfloat16": Tolerance(4e-2, 0.0, "the same in bfloat16, whose own step near 1 is 3.9e-3"),
-    "float16": Tolerance(5e-3, 0.0, "the same in float16"),
-}
-
 EXACT_VS_REFERENCE_LEVELS = {
     "float32": Tolerance(1, 1, "largest difference in uint8 levels between the exact engine and diffusers"),
-    "bfloat16": Tolerance(16, 0, "the same in bfloat16, where both are off the true image by several levels"),
-    "float16": Tolerance(2, 0, "the same in float16"),
+    "bfloat16": Tolerance(16, float("nan"), "the same in bfloat16, not measured yet"),
+    "float16": Tolerance(2, float("nan"), "the same in float16, not measured yet"),
 }
 
-EXACT_VS_REFERENCE_CHANGED = Tolerance(1e-3, 0, "share of uint8 values that differ from diffusers' in float32")
+EXACT_VS_REFERENCE_CHANGED = Tolerance(1e-3, 2e-5, "share of uint8 values that differ from diffusers' in float32")
 
 EXACT_VS_REFERENCE_CHANGED_FULL = Tolerance(
     1.2e-2,
