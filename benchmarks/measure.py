@@ -22,6 +22,8 @@ class Measured(NamedTuple):
     result: Any
     seconds: float
     peak_bytes: int
+    file_bytes: int = 0
+    """By how much the mapped pages of files (code, mostly) grew meanwhile: part of the peak, and not the decode's."""
 
 
 def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> AutoencoderKL:
@@ -47,14 +49,14 @@ def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
         before = torch.cuda.memory_allocated(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before, files = _status("VmRSS"), _status("RssFile")
     start = time.perf_counter()
     result = call()
     if cuda:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated(device) if cuda else _status("VmHWM")
-    return Measured(result, seconds, peak - before)
+    return Measured(result, seconds, peak - before, 0 if cuda else _status("RssFile") - files)
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     uv run --group bench benchmarks/memory.py                                   # 512, 1024 and 2048
     uv run --group bench benchmarks/memory.py --sizes 512 --limits 0.35GB none
-    uv run --group bench benchmarks/memory.py --sizes 4096 --limits 2GB --only exact --repeats 1
+    uv run --group bench benchmarks/memory.py --sizes 4096 --only exact --kernels winograd --repeats 1
+    uv run --group bench benchmarks/memory.py --sizes 4096 --only exact --model demo --limits 1GB --repeats 1
 
 Every case runs in a process of its own: its peak above the loaded model is its own, and a case that is killed for
 memory is a row that says so. The cases of one size take turns (``--repeats`` rounds), so that a slow minute of the
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxvae import unpack_latents
+from fluxvae.checkpoint import load_vae
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import parse_memory_limit
 from measure import flux_vae, machine, measure, packed_latents
@@ -43,13 +45,14 @@ def raw_latents(size: int) -> torch.Tensor:
     return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
 
 
-def run_case(kind: str, limit: str, size: int, kernels: str, threads: int, keep: Path) -> dict[str, Any]:
+def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: Path) -> dict[str, Any]:
     """One decode in this process; the image goes to ``keep``."""
     torch.set_num_threads(threads)
-    vae, raw, row = flux_vae(), raw_latents(size), {}
+    vae, raw, row = flux_vae() if model == "flux" else load_vae(model), raw_latents(size), {}
     small = raw[:, :, :4, :4].contiguous()
     with torch.inference_mode():
-        if kind == EXACT:
+        if kind.startswith(EXACT):
+            kernels = kind.split()[1]
             allowed = None if limit == "none" else parse_memory_limit(limit)
             ExactEngine(vae, kernels=kernels).decode(small)
             engine = ExactEngine(vae, kernels=kernels, memory_limit=allowed)
@@ -66,7 +69,7 @@ def run_case(kind: str, limit: str, size: int, kernels: str, threads: int, keep:
             run = measure(lambda: vae.decode(raw).sample)
             image = run.result
     np.save(keep, image.float().numpy())
-    return row | {"seconds": run.seconds, "peak": run.peak_bytes}
+    return row | {"seconds": run.seconds, "peak": run.peak_bytes, "file_pages": run.file_bytes}
 
 
 def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, float]:
@@ -90,7 +93,7 @@ def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, 
 def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:
     """`run_case` in a new process."""
     call = [sys.executable, __file__, "--child", kind, limit, str(size), str(keep)]
-    call += ["--kernels", options.kernels, "--threads", str(options.threads)]
+    call += ["--model", options.model, "--threads", str(options.threads)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]}
@@ -101,7 +104,8 @@ def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: P
 def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All cases of one size, taking turns."""
     limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
-    cases = [(UNTILED, ""), (TILED, ""), *((EXACT, limit) for limit in limits)]
+    exact = [(f"{EXACT} {kernels}", limit) for kernels in options.kernels for limit in limits]
+    cases = [(UNTILED, ""), (TILED, ""), *exact]
     cases = [case for case in cases if not options.only or case[0].split()[0] in options.only]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for turn in range(options.repeats):
@@ -127,7 +131,7 @@ def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """For the terminal."""
-    shown = Table(title="FLUX decoder, float32; errors against diffusers untiled")
+    shown = Table(title="FLUX decoder, float32; peak above the model; errors against diffusers untiled")
     for column in (
         "size",
         "decode",
@@ -194,7 +198,10 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
     parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")
     parser.add_argument("--only", nargs="+", choices=["diffusers", "exact"])
-    parser.add_argument("--kernels", default="torch")
+    parser.add_argument("--kernels", nargs="+", choices=["torch", "winograd"], default=["torch", "winograd"])
+    parser.add_argument(
+        "--model", default="flux", help="'flux': full widths, seeded weights; or 'demo' (default: flux)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs/images/memory.png")
@@ -202,7 +209,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         kind, limit, size, keep = options.child
-        print(json.dumps(run_case(kind, limit, int(size), options.kernels, options.threads, Path(keep))))
+        print(json.dumps(run_case(kind, limit, int(size), options.model, options.threads, Path(keep))))
         return 0
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -210,7 +217,7 @@ def main() -> int:
             rows += run_size(size, options, Path(folder))
     Console(width=130).print(table(rows))
     plot(rows, options.plot)
-    print(json.dumps({"benchmark": "memory", "machine": machine(), "kernels": options.kernels, "rows": rows}))
+    print(json.dumps({"benchmark": "memory", "machine": machine(), "model": options.model, "rows": rows}))
     return 0
 
 

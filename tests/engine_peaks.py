@@ -1,6 +1,6 @@
 """Measures the peak memory of exact decodes in a process of its own: ``python engine_peaks.py '<json>'``.
 
-The JSON: {"vae": keywords of AutoencoderKL, "dtype": ..., "threads": n, "block_values": n or null,
+The JSON: {"vae": keywords of AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n, "block_values": n or null,
 "cases": [{"size": [lh, lw], "batch": n, "fraction": f or null}]}; a fraction sets the limit that far between the
 smallest that works and the peak of the unlimited plan. Prints one JSON line per case:
 {"predicted": bytes, "measured": bytes, "limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
@@ -45,10 +45,10 @@ def main() -> None:
     vae.encoder = None
     vae.to(dtype)
     channels = vae.config.latent_channels
-    values = job.get("block_values")
-    ExactEngine(vae, block_values=values).decode(torch.randn(1, channels, 4, 4).to(dtype))
+    options = {"kernels": job["kernels"], "block_values": job.get("block_values")}
+    ExactEngine(vae, **options).decode(torch.randn(1, channels, 4, 4).to(dtype))
     for case in job["cases"]:
-        engine = ExactEngine(vae, block_values=values)
+        engine = ExactEngine(vae, **options)
         (lh, lw), batch, limit = case["size"], case.get("batch", 1), case.get("limit")
         if case.get("fraction") is not None:
             low, high = engine.smallest_limit(lh, lw, batch), engine.plan(lh, lw, batch).peak_bytes

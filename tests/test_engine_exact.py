@@ -9,6 +9,7 @@ import os
 import threading
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 __all__ = ["one_thread"]  # a fixture, found by its name
 
+direct = partial(ExactEngine, kernels="torch")
+"""The engine with direct kernels, whatever the machine could do; `test_winograd` has the others."""
+
 BLOCKS = st.sampled_from([1, 300, 2000, 1 << 20])
 """Values per block: from one row at a time to the whole map."""
 
@@ -37,7 +41,7 @@ BLOCKS = st.sampled_from([1, 300, 2000, 1 << 20])
 @example(shape=Shape(widths=(8, 16, 24, 24), post_quant=True, height=3, width=2), blocks=300)
 def test_in_float64_it_is_the_same_function(shape: Shape, blocks: int) -> None:
     vae, raw = shape.vae(torch.float64), shape.latents(torch.float64)
-    ours = ExactEngine(vae, block_values=blocks).decode(raw)
+    ours = direct(vae, block_values=blocks).decode(raw)
     truth = true_decode(vae, raw)
     assert ours.shape == truth.shape
     assert float((ours - truth).abs().max()) <= ENGINE_FLOAT64_ERROR.bound * max(float(truth.abs().max()), 1.0)
@@ -65,7 +69,7 @@ def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
             scale = rms(truth)
             with torch.no_grad():
                 theirs = rms(vae.decode(raw).sample.double() - truth) / scale
-            ours = rms(ExactEngine(vae, block_values=2000).decode(raw).double() - truth) / scale
+            ours = rms(direct(vae, block_values=2000).decode(raw).double() - truth) / scale
             assert ours <= 1.5 * theirs, shape
             ours_squared, theirs_squared = ours_squared + ours**2, theirs_squared + theirs**2
     ratio = (ours_squared / theirs_squared) ** 0.5
@@ -83,11 +87,11 @@ def test_same_bits_for_any_limit_batch_and_position(
     shape: Shape, blocks: int, fraction: float, dtype: torch.dtype
 ) -> None:
     vae, raw = shape.vae(dtype), shape.latents(dtype)
-    free = ExactEngine(vae, block_values=blocks)
+    free = direct(vae, block_values=blocks)
     whole = free.decode(raw)
     low = free.smallest_limit(shape.height, shape.width, shape.batch)
     high = free.plan(shape.height, shape.width, shape.batch).peak_bytes
-    tight = ExactEngine(vae, block_values=blocks, memory_limit=int(low + fraction * (high - low)))
+    tight = direct(vae, block_values=blocks, memory_limit=int(low + fraction * (high - low)))
     assert torch.equal(tight.decode(raw), whole)
     for i in range(shape.batch):
         assert torch.equal(tight.decode(raw[i : i + 1])[0], whole[i]), "alone or in a batch"
@@ -98,11 +102,11 @@ def test_same_bits_on_every_rung(dtype: torch.dtype) -> None:
     """Walk the whole ladder of one network: every plan the planner can choose between smallest and unlimited."""
     shape = Shape(widths=(16, 32, 32), layers_per_block=2, height=12, width=10, batch=2)
     vae, raw = shape.vae(dtype), shape.latents(dtype)
-    free = ExactEngine(vae, block_values=3000)
+    free = direct(vae, block_values=3000)
     truth, seen = free.decode(raw), {}
     low, high = free.smallest_limit(12, 10, 2), free.plan(12, 10, 2).peak_bytes
     for step in range(41):
-        engine = ExactEngine(vae, block_values=3000, memory_limit=low + (high - low) * step // 40)
+        engine = direct(vae, block_values=3000, memory_limit=low + (high - low) * step // 40)
         seen.setdefault(engine.plan(12, 10, 2).rungs, engine)
     places = {place for rungs in seen for rung in rungs for place in rung.split("/")}
     assert places == {"memory", "spill", "recompute"}
@@ -117,7 +121,7 @@ def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int) -> None
     """Any choice of places for any map, also those that no limit would make the planner choose."""
     shape = Shape(widths=(16, 32, 32), height=5, width=4)
     vae, raw = shape.vae(), shape.latents()
-    engine = ExactEngine(vae, block_values=blocks)
+    engine = direct(vae, block_values=blocks)
     planner, spill = engine._planner_for(5, 4, 1)
     state, layers = None, []
     for index in range(-1, len(engine.network.layers) + 1):
@@ -141,7 +145,7 @@ def test_same_bits_for_one_thread_and_two() -> None:
         images = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            images.append(ExactEngine(vae, block_values=4000).decode(raw))
+            images.append(direct(vae, block_values=4000).decode(raw))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*images)
@@ -152,17 +156,17 @@ def test_a_channels_last_model_keeps_every_promise() -> None:
     shape = Shape(widths=(32, 64, 64), groups=32, height=12, width=10)
     vae, raw = shape.vae(), shape.latents()
     torch.nn.Module.to(vae, memory_format=torch.channels_last)
-    free = ExactEngine(vae, block_values=3000)
+    free = direct(vae, block_values=3000)
     image, truth = free.decode(raw), true_decode(vae, raw)
     assert rms(image.double() - truth) <= 1e-5 * rms(truth)
-    tight = ExactEngine(vae, block_values=3000, memory_limit=free.smallest_limit(12, 10))
+    tight = direct(vae, block_values=3000, memory_limit=free.smallest_limit(12, 10))
     assert torch.equal(tight.decode(raw), image)
 
 
 def test_the_same_engine_follows_a_model_that_changes_its_dtype() -> None:
     shape = Shape()
     vae = shape.vae()
-    engine = ExactEngine(vae)
+    engine = direct(vae)
     engine.decode(shape.latents())
     torch.nn.Module.to(vae, torch.bfloat16)
     assert engine.decode(shape.latents(torch.bfloat16)).dtype == torch.bfloat16
@@ -173,8 +177,8 @@ def test_the_same_engine_follows_a_model_that_changes_its_dtype() -> None:
 def test_progress_counts_every_block_once(fraction: float, batch: int) -> None:
     shape = Shape(batch=batch)
     vae = shape.vae()
-    low = ExactEngine(vae, block_values=500).smallest_limit(6, 5, batch)
-    engine = ExactEngine(vae, block_values=500, memory_limit=int(low * (1 + fraction)))
+    low = direct(vae, block_values=500).smallest_limit(6, 5, batch)
+    engine = direct(vae, block_values=500, memory_limit=int(low * (1 + fraction)))
     seen: list[tuple[int, int]] = []
     engine.decode(shape.latents(), progress=lambda done, total: seen.append((done, total)))
     total = engine.plan(6, 5, batch).total_blocks
@@ -186,9 +190,9 @@ def test_progress_counts_every_block_once(fraction: float, batch: int) -> None:
 def test_a_cancelled_decode_leaves_nothing_behind(at: float) -> None:
     shape = Shape(batch=2)
     vae, raw = shape.vae(), shape.latents()
-    free = ExactEngine(vae, block_values=500)
+    free = direct(vae, block_values=500)
     expected = free.decode(raw)
-    engine = ExactEngine(vae, block_values=500, memory_limit=free.smallest_limit(6, 5, 2))
+    engine = direct(vae, block_values=500, memory_limit=free.smallest_limit(6, 5, 2))
     stop, done = int(at * engine.plan(6, 5, 2).total_blocks), [0]
     files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
 
@@ -204,8 +208,8 @@ def test_a_cancelled_decode_leaves_nothing_behind(at: float) -> None:
 def test_an_error_in_progress_leaves_nothing_behind() -> None:
     shape = Shape()
     vae = shape.vae()
-    limit = ExactEngine(vae, block_values=500).smallest_limit(6, 5)
-    engine = ExactEngine(vae, block_values=500, memory_limit=limit)
+    limit = direct(vae, block_values=500).smallest_limit(6, 5)
+    engine = direct(vae, block_values=500, memory_limit=limit)
     files = len(os.listdir("/proc/self/fd"))
 
     def broken(done: int, total: int) -> None:
@@ -220,13 +224,13 @@ def test_an_error_in_progress_leaves_nothing_behind() -> None:
 def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() -> None:
     shape = Shape(batch=2)
     vae, raw = shape.vae(), shape.latents()
-    smallest = ExactEngine(vae).smallest_limit(6, 5, 2)
+    smallest = direct(vae).smallest_limit(6, 5, 2)
     started: list[int] = []
     with pytest.raises(MemoryLimitError, match=f"at least {smallest} bytes") as caught:
-        ExactEngine(vae, memory_limit=smallest - 1).decode(raw, progress=lambda *_: started.append(1))
+        direct(vae, memory_limit=smallest - 1).decode(raw, progress=lambda *_: started.append(1))
     assert "memory_limit" in str(caught.value)
     assert not started
-    assert ExactEngine(vae, memory_limit=smallest).decode(raw).shape == (2, 3, 24, 20)
+    assert direct(vae, memory_limit=smallest).decode(raw).shape == (2, 3, 24, 20)
 
 
 def test_overflow_in_half_precision_is_decoded_again_in_float32() -> None:
@@ -237,7 +241,7 @@ def test_overflow_in_half_precision_is_decoded_again_in_float32() -> None:
     raw = shape.latents(torch.float16)
     seen: list[tuple[int, int]] = []
     with pytest.warns(PrecisionRetryWarning, match="float32"):
-        image = ExactEngine(vae).decode(raw, progress=lambda *at: seen.append(at))
+        image = direct(vae).decode(raw, progress=lambda *at: seen.append(at))
     assert image.dtype == torch.float16
     assert torch.isfinite(image).all()
     truth = true_decode(vae, raw)
@@ -251,7 +255,7 @@ def test_what_overflows_float32_too_is_an_error_in_bfloat16() -> None:
     _overflow(vae, 1e18)
     torch.nn.Module.to(vae, torch.bfloat16)
     with pytest.warns(PrecisionRetryWarning), pytest.raises(NonFiniteOutputError, match="float32 too"):
-        ExactEngine(vae).decode(Shape(height=3, width=3).latents(torch.bfloat16))
+        direct(vae).decode(Shape(height=3, width=3).latents(torch.bfloat16))
 
 
 def _overflow(vae: AutoencoderKL, factor: float) -> None:
@@ -269,7 +273,7 @@ def test_the_float32_retry_keeps_the_limit_or_says_why_not(monkeypatch: pytest.M
     vae = shape.vae()
     _overflow(vae, 4e3)
     torch.nn.Module.to(vae, torch.float16)
-    engine = ExactEngine(vae)
+    engine = direct(vae)
     engine.memory_limit = engine.smallest_limit(16, 16)
     with pytest.raises(NonFiniteOutputError, match="no room for float32.*at least"):
         engine.decode(shape.latents(torch.float16))
@@ -287,7 +291,7 @@ def test_non_finite_float32_is_an_error_never_a_picture(where: str) -> None:
         else:
             vae.decoder.conv_out.bias[1] = torch.nan
     with pytest.raises(NonFiniteOutputError, match="latents" if where == "latents" else "float32"):
-        ExactEngine(vae).decode(raw)
+        direct(vae).decode(raw)
 
 
 def test_large_finite_offsets_lose_no_accuracy() -> None:
@@ -298,7 +302,7 @@ def test_large_finite_offsets_lose_no_accuracy() -> None:
         vae.decoder.conv_in.bias.fill_(1000.0)
         truth = true_decode(vae, raw)
         theirs = rms(vae.decode(raw).sample.double() - truth)
-    assert rms(ExactEngine(vae).decode(raw).double() - truth) <= theirs
+    assert rms(direct(vae).decode(raw).double() - truth) <= theirs
 
 
 @pytest.mark.parametrize(
@@ -315,25 +319,25 @@ def test_what_it_cannot_read_is_refused_by_name(change: object, named: str) -> N
     vae = Shape().vae()
     change(vae)  # type: ignore[operator]
     with pytest.raises(InvalidOptionError, match=named):
-        ExactEngine(vae)
+        direct(vae)
 
 
 def test_wrong_input_is_refused() -> None:
-    engine = ExactEngine(Shape().vae())
+    engine = direct(Shape().vae())
     for raw in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 4), torch.zeros(1, 4, 0, 4), torch.zeros(1, 4, 4, 4).half()):
         with pytest.raises(InvalidOptionError, match="raw: got"):
             engine.decode(raw)
     with pytest.raises(InvalidOptionError, match="kernels: got 'magic'"):
         ExactEngine(Shape().vae(), kernels="magic")
     with pytest.raises(InvalidOptionError, match="memory_limit"):
-        ExactEngine(Shape().vae(), memory_limit=0)
+        direct(Shape().vae(), memory_limit=0)
 
 
 def test_nothing_is_warned_about_in_an_ordinary_decode() -> None:
     shape = Shape()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ExactEngine(shape.vae()).decode(shape.latents())
+        direct(shape.vae()).decode(shape.latents())
 
 
 FLUX = Shape(widths=(128, 256, 512, 512), groups=32, layers_per_block=2, latent_channels=16, height=20, width=20)
@@ -349,6 +353,6 @@ def test_full_flux_error_is_no_larger_than_that_of_diffusers(dtype: str, layout:
     truth = true_decode(vae, raw)
     with torch.no_grad():
         theirs = rms(vae.decode(raw).sample.double() - truth)
-    ours = rms(ExactEngine(vae).decode(raw).double() - truth)
+    ours = rms(direct(vae).decode(raw).double() - truth)
     print(f"{dtype} {layout}: ours {ours:.3e}, diffusers {theirs:.3e}, ratio {ours / theirs:.3f}")
     assert ours <= theirs

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from fluxvae.errors import InvalidOptionError, MemoryLimitError
 from fluxvae.tolerances import PEAK_PREDICTION
 
 __all__ = ["one_thread"]  # a fixture, found by its name
+
+direct = partial(ExactEngine, kernels="torch")
+"""The engine with direct kernels, whatever the machine could do; `test_winograd` has the others."""
 
 HERE = Path(__file__).parent
 WIDE = {
@@ -67,18 +71,22 @@ def test_measured_peak_is_what_was_predicted() -> None:
         {"size": [160, 150]},
         {"size": [150, 160], "fraction": 0.5},
     ]
-    assert_predicted(measure({"vae": WIDE, "threads": 2, "cases": cases}))
+    assert_predicted(measure({"vae": WIDE, "kernels": "torch", "threads": 2, "cases": cases}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_measured_peak_over_random_cases_of_the_full_architecture(dtype: str) -> None:
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [("torch", "float32"), ("torch", "bfloat16"), ("winograd", "float32"), ("winograd", "bfloat16")],
+)
+def test_measured_peak_over_random_cases_of_the_full_architecture(kernels: str, dtype: str) -> None:
     generator = torch.Generator().manual_seed(7)
     draw = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=generator))  # noqa: E731
     cases = [
         {"size": [draw(16, 64), draw(16, 64)], "batch": draw(1, 2), "fraction": draw(0, 10) / 10} for _ in range(10)
     ]
-    assert_predicted(measure({"vae": FLUX, "dtype": dtype, "cases": cases}))
+    assert_predicted(measure({"vae": FLUX, "kernels": kernels, "dtype": dtype, "cases": cases}))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (128, 128), (512, 512), (37, 200)])
@@ -102,9 +110,10 @@ def test_the_ladder_of_the_full_architecture(size: tuple[int, int], dtype: torch
     assert plan.rungs == free.rungs
 
 
-def test_the_bars_of_the_full_architecture_are_planned() -> None:
+@pytest.mark.parametrize("kernels", ["torch", "winograd"])
+def test_the_bars_of_the_full_architecture_are_planned(kernels: str) -> None:
     """Predicted only: ``-m slow`` and benchmarks/memory.py measure."""
-    engine = _flux_engine(torch.float32)
+    engine = _flux_engine(torch.float32, kernels)
     assert engine.plan(128, 128).peak_bytes <= 1.7e9
     engine.memory_limit = 700_000_000
     assert engine.plan(128, 128).work_ratio <= 1.35
@@ -112,7 +121,7 @@ def test_the_bars_of_the_full_architecture_are_planned() -> None:
     assert engine.smallest_limit(512, 512) <= 2e9
 
 
-def _flux_engine(dtype: torch.dtype) -> ExactEngine:
+def _flux_engine(dtype: torch.dtype, kernels: str = "torch") -> ExactEngine:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -120,20 +129,20 @@ def _flux_engine(dtype: torch.dtype) -> ExactEngine:
     vae.encoder = None
     torch.nn.Module.to(vae, dtype)
     vae.decoder.to_empty(device="cpu")  # never touched: planning reads shapes
-    engine = ExactEngine(vae)
+    engine = ExactEngine(vae, kernels=kernels)
     engine.memory_limit = 1 << 60
     return engine
 
 
 def test_a_plan_explains_itself() -> None:
-    engine = ExactEngine(Shape().vae(), memory_limit=100_000_000)
+    engine = direct(Shape().vae(), memory_limit=100_000_000)
     plan = engine.plan(6, 5, 2)
     text = str(plan)
     assert "2 x 20x24" in text
     assert "100.00 MB (memory_limit)" in text
     assert "up_blocks.0.resnets.0" in text
     assert plan.kernels == "torch"
-    assert "free memory" in str(ExactEngine(Shape().vae()).plan(6, 5))
+    assert "free memory" in str(direct(Shape().vae()).plan(6, 5))
 
 
 @given(amount=st.integers(1, 10**6), unit=st.sampled_from(["", "B", "kB", "MB", "GB", "KiB", "MiB", "GiB"]))
@@ -162,7 +171,7 @@ def test_a_spill_folder_in_memory_is_refused() -> None:
     if not os.path.isdir("/dev/shm"):
         pytest.skip("no /dev/shm here")
     with pytest.raises(InvalidOptionError, match=r"spill_dir: got '/dev/shm', which is a tmpfs"):
-        ExactEngine(Shape().vae(), spill_dir="/dev/shm")
+        direct(Shape().vae(), spill_dir="/dev/shm")
 
 
 def test_the_automatic_spill_folder_is_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,11 +182,11 @@ def test_the_automatic_spill_folder_is_not_in_memory(monkeypatch: pytest.MonkeyP
 
 def test_a_missing_spill_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidOptionError, match="spill_dir: got .*existing folder"):
-        ExactEngine(Shape().vae(), spill_dir=tmp_path / "none")
+        direct(Shape().vae(), spill_dir=tmp_path / "none")
 
 
 def test_without_room_to_spill_the_smallest_limit_is_larger_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ExactEngine(Shape(height=16, width=16).vae(), block_values=3000)
+    engine = direct(Shape(height=16, width=16).vae(), block_values=3000)
     with_disk = engine.smallest_limit(16, 16)
     monkeypatch.setattr(storage.Spill, "free", lambda self: None)
     without = engine.smallest_limit(16, 16)
@@ -194,12 +203,12 @@ def test_spilled_maps_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(os, "O_TMPFILE", 0, raising=False)
     shape = Shape(height=12, width=10)
     vae, raw = shape.vae(), shape.latents()
-    limit = ExactEngine(vae, block_values=3000).smallest_limit(12, 10)
-    engine = ExactEngine(vae, block_values=3000, memory_limit=limit, spill_dir=tmp_path)
+    limit = direct(vae, block_values=3000).smallest_limit(12, 10)
+    engine = direct(vae, block_values=3000, memory_limit=limit, spill_dir=tmp_path)
     assert engine.plan(12, 10).spill_bytes > 0
     during: set[str] = set()
     image = engine.decode(raw, progress=lambda *_: during.update(os.listdir(tmp_path)))
-    assert torch.equal(image, ExactEngine(vae, block_values=3000).decode(raw))
+    assert torch.equal(image, direct(vae, block_values=3000).decode(raw))
     assert not during, "not even while it runs"
 
 
@@ -210,7 +219,7 @@ from engine_models import Shape
 from fluxvae.engine.exact import ExactEngine
 torch.set_num_threads(1)
 shape = Shape(height=20, width=20)
-engine = ExactEngine(shape.vae(), block_values=3000, spill_dir=sys.argv[2])
+engine = ExactEngine(shape.vae(), kernels="torch", block_values=3000, spill_dir=sys.argv[2])
 engine.memory_limit = engine.smallest_limit(20, 20)
 spilled = {s.kind for s in engine.plan(20, 20).steps if s.spilled}
 assert spilled
@@ -239,7 +248,7 @@ def test_killed_in_mid_spill_leaves_no_file(tmp_path: Path) -> None:
 def test_fifty_decodes_do_not_grow() -> None:
     shape = Shape(height=24, width=24, batch=1)
     vae, raw = shape.vae(), shape.latents()
-    engine = ExactEngine(vae)
+    engine = direct(vae)
 
     def resident() -> int:
         storage.trim_heap()

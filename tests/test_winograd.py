@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from fluxvae import unpack_latents
+from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoint import ASSETS
 from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
@@ -35,6 +35,7 @@ from fluxvae.engine.kernels.winograd_matrices import POINTS, matmul, toom_cook
 from fluxvae.engine.network import Conv
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
+from fluxvae.errors import NonFiniteOutputError
 from fluxvae.oracle import level_difference
 from fluxvae.tolerances import WINOGRAD_CHANGED, WINOGRAD_CONV, WINOGRAD_LEVELS, WINOGRAD_SILU, WINOGRAD_STATISTICS
 from models import random_vae
@@ -327,6 +328,28 @@ def test_decodes(height: int, width: int) -> None:
     assert torch.equal(smallest.decode(raw[:1]), image[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_computed_in_float32(dtype: torch.dtype) -> None:
+    wide, half = random_vae(widths=(32, 64, 64, 96)), random_vae(widths=(32, 64, 64, 96), dtype=dtype)
+    raw = torch.randn(2, 16, 9, 12, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with torch.no_grad():
+        for ours, theirs in zip(wide.decoder.parameters(), half.decoder.parameters(), strict=True):
+            ours.copy_(theirs)  # the very same values
+    engine = ExactEngine(half, kernels="winograd")
+    image = engine.decode(raw)
+    assert torch.equal(image, ExactEngine(wide, kernels="winograd").decode(raw.float()).to(dtype))
+    engine.memory_limit = engine.smallest_limit(9, 12, 2)
+    assert torch.equal(engine.decode(raw), image)
+
+
+def test_pixels_that_do_not_fit_half_precision_are_an_error() -> None:
+    vae = random_vae(dtype=torch.float16)
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.fill_(6e4)
+    with pytest.raises(NonFiniteOutputError, match="overflow float16"):
+        ExactEngine(vae, kernels="winograd").decode(torch.randn(1, 16, 4, 4).half())
+
+
 def test_the_demo_checkpoints_picture() -> None:
     with safe_open(ASSETS / "latents" / "astronaut_512x512.safetensors", "pt") as file:
         latents = unpack_latents(file.get_tensor("latents").float(), 512, 512)[:, :, 4:36, 20:52]
@@ -348,6 +371,16 @@ def test_a_processor_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
         make_kernels("winograd", CPU)
     assert kernel_sets.no_winograd(torch.device("cuda")) is not None
     assert make_kernels("auto", CPU).name == "torch"
+    plan = ExactEngine(random_vae()).plan(4, 4)
+    assert plan.kernels == "torch"
+    assert "note: Winograd would be faster, but this processor is too old" in str(plan)
+
+
+def test_they_are_what_a_cpu_decodes_with() -> None:
+    vae = random_vae()
+    plan = ExactEngine(vae).plan(4, 4)
+    assert (plan.kernels, plan.kernels_note) == ("winograd", "")
+    assert "note:" not in str(plan)
 
 
 def test_numbas_cache_knows_the_vector_code() -> None:
@@ -362,6 +395,6 @@ def test_numbas_cache_knows_the_vector_code() -> None:
 
 
 def test_preparing_compiles() -> None:
-    assert KERNELS.prepare() >= 0
-    assert KERNELS.prepare() < 1
+    assert Decoder(random_vae()).prepare() >= 0
+    assert KERNELS.prepare() == 0, "once is enough"
     assert winograd_tasks.convolve.signatures

@@ -123,6 +123,13 @@ class Decoder:
         dtype: torch.dtype = self.vae.dtype
         return dtype
 
+    def prepare(self) -> float:
+        """Compile the engine's kernels now rather than in the first decode; seconds it took.
+
+        On a CPU that is some seconds once per machine (Numba keeps the result), then about one per process.
+        """
+        return self.engine.prepare()
+
     def decode(
         self,
         latents: torch.Tensor,

@@ -132,7 +132,7 @@ def run(
     from fluxvae import oracle
 
     with Progress(TextColumn("{task.description:<42}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
-        step = bar.add_task("loading the checkpoint", total=5)
+        step = bar.add_task("loading the checkpoint", total=6)
 
         def done(next_step: str) -> None:
             bar.update(step, advance=1, description=next_step)
@@ -147,6 +147,8 @@ def run(
             image: torch.Tensor = which.decode(what, height=height, width=width, output_type="pt")
             return image
 
+        done("compiling the kernels (once per machine)")
+        decoder.prepare()
         done("decoding")
         inner = bar.add_task("  strips", total=None)
         start = time.perf_counter()

@@ -29,6 +29,7 @@ Progress = Callable[[int, int], None]
 Cancel = Callable[[], bool]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class PrecisionRetryWarning(UserWarning):
@@ -44,7 +45,8 @@ class ExactEngine:
 
     Args:
         vae: read, never copied or changed.
-        kernels: ``"auto"`` or ``"torch"``.
+        kernels: ``"torch"``: PyTorch's own; ``"winograd"``: ours, float32 on a CPU, several times faster;
+            ``"auto"``: Winograd where it runs, else PyTorch's, and `Plan.kernels` says which and why.
         memory_limit: bytes a decode may add above the loaded weights; None: what is free when it starts, less a tenth.
         spill_dir: where feature maps go that memory has no room for; None: the first of the temporary folder,
             ``/var/tmp`` and the working folder that is not itself memory. On a GPU they go to host memory.
@@ -107,9 +109,8 @@ class ExactEngine:
             )
         device, dtype = self._device, self._weight.dtype
         kernels = self._kernels(device)
-        return self._planner((latent_height, latent_width), batch, dtype, dtype, kernels), Spill(
-            device, self._spill_dir
-        )
+        planner = self._planner((latent_height, latent_width), batch, kernels.compute_dtype(dtype), dtype, kernels)
+        return planner, Spill(device, self._spill_dir)
 
     def decode(
         self, raw: torch.Tensor, *, progress: Progress | None = None, cancel: Cancel | None = None
@@ -126,8 +127,8 @@ class ExactEngine:
 
         Raises:
             MemoryLimitError: before any work, if the limit is too small for this size.
-            NonFiniteOutputError: NaN or Inf in float32. In half precision the decode is repeated in float32 instead,
-                with a `PrecisionRetryWarning`.
+            NonFiniteOutputError: NaN or Inf in float32. Computed in half precision, the decode is repeated in float32
+                instead, with a `PrecisionRetryWarning`.
             DecodeCancelled: cancel() said so.
         """
         self._check(raw)
@@ -137,24 +138,26 @@ class ExactEngine:
             limit, source = self._limit(device)
             options: _PlanOptions = {"source": source, "spill_free": spill.free(), "spill_dir": spill.describe()}
             size, batch = (raw.shape[2], raw.shape[3]), raw.shape[0]
-            plan = self._planner(size, batch, dtype, dtype, kernels).plan(limit, **options)
+            computed = kernels.compute_dtype(dtype)
+            plan = self._planner(size, batch, computed, dtype, kernels).plan(limit, **options)
             scale = self.network.scale
             shape = (batch, self.network.out_channels, size[0] * scale, size[1] * scale)
             image = torch.empty(shape, dtype=dtype, device=device)
             clock = _Clock(plan.total_blocks, progress, cancel)
             try:
-                self._run(plan, kernels, spill, raw, image, dtype, clock)
-                return image
+                self._run(plan, kernels, spill, raw, image, computed, clock)
             except NonFiniteMap as error:
                 if not bool(torch.isfinite(raw).all()):
                     raise NonFiniteOutputError(
                         "latents: got NaN or Inf, so the pixels would hold them too; check what made the latents"
                     ) from error
-                if dtype not in (torch.float16, torch.bfloat16):
+                if computed not in _HALF:
                     raise NonFiniteOutputError(
-                        f"decode: {error} in {_name(dtype)}; the latents or the weights are out of range"
+                        f"decode: {error} in {_name(computed)}; the latents or the weights are out of range"
                     ) from error
                 reason = str(error)
+            else:
+                return _checked(image, computed)
             try:
                 plan = self._planner(size, batch, torch.float32, dtype, kernels).plan(limit, **options)
             except MemoryLimitError as error:
@@ -174,15 +177,21 @@ class ExactEngine:
                 raise NonFiniteOutputError(
                     f"decode: {error} in float32 too; the latents or the weights are out of range"
                 ) from error
-            if not bool(torch.isfinite(image).all()):
-                raise NonFiniteOutputError(f"decode: pixels overflow {_name(dtype)}; decode with dtype='float32'")
-            return image
+            return _checked(image, torch.float32)
+
+    def prepare(self) -> float:
+        """Compile what the kernels still need compiled, or load it from the cache; seconds it took.
+
+        The first decode does it if nobody did: some seconds once per machine, then less than one per process.
+        """
+        return self._kernels(self._device).prepare()
 
     def _run(
         self, plan: Plan, kernels: Kernels, spill: Spill, raw: torch.Tensor, image: torch.Tensor,
         dtype: torch.dtype, clock: _Clock,
     ) -> None:  # fmt: skip
         clock.begin()
+        kernels.prepare()
         runner = Runner(self.network, plan, kernels, spill, raw.device, dtype, clock.tick)
         try:
             with kernels.session():
@@ -267,6 +276,13 @@ class _Clock:
     def _ask(self) -> None:
         if self._cancel is not None and self._cancel():
             raise DecodeCancelled(f"decode: cancelled after {self._done} of {self._total} blocks, as its caller asked")
+
+
+def _checked(image: torch.Tensor, computed: torch.dtype) -> torch.Tensor:
+    """Blocks were finite as they were computed; rounded to a narrower dtype, they may not be."""
+    if image.dtype != computed and not bool(torch.isfinite(image).all()):
+        raise NonFiniteOutputError(f"decode: pixels overflow {_name(image.dtype)}; decode with dtype='float32'")
+    return image
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -71,6 +71,10 @@ class Costs(Protocol):
         """As the ``kernels`` option spells it."""
 
     @property
+    def note(self) -> str:
+        """Why these kernels and not those one would expect; plans print it. Usually nothing."""
+
+    @property
     def row_multiple(self) -> int:
         """Blocks are cut at multiples of this many rows, counted from the top of the map."""
 
@@ -207,6 +211,8 @@ class Plan:
     width: int
     batch: int
     kernels: str
+    kernels_note: str
+    """Why not those one would expect; usually nothing."""
     limit: int | None
     """Bytes allowed; None: unlimited."""
     limit_source: str
@@ -258,9 +264,11 @@ class Plan:
     def __str__(self) -> str:
         limit = "none" if self.limit is None else f"{size_in_words(self.limit)} ({self.limit_source})"
         spill = f", {size_in_words(self.spill_bytes)} spilled to {self.spill_dir}" if self.spill_bytes else ""
+        note = [f"note: {self.kernels_note}"] if self.kernels_note else []
         lines = [
             f"{self.batch} x {self.width}x{self.height}, kernels {self.kernels!r}, limit {limit}",
             f"peak {size_in_words(self.peak_bytes)} above the weights{spill}; work x{self.work_ratio:.2f}",
+            *note,
             f"{'layer':<36}{'map':>16}{'middle':>11}{'out':>11}{'peak':>11}",
         ]
         for layer in self.layers:

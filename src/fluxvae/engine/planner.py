@@ -177,6 +177,7 @@ class Planner:
             width=g.width * s,
             batch=self.batch,
             kernels=self.costs.name,
+            kernels_note=self.costs.note,
             limit=limit,
             limit_source=source,
             fixed_bytes=self.fixed_bytes,

@@ -38,6 +38,10 @@ class ReferenceEngine:
             "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"
         )
 
+    def prepare(self) -> float:
+        """Nothing to compile."""
+        return 0.0
+
     def decode(
         self,
         raw: torch.Tensor,

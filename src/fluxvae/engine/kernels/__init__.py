@@ -31,6 +31,12 @@ class Kernels(Costs, Protocol):
     channels_last: bool
     """The model's weights are in channels-last memory format; the engine sets it before anything else."""
 
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """What a model whose weights are ``stored`` so is computed in."""
+
+    def prepare(self) -> float:
+        """Compile, or load from a cache, what is not ready in this process yet; seconds it took."""
+
     def session(self) -> AbstractContextManager[None]:
         """Around a whole decode: what the kernels need of the process's threads meanwhile."""
 
@@ -97,15 +103,17 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     """The kernel set called ``name``; ``"auto"`` is the fastest that runs on ``device``."""
     from fluxvae.engine.kernels.torch import TorchKernels
 
-    if name == "winograd":
-        if (reason := no_winograd(device)) is not None:
-            raise InvalidOptionError(f"kernels: got 'winograd', but {reason}; use 'auto' or 'torch'")
+    if name not in ("auto", "torch", "winograd"):
+        raise InvalidOptionError(f"kernels: got {name!r}, expected 'auto', 'torch' or 'winograd'")
+    if name == "torch" or (name == "auto" and device.type != "cpu"):
+        return TorchKernels(device)
+    if (reason := no_winograd(device)) is None:
         from fluxvae.engine.kernels.winograd import WinogradKernels
 
         return WinogradKernels(device)
-    if name in ("auto", "torch"):
-        return TorchKernels(device)
-    raise InvalidOptionError(f"kernels: got {name!r}, expected 'auto', 'torch' or 'winograd'")
+    if name == "winograd":
+        raise InvalidOptionError(f"kernels: got 'winograd', but {reason}; use 'auto' or 'torch'")
+    return TorchKernels(device, instead=f"Winograd would be faster, but {reason}")
 
 
 def no_winograd(device: torch.device) -> str | None:

@@ -33,7 +33,9 @@ class TorchKernels:
     name = "torch"
     row_multiple = 1
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, instead: str = "") -> None:
+        """``instead``: why these serve where faster ones were meant to; plans print it."""
+        self.note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
         self.channels_last = False
 
@@ -93,6 +95,14 @@ class TorchKernels:
         return max(moments, (pixels + call.width) * call.cin * wide)
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The weights' own."""
+        return stored
+
+    def prepare(self) -> float:
+        """Nothing to compile."""
+        return 0.0
 
     def session(self) -> AbstractContextManager[None]:
         """PyTorch's own threads serve."""

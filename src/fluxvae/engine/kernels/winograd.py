@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 
 LEAST_PIXELS = 1024
 """Of a map: below, transforming the weights takes longer than the multiplications it saves."""
+_prepared = False
 PASS = 1 << 15
 """Values of a task that only passes over pixels."""
 
@@ -110,11 +111,15 @@ class WinogradKernels(TorchKernels):
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
-    def prepare(self) -> float:
-        """Compile what this machine has not compiled yet, or load it from Numba's cache; seconds it took.
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """Half-precision weights are computed in float32: these kernels are faster than PyTorch's in bfloat16."""
+        return torch.float32 if stored in (torch.bfloat16, torch.float16) else stored
 
-        Calls need no preparation; this is for a caller that wants to say what it is waiting for.
-        """
+    def prepare(self) -> float:
+        """Compile what this machine has not compiled yet, or load it from Numba's cache; seconds it took."""
+        global _prepared
+        if _prepared:
+            return 0.0
         start = time.perf_counter()
         done = np.ones(1, np.int64)  # a counter past the last task: there is nothing to do
         convolve(ConvJob(*[1] * len(ConvJob._fields)), np.empty((2, 1), np.float32), np.empty((3, 1, 1)), done, 0)
@@ -122,6 +127,7 @@ class WinogradKernels(TorchKernels):
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
+        _prepared = True
         seconds = time.perf_counter() - start
         if seconds > 1:
             _log.info("compiled the Winograd kernels in %.1f s; Numba keeps them for the next process", seconds)
