@@ -6,10 +6,10 @@
     uv run --group bench benchmarks/cpu.py --profile      # ours: each kernel's share
 
 Every engine runs in a process of its own, so that its peak memory and its threads are its own; building, converting
-and compiling a model is timed apart. The first decode gives the peak above the loaded model, the fastest of
+and compiling a model is timed apart. The first decode gives the peak above the loaded model, the median of
 ``--repeats`` the time. CPU seconds, of all threads, tell more than wall time where other processes are running; with
 one thread none of them is spent waiting. Errors are against a float64 decode by diffusers (kept in ``--work``: it takes
-minutes). The last line is JSON.
+minutes): the largest, the share of bytes that change, by how many levels. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -153,8 +154,8 @@ def run_one(name: str, size: int, threads: int, repeats: int, work: Path, compar
             seconds.append(time.perf_counter() - start)
             processor.append(time.process_time() - before)
     row = {
-        "engine": name, "size": size, "threads": threads, "seconds": round(min(seconds), 3),
-        "cpu_seconds": round(min(processor), 3),
+        "engine": name, "size": size, "threads": threads, "seconds": round(statistics.median(seconds), 3),
+        "spread": [round(min(seconds), 3), round(max(seconds), 3)], "cpu_seconds": round(min(processor), 3),
         "build_seconds": round(build, 2), "peak_bytes": first.peak_bytes,
     }  # fmt: skip
     if compare:
@@ -217,8 +218,8 @@ def child(*options: object) -> dict[str, Any]:
 
 def compare_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        "size", "engine", "seconds", "times faster", "peak above the model", "max error", "bytes changed", "by"
-    )
+        "size", "engine", "seconds", "spread", "times faster", "CPU seconds", "peak", "max error", "changed", "by",
+    )  # fmt: skip
     for row in rows:
         if "failed" in row:
             table.add_row(str(row["size"]), ENGINES[row["engine"]][0], f"failed ({row['failed']})")
@@ -229,6 +230,7 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
         error = [f"{row['max_error']:.1e}", f"{row['changed']:.4%}", str(row["levels"])] if "changed" in row else []
         table.add_row(
             str(row["size"]), ENGINES[row["engine"]][0], f"{row['seconds']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["spread"]),
             "" if best is None else f"{row['ratio']:.2f}", f"{row['cpu_seconds']:.2f}",
             f"{row['peak_bytes'] / 1e9:.2f} GB", *error,
         )  # fmt: skip

@@ -125,7 +125,7 @@ def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int) -> None
     planner, spill = engine._planner_for(5, 4, 1)
     state, layers = None, []
     for index in range(-1, len(engine.network.layers) + 1):
-        choices = planner._choices(index, state)
+        choices = planner._layers.of(index, state)
         # The last is the one that keeps least: it computes the upsampled map and the middle behind it again.
         layer, state = choices[data.draw(st.one_of(st.integers(0, len(choices) - 1), st.just(len(choices) - 1)))]
         layers.append(layer)

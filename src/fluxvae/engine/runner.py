@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.layer_choices import ring_rows
+from fluxvae.engine.maps import Maps
 from fluxvae.engine.network import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
 from fluxvae.engine.norm import Affine, Moments, NonFiniteMap
 from fluxvae.engine.plan import Call, Geometry, Place, Plan
-from fluxvae.engine.planner import Planner
-from fluxvae.engine.storage import Arena, MemoryMap, Spill, Store, trim_heap
-from fluxvae.engine.strips import ConvRows, Ring, StoredRows, Stream, UpsampledRows, Window
+from fluxvae.engine.storage import MemoryMap, Spill, Store
+from fluxvae.engine.strips import ComputedRows, Ring, StoredRows, Stream, Window
 
 __all__ = ["Runner"]
 
 
 class Runner:
-    """Runs a plan; holds the arena and the spilled maps until `close`."""
+    """Runs a plan; holds its maps until `close`."""
 
     def __init__(
         self,
@@ -33,15 +33,11 @@ class Runner:
         tick: Callable[[], None],
     ) -> None:
         """``tick`` is called after every block and may raise to stop."""
-        self._network, self._plan, self._kernels, self._spill = network, plan, kernels, spill
+        self._network, self._plan, self._kernels = network, plan, kernels
         self._dtype, self._tick = dtype, tick
         self._wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self._device = device
-        self._arena = Arena(0, device)
-        self._open: list[Store] = []
+        self._maps = Maps(plan, kernels, spill, device, dtype)
         self._geometry: Geometry = plan.geometry
-        # Small decodes have nothing worth returning, and less time to do it in.
-        self._trims = device.type == "cpu" and plan.peak_bytes > 32 << 20
         # The state between layers: the current map, or the upsample that makes it from a smaller one.
         self._store: Store | None = None
         self._side = 0
@@ -51,19 +47,13 @@ class Runner:
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
-        while self._open:
-            self._open.pop().close()
         self._store = None
-        self._arena = Arena(0, self._device)
-        if self._trims:
-            trim_heap()
+        self._maps.close()
 
     def run(self, raw: torch.Tensor, image: torch.Tensor) -> None:
         """Raw latents (C, lh, lw) to ``image`` (3, H, W), which is written to; raises NonFiniteMap."""
         network, layers = self._network, self._plan.layers
-        # A fresh one per image: what an image's last sweeps touched is not there during the first of the next.
-        self._arena = Arena(0, self._device)
-        self._arena = Arena(self._plan.arena_bytes, self._device)
+        self._maps.begin()
         self._side, self._pending = 0, None
         self._size = (raw.shape[1], raw.shape[2])
         self._conv_in(raw, layers[0].out)
@@ -78,40 +68,13 @@ class Runner:
                 assert planned.middle is not None
                 self._resnet(layer, planned.middle, planned.out, statistics=not isinstance(following, Upsample))
         self._conv_out(image)
-        self._drop(self._store, self._side)
+        self._maps.drop(self._store, self._side)
 
-    # -- maps --------------------------------------------------------------------------------------------------
+    def _block_done(self) -> None:
+        self._maps.trim()
+        self._tick()
 
-    def _new(self, place: Place, side: int, channels: int) -> Store:
-        shape = (*self._size, channels)
-        if place == "memory":
-            return self._arena.map(side, shape, self._dtype)
-        store = self._spill.create(shape, self._dtype)
-        self._open.append(store)
-        return store
-
-    def _drop(self, store: Store | None, side: int) -> None:
-        if isinstance(store, MemoryMap):
-            self._arena.release(side)
-        elif store is not None:
-            self._open.remove(store)
-            store.close()
-
-    def _new_sweep(self) -> None:
-        self._arena.new_sweep()
-        if self._trims:
-            trim_heap()
-
-    def _scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._arena.scratch(shape, self._dtype)
-
-    def _workspace(self, *calls: Call) -> torch.Tensor:
-        """The kernels' own scratch; stages take turns with it."""
-        return self._arena.scratch((max(self._kernels.workspace(call) for call in calls),), torch.uint8)
-
-    def _load(self, conv: Conv, call: Call) -> Any:
-        into = self._arena.scratch((self._kernels.loaded(call),), torch.uint8)
-        return self._kernels.load(conv, call.kind, self._dtype, into)
+    # -- what a sweep is made of -------------------------------------------------------------------------------
 
     def _call(self, conv: Conv, kind: str, size: tuple[int, int]) -> Call:
         g = self._geometry
@@ -124,7 +87,7 @@ class Runner:
     def _window(
         self, source: Stream, affine: Affine | None, call: Call, size: tuple[int, int], work: torch.Tensor
     ) -> Window:
-        return Window(self._kernels, source, affine, (*size, call.cin), call.rows, self._scratch, work)
+        return Window(self._kernels, source, affine, (*size, call.cin), call.rows, self._maps.scratch, work)
 
     def _affine(self, norm: Norm) -> Affine:
         return self._moments.affine(norm, self._wide)
@@ -140,11 +103,11 @@ class Runner:
                 latents[None], weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
             )[0]
         rows = latents.permute(1, 2, 0).contiguous()
-        self._new_sweep()
-        out = self._new(place, self._side, network.conv_in.cout)
-        self._new_sweep()
+        self._maps.new_sweep()
+        out = self._maps.new(place, self._side, (*self._size, network.conv_in.cout))
+        self._maps.new_sweep()
         call = self._call(network.conv_in, "conv3", self._size)
-        work = self._workspace(call)
+        work = self._maps.workspace(call)
         window = self._window(StoredRows(MemoryMap(rows)), None, call, self._size, work)
         self._sweep(window, network.conv_in, call, out, work, statistics=True)
         self._store = out
@@ -153,15 +116,15 @@ class Runner:
         small, store, side = self._size, self._store, self._side
         assert store is not None
         self._size = (2 * small[0], 2 * small[1])
-        out = None if place == "recompute" else self._new(place, 1 - side, layer.conv.cout)
-        self._new_sweep()
+        out = None if place == "recompute" else self._maps.new(place, 1 - side, (*self._size, layer.conv.cout))
+        self._maps.new_sweep()
         call = self._call(layer.conv, "up", small)
-        work = self._workspace(call)
+        work = self._maps.workspace(call)
         window = self._window(StoredRows(store), None, call, small, work)
-        weights = self._load(layer.conv, call)
+        weights = self._maps.load(layer.conv, call)
         block = None
         if not isinstance(out, MemoryMap):
-            block = self._scratch((2 * call.rows, self._size[1], layer.conv.cout))
+            block = self._maps.scratch((2 * call.rows, self._size[1], layer.conv.cout))
         self._moments = Moments()
         while (padded := window.advance()) is not None:
             start, stop = 2 * window.span[0], 2 * window.span[1]
@@ -174,11 +137,11 @@ class Runner:
             self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._tick()
+            self._block_done()
         if out is None:
             self._pending = layer
         else:
-            self._drop(store, side)
+            self._maps.drop(store, side)
             self._store, self._side = out, 1 - side
 
     def _attention(self, layer: Attention, statistics: bool) -> None:
@@ -186,29 +149,28 @@ class Runner:
         assert store is not None
         affine = self._affine(layer.norm)
         call = self._call(layer.q, "attend", self._size)
-        normed = self._arena.map(1 - self._side, (*self._size, layer.q.cin), self._dtype).rows
-        self._new_sweep()
-        work = self._workspace(call)
+        normed = self._maps.in_memory(1 - self._side, (*self._size, layer.q.cin))
+        self._maps.new_sweep()
+        work = self._maps.workspace(call)
         for start, stop in self._blocks(call):
-            rows = normed[start:stop]
+            rows = normed.rows[start:stop]
             self._kernels.prologue(store.read(start, stop, rows), affine, False, rows, work)
-            self._tick()
-        into = self._arena.scratch((self._kernels.loaded(call),), torch.uint8)
-        weights = self._kernels.load_attention(layer, self._dtype, into)
+            self._block_done()
+        weights = self._maps.load_attention(layer, call)
         staging = None
         if not isinstance(store, MemoryMap):
-            staging = self._scratch((call.rows, self._size[1], layer.q.cin))
+            staging = self._maps.scratch((call.rows, self._size[1], layer.q.cin))
         self._moments = Moments()
-        tokens = normed.view(-1, layer.q.cin)
+        tokens = normed.rows.view(-1, layer.q.cin)
         for start, stop in self._blocks(call):
-            out = store.read(start, stop, normed[:0] if staging is None else staging[: stop - start])
-            partial = self._kernels.attend(layer, weights, normed[start:stop], tokens, out, statistics, work)
+            out = store.read(start, stop, normed.rows[:0] if staging is None else staging[: stop - start])
+            partial = self._kernels.attend(layer, weights, normed.rows[start:stop], tokens, out, statistics, work)
             if partial is not None:
                 self._moments.add(partial)
             if staging is not None:
                 store.write(start, out)
-            self._tick()
-        self._arena.release(1 - self._side)
+            self._block_done()
+        self._maps.drop(normed, 1 - self._side)
 
     def _resnet(self, layer: Resnet, middle: Place, place: Place, statistics: bool) -> None:
         store, side, pending = self._store, self._side, self._pending
@@ -218,12 +180,12 @@ class Runner:
         call1, call2 = self._call(layer.conv1, "conv3", size), self._call(layer.conv2, "conv3", size)
 
         # First sweep: the first convolution, for its statistics at least.
-        inner = None if middle == "recompute" else self._new(middle, other, layer.conv1.cout)
-        self._new_sweep()
+        inner = None if middle == "recompute" else self._maps.new(middle, other, (*self._size, layer.conv1.cout))
+        self._maps.new_sweep()
         up = None if pending is None else self._call(pending.conv, "up", (size[0] // 2, size[1] // 2))
         if up is not None:
             up = replace(up, statistics=False)
-        work = self._workspace(call1, *([up] if up else []))
+        work = self._maps.workspace(call1, *([up] if up else []))
         source = self._source(store, pending, up, work)
         self._sweep(self._window(source, norm1, call1, size, work), layer.conv1, call1, inner, work, statistics=True)
         norm2 = self._affine(layer.norm2)
@@ -234,25 +196,22 @@ class Runner:
             in_place = inner
         elif pending is None and isinstance(store, MemoryMap) == (place == "memory") and layer.shortcut is None:
             in_place = store
-        out = in_place if in_place is not None else self._new(place, other, layer.conv2.cout)
-        self._new_sweep()
+        out = in_place if in_place is not None else self._maps.new(place, other, (*self._size, layer.conv2.cout))
+        self._maps.new_sweep()
         calls = [call2, *([up] if up else []), *([replace(call1, statistics=False)] if inner is None else [])]
         if layer.shortcut is not None:
             calls.append(self._shortcut_call(layer.shortcut, call2))
-        work = self._workspace(*calls)
+        work = self._maps.workspace(*calls)
         residual: Stream
         if inner is None:
             source = self._source(store, pending, up, work)
             if pending is None:
                 residual = StoredRows(store)
             else:
-                rows = Planner.ring_rows(call2.rows, call1.rows)
-                source = ring = Ring(source, self._scratch((rows, size[1], layer.conv1.cin)))
+                rows = ring_rows(call2.rows, call1.rows)
+                source = ring = Ring(source, self._maps.scratch((rows, size[1], layer.conv1.cin)))
                 residual = _Behind(ring)
-            weights = self._load(layer.conv1, call1)
-            window = self._window(source, norm1, call1, size, work)
-            block = self._scratch((call1.rows, size[1], layer.conv1.cout))
-            feed: Stream = ConvRows(self._kernels, window, weights, block, work)
+            feed: Stream = self._convolved(source, norm1, layer.conv1, call1, work)
         else:
             residual = self._source(store, pending, up, work)
             feed = StoredRows(inner)
@@ -264,9 +223,9 @@ class Runner:
 
         # What remains is the result.
         if out is not store:
-            self._drop(store, side)
+            self._maps.drop(store, side)
         if inner is not None and out is not inner:
-            self._drop(inner, other)
+            self._maps.drop(inner, other)
         self._store, self._pending = out, None
         self._side = side if out is store else other
 
@@ -274,12 +233,12 @@ class Runner:
         network, store = self._network, self._store
         assert store is not None
         affine = self._affine(network.norm_out)
-        self._new_sweep()
+        self._maps.new_sweep()
         call = self._call(network.conv_out, "conv3", self._size)
-        work = self._workspace(call)
+        work = self._maps.workspace(call)
         window = self._window(StoredRows(store), affine, call, self._size, work)
-        weights = self._load(network.conv_out, call)
-        block = self._scratch((call.rows, self._size[1], network.conv_out.cout))
+        weights = self._maps.load(network.conv_out, call)
+        block = self._maps.scratch((call.rows, self._size[1], network.conv_out.cout))
         while (padded := window.advance()) is not None:
             start, stop = window.span
             rows = block[: stop - start]
@@ -287,7 +246,7 @@ class Runner:
             if not bool(torch.isfinite(rows).all()):
                 raise NonFiniteMap(f"the output of {network.conv_out.name} holds NaN or Inf")
             image[:, start:stop].copy_(rows.permute(2, 0, 1))
-            self._tick()
+            self._block_done()
 
     # -- sweeps ------------------------------------------------------------------------------------------------
 
@@ -295,11 +254,29 @@ class Runner:
         """The current map's rows: read, or computed from the smaller map."""
         if pending is None or up is None:
             return StoredRows(store)
-        small = (self._size[0] // 2, self._size[1] // 2)
-        window = self._window(StoredRows(store), None, up, small, work)
-        weights = self._load(pending.conv, up)
-        block = self._scratch((2 * up.rows, self._size[1], pending.conv.cout))
-        return UpsampledRows(self._kernels, window, weights, block, work)
+        window = self._window(StoredRows(store), None, up, (self._size[0] // 2, self._size[1] // 2), work)
+        weights = self._maps.load(pending.conv, up)
+        block = self._maps.scratch((2 * up.rows, self._size[1], pending.conv.cout))
+
+        def compute(padded: torch.Tensor) -> torch.Tensor:
+            rows = block[: 2 * (len(padded) - 2)]
+            self._kernels.upsample(padded, weights, rows, False, work)
+            return rows
+
+        return ComputedRows(window, compute)
+
+    def _convolved(self, source: Stream, affine: Affine, conv: Conv, call: Call, work: torch.Tensor) -> Stream:
+        """The rows of a convolution that is not stored."""
+        weights = self._maps.load(conv, call)
+        window = self._window(source, affine, call, self._size, work)
+        block = self._maps.scratch((call.rows, self._size[1], conv.cout))
+
+        def compute(padded: torch.Tensor) -> torch.Tensor:
+            rows = block[: len(padded) - 2]
+            self._kernels.conv3x3(padded, weights, affine, window.pad_rows, rows, None, 1.0, False, work)
+            return rows
+
+        return ComputedRows(window, compute)
 
     def _sweep(
         self,
@@ -317,15 +294,15 @@ class Runner:
     ) -> None:
         """Convolve a whole map. ``direct``: the residual's rows can be added from where they are."""
         kernels, width = self._kernels, self._size[1]
-        weights = self._load(conv, call)
+        weights = self._maps.load(conv, call)
         block = staging = projected = projection = None
         if not isinstance(out, MemoryMap):
-            block = self._scratch((call.rows, width, conv.cout))
+            block = self._maps.scratch((call.rows, width, conv.cout))
         if shortcut is not None:
-            projection = self._load(shortcut, self._shortcut_call(shortcut, call))
-            projected = self._scratch((call.rows, width, shortcut.cout))
+            projection = self._maps.load(shortcut, self._shortcut_call(shortcut, call))
+            projected = self._maps.scratch((call.rows, width, shortcut.cout))
         if residual is not None and (shortcut is not None or not direct):
-            staging = self._scratch((call.rows, width, conv.cout if shortcut is None else shortcut.cin))
+            staging = self._maps.scratch((call.rows, width, conv.cout if shortcut is None else shortcut.cin))
         self._moments = Moments()
         while (padded := window.advance()) is not None:
             start, stop = window.span
@@ -350,7 +327,7 @@ class Runner:
                 self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._tick()
+            self._block_done()
 
     def _blocks(self, call: Call) -> Iterator[tuple[int, int]]:
         for start in range(0, self._size[0], call.rows):

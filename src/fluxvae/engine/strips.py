@@ -9,7 +9,7 @@ whatever a sweep has read may be overwritten: that is what makes working in plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -17,7 +17,7 @@ from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.norm import Affine
 from fluxvae.engine.storage import Store
 
-__all__ = ["ConvRows", "Ring", "Scratch", "StoredRows", "Stream", "UpsampledRows", "Window"]
+__all__ = ["ComputedRows", "Ring", "Scratch", "StoredRows", "Stream", "Window"]
 
 Scratch = Callable[[tuple[int, ...]], torch.Tensor]
 """Carves a tensor of the compute dtype from the arena."""
@@ -88,63 +88,27 @@ class Window:
         return self._buffer[: stop - start + 2]
 
 
-class _Blocks:
-    """A stream made of computed blocks."""
+class ComputedRows:
+    """The rows of an operation's output, computed block by block when asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: Window, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """``compute`` turns the window's padded block into output rows, which its next call may overwrite."""
+        self._window, self._compute = window, compute
         self._block: torch.Tensor | None = None
         self._used = 0
-
-    def next_block(self) -> torch.Tensor:
-        """Compute the next block of output rows; overwrites the one before."""
-        raise NotImplementedError
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """See `Stream`."""
         filled = 0
         while filled < len(into):
             if self._block is None or self._used == len(self._block):
-                self._block, self._used = self.next_block(), 0
+                padded = self._window.advance()
+                assert padded is not None
+                self._block, self._used = self._compute(padded), 0
             n = min(len(into) - filled, len(self._block) - self._used)
             into[filled : filled + n].copy_(self._block[self._used : self._used + n])
             filled, self._used = filled + n, self._used + n
         return into
-
-
-class ConvRows(_Blocks):
-    """The rows of a convolution's output, computed when asked for."""
-
-    def __init__(self, kernels: Kernels, window: Window, weights: Any, out: torch.Tensor, work: torch.Tensor) -> None:
-        """``out`` (rows, width, channels) is the scratch for one block."""
-        super().__init__()
-        self._kernels, self._window, self._weights, self._out, self._work = kernels, window, weights, out, work
-
-    def next_block(self) -> torch.Tensor:
-        """See `_Blocks`."""
-        padded = self._window.advance()
-        assert padded is not None
-        out = self._out[: len(padded) - 2]
-        self._kernels.conv3x3(
-            padded, self._weights, self._window.affine, self._window.pad_rows, out, None, 1.0, False, self._work
-        )
-        return out
-
-
-class UpsampledRows(_Blocks):
-    """The rows of an upsample's output, computed when asked for."""
-
-    def __init__(self, kernels: Kernels, window: Window, weights: Any, out: torch.Tensor, work: torch.Tensor) -> None:
-        """``out`` (2 * rows, 2 * width, channels) is the scratch for one block."""
-        super().__init__()
-        self._kernels, self._window, self._weights, self._out, self._work = kernels, window, weights, out, work
-
-    def next_block(self) -> torch.Tensor:
-        """See `_Blocks`."""
-        padded = self._window.advance()
-        assert padded is not None
-        out = self._out[: 2 * (len(padded) - 2)]
-        self._kernels.upsample(padded, self._weights, out, False, self._work)
-        return out
 
 
 class Ring:
