@@ -1,20 +1,30 @@
 """Packed FLUX latents in, exactly the image that diffusers' FluxPipeline would have made out."""
 
-from fluxvae.decoder import Decoder
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fluxvae.errors import (
     CheckpointError,
+    DeadlineExceededError,
     DecodeCancelled,
     FluxVAEError,
     InvalidLatentsError,
     InvalidOptionError,
     MemoryLimitError,
     NonFiniteOutputError,
+    UnavailableError,
 )
 from fluxvae.install import install
-from fluxvae.latents import SizeFlooredWarning, pack_latents, unpack_latents
+
+if TYPE_CHECKING:
+    from fluxvae.decoder import Decoder
+    from fluxvae.latents import SizeFlooredWarning, pack_latents, unpack_latents
 
 __all__ = [
     "CheckpointError",
+    "DeadlineExceededError",
     "DecodeCancelled",
     "Decoder",
     "FluxVAEError",
@@ -23,6 +33,7 @@ __all__ = [
     "MemoryLimitError",
     "NonFiniteOutputError",
     "SizeFlooredWarning",
+    "UnavailableError",
     "__version__",
     "install",
     "pack_latents",
@@ -30,3 +41,22 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# What needs PyTorch is imported when first used: the supervisor and `fluxvae --help` do without its seconds and memory.
+_WITH_TORCH = {
+    "Decoder": "fluxvae.decoder",
+    "SizeFlooredWarning": "fluxvae.latents",
+    "pack_latents": "fluxvae.latents",
+    "unpack_latents": "fluxvae.latents",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WITH_TORCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_WITH_TORCH[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,9 @@
     ├── CheckpointError                    weights that are missing, damaged, foreign or out of reach
     ├── MemoryLimitError                   the limit is below the smallest that works, or was outrun
     ├── NonFiniteOutputError               the decode gave NaN or Inf; never a picture
-    └── DecodeCancelled                    the caller's cancel() said so
+    ├── DecodeCancelled                    the caller's cancel() said so
+    ├── UnavailableError                   a server, or its memory, that cannot take it now: try again later
+    └── DeadlineExceededError (TimeoutError)   a server's answer that did not come in time
 
 A message names the field, what came, what was expected and what to do.
 """
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 __all__ = [
     "CheckpointError",
+    "DeadlineExceededError",
     "DecodeCancelled",
     "FluxVAEError",
     "InvalidLatentsError",
@@ -24,6 +27,7 @@ __all__ = [
     "MemoryLimitError",
     "NonFiniteOutputError",
     "Status",
+    "UnavailableError",
     "status_of",
 ]
 
@@ -56,6 +60,14 @@ class DecodeCancelled(FluxVAEError):
     """The decode stopped because its caller asked it to."""
 
 
+class UnavailableError(FluxVAEError):
+    """A server, or the memory of its machine, cannot take the request now; the same one may work later."""
+
+
+class DeadlineExceededError(FluxVAEError, TimeoutError):
+    """The answer of a server did not come within the time its caller gave."""
+
+
 class Status(NamedTuple):
     """How one class of error leaves the process."""
 
@@ -75,6 +87,8 @@ _STATUS: dict[type[Exception], Status] = {
     CheckpointError: Status(500, "INTERNAL", 4),
     NonFiniteOutputError: Status(500, "INTERNAL", 5),
     DecodeCancelled: Status(400, "CANCELLED", 130),
+    UnavailableError: Status(503, "UNAVAILABLE", 75),
+    DeadlineExceededError: Status(504, "CANCELLED", 124),
 }
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.models.autoencoders.vae import DecoderOutput
-
-from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # and inside the functions: `import fluxvae` does without PyTorch and diffusers
+    import torch
     from diffusers import AutoencoderKL
+
+    from fluxvae.engine.exact import ExactEngine
 
 __all__ = ["Installed", "install"]
 
@@ -50,6 +49,9 @@ class Installed:
 
     def _exact_decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
         """In place of ``AutoencoderKL._decode``, below ``decode``'s own hooks, slicing and return types."""
+        import torch
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
         if self.vae.use_tiling:
             raise InvalidOptionError(
                 "use_tiling: got True; tiles are blended, not exact, and fluxvae.install bounds memory without them; "
@@ -93,6 +95,8 @@ def install(
         InvalidOptionError: an option that is unknown, a VAE this engine cannot read, one with tiling switched on (also
             when it is switched on later, at the next decode), or one that has been installed into already.
     """
+    from fluxvae.engine.exact import ExactEngine
+
     if "_decode" in vae.__dict__:
         raise InvalidOptionError(
             "vae: its _decode has been replaced already; call remove() on the handle of the first install"

@@ -131,6 +131,12 @@ class Serving:
                 **factors,
             )
 
+    def decode_raw(self, request: Request) -> np.ndarray:
+        """The library's pixels in about [-1, 1], before any post-processing."""
+        return self.library.decode_raw(
+            torch.from_numpy(request.latents), height=request.height, width=request.width
+        ).numpy()
+
     def assert_same_pixels(self, images: np.ndarray, request: Request) -> None:
         """``images`` (uint8) are the library's."""
         assert_same_pixels(images, self.decode(request), exact=self.exact)

@@ -13,6 +13,7 @@ from fluxvae import Decoder
 from fluxvae.serve.triton import TritonServer
 from models import random_vae
 from serve.client import GATHER, Serving
+from serve.gateways import Gateways
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
 
@@ -64,3 +65,17 @@ def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, lib
         repository, env={"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}, log_path=log
     ) as server:
         yield Serving(server, library)
+
+
+@pytest.fixture(scope="session")
+def gateways(serving: Serving) -> Iterator[Gateways]:
+    """Starts gateways in front of the shared server."""
+    started = Gateways(serving.server.grpc_url, serving.server.metrics_url)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def gateway(gateways: Gateways) -> str:
+    """The address of a gateway with the usual settings and no token."""
+    return gateways.start()

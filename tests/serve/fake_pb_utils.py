@@ -64,6 +64,22 @@ class InferenceResponse:
         return self._error
 
 
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+
+
+class ResponseSender:
+    """Takes exactly one response, the final one."""
+
+    def __init__(self) -> None:
+        self.responses: list[InferenceResponse] = []
+
+    def send(self, response: InferenceResponse, flags: int) -> None:
+        assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        assert isinstance(response, InferenceResponse)
+        assert not self.responses, "answered twice"
+        self.responses.append(response)
+
+
 class InferenceRequest:
     """What ``execute`` gets: the latents' rows share ``height`` and ``width``."""
 
@@ -75,6 +91,7 @@ class InferenceRequest:
         outputs: tuple[str, ...] = ("images",),
         *,
         cancelled: bool = False,
+        request_id: str = "",
         **parameters: object,
     ) -> None:
         rows = (len(latents), 1)
@@ -84,6 +101,7 @@ class InferenceRequest:
             "width": Tensor("width", np.full(rows, width, np.int32)),
         }
         self._outputs, self._parameters, self._cancelled = set(outputs), parameters, cancelled
+        self._id, self.sender = request_id, ResponseSender()
 
     def requested_output_names(self) -> set[str]:
         return self._outputs
@@ -95,7 +113,10 @@ class InferenceRequest:
         return self._cancelled
 
     def request_id(self) -> str:
-        return ""
+        return self._id
+
+    def get_response_sender(self) -> ResponseSender:
+        return self.sender
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
@@ -109,4 +130,33 @@ class Logger:
     def log_info(cls, message: str) -> None:
         cls.lines.append(message)
 
-    log_error = log_info
+    log_error = log_verbose = log_info
+
+
+class MetricFamily:
+    """Counts like Triton's; ``values`` is the page."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    values: ClassVar[dict[tuple[str, ...], float]] = {}
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        assert description
+        assert name.endswith("_total") == (kind == self.COUNTER)
+        self._name, self._kind = name, kind
+
+    def Metric(self, *, labels: dict[str, str]) -> Metric:
+        return Metric(self._name, self._kind, labels)
+
+
+class Metric:
+    def __init__(self, name: str, kind: str, labels: dict[str, str]) -> None:
+        self._key, self._kind = (name, *labels.values()), kind
+        MetricFamily.values.setdefault(self._key, 0)
+
+    def increment(self, value: float) -> None:
+        assert self._kind == MetricFamily.GAUGE or value >= 0
+        MetricFamily.values[self._key] += value
+
+    def set(self, value: float) -> None:
+        assert self._kind == MetricFamily.GAUGE
+        MetricFamily.values[self._key] = value

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,13 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) 
 
 
 def folders() -> set[str]:
-    return {entry for entry in os.listdir(os.environ.get("TMPDIR", "/tmp")) if entry.startswith("fluxvae-triton-")}
+    return {entry for entry in os.listdir(tempfile.gettempdir()) if entry.startswith("fluxvae-triton-")}
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers of others on this machine make folders too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
 def assert_nothing_left(server: TritonServer, group: int, folders_before: set[str]) -> None:
@@ -178,14 +185,14 @@ def test_a_port_lost_to_another_after_we_looked(repository: Path, monkeypatch: p
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port, real, calls = other.getsockname()[1], triton._free_ports, []
+        port, real, calls = other.getsockname()[1], triton.free_ports, []
 
         def lose_the_first(host: str, wanted: tuple[int, ...]) -> list[int]:
             calls.append(wanted)
             http, grpc, metrics = real(host, wanted)
             return [http, port if len(calls) == 1 else grpc, metrics]
 
-        monkeypatch.setattr(triton, "_free_ports", lose_the_first)
+        monkeypatch.setattr(triton, "free_ports", lose_the_first)
         with TritonServer(repository) as server:
             assert server.grpc_port != port
     assert len(calls) == 2

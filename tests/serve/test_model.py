@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from fluxvae import Decoder
+from fluxvae.serve import outputs
 from serve import fake_pb_utils
 from serve.client import assert_same_pixels
 from serve.fake_pb_utils import InferenceRequest, TritonError
@@ -26,6 +27,7 @@ MODEL = Path(__file__).parents[2] / "triton_models" / "vae_decoder" / "1" / "mod
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", fake_pb_utils)
     monkeypatch.setattr(fake_pb_utils.Logger, "lines", [])
+    monkeypatch.setattr(fake_pb_utils.MetricFamily, "values", {})
     spec = importlib.util.spec_from_file_location("vae_decoder_model", MODEL)
     assert spec is not None
     assert spec.loader is not None
@@ -41,7 +43,18 @@ def arguments(**parameters: str) -> dict[str, str]:
         "model_instance_kind": "CPU",
         "model_instance_device_id": "0",
         "model_instance_name": "vae_decoder_0_0",
+        "model_name": "vae_decoder",
     }
+
+
+def execute(model: Any, requests: list[InferenceRequest]) -> list[fake_pb_utils.InferenceResponse]:
+    """The answer to each request; there is exactly one."""
+    assert model.execute(requests) is None, "answers are sent, not returned"
+    return [response for request in requests for [response] in [request.sender.responses]]
+
+
+def count(name: str, *labels: str) -> float:
+    return fake_pb_utils.MetricFamily.values[(name, "vae_decoder", *labels)]
 
 
 @pytest.fixture
@@ -68,34 +81,34 @@ def test_images_of_mixed_requests(module: ModuleType, tiny_checkpoint: Path, eng
         InferenceRequest(one[:, :5], 32, 64),
         InferenceRequest(two, 32, 64),
     ]
-    wide, tall, bad, pair = model.execute(requests)
+    wide, tall, bad, pair = execute(model, requests)
     for response, data, (height, width) in ((wide, one, (32, 64)), (tall, one, (64, 32)), (pair, two, (32, 64))):
         expected = library.decode(torch.from_numpy(data), height=height, width=width, output_type="uint8")
         assert_same_pixels(response.outputs()["images"], expected, exact=engine == "exact")
     assert bad.error().code() == TritonError.INVALID_ARG
 
 
-def test_only_what_is_asked_for_is_computed(
-    module: ModuleType, model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_asked_for_is_computed(model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     for name in ("encode", "postprocess"):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, real=real: (made.append(str(args[1])), real(*args))[1])
+        real = getattr(outputs, name)
+        monkeypatch.setattr(outputs, name, lambda *args, real=real: (made.append(str(args[1])), real(*args))[1])
     data = latents(0, 4)
     expected = library.decode(torch.from_numpy(data), height=32, width=32, output_type="uint8")
 
-    for outputs, work in {
+    for names, work in {
         ("images",): ["uint8"],
         ("images_np",): ["np"],
         ("images_pt",): ["pt"],
         ("images_encoded",): ["uint8", "webp"],
         ("images_encoded", "images"): ["uint8", "webp"],
+        ("images_raw",): [],
     }.items():
         made.clear()
-        [response] = model.execute([InferenceRequest(data, 32, 32, outputs, format="webp", quality=100)])
+        [response] = execute(model, [InferenceRequest(data, 32, 32, names, format="webp", quality=100)])
         assert made == work
-        assert response.outputs().keys() == set(outputs)
+        assert response.outputs().keys() == set(names)
+    [response] = execute(model, [InferenceRequest(data, 32, 32, ("images", "images_encoded"), format="webp")])
     picture = Image.open(io.BytesIO(response.outputs()["images_encoded"][0, 0]))
     assert picture.format == "WEBP"
     np.testing.assert_array_equal(response.outputs()["images"], expected)
@@ -104,7 +117,7 @@ def test_only_what_is_asked_for_is_computed(
 def test_bfloat16_leaves_as_float32(module: ModuleType, tiny_checkpoint: Path) -> None:
     model = module.TritonPythonModel()
     model.initialize(arguments(checkpoint=str(tiny_checkpoint), dtype="bfloat16"))
-    [response] = model.execute([InferenceRequest(latents(0, 4), 32, 32, ("images_pt",))])
+    [response] = execute(model, [InferenceRequest(latents(0, 4), 32, 32, ("images_pt",))])
     images = response.outputs()["images_pt"]
     assert (images.dtype, images.shape) == (np.float32, (1, 3, 32, 32))
     assert torch.equal(torch.from_numpy(images).bfloat16().float(), torch.from_numpy(images))
@@ -115,7 +128,7 @@ def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.M
         raise KeyError("/secret/path")
 
     monkeypatch.setattr(model.decoder, "decode_raw", broken)
-    responses = model.execute([InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)])
+    responses = execute(model, [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)])
     for response in responses:
         error = response.error()
         assert error.code() == TritonError.INTERNAL
@@ -140,24 +153,22 @@ def test_one_request_without_memory_leaves_its_neighbours_alone(
 
     monkeypatch.setattr(model.decoder, "decode_raw", small_memory)
     one, two = latents(0, 4), latents(1, 4, batch=2)
-    single, pair = model.execute([InferenceRequest(one, 32, 32), InferenceRequest(two, 32, 32)])
-    assert [shape[0] for shape in shapes] == [3, 1, 2]
+    single, pair = execute(model, [InferenceRequest(one, 32, 32), InferenceRequest(two, 32, 32)])
+    assert [shape[0] for shape in shapes] == [3, 1, 2, 2], "together, alone, and the lacking one on its smallest plan"
     expected = library.decode(torch.from_numpy(one), height=32, width=32, output_type="uint8")
     np.testing.assert_array_equal(single.outputs()["images"], expected)
     assert pair.error().code() == TritonError.UNAVAILABLE
     assert pair.error().message().startswith("out of memory; the server's log has the details under request ")
 
 
-def test_a_failing_encoder_fails_only_its_request(
-    module: ModuleType, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_encoder_fails_only_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> bytes:
         raise OSError("encoder")
 
-    monkeypatch.setattr(module, "encode", broken)
+    monkeypatch.setattr(outputs, "encode", broken)
     data = latents(0, 4)
-    bad, good = model.execute(
-        [InferenceRequest(data, 32, 32, ("images_encoded",)), InferenceRequest(data, 32, 32, ("images",))]
+    bad, good = execute(
+        model, [InferenceRequest(data, 32, 32, ("images_encoded",)), InferenceRequest(data, 32, 32, ("images",))]
     )
     assert bad.error().code() == TritonError.INTERNAL
     assert good.outputs()["images"].shape == (1, 32, 32, 3)
@@ -170,7 +181,7 @@ def test_a_triton_that_misbehaves_leaves_nobody_without_an_answer(model: Any) ->
 
     data = latents(0, 4)
     requests = [InferenceRequest(data, 16, 64), Broken(data, 32, 32), InferenceRequest(data, 64, 16)]
-    good, broken, after = model.execute(requests)
+    good, broken, after = execute(model, requests)
     assert good.outputs()["images"].shape == (1, 16, 64, 3)
     for response in (broken, after):
         assert response.error().code() == TritonError.INTERNAL
@@ -179,15 +190,15 @@ def test_a_triton_that_misbehaves_leaves_nobody_without_an_answer(model: Any) ->
 
 def test_cancelled_requests_are_not_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.decoder, "decode_raw", lambda *args, **kwargs: pytest.fail("decoded"))
-    [response] = model.execute([InferenceRequest(latents(0, 4), 32, 32, cancelled=True)])
+    [response] = execute(model, [InferenceRequest(latents(0, 4), 32, 32, cancelled=True)])
     assert response.error().code() == TritonError.CANCELLED
 
 
 def test_the_pixel_limit_is_the_configured_one(module: ModuleType, tiny_checkpoint: Path) -> None:
     model = module.TritonPythonModel()
     model.initialize(arguments(checkpoint=str(tiny_checkpoint), max_pixels="2048"))
-    small, large = model.execute(
-        [InferenceRequest(latents(0, 4, batch=2), 32, 32), InferenceRequest(latents(0, 4, batch=3), 32, 32)]
+    small, large = execute(
+        model, [InferenceRequest(latents(0, 4, batch=2), 32, 32), InferenceRequest(latents(0, 4, batch=3), 32, 32)]
     )
     assert small.outputs()["images"].shape == (2, 32, 32, 3)
     assert "more than the 2048 this server allows" in large.error().message()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxvae import DecodeCancelled, Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.serve.requests import Job, Parameters, answer, code_of, group, read_job, read_parameters
+from fluxvae.serve.answering import answer, code_of, group
+from fluxvae.serve.memory import decode_jobs
+from fluxvae.serve.requests import Job, Parameters, read_job, read_parameters
 
 SIZES = [(16, 64), (64, 16), (32, 32), (32, 16)]  # the first three have the same number of patches
 
@@ -21,6 +24,10 @@ def job(index: int, height: int, width: int, batch: int = 1, **parameters: objec
     """A job whose latents carry its index in every value."""
     latents = torch.full((batch, height * width // 256, 64), float(index))
     return Job(index=index, latents=latents, height=height, width=width, parameters=Parameters(**parameters))
+
+
+def within(max_pixels: int) -> Callable[[Sequence[Job]], bool]:
+    return lambda jobs: sum(job.pixels for job in jobs) <= max_pixels
 
 
 def asked(job: Job) -> tuple[object, ...]:
@@ -52,7 +59,7 @@ def job_lists(draw: st.DrawFn) -> list[Job]:
 @settings(max_examples=200)
 @given(jobs=job_lists(), max_pixels=st.integers(1, 16 * 1024))
 def test_groups_hold_every_job_once_in_order_and_within_the_budget(jobs: list[Job], max_pixels: int) -> None:
-    groups = group(jobs, max_pixels)
+    groups = group(jobs, within(max_pixels))
 
     assert sorted(member.index for members in groups for member in members) == list(range(len(jobs)))
     for members in groups:
@@ -66,8 +73,38 @@ def test_groups_hold_every_job_once_in_order_and_within_the_budget(jobs: list[Jo
 
 
 def test_same_patch_count_is_not_the_same_group() -> None:
-    groups = group([job(0, 16, 64), job(1, 64, 16), job(2, 16, 64)], 10**6)
+    groups = group([job(0, 16, 64), job(1, 64, 16), job(2, 16, 64)], within(10**6))
     assert [[member.index for member in members] for members in groups] == [[0, 2], [1]]
+
+
+def test_layouts_are_not_the_same_group() -> None:
+    packed, unpacked = job(0, 32, 32), job(1, 32, 32, layout="unpacked")
+    assert [len(members) for members in group([packed, unpacked, packed], within(10**6))] == [2, 1]
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["before", "during"])
+def test_one_of_a_group_that_is_cancelled_gets_no_image_and_the_other_does(during: bool) -> None:
+    """Cancelled once the shared decode has begun, for which the other keeps it going; or before, and left out of it."""
+    rows: list[int] = []
+    gone: set[int] = set() if during else {0}
+
+    def decode(jobs: Sequence[Job], cancel: Callable[[], bool]) -> torch.Tensor:
+        gone.add(0)
+        assert not cancel()
+        rows.append(sum(job.rows for job in jobs))
+        return torch.zeros(rows[-1], 3, 16, 16)
+
+    answers: dict[int, torch.Tensor | Exception] = {}
+    answer(
+        decode,
+        [job(0, 16, 16), job(1, 16, 16)],
+        lambda job, outcome: answers.update({job.index: outcome}),
+        fits=within(10**6),
+        cancelled=lambda job: job.index in gone,
+    )
+    assert isinstance(answers[0], DecodeCancelled)
+    assert isinstance(answers[1], torch.Tensor)
+    assert rows == [2 if during else 1]
 
 
 class FakeDecoder:
@@ -75,6 +112,8 @@ class FakeDecoder:
 
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison
+        self.memory_limit = None
+        self.engine = self
 
     def check(self, latents: torch.Tensor, *, height: int, width: int) -> tuple[int, int]:
         return height, width
@@ -110,7 +149,13 @@ def test_every_job_is_answered_once_with_its_own_image(jobs: list[Job], data: st
         assert job.index not in answers
         answers[job.index] = outcome
 
-    answer(FakeDecoder(poison), jobs, deliver, max_pixels=max_pixels, cancelled=lambda job: job.index in gone)
+    answer(
+        partial(decode_jobs, FakeDecoder(poison)),
+        jobs,
+        deliver,
+        fits=within(max_pixels),
+        cancelled=lambda job: job.index in gone,
+    )
 
     assert answers.keys() == {job.index for job in jobs}
     for job in jobs:
@@ -138,10 +183,10 @@ def test_the_decode_goes_on_while_one_of_its_requests_is_wanted() -> None:
 
     gone: set[int] = set()
     answer(
-        Slow(set()),
+        partial(decode_jobs, Slow(set())),
         [job(0, 16, 16), job(1, 16, 16)],
         lambda job, outcome: None,
-        max_pixels=10**6,
+        fits=within(10**6),
         cancelled=lambda job: job.index in gone,
     )
     assert asked == [False, True]
@@ -179,6 +224,7 @@ def test_no_parameters() -> None:
         ({"scaling_factor": True}, r"scaling_factor: got True"),
         ({"shift_factor": float("nan")}, r"shift_factor: got nan"),
         ({"shift_factor": None}, r"shift_factor: got None"),
+        ({"layout": "tiled"}, r"layout: got 'tiled', expected one of packed, unpacked"),
     ],
 )
 def test_parameters_refused(given_parameters: dict[str, object], message: str) -> None:

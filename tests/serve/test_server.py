@@ -22,7 +22,7 @@ from fluxvae.serve.triton import TritonServer
 from serve.client import PROTOCOLS, Protocol, Request, Serving, random_latents
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
-OUTPUTS = ("images", "images_np", "images_pt", "images_encoded")
+OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 
@@ -54,6 +54,11 @@ def check_output(serving: Serving, name: str, value: np.ndarray, request: Reques
         pictures = [Image.open(io.BytesIO(data)) for data in value[:, 0]]
         assert {picture.format for picture in pictures} == {"PNG"}
         serving.assert_same_pixels(np.stack([np.asarray(picture) for picture in pictures]), request)
+    elif name == "images_raw":
+        expected = serving.decode_raw(request)
+        assert (value.shape, value.dtype) == (expected.shape, np.float32)
+        assert np.abs(value).max() > 1, "not clamped"
+        np.testing.assert_allclose(value, expected, rtol=0, atol=0 if serving.exact else 4e-5)
     else:
         expected = np.asarray(serving.decode(request, name.removeprefix("images_")))
         assert (value.shape, value.dtype) == (expected.shape, np.float32)

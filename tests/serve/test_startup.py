@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fluxvae import FluxVAEError, InvalidOptionError
-from fluxvae.serve.startup import Settings, check_tensor_exchange
+from fluxvae import Decoder, FluxVAEError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.serve.startup import Settings, check_tensor_exchange, warm_up
+from models import random_vae
 from serve import fake_pb_utils
 
 
@@ -96,6 +97,16 @@ def test_tritons_own_parameters_are_not_ours() -> None:
 
 def test_tensors_that_survive_are_accepted() -> None:
     check_tensor_exchange(fake_pb_utils)
+
+
+def test_a_first_decode_that_fails_keeps_the_model_from_loading() -> None:
+    warm_up(Decoder(random_vae()))
+    with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
+        warm_up(Decoder(random_vae(), memory_limit=1000))
+    broken = random_vae()
+    broken.decoder.conv_out.bias.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteOutputError):
+        warm_up(Decoder(broken))
 
 
 class ReadsFirstValueOnly(fake_pb_utils.Tensor):

@@ -34,6 +34,16 @@ class Installation(NamedTuple):
             return str(self.binary)
         return f"{self.binary} (the nvidia-pytriton wheel: for tests and local use, not for production)"
 
+    def check(self) -> None:
+        """Whether the wheel can run models of this Python, before anything is made of it.
+
+        Raises:
+            TritonServerError: it cannot, and what to do.
+        """
+        if self.wheel is not None:
+            _stub(self.wheel)
+            _libpython_folder()
+
     def prepare(self, folder: Path, environment: dict[str, str]) -> list[str]:
         """Arguments the server needs on top of a user's; fills ``environment`` and a ``folder`` of the caller's.
 
@@ -84,12 +94,18 @@ def _libpython_folder() -> str | None:
     )
 
 
-def _link_backends(wheel: Path, into: Path) -> Path:
-    """A backend directory with the stub of the running Python beside the backend; the wheel stays as it is."""
+def _stub(wheel: Path) -> Path:
+    """The wheel's program that runs models of this Python."""
     stub = wheel / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         has = ", ".join(sorted(path.name for path in (wheel / "python_backend_stubs").glob("*")))
         raise TritonServerError(f"Python {_PYTHON}: this wheel has no stub for it, only for {has or 'none'}")
+    return stub
+
+
+def _link_backends(wheel: Path, into: Path) -> Path:
+    """A backend directory with the stub of the running Python beside the backend; the wheel stays as it is."""
+    stub = _stub(wheel)
     python = into / "python"
     python.mkdir(parents=True)
     for path in [*(wheel / "backends" / "python").iterdir(), stub]:

@@ -1,14 +1,14 @@
-"""What a request asks for, and which requests one decode answers: the Triton model's logic without Triton.
+"""What one request to the Triton model asks for, read and checked before any work.
 
-A request carries latents (B, N, 64), one height and one width for each of its B rows, and parameters. Requests are
-decoded together when they agree on everything that changes how latents become pixels: size and factors. The number of
-patches is not enough: 512x1024 and 1024x512 have the same.
+A request carries latents, one height and one width for each of its B rows, and parameters. Latents are packed,
+(B, N, 64), or with the parameter ``layout="unpacked"`` raw latent images whose last two dimensions are flattened,
+(B, 16, lh * lw): the same input can carry both, and odd lh and lw exist only unpacked.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fluxvae.errors import DecodeCancelled, InvalidLatentsError, InvalidOptionError, status_of
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.images import check_format
+from fluxvae.latents import LatentFormat
 
-__all__ = ["Job", "Parameters", "answer", "code_of", "group", "read_job", "read_parameters"]
+__all__ = ["LAYOUTS", "Job", "Parameters", "read_job", "read_parameters"]
+
+LAYOUTS = ("packed", "unpacked")
 
 # Triton's own (its docs, protocol/extension_parameters.md); some versions hand them on to the model.
 _RESERVED = frozenset(
@@ -38,20 +41,12 @@ _RESERVED = frozenset(
 
 
 class _Decoder(Protocol):
-    """The part of `fluxvae.Decoder` that requests need."""
+    """The part of `fluxvae.Decoder` that reading a request needs."""
+
+    @property
+    def format(self) -> LatentFormat: ...
 
     def check(self, latents: torch.Tensor, *, height: int, width: int) -> tuple[int, int]: ...
-
-    def decode_raw(
-        self,
-        latents: torch.Tensor,
-        *,
-        height: int,
-        width: int,
-        scaling_factor: float | None,
-        shift_factor: float | None,
-        cancel: Callable[[], bool],
-    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +57,7 @@ class Parameters:
     quality: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    layout: str = "packed"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,21 +67,32 @@ class Job:
     index: int
     """Its place among the requests of one ``execute``."""
     latents: torch.Tensor
-    """Packed, (B, N, 64)."""
+    """Packed (B, N, 64), or unpacked (B, 16, lh, lw)."""
     height: int
     """Pixels that will be decoded: already floored to the grid."""
     width: int
     parameters: Parameters
+    outputs: Set[str] = frozenset({"images"})
+    """The names of the outputs that were asked for."""
 
     @property
-    def key(self) -> tuple[int, int, float | None, float | None]:
-        """What requests must share to be decoded together."""
-        return (self.height, self.width, self.parameters.scaling_factor, self.parameters.shift_factor)
+    def key(self) -> tuple[object, ...]:
+        """What requests must share to be decoded together.
+
+        The number of patches is not enough: 512x1024 and 1024x512 have the same.
+        """
+        asked = self.parameters
+        return (self.height, self.width, asked.layout, asked.scaling_factor, asked.shift_factor)
+
+    @property
+    def rows(self) -> int:
+        """Its images."""
+        return self.latents.shape[0]
 
     @property
     def pixels(self) -> int:
         """Pixels of all its images."""
-        return self.latents.shape[0] * self.height * self.width
+        return self.rows * self.height * self.width
 
 
 def read_parameters(text: str) -> Parameters:
@@ -106,6 +113,8 @@ def read_parameters(text: str) -> Parameters:
     if own.get("scaling_factor") == 0:
         raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
     parameters = Parameters(**own)
+    if parameters.layout not in LAYOUTS:
+        raise InvalidOptionError(f"layout: got {parameters.layout!r}, expected one of {', '.join(LAYOUTS)}")
     check_format(parameters.format, parameters.quality)
     return parameters
 
@@ -122,6 +131,7 @@ def read_job(
     heights: NDArray[np.int32],
     widths: NDArray[np.int32],
     parameters: str,
+    outputs: Set[str] = frozenset({"images"}),
     *,
     decoder: _Decoder,
     max_pixels: int,
@@ -130,9 +140,10 @@ def read_job(
 
     Args:
         index: its place in the ``execute``.
-        latents: (B, N, 64).
+        latents: (B, N, 64), or (B, 16, lh * lw) where the parameters say ``"layout": "unpacked"``.
         heights, widths: (B, 1), all rows the same.
         parameters: ``request.parameters()``.
+        outputs: ``request.requested_output_names()``.
         decoder: checks latents and size.
         max_pixels: the most a request may ask for, its whole batch counted.
 
@@ -149,8 +160,29 @@ def read_job(
             "raise max_pixels in the model's config.pbtxt"
         )
     tensor = torch.from_numpy(latents)
+    if asked.layout == "unpacked":
+        tensor = _unflatten(tensor, height, width, decoder.format.vae_scale_factor)
     height, width = decoder.check(tensor, height=height, width=width)
-    return Job(index=index, latents=tensor, height=height, width=width, parameters=asked)
+    return Job(index=index, latents=tensor, height=height, width=width, parameters=asked, outputs=outputs)
+
+
+def _unflatten(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
+    """(B, C, lh * lw) to (B, C, lh, lw); nothing is floored, since every unpacked size can be said exactly."""
+    for name, value in (("height", height), ("width", width)):
+        if value <= 0 or value % scale:
+            raise InvalidLatentsError(
+                f"{name}: got {value} with layout unpacked, expected a positive multiple of {scale}: {scale} pixels "
+                "for each row and column of the latents"
+            )
+    values = latents.shape[2]
+    lh, lw = height // scale, width // scale
+    if values != lh * lw:
+        raise InvalidLatentsError(
+            f"latents: got {values} values per channel, shape {tuple(latents.shape)}, with layout unpacked; expected "
+            f"{lh} x {lw} = {lh * lw} for {height}x{width} (height x width): flatten the last two dimensions of "
+            "(batch, channels, height/8, width/8)"
+        )
+    return latents.reshape(*latents.shape[:2], lh, lw)
 
 
 def _same(name: str, values: NDArray[np.int32]) -> int:
@@ -161,91 +193,3 @@ def _same(name: str, values: NDArray[np.int32]) -> int:
             "request of its own, the server batches them"
         )
     return int(different[0])
-
-
-def group(jobs: Iterable[Job], max_pixels: int) -> list[list[Job]]:
-    """Put jobs that can be decoded together into groups of at most ``max_pixels`` pixels, in order of arrival.
-
-    Every job is in exactly one group; one that is larger by itself is alone in its group.
-    """
-    open_groups: dict[object, list[Job]] = {}
-    groups: list[list[Job]] = []
-    for job in jobs:
-        current = open_groups.get(job.key)
-        if current is None or sum(member.pixels for member in current) + job.pixels > max_pixels:
-            current = open_groups[job.key] = []
-            groups.append(current)
-        current.append(job)
-    return groups
-
-
-def answer(
-    decoder: _Decoder,
-    jobs: Iterable[Job],
-    deliver: Callable[[Job, torch.Tensor | Exception], None],
-    *,
-    max_pixels: int,
-    cancelled: Callable[[Job], bool],
-) -> None:
-    """Decode all jobs, group by group, and deliver each exactly once: its pixels, or what went wrong.
-
-    A group that fails is decoded again job by job, so that one job cannot take its neighbours down.
-
-    Args:
-        decoder: decodes.
-        jobs: valid requests.
-        deliver: takes a job with (B, 3, H, W) in about [-1, 1], or with an error. Must not raise.
-        max_pixels: the most pixels given to one decode.
-        cancelled: whether nobody waits for a job any more; asked before and during its decode.
-    """
-    for members in group(jobs, max_pixels):
-        waiting = []
-        for job in members:
-            if cancelled(job):
-                deliver(job, DecodeCancelled("the request was cancelled before its decode began"))
-            else:
-                waiting.append(job)
-        if waiting:
-            _answer_group(decoder, waiting, deliver, cancelled)
-
-
-def _answer_group(
-    decoder: _Decoder,
-    jobs: list[Job],
-    deliver: Callable[[Job, torch.Tensor | Exception], None],
-    cancelled: Callable[[Job], bool],
-) -> None:
-    outcome = _decode(decoder, jobs, cancelled)
-    if isinstance(outcome, torch.Tensor):
-        row = 0
-        for job in jobs:
-            rows = job.latents.shape[0]
-            deliver(job, outcome[row : row + rows])
-            row += rows
-    elif len(jobs) == 1:
-        deliver(jobs[0], outcome)
-    else:
-        del outcome  # its traceback holds what the failed decode had allocated
-        for job in jobs:
-            _answer_group(decoder, [job], deliver, cancelled)
-
-
-def _decode(decoder: _Decoder, jobs: list[Job], cancelled: Callable[[Job], bool]) -> torch.Tensor | Exception:
-    first = jobs[0]
-    try:
-        return decoder.decode_raw(
-            first.latents if len(jobs) == 1 else torch.cat([job.latents for job in jobs]),
-            height=first.height,
-            width=first.width,
-            scaling_factor=first.parameters.scaling_factor,
-            shift_factor=first.parameters.shift_factor,
-            cancel=lambda: all(cancelled(job) for job in jobs),
-        )
-    except Exception as error:  # handed to the caller, which answers and logs it
-        return error
-
-
-def code_of(error: BaseException) -> str:
-    """The name of the ``TritonError`` code for ``error``; memory that ran out may be free again on a retry."""
-    out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
-    return "UNAVAILABLE" if out_of_memory else status_of(error).triton

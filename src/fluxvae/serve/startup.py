@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.serve.outputs import OUTPUTS, make_outputs
+from fluxvae.serve.requests import Job, Parameters
 
-__all__ = ["Settings", "check_tensor_exchange"]
+__all__ = ["Settings", "check_tensor_exchange", "warm_up"]
 
 _ENVIRONMENT = {
     "checkpoint": "FLUXVAE_CHECKPOINT",
@@ -105,3 +108,22 @@ def check_tensor_exchange(pb_utils: Any) -> None:
                 f"Triton's Python stub and NumPy {np.__version__} corrupt tensors: {direction} {sent}, got {came}. "
                 "Refusing to serve wrong images; install 'numpy<2' in this environment, or use Triton 24.11 or later"
             )
+
+
+def warm_up(decoder: Decoder) -> None:
+    """Decode something small and make every output of it: compiles kernels, and proves that requests can be answered.
+
+    Done while the model loads, so that Triton says ready only after it.
+
+    Raises:
+        FluxVAEError: the decode failed, by the error's own class: weights that give NaN, a memory limit too small for
+            any image. Out of memory is passed on.
+    """
+    tokens = 4  # 2 x 2: the smallest size with neighbours in both directions
+    latents = torch.zeros(1, tokens, decoder.format.packed_features)
+    size = 2 * decoder.format.packed_multiple
+    image = decoder.decode_raw(latents, height=size, width=size)
+    job = Job(index=0, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(OUTPUTS))
+    made = make_outputs(job, image)
+    if made.keys() != set(OUTPUTS) or made["images"].shape != (1, size, size, 3):
+        raise FluxVAEError(f"warm-up: a decode of {size}x{size} pixels gave {sorted(made)}, expected every output")

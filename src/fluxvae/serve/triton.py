@@ -6,7 +6,8 @@
 The server is the ``tritonserver`` on the PATH (NVIDIA's container has one), else the one inside the
 ``nvidia-pytriton`` wheel, which is meant for tests and local use: see docs/triton.md.
 
-Not covered here: restarting what died, a gateway in front, TLS. Linux only, as Triton is.
+Not covered here: restarting what died, a gateway in front (both: `fluxvae.serve.supervisor`), TLS. Linux only, as
+Triton is.
 """
 
 from __future__ import annotations
@@ -17,24 +18,23 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from fluxvae.serve.installation import Installation, TritonServerError, find_tritonserver
+from fluxvae.serve.ports import free_ports, url_host
+from fluxvae.serve.processes import exited, in_group, until
 
 __all__ = ["Installation", "TritonServer", "TritonServerError", "find_tritonserver"]
 
 _log = logging.getLogger(__name__)
 _SHM = Path("/dev/shm")
-_POLL_S = 0.05
 _LAUNCHES = 3  # a free port may be taken between our look and Triton's bind; then we look again
 _PORT_TAKEN = (
     "failed to start HTTP service",
@@ -46,23 +46,6 @@ _CHATTER = re.compile(r"[+|]|[IW]\d{4} \S+ \d+ (?!pb_stub)\w+\.cc:")
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise TritonServerError(f"port {port} on {host}: {error.strerror or error}; choose another, or 0") from error
-    return bound
-
-
-def _free_ports(host: str, wanted: Sequence[int]) -> list[int]:
-    """``wanted`` with each 0 replaced by a free port; a fixed one that is taken is an error."""
-    with contextlib.ExitStack() as stack:  # all bound at once, so no two are the same
-        return [stack.enter_context(_bind(host, port)).getsockname()[1] for port in wanted]
-
-
 class TritonServer:
     """A Triton server on one model folder: started by ``with`` or ``start()``, ready when that returns.
 
@@ -70,11 +53,13 @@ class TritonServer:
         model_repository: the folder that holds one folder per model.
         http_port, grpc_port, metrics_port: 0 picks a free one.
         host: the address all three bind to.
-        log_path: keep the server's log here; by default it goes when the server stops.
+        log_path: append the server's log to this file; by default it goes when the server stops.
         env: variables for the server and its models, over this process's own.
         arguments: further command-line arguments for ``tritonserver``.
         ready_timeout_s: how long loading all models may take.
         stop_timeout_s: how long in-flight requests get to finish; after it and a short grace, SIGKILL.
+        shm_prefix: of the names of its shared-memory regions; by default one of its own.
+        folder: where its temporary folder is made; by default the system's place.
 
     Raises (from ``start``):
         TritonServerError: with the last lines of the log, and what to do.
@@ -93,6 +78,8 @@ class TritonServer:
         arguments: Sequence[str] = (),
         ready_timeout_s: float = 300.0,
         stop_timeout_s: float = 20.0,
+        shm_prefix: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:
         self.installation = find_tritonserver()
         self.model_repository = Path(model_repository).resolve()
@@ -100,7 +87,7 @@ class TritonServer:
             raise TritonServerError(f"model repository {self.model_repository}: no such folder")
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
-        self.shm_prefix = f"fluxvae_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+        self.shm_prefix = shm_prefix or f"fluxvae_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
         self._wanted_ports = (http_port, grpc_port, metrics_port)
         self._log_path = Path(log_path) if log_path is not None else None
         self._env = dict(env or {})
@@ -108,7 +95,9 @@ class TritonServer:
         self._ready_timeout_s = ready_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._parent = folder
         self._folder: Path | None = None
+        self._log_start = 0
         self._last_log = ""
 
     # Where it listens, in the form tritonclient takes.
@@ -129,8 +118,7 @@ class TritonServer:
         return f"http://{self._url(self.metrics_port)}/metrics"
 
     def _url(self, port: int) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{url_host(self.host)}:{port}"
 
     # What it is doing.
 
@@ -143,7 +131,7 @@ class TritonServer:
     def running(self) -> bool:
         """Whether the server process is there. A dead Python stub does not end it: only a decode tells."""
         # WNOWAIT leaves the ended process in place, so that its id, and its group's, cannot be reused before stop().
-        return self._process is not None and _exited(self._process.pid) is None
+        return self._process is not None and exited(self._process.pid) is None
 
     def ready(self) -> bool:
         """Whether the server says that it and all its models are ready."""
@@ -154,10 +142,12 @@ class TritonServer:
             return False
 
     def log(self) -> str:
-        """The server's log, its models' included; the last of it once stopped."""
+        """What this launch logged, its models included; the last of it once stopped."""
         path = self._current_log()
         if path is not None and path.is_file():
-            return path.read_text(encoding="utf-8", errors="replace")
+            with path.open("rb") as file:
+                file.seek(self._log_start)
+                return file.read().decode("utf-8", errors="replace")
         return self._last_log
 
     def shm_regions(self) -> list[Path]:
@@ -168,13 +158,10 @@ class TritonServer:
 
     def start(self) -> None:
         """Launch, and return when every model is ready."""
-        if self._process is not None:
-            raise TritonServerError("this server is already started; stop() it first")
-        if self.installation.wheel is not None:
-            _log.info("using %s", self.installation)
+        self._check_not_started()
         for launch in range(1, _LAUNCHES + 1):
             try:
-                self._launch()
+                self.launch()
                 self._wait_until_ready()
                 return
             except TritonServerError as error:
@@ -186,9 +173,13 @@ class TritonServer:
                 self.stop()
                 raise
 
-    def _launch(self) -> None:
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(self.host, self._wanted_ports)
-        self._folder = Path(tempfile.mkdtemp(prefix="fluxvae-triton-"))
+    def launch(self) -> None:
+        """Launch, and return at once: `running` and `ready` tell the rest, `stop` is owed."""
+        self._check_not_started()
+        if self.installation.wheel is not None:
+            _log.info("using %s", self.installation)
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(self.host, self._wanted_ports)
+        self._folder = Path(tempfile.mkdtemp(prefix="fluxvae-triton-", dir=self._parent))
         command = [
             str(self.installation.binary),
             f"--model-repository={self.model_repository}",
@@ -207,7 +198,8 @@ class TritonServer:
         command += self.installation.prepare(self._folder, environment)
         log_path = self._current_log()
         assert log_path is not None
-        with log_path.open("wb") as log:
+        with log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [*command, *self._arguments],
                 stdin=subprocess.DEVNULL,
@@ -219,33 +211,43 @@ class TritonServer:
             )
 
     def _wait_until_ready(self) -> None:
-        for _ in _until(self._ready_timeout_s):
+        for _ in until(self._ready_timeout_s):
             if not self.running:
-                raise TritonServerError(f"Triton exited before it was ready. {self._tail()}")
+                raise TritonServerError(f"Triton exited before it was ready. {self.log_tail()}")
             if self.ready():
                 return
         raise TritonServerError(
-            f"Triton was not ready within {self._ready_timeout_s:g} s; allow more with ready_timeout_s. {self._tail()}"
+            f"Triton was not ready within {self._ready_timeout_s:g} s; allow more with ready_timeout_s. "
+            f"{self.log_tail()}"
         )
+
+    def _check_not_started(self) -> None:
+        if self._process is not None:
+            raise TritonServerError("this server is already started; stop() it first")
 
     # Stopping.
 
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL after the deadline; no process, region or file of it is left. Safe to call again."""
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """SIGTERM, then SIGKILL after the deadline; no process, region or file of it is left. Safe to call again.
+
+        Args:
+            hurry: asked while waiting; true ends the wait. What is already known to be dead or hung is not worth one.
+        """
         if self._process is not None:
             group = self._process.pid
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(group, signal.SIGTERM)
-            for _ in _until(self._stop_timeout_s + 10):  # Triton counts its own seconds, and unloads after them
-                if _exited(group) is not None:
+            if not hurry():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(group, signal.SIGTERM)
+            for _ in until(self._stop_timeout_s + 10):  # Triton counts its own seconds, and unloads after them
+                if exited(group) is not None or hurry():
                     break
             else:
                 _log.warning("Triton (process %d) did not stop in time: killed", group)
             # The ended server still holds its id, so the group is ours: this ends stubs that outlived it.
             os.killpg(group, signal.SIGKILL)
             self._process.wait()
-            for _ in _until(10.0):
-                if not _runs_in(group):
+            for _ in until(10.0):
+                if not in_group(group):
                     break
             self._process = None
         for region in self.shm_regions():
@@ -269,31 +271,7 @@ class TritonServer:
             return self._log_path
         return self._folder / "triton.log" if self._folder is not None else None
 
-    def _tail(self, lines: int = 20) -> str:
+    def log_tail(self, lines: int = 20) -> str:
         """The end of the log without Triton's chatter, for an error message."""
         kept = [line for line in self.log().splitlines() if line.strip() and not _CHATTER.match(line)]
         return "The end of its log:\n  " + "\n  ".join(kept[-lines:] or ["(empty)"])
-
-
-def _exited(pid: int) -> int | None:
-    """The exit status of our child if it has ended, without reaping it."""
-    result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    return None if result is None else result.si_status
-
-
-def _runs_in(group: int) -> bool:
-    """Whether a process of the group still runs. Orphans that ended may wait long for process 1 to reap them."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended while we looked
-            state, _parent, its_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state not in "ZX":
-                return True
-    return False
-
-
-def _until(timeout_s: float) -> Iterator[None]:
-    """Yield at short intervals until the time is up."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        yield
-        time.sleep(_POLL_S)

@@ -8,17 +8,21 @@ from __future__ import annotations
 import gc
 import json
 import os
+import time
 import traceback
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from fluxvae import Decoder, FluxVAEError
-from fluxvae.images import encode, postprocess
-from fluxvae.serve.requests import Job, answer, code_of, read_job
-from fluxvae.serve.startup import Settings, check_tensor_exchange
+from fluxvae.serve.answering import answer, code_of
+from fluxvae.serve.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.metrics import Metrics
+from fluxvae.serve.outputs import make_outputs
+from fluxvae.serve.requests import Job, read_job
+from fluxvae.serve.startup import Settings, check_tensor_exchange, warm_up
 
 try:
     import triton_python_backend_utils as pb_utils
@@ -30,7 +34,7 @@ class TritonPythonModel:
     """Triton makes one of these in a process of its own for each instance."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the checkpoint, or keep the model from becoming ready with a message that says why."""
+        """Load the checkpoint and decode once, or keep the model from becoming ready with a message that says why."""
         try:
             check_tensor_exchange(pb_utils)
             self.settings = Settings.read(
@@ -42,50 +46,43 @@ class TritonPythonModel:
             if self.settings.threads is not None:
                 torch.set_num_threads(self.settings.threads)
             self.decoder = Decoder.from_pretrained(self.settings.checkpoint, **self.settings.decoder_options())
+            start = time.perf_counter()
+            warm_up(self.decoder)
         except FluxVAEError as error:
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
+        self.budget = MemoryBudget(self.decoder, self.settings.max_pixels)
+        self.metrics = Metrics(pb_utils, args["model_name"])
         pb_utils.Logger.log_info(
             f"fluxvae: {args['model_instance_name']} serves {self.settings.checkpoint} on {self.decoder.device} "
-            f"in {self.decoder.dtype}"
+            f"in {self.decoder.dtype}; its first decode took {time.perf_counter() - start:.1f} s"
         )
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer every request: with its images, or with an error of its own."""
-        responses: list[Any] = [None] * len(requests)
-        jobs = []
-        for index, request in enumerate(requests):
-            try:
-                jobs.append(self._read(index, request))
-            except Exception as error:  # answered; an unexpected one is logged
-                responses[index] = _failure(request, error)
-
-        def respond(job: Job, outcome: torch.Tensor | Exception) -> None:
-            request = requests[job.index]
-            try:
-                if isinstance(outcome, Exception):
-                    raise outcome
-                tensors = _outputs(job, outcome, request.requested_output_names())
-                responses[job.index] = pb_utils.InferenceResponse(output_tensors=tensors)
-            except Exception as error:  # answered; an unexpected one is logged
-                responses[job.index] = _failure(request, error)
-
+    def execute(self, requests: list[Any]) -> None:
+        """Answer every request, with its images or with an error of its own, as soon as its group is decoded."""
+        replies = [_Reply(request, self.metrics) for request in requests]
+        self.metrics.taken(len(replies))
         try:
+            jobs = []
+            for index, reply in enumerate(replies):
+                try:
+                    jobs.append(self._read(index, reply.request))
+                except Exception as error:  # answered; an unexpected one is logged
+                    reply.fail(error)
             answer(
-                self.decoder,
+                lambda members, cancel: self._decode(members, cancel, replies),
                 jobs,
-                respond,
-                max_pixels=self.settings.max_pixels,
-                cancelled=lambda job: bool(requests[job.index].is_cancelled()),
+                lambda job, outcome: replies[job.index].deliver(job, outcome),
+                fits=self.budget.fits,
+                cancelled=lambda job: bool(replies[job.index].request.is_cancelled()),
             )
         except Exception as error:  # whatever went wrong, nobody is left without an answer
-            for index, response in enumerate(responses):
-                if response is None:
-                    responses[index] = _failure(requests[index], error)
-        return responses
+            for reply in replies:
+                reply.fail(error)
 
     def finalize(self) -> None:
         """Free the weights, on the GPU too."""
         self.decoder = None  # type: ignore[assignment]
+        self.budget = None  # type: ignore[assignment]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -94,44 +91,82 @@ class TritonPythonModel:
         latents, heights, widths = (
             pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("latents", "height", "width")
         )
-        return read_job(
+        job = read_job(
             index,
             latents,
             heights,
             widths,
             request.parameters(),
+            frozenset(request.requested_output_names()),
             decoder=self.decoder,
             max_pixels=self.settings.max_pixels,
         )
+        self.budget.check(job)
+        return job
+
+    def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
+        start = time.perf_counter()
+        image = decode_jobs(self.decoder, jobs, cancel)
+        seconds = time.perf_counter() - start
+        first, rows = jobs[0], sum(job.rows for job in jobs)
+        self.metrics.decoded(rows, rows * first.height * first.width, seconds, self._plan(first, rows))
+        pb_utils.Logger.log_verbose(
+            f"fluxvae: requests {', '.join(replies[job.index].id for job in jobs)}: decoded "
+            f"{rows} x {first.height}x{first.width} in {seconds:.3f} s"
+        )
+        return image
+
+    def _plan(self, job: Job, rows: int) -> Any:
+        try:
+            return self.budget.plan(job.height, job.width, rows)
+        except FluxVAEError:  # memory has become scarce since; the decode is done
+            return None
 
 
-def _outputs(job: Job, image: torch.Tensor, names: set[str]) -> list[Any]:
-    """The output tensors that were asked for, from (B, 3, H, W) in about [-1, 1]."""
-    arrays: dict[str, Any] = {}
-    if names & {"images", "images_encoded"}:
-        pixels = postprocess(image, "uint8")
-        if "images" in names:
-            arrays["images"] = pixels
-        if "images_encoded" in names:
-            files = [[encode(one, job.parameters.format, job.parameters.quality)] for one in pixels]
-            arrays["images_encoded"] = np.array(files, dtype=np.object_)
-    if "images_np" in names:
-        arrays["images_np"] = postprocess(image, "np")
-    if "images_pt" in names:
-        arrays["images_pt"] = postprocess(image, "pt").float().cpu().numpy()  # Triton has no bfloat16 for NumPy
-    return [pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in arrays.items()]
+class _Reply:
+    """The one answer to one request."""
 
+    def __init__(self, request: Any, metrics: Metrics) -> None:
+        self.request = request
+        given = "".join(letter if letter.isprintable() else "?" for letter in request.request_id()[:64])
+        self.id = given or uuid.uuid4().hex[:12]
+        self._metrics = metrics
+        self._sender = request.get_response_sender()
+        self._sent = False
 
-def _failure(request: Any, error: Exception) -> Any:
-    """An error response; what was not meant for clients goes to the log under an id, not over the wire."""
-    code, message = code_of(error), str(error)
-    if not isinstance(error, FluxVAEError):
-        reference = request.request_id() or uuid.uuid4().hex[:12]
-        trace = "".join(traceback.format_exception(error))
-        pb_utils.Logger.log_error(f"fluxvae: request {reference} failed: {trace}")
-        kind = "out of memory" if code == "UNAVAILABLE" else "internal error"
-        message = f"{kind}; the server's log has the details under request {reference}"
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+    def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
+        """Send the outputs that were asked for, or the error."""
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            tensors = [pb_utils.Tensor(name, array) for name, array in make_outputs(job, outcome).items()]
+            self._send(pb_utils.InferenceResponse(output_tensors=tensors))
+        except Exception as error:  # answered; an unexpected one is logged
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Send an error, unless there was an answer; what is not meant for clients goes to the log under the id."""
+        if self._sent:
+            return
+        code, message = code_of(error), str(error)
+        if isinstance(error, FluxVAEError):
+            pb_utils.Logger.log_info(f"fluxvae: request {self.id}: {type(error).__name__}: {message}")
+        else:
+            trace = "".join(traceback.format_exception(error))
+            pb_utils.Logger.log_error(f"fluxvae: request {self.id} failed: {trace}")
+            kind = "out of memory" if code == "UNAVAILABLE" else "internal error"
+            message = f"{kind}; the server's log has the details under request {self.id}"
+        self._metrics.failed(error)
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+        try:
+            self._send(response)
+        except Exception as unsent:  # its neighbours are still to be answered
+            pb_utils.Logger.log_error(f"fluxvae: request {self.id}: Triton did not take its error: {unsent!r}")
+
+    def _send(self, response: Any) -> None:
+        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._sent = True
+        self._metrics.answered()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""What the gateway answers when it is not an image: one JSON body, one table of statuses.
+
+FluxVAEError
+└── GatewayError            an HTTP status of its own; the classes of `fluxvae.errors` keep theirs (`status_of`)
+    ├── Unauthorized        401
+    ├── RequestTimeout      408   the body did not arrive in time
+    ├── TooLarge            413
+    ├── UnsupportedMedia    415
+    ├── InvalidRequest      400   Triton refused it, in its own words
+    ├── ServerError         500   Triton failed inside
+    ├── BadGateway          502   Triton does not serve the model, or speaks another protocol
+    ├── Unavailable         503   try again later
+    └── GatewayTimeout      504   Triton did not answer in time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fluxvae.errors import FluxVAEError, status_of
+
+__all__ = [
+    "BadGateway",
+    "GatewayError",
+    "InvalidRequest",
+    "RequestTimeout",
+    "ServerError",
+    "TooLarge",
+    "Unauthorized",
+    "UnsupportedMedia",
+    "error_body",
+    "http_status",
+]
+
+
+class GatewayError(FluxVAEError):
+    """An answer with an HTTP status of its own."""
+
+    status = 500
+    headers: Mapping[str, str] = {}
+
+
+class InvalidRequest(GatewayError):
+    """Triton, or the model, refused the request."""
+
+    status = 400
+
+
+class Unauthorized(GatewayError):
+    """No token, or a wrong one."""
+
+    status = 401
+    headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="fluxvae"'}
+
+
+class RequestTimeout(GatewayError):
+    """The body did not arrive in time."""
+
+    status = 408
+
+
+class TooLarge(GatewayError):
+    """More bytes or pixels than this gateway takes."""
+
+    status = 413
+
+
+class UnsupportedMedia(GatewayError):
+    """A body that does not say that it is a tensor."""
+
+    status = 415
+
+
+class ServerError(GatewayError):
+    """Triton failed inside; its log has the details."""
+
+    status = 500
+
+
+class BadGateway(GatewayError):
+    """Triton answers, but cannot serve this model to this gateway."""
+
+    status = 502
+
+
+def http_status(error: BaseException) -> int:
+    """The HTTP status of any error: its own, or `fluxvae.errors.status_of`'s."""
+    return error.status if isinstance(error, GatewayError) else status_of(error).http
+
+
+def error_body(kind: str, message: str, request_id: str) -> dict[str, str]:
+    """The JSON of every answer that is not a 2xx: what remote_decode raises as its ``RuntimeError``."""
+    return {"error": message, "kind": kind, "request_id": request_id}

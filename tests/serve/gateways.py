@@ -1,0 +1,95 @@
+"""Gateways for these tests: real uvicorn servers on loopback in front of the shared Triton, all on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from fluxvae.serve.gateway import GatewaySettings, make_app
+
+TIMEOUT_S = 100.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP answer, read to its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    seconds: float
+
+
+@dataclass
+class Gateways:
+    """Starts gateways; `stop` ends them all."""
+
+    grpc_url: str
+    metrics_url: str
+    _servers: dict[str, uvicorn.Server] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # One loop for all: gRPC's asyncio side is one for the process.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gateways", daemon=True)
+        self._thread.start()
+
+    def start(self, **settings: Any) -> str:
+        """A new gateway; returns its address, without a slash at the end."""
+        usual = {"triton_grpc_url": self.grpc_url, "triton_metrics_url": self.metrics_url}
+        app = make_app(GatewaySettings(**{**usual, **settings}))
+        config = uvicorn.Config(app, port=0, lifespan="on", access_log=False, log_config=None)
+        server = uvicorn.Server(config)
+        serving = asyncio.run_coroutine_threadsafe(server.serve(), self._loop)
+        wait_until(lambda: server.started or serving.done(), "the gateway did not start")
+        assert server.started, serving.exception()
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        server.finished = serving  # type: ignore[attr-defined]
+        self._servers[url] = server
+        return url
+
+    def stop(self) -> None:
+        for server in self._servers.values():
+            server.should_exit = True
+        for server in self._servers.values():
+            server.finished.result(TIMEOUT_S)  # type: ignore[attr-defined]
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(TIMEOUT_S)
+        self._loop.close()
+
+
+def wait_until(condition: Callable[[], object], complaint: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Return when ``condition`` holds; fail with ``complaint`` at the deadline."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, complaint
+        time.sleep(0.01)
+
+
+def ask(
+    url: str,
+    method: str = "GET",
+    path: str = "/",
+    *,
+    headers: Mapping[str, str] | None = None,
+    body: Any = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Answer:
+    """One request by the standard library: no proxy, no retry, no redirect."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
+    start = time.perf_counter()
+    try:
+        connection.request(method, path, body=body, headers=dict(headers or {}))
+        response = connection.getresponse()
+        data = response.read()
+        lower = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, lower, data, time.perf_counter() - start)
+    finally:
+        connection.close()

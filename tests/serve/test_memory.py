@@ -1,0 +1,171 @@
+"""What the memory plan allows the server, on real decoders with real limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fluxvae import Decoder, MemoryLimitError, UnavailableError
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.serve import memory
+from fluxvae.serve.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.metrics import rung_of
+from fluxvae.serve.outputs import OUTPUTS, make_outputs, output_bytes
+from fluxvae.serve.requests import Job, Parameters
+from models import random_vae
+
+SIZE = 256
+IMAGE = 3 * SIZE * SIZE * 4
+MAX_PIXELS = 10**8
+
+
+def job(rows: int = 1, outputs: tuple[str, ...] = ("images",), size: int = SIZE, index: int = 0) -> Job:
+    generator = torch.Generator().manual_seed(index)
+    latents = torch.randn(rows, (size // 16) ** 2, 64, generator=generator)
+    return Job(
+        index=index, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(outputs)
+    )
+
+
+def limited(limit: int | None) -> Decoder:
+    return Decoder(random_vae(), memory_limit=limit)
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_group_grows_as_long_as_its_plan_has_room() -> None:
+    alone = limited(1 << 30).plan(SIZE, SIZE).peak_bytes
+    decoder = limited(alone + 2 * IMAGE)
+    budget = MemoryBudget(decoder, MAX_PIXELS)
+    assert budget.fits([job()] * 3)
+    assert not budget.fits([job()] * 4)
+    for rows in (1, 3):
+        assert decoder.plan(SIZE, SIZE, rows).work_ratio == 1, "as cheap as alone"
+    assert decoder.plan(SIZE, SIZE, 4).work_ratio > 1 or decoder.plan(SIZE, SIZE, 4).spill_bytes, (
+        "and no more than that"
+    )
+
+
+def test_a_group_leaves_room_for_outputs() -> None:
+    alone = limited(1 << 30).plan(SIZE, SIZE).peak_bytes
+    rows = 2 + alone // IMAGE  # so many that images and outputs weigh more than the decode of one
+    many = [job(rows, OUTPUTS), job(1)]
+    assert MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits([job(rows), job(1)])
+    assert not MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits(many)
+
+
+def test_pixels_bound_a_group_of_any_engine() -> None:
+    for engine in ("exact", "diffusers"):
+        budget = MemoryBudget(Decoder(random_vae(), engine=engine), 2 * SIZE * SIZE)
+        assert budget.fits([job()] * 2)
+        assert not budget.fits([job()] * 3)
+    assert budget.plan(SIZE, SIZE, 1) is None
+
+
+def test_outputs_that_cannot_fit_are_refused_by_name() -> None:
+    decoder = limited(10 * IMAGE)
+    budget = MemoryBudget(decoder, MAX_PIXELS)
+    budget.check(job(2))
+    with pytest.raises(MemoryLimitError, match=r"2 x 256x256 .* as images, images_encoded, .*send fewer rows"):
+        budget.check(job(2, OUTPUTS))
+    MemoryBudget(limited(None), MAX_PIXELS).check(job(2, OUTPUTS))
+
+
+@pytest.mark.parametrize("names", [*[(name,) for name in OUTPUTS], OUTPUTS], ids=str)
+def test_output_bytes_bound_what_is_kept(names: tuple[str, ...]) -> None:
+    asked = job(2, names)
+    image = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
+    made = make_outputs(asked, image)
+    assert made.keys() == set(names)
+    kept = sum(
+        sum(map(len, array.ravel())) if array.dtype == object else array.nbytes
+        for name, array in made.items()
+        if name != "images_raw"  # the image itself
+    )
+    assert output_bytes(asked.outputs, 2, SIZE, SIZE, 4) >= kept
+
+
+def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = limited(1 << 30)
+    budget = MemoryBudget(decoder, MAX_PIXELS)
+    first = budget.plan(SIZE, SIZE, 1)
+    monkeypatch.setattr(decoder, "plan", lambda *_: pytest.fail("planned again"))
+    assert budget.plan(SIZE, SIZE, 1) is first
+    assert first is not None
+    assert rung_of(first) == "memory"
+
+
+def test_a_plan_cut_to_what_was_free_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = limited(None)
+    budget = MemoryBudget(decoder, MAX_PIXELS)
+    first = budget.plan(SIZE, SIZE, 1)
+    assert budget.plan(SIZE, SIZE, 1) is first
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    assert budget.plan(SIZE, SIZE, 1) is not first
+
+
+class ScarceMemory:
+    """Makes decodes run out of memory whose plan needs more than there is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, has: int) -> None:
+        self.peaks: list[int] = []
+        real = ExactEngine._run
+
+        def run(engine: ExactEngine, plan: Any, *rest: Any) -> None:
+            self.peaks.append(plan.peak_bytes)
+            if plan.peak_bytes > has:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            real(engine, plan, *rest)
+
+        monkeypatch.setattr(ExactEngine, "_run", run)
+
+
+@pytest.mark.parametrize("limit", [None, 1 << 30])
+def test_out_of_memory_is_decoded_on_a_smaller_plan_to_the_same_bits(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = limited(limit)
+    expected = decode_jobs(decoder, [job()], never)
+    whole = decoder.plan(SIZE, SIZE).peak_bytes
+    scarce = ScarceMemory(monkeypatch, int(whole * 0.7))
+    assert torch.equal(decode_jobs(decoder, [job()], never), expected)
+    assert scarce.peaks[0] == whole
+    assert scarce.peaks[-1] <= whole * 0.7
+    assert decoder.engine.memory_limit == limit, "only for that decode"
+
+
+def test_out_of_memory_on_every_plan_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = limited(1 << 30)
+    scarce = ScarceMemory(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_jobs(decoder, [job()], never)
+    assert len(scarce.peaks) in (2, 3)
+    assert scarce.peaks[-1] <= decoder.engine.smallest_limit(SIZE // 8, SIZE // 8)
+
+
+def test_several_jobs_without_memory_are_left_to_be_decoded_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    scarce = ScarceMemory(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        decode_jobs(limited(1 << 30), [job(), job(index=1)], never)
+    assert len(scarce.peaks) == 1
+
+
+def test_scarce_free_memory_is_unavailable_a_set_limit_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
+        decode_jobs(limited(1000), [job()], never)
+    monkeypatch.setattr("fluxvae.engine.exact.available_memory", lambda device: 1000)
+    with pytest.raises(UnavailableError, match="free memory: got 900 bytes.*try again"):
+        decode_jobs(limited(None), [job()], never)
+
+
+def test_jobs_of_a_group_get_their_own_rows() -> None:
+    decoder = limited(None)
+    jobs = [job(2, index=1), job(1, index=2)]
+    together = decode_jobs(decoder, jobs, never)
+    for one, image in zip(jobs, (together[:2], together[2:]), strict=True):
+        np.testing.assert_array_equal(image, decode_jobs(decoder, [one], never))

@@ -1,0 +1,252 @@
+"""`fluxvae serve` with the real Triton and the real gateway: ready means it decodes, and what dies comes back."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from fluxvae import Decoder
+from fluxvae.latents import LatentFormat
+from serve.client import Request, Serving, random_latents
+from serve.supervised import Supervised, a_request, wait_for
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+FLUX = LatentFormat()
+BACK_IN_S = 15.0  # beyond the time that loading takes
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint: Path) -> Iterator[Supervised]:
+    supervised = Supervised.start(tiny_checkpoint, (), {})
+    try:
+        yield supervised.ready()
+    finally:
+        supervised.end()
+
+
+def start(checkpoint: Path | str, request: pytest.FixtureRequest, *arguments: str, **env: str) -> Supervised:
+    supervised = Supervised.start(checkpoint, arguments, env)
+    request.addfinalizer(supervised.end)
+    return supervised
+
+
+def client(server: Supervised, library: Decoder) -> Serving:
+    where = SimpleNamespace(http_url=server.address("Triton HTTP"), grpc_url=server.address("Triton gRPC"))
+    return Serving(where, library)  # type: ignore[arg-type]
+
+
+def through_gateway(server: Supervised, request: Request) -> np.ndarray:
+    """A picture by diffusers' protocol, as uint8; without factors it would take the latents as raw ones."""
+    latents = request.latents
+    shape = "&".join(f"shape={size}" for size in latents.shape)
+    query = f"{shape}&dtype=float32&height={request.height}&width={request.width}&output_type=pil&image_format=png"
+    query += f"&scaling_factor={FLUX.scaling_factor}&shift_factor={FLUX.shift_factor}"
+    call = urllib.request.Request(
+        f"http://{server.address('gateway')}/?{query}",
+        latents.tobytes(),
+        {"Content-Type": "tensor/binary", "Accept": "image/png"},
+    )
+    with DIRECT.open(call, timeout=500) as answer:
+        return np.asarray(Image.open(io.BytesIO(answer.read())))
+
+
+def page(server: Supervised, path: str) -> int:
+    try:
+        with DIRECT.open(f"http://{server.address('gateway')}{path}", timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def assert_serves(server: Supervised, library: Decoder, seed: int) -> None:
+    request = a_request(seed)
+    triton = client(server, library)
+    triton.assert_same_pixels(triton.infer("grpc", request)["images"], request)
+    triton.assert_same_pixels(through_gateway(server, request)[None], request)
+
+
+def test_ready_means_that_it_decodes(server: Supervised, library: Decoder) -> None:
+    assert_serves(server, library, 0)
+    assert page(server, "/healthz") == page(server, "/readyz") == 200
+    assert "the nvidia-pytriton wheel: for tests and local use, not for production" in server.output
+    assert "Only this machine can reach it" in server.output
+    assert "The gateway asks for no token." in server.output
+    for process in (server.triton, server.gateway):
+        listening = {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    assert psutil.Process(server.process.pid).memory_info().rss < 80e6, "no PyTorch in the supervisor"
+
+
+def test_a_killed_stub_comes_back(server: Supervised, library: Decoder) -> None:
+    stub, triton = server.stub, server.triton
+    stub.kill()
+    took = wait_for(lambda: server.told("Triton: back in service") == 1, "service after the stub's death", 120)
+    load_time = float(re.search(r"back in service after ([\d.]+) s", server.output)[1])  # type: ignore[index]
+    assert took - load_time < BACK_IN_S
+    assert "Triton: its Python process died; restarting" in server.output
+    assert not triton.is_running()
+    assert_serves(server, library, 1)
+    new = {server.triton.pid, server.stub.pid}
+    assert not new & server.everything
+    server.everything |= new
+
+
+def test_a_clean_stop_leaves_nothing(server: Supervised) -> None:
+    assert server.regions()
+    assert server.signal_and_wait(signal.SIGTERM) == 0, server.output
+    assert "SIGTERM: finishing what is under way, for 30 s at most" in server.output
+    server.assert_nothing_left()
+
+
+def test_a_taken_port_is_named(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for option in ("--port", "--metrics-port"):
+            refused = start(tiny_checkpoint, request, option, str(port))
+            assert refused.process.wait(60) == 1
+            wait_for(lambda refused=refused: "choose another, or 0" in refused.output, "the message")
+            assert f"{option}: port {port} on 127.0.0.1: Address already in use" in refused.output
+            assert "Traceback" not in refused.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("victim", ["triton", "stub", "gateway"])
+def test_what_dies_in_mid_load_comes_back(
+    victim: str, number: signal.Signals, tiny_checkpoint: Path, library: Decoder, request: pytest.FixtureRequest
+) -> None:
+    server = start(tiny_checkpoint, request, "--patience", "8").ready()
+    triton, stop = client(server, library), threading.Event()
+    answers: list[object] = []
+
+    def load(seed: int) -> None:
+        while not stop.is_set():
+            asked = a_request(seed, 64 + 16 * (seed % 3))
+            try:
+                images = triton.infer("grpc", asked)["images"] if seed % 2 else through_gateway(server, asked)[None]
+                triton.assert_same_pixels(images, asked)
+                answers.append("ok")
+            except (InferenceServerException, OSError, http.client.HTTPException, AssertionError) as error:
+                answers.append(error)
+                stop.wait(0.2)  # not in a tight loop while it is down
+
+    threads = [threading.Thread(target=load, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(answers) > 20, "the load")
+    getattr(server, victim).send_signal(number)
+    name = "gateway" if victim == "gateway" else "Triton"
+    took = wait_for(lambda: server.told(f"{name}: back in service") == 1, f"service after the {victim}'s death", 200)
+    load_time = float(re.search(r"back in service after ([\d.]+) s", server.output)[1])  # type: ignore[index]
+    patience = 0 if number == signal.SIGKILL else 25  # until it counts as hung
+    assert took - load_time < BACK_IN_S + patience, server.output
+    count = len(answers)
+    wait_for(lambda: len(answers) > count + 20, "answers after it")
+    stop.set()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "a request without an answer"
+    assert_serves(server, library, 5)
+    failed = [answer for answer in answers if answer != "ok"]
+    assert [error for error in failed if isinstance(error, AssertionError)] == [], "a wrong image"
+    statuses = {error.status() for error in failed if isinstance(error, InferenceServerException)}
+    assert statuses <= {"StatusCode.UNAVAILABLE", "StatusCode.INTERNAL", "StatusCode.CANCELLED"}, failed
+    statuses = {error.code for error in failed if isinstance(error, urllib.error.HTTPError)}
+    assert statuses <= {500, 503, 504}, failed
+    server.everything |= {child.pid for child in server.children()}
+    assert server.signal_and_wait(signal.SIGTERM) == 0
+    server.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_a_killed_supervisor_takes_all_with_it(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
+    server = start(tiny_checkpoint, request).ready()
+    assert server.regions()
+    server.guardian.kill()  # a new one takes its place
+    wait_for(lambda: "guardian: ended; restarting" in server.output, "a new guardian")
+    server.everything |= {server.guardian.pid}
+    server.signal_and_wait(signal.SIGKILL)
+    server.assert_nothing_left()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_under_way_is_finished_and_a_busy_server_is_left_alone(
+    request: pytest.FixtureRequest,
+) -> None:
+    """A decode of several times the patience, by the demo checkpoint, through the gateway; then SIGTERM."""
+    server = start("demo", request, "--patience", "6", "--drain", "500", "--request-timeout", "500").ready()
+    asked = Request(random_latents(0, 4096, 2048), 4096, 2048)
+    started = time.monotonic()
+    answer: list[object] = []
+    thread = threading.Thread(target=lambda: answer.append(through_gateway(server, asked)))
+    thread.start()
+    wait_for(lambda: time.monotonic() - started > 14, "more than two patiences")
+    assert answer == [], "too quick to be a test of this"
+    assert "restarting" not in server.output
+    assert server.signal_and_wait(signal.SIGTERM, 500) == 0, server.output
+    thread.join(10)
+    [picture] = answer
+    assert np.asarray(picture).shape == (4096, 2048, 3)
+    server.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait(request: pytest.FixtureRequest) -> None:
+    server = start("demo", request).ready()
+    asked = Request(random_latents(0, 2048, 2048), 2048, 2048)
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            through_gateway(server, asked)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_for(lambda: server.stub.cpu_percent(0.2) > 20, "the decode")
+    server.process.send_signal(signal.SIGINT)
+    wait_for(lambda: "SIGINT: finishing" in server.output, "the first")
+    started = time.monotonic()
+    assert server.signal_and_wait(signal.SIGINT) == 0
+    assert time.monotonic() - started < 10
+    thread.join(10)
+    assert failures, "the client was told"
+    server.assert_nothing_left()
+
+
+def test_a_bad_checkpoint_ends_with_its_own_error(tmp_path: Path) -> None:
+    """Found before anything is started where it is plain, by the model where it is not."""
+    command = [sys.executable, "-m", "fluxvae.cli", "serve", "--port", "0", "--grpc-port", "0", "--http-port", "0"]
+    command += ["--metrics-port", "0", "--checkpoint"]
+    missing = subprocess.run([*command, "./nothing"], capture_output=True, text=True, timeout=60)
+    assert missing.returncode == 4
+    assert "CheckpointError: checkpoint: nothing at ./nothing; expected 'demo'" in missing.stderr
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet"}')
+    foreign = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert foreign.returncode == 4, foreign.stderr
+    assert "describes UNet, expected AutoencoderKL" in foreign.stderr
+    assert "Traceback" not in foreign.stderr

@@ -1,0 +1,132 @@
+"""The command line: help that answers at once, plan and info that agree with the library, errors as one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fluxvae import Decoder, __version__, cli
+from fluxvae.errors import FluxVAEError, MemoryLimitError
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fluxvae.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_help_needs_no_pytorch() -> None:
+    """The seconds before the first word are PyTorch's and diffusers'."""
+    code = "import sys; from fluxvae.cli import app; app(['--help'], standalone_mode=False);"
+    code += "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'numpy')))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "Usage" in shown.stdout
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["info"], ["serve"]])
+def test_help_teaches(command: list[str]) -> None:
+    shown = run(*command, "--help").stdout
+    assert "Examples:" in shown
+    assert f"  fluxvae {' '.join(command)}".rstrip() in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    if not command:
+        assert "FLUXVAE_CHECKPOINT" in shown
+
+
+def test_version() -> None:
+    assert invoke("--version") == f"fluxvae {__version__}\n"
+
+
+def test_plan_is_the_decoders() -> None:
+    shown = json.loads(invoke("plan", "512", "768", "--batch", "2", "--device", "cpu", "--json"))
+    decoder = Decoder.from_pretrained("demo", device="cpu")
+    plan = decoder.plan(512, 768, 2)
+    assert (shown["height"], shown["width"], shown["batch"], shown["device"]) == (512, 768, 2, "cpu")
+    assert (shown["peak_bytes"], shown["work_ratio"]) == (plan.peak_bytes, plan.work_ratio)
+    assert shown["smallest_limit_bytes"] < plan.peak_bytes
+    with pytest.raises(MemoryLimitError):
+        Decoder.from_pretrained("demo", device="cpu", memory_limit=shown["smallest_limit_bytes"] - 1).plan(512, 768, 2)
+
+
+def test_plan_for_people() -> None:
+    shown = invoke("plan", "1024", "512", "--device", "cpu", "--memory-limit", "2GB")
+    assert "1024 x 512 (height x width)" in shown
+    assert "2.00 GB (memory_limit); the smallest that works" in shown
+    assert "1024x512x" in shown, "a map of the last level"
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_info() -> None:
+    shown = json.loads(invoke("info", "demo", "--json"))
+    decoder = Decoder.from_pretrained("demo", device="cpu")
+    assert shown["latent_channels"] == 16
+    assert shown["packed_features"] == 64
+    assert (shown["scaling_factor"], shown["shift_factor"]) == (
+        decoder.format.scaling_factor,
+        decoder.format.shift_factor,
+    )
+    assert shown["decoder_parameters"] == sum(p.numel() for p in decoder.vae.decoder.parameters())
+    text = invoke("info", "demo")
+    assert "64 features for 16 x 16 pixels" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["info", "nothing/here/at/all"], 4, "CheckpointError: checkpoint: nothing at nothing/here/at/all; expected"),
+        (["plan", "1000", "1001"], 2, "InvalidLatentsError: width: got 1001, expected a positive multiple of 8"),
+        (["plan", "1024", "1024", "--memory-limit", "1MB"], 3, "MemoryLimitError: memory_limit: got 1000000 bytes"),
+        (["plan", "64", "64", "--dtype", "int8"], 2, "InvalidOptionError: dtype: got 'int8'"),
+        (["serve", "--drain", "0"], 2, "InvalidOptionError: drain_s: got 0.0, expected a number above 0"),
+    ],
+)
+def test_errors_are_one_message_and_a_status(
+    arguments: list[str],
+    status: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fluxvae", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr()
+    assert ended.value.code == status
+    assert said.err.startswith(message)
+    assert said.out == ""
+
+
+def test_an_error_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only fluxvae's own errors are messages; a bug keeps its traceback."""
+    monkeypatch.setattr(sys, "argv", ["fluxvae", "info", "demo"])
+    monkeypatch.setattr("fluxvae.checkpoint.load_vae", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLUXVAE_CHECKPOINT", str(tmp_path))
+    with pytest.raises(FluxVAEError, match="no VAE in"):
+        invoke("plan", "64", "64")
+    monkeypatch.setenv("FLUXVAE_CHECKPOINT", "demo")
+    monkeypatch.setenv("FLUXVAE_MEMORY_LIMIT", "1MB")
+    with pytest.raises(MemoryLimitError):
+        invoke("plan", "1024", "1024")
