@@ -71,7 +71,7 @@ class Runner:
         self._maps.drop(self._store, self._side)
 
     def _block_done(self) -> None:
-        self._maps.trim()
+        self._maps.block_done()
         self._tick()
 
     # -- what a sweep is made of -------------------------------------------------------------------------------
