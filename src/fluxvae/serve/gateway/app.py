@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -225,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if settings.token is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
+    # Looking at latents is a pass over a few megabytes: OpenMP's threads would wait for cores that a decode has.
+    torch.set_num_threads(1)
     uvicorn.run(
         make_app(settings),
         host=args.host,
