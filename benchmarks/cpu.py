@@ -35,7 +35,7 @@ from fluxvae import unpack_latents
 from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.oracle import level_difference
-from measure import flux_vae, machine, measure, packed_latents
+from measure import earlier_rows, flux_vae, machine, measure, packed_latents
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 TIMEOUT = 3600
@@ -271,7 +271,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines to run")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="pixels (default: 512 1024)")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024], help="pixels (default: 512 1024)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2, help="decodes per engine (default: %(default)s)")
     parser.add_argument("--no-errors", action="store_true", help="skip the float64 decode and the errors")
@@ -280,6 +280,7 @@ def main() -> int:
     )
     parser.add_argument("--profile", action="store_true", help="ours alone: each kernel's share of the time")
     parser.add_argument("--plot", type=Path, help="write an SVG or PNG")
+    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="what earlier runs printed, for the plot")
     parser.add_argument("--work", type=Path, default=Path("out/benchmark-cpu"), help="keeps the float64 decodes")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -316,7 +317,7 @@ def main() -> int:
             rows.append({"engine": name, "size": size, "threads": threads, **row})
         console.print(scaling_table(rows) if args.scaling else compare_table(rows))
         if args.plot:
-            plot(rows, args.plot)
+            plot(earlier_rows(args.earlier) + rows, args.plot)
     print(json.dumps({"benchmark": "cpu", **machine(), "rows": rows}))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Callable
@@ -71,6 +72,11 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def earlier_rows(files: list[Path]) -> list[dict[str, Any]]:
+    """The rows of earlier runs: each file is what a benchmark printed, its last line the JSON."""
+    return [row for file in files for row in json.loads(file.read_text().splitlines()[-1])["rows"]]
 
 
 def _status(field: str) -> int:

@@ -42,7 +42,7 @@ from rich.table import Table
 
 from fluxvae import Decoder
 from fluxvae.client import AsyncClient, Client
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 from measure import machine, packed_latents
 
 TRITON_MODELS = Path(__file__).parent.parent / "triton_models"

@@ -11,7 +11,7 @@ import argparse
 import signal
 from pathlib import Path
 
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 
 
 def main() -> None:

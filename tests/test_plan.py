@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
-from fluxvae.engine import storage
+from fluxvae.engine import exact, storage
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.engine.plan import Geometry, Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 from fluxvae.tolerances import PEAK_PREDICTION
 
@@ -262,3 +263,31 @@ def test_fifty_decodes_do_not_grow() -> None:
         engine.decode(raw)
     assert resident() - before < 2 << 20, f"after {time.perf_counter() - start:.1f} s"
     assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_planner_is_made_once_for_a_size_and_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes as long as a small decode; plans must not depend on which came before."""
+    made: list[tuple[int, int]] = []
+
+    class Counted(exact.Planner):
+        def __init__(self, network: Any, geometry: Geometry, *args: Any, **options: Any) -> None:
+            made.append((geometry.height, geometry.width))
+            super().__init__(network, geometry, *args, **options)
+
+    engine = _flux_engine(torch.float32)
+    first = str(engine.plan(16, 24)), str(engine.plan(24, 16))
+    engine = _flux_engine(torch.float32)
+    monkeypatch.setattr(exact, "Planner", Counted)
+    assert (str(engine.plan(16, 24)), str(engine.plan(24, 16)), str(engine.plan(16, 24))) == (*first, first[0])
+    assert made == [(16, 24), (24, 16)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        engine.plan(16, 24)
+    finally:
+        torch.set_num_threads(before)
+    assert made == [(16, 24), (24, 16), (16, 24)]
+    for height in range(1, 100):
+        engine.plan(height, 1)
+    engine.plan(16, 24)
+    assert len(made) == 3 + 99 + 1, "the planners of sizes long gone are not kept"

@@ -13,7 +13,7 @@ from PIL import Image
 import fluxvae
 from fluxvae.demo import DEFAULT_LATENTS, read_latents
 from fluxvae.errors import status_of
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -61,7 +61,7 @@ PHASES = (
     Phase("main path, larger crops", True, 4.5, 275, ((2, 256),), (0.0006, 0.0001), (0.0, 0.0)),
     Phase("main path, all sizes", True, 7, 315, ALL_SIZES, (0.0004, 0.0001), (0.0, 0.0), centre=True),
     Phase("main path, annealed", True, 6, 395, ALL_SIZES, (0.0003, 0.00005), (0.0, 0.0)),
-    Phase("everything", False, 6, 210, ((2, 128), (2, 192), (2, 256)), (0.00005, 0.0), (0.0001, 0.0)),
+    Phase("everything", False, 6, 150, ALL_SIZES, (0.00004, 0.0), (0.00008, 0.0)),
 )
 
 

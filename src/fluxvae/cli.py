@@ -244,8 +244,8 @@ def serve(
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
-    from fluxvae.serve.command import read_token, run
-    from fluxvae.serve.settings import ServeSettings
+    from fluxvae.serve.supervisor.command import read_token, run
+    from fluxvae.serve.supervisor.settings import ServeSettings
 
     settings = ServeSettings(
         host=host,

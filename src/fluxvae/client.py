@@ -10,7 +10,7 @@ Needs the extra: ``pip install fluxvae[serve]``.
 
 from __future__ import annotations
 
-from fluxvae.serve.clients import AsyncClient, Client
-from fluxvae.serve.remote_vae import Installed, RemoteVAE, install
+from fluxvae.serve.client.clients import AsyncClient, Client
+from fluxvae.serve.client.remote_vae import Installed, RemoteVAE, install
 
 __all__ = ["AsyncClient", "Client", "Installed", "RemoteVAE", "install"]

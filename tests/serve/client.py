@@ -17,7 +17,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxvae import Decoder, SizeFlooredWarning
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 
 Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")

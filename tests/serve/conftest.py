@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fluxvae import Decoder
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
 from serve.client import GATHER, Serving
 from serve.gateways import Gateways

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from fluxvae.serve.gateway import GatewaySettings, make_app
+from fluxvae.serve.gateway.app import GatewaySettings, make_app
 
 TIMEOUT_S = 100.0
 

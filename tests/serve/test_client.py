@@ -24,7 +24,7 @@ import fluxvae.client
 from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError, MemoryLimitError, SizeFlooredWarning
 from fluxvae.client import AsyncClient, Client, RemoteVAE
 from fluxvae.errors import DeadlineExceededError, DecodeCancelled, NonFiniteOutputError, UnavailableError
-from fluxvae.serve.wire import Unsent, error_of, make_request
+from fluxvae.serve.client.wire import Unsent, error_of, make_request
 from models import flux_pipeline, run_pipeline
 from serve.client import Serving
 from serve.test_server_behaviour import metric, wait_for

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxvae.serve.openapi import document
-from fluxvae.serve.remote_decode import Limits
+from fluxvae.serve.gateway.openapi import document
+from fluxvae.serve.gateway.remote_decode import Limits
 from serve.gateways import ask
 
 OPERATION = document(Limits(max_request_bytes=2**24, max_pixels=2**24), "0", token=False)["paths"]["/decode"]["post"]

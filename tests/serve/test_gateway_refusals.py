@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fluxvae.errors import InvalidOptionError
-from fluxvae.serve.gateway import GatewaySettings
+from fluxvae.serve.gateway.app import GatewaySettings
 from serve.client import Serving
 from serve.gateways import Answer, Gateways, ask
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from diffusers.utils.remote_utils import remote_decode
 
-from fluxvae.serve.gateway import main
+from fluxvae.serve.gateway.app import main
 from serve.client import Serving
 from serve.gateways import Gateways, ask, wait_until
 

@@ -17,8 +17,9 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from fluxvae.serve import installation, triton
-from fluxvae.serve.triton import TritonServer, TritonServerError, find_tritonserver
+from fluxvae.serve.triton import installation
+from fluxvae.serve.triton import server as triton
+from fluxvae.serve.triton.server import TritonServer, TritonServerError, find_tritonserver
 
 CONFIG = """
 name: "echo" backend: "python" max_batch_size: 0

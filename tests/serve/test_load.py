@@ -22,7 +22,7 @@ import torch
 from fluxvae import DecodeCancelled, Decoder, InvalidLatentsError
 from fluxvae.client import AsyncClient
 from fluxvae.errors import DeadlineExceededError
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 from serve.conftest import TRITON_MODELS
 from serve.test_server_behaviour import metric, wait_for
 

@@ -10,11 +10,11 @@ import torch
 
 from fluxvae import Decoder, MemoryLimitError, UnavailableError
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.serve import memory
-from fluxvae.serve.memory import MemoryBudget, decode_jobs
-from fluxvae.serve.metrics import rung_of
-from fluxvae.serve.outputs import OUTPUTS, make_outputs, output_bytes
-from fluxvae.serve.requests import Job, Parameters
+from fluxvae.serve.model import memory
+from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.model.metrics import rung_of
+from fluxvae.serve.model.outputs import OUTPUTS, make_outputs, output_bytes
+from fluxvae.serve.model.requests import Job, Parameters
 from models import random_vae
 
 SIZE = 256

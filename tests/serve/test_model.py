@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fluxvae import Decoder
-from fluxvae.serve import outputs
+from fluxvae.serve.model import outputs
 from serve import fake_pb_utils
 from serve.client import assert_same_pixels
 from serve.fake_pb_utils import InferenceRequest, TritonError

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxvae import DecodeCancelled, Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.serve.answering import answer, code_of, group
-from fluxvae.serve.memory import decode_jobs
-from fluxvae.serve.requests import Job, Parameters, read_job, read_parameters
+from fluxvae.serve.model.answering import answer, code_of, group
+from fluxvae.serve.model.memory import decode_jobs
+from fluxvae.serve.model.requests import Job, Parameters, read_job, read_parameters
 
 SIZES = [(16, 64), (64, 16), (32, 32), (32, 16)]  # the first three have the same number of patches
 

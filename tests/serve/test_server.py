@@ -18,7 +18,7 @@ from tritonclient.utils import InferenceServerException
 
 from fluxvae import Decoder
 from fluxvae.images import encode
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 from serve.client import PROTOCOLS, Protocol, Request, Serving, random_latents
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"

@@ -21,7 +21,7 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxvae import Decoder
-from fluxvae.serve.triton import TritonServer
+from fluxvae.serve.triton.server import TritonServer
 from serve.client import BAD_REQUEST, PROTOCOLS, Protocol, Request, Serving, random_latents
 from serve.conftest import copy_model
 

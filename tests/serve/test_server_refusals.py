@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from fluxvae.serve.triton import TritonServer, TritonServerError
+from fluxvae.serve.triton.server import TritonServer, TritonServerError
 from serve.client import (
     BAD_REQUEST,
     GATHER_ROWS,

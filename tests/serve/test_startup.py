@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fluxvae import Decoder, FluxVAEError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.serve.startup import Settings, check_tensor_exchange, warm_up
+from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
 from models import random_vae
 from serve import fake_pb_utils
 

@@ -20,17 +20,17 @@ from typing import Any
 import pytest
 
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
-from fluxvae.serve import checks, guardian, services, supervisor
-from fluxvae.serve import keeper as keeper_module
-from fluxvae.serve.command import read_token
-from fluxvae.serve.health import Answer, Outcome, Probe, Watch, decode_tiny, get
-from fluxvae.serve.installation import Installation, TritonServerError
-from fluxvae.serve.keeper import Keeper
-from fluxvae.serve.processes import cpu_seconds, exited, how_it_ended, in_group, is_running
-from fluxvae.serve.repository import model_folder, write_repository
-from fluxvae.serve.services import GatewayService
-from fluxvae.serve.settings import ServeSettings
-from fluxvae.serve.startup import Settings
+from fluxvae.serve.model.startup import Settings
+from fluxvae.serve.supervisor import checks, guardian, services, supervisor
+from fluxvae.serve.supervisor import keeper as keeper_module
+from fluxvae.serve.supervisor.command import read_token
+from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
+from fluxvae.serve.supervisor.keeper import Keeper
+from fluxvae.serve.supervisor.services import GatewayService
+from fluxvae.serve.supervisor.settings import ServeSettings
+from fluxvae.serve.triton.installation import Installation, TritonServerError
+from fluxvae.serve.triton.processes import cpu_seconds, exited, how_it_ended, in_group, is_running
+from fluxvae.serve.triton.repository import model_folder, write_repository
 from serve.supervised import wait_for
 
 WHEEL = Installation(Path("bin/tritonserver"), Path("pytriton/tritonserver"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -76,6 +76,7 @@ class ExactEngine:
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
             Spill(self._device, spill_dir)
+        self._planners: dict[Hashable, Planner] = {}
         self._lock = threading.Lock()
 
     @property
@@ -203,15 +204,24 @@ class ExactEngine:
     def _planner(
         self, size: tuple[int, int], batch: int, dtype: torch.dtype, stored: torch.dtype, kernels: Kernels
     ) -> Planner:
+        """The planner of one size, made once: that takes as long as a small decode. The last ones are kept."""
+        threads = torch.get_num_threads()
+        key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
+        if key in self._planners:
+            return self._planners[key]
         values = self._block_values or default_block_values(self.network, *size)
         geometry = Geometry(*size, dtype.itemsize, dtype != stored, kernels.row_multiple, values)
         macs, moved = _RATES["cuda" if self._device.type == "cuda" else "cpu"]
         if self._device.type == "cpu":
-            macs *= torch.get_num_threads()
-        return Planner(
+            macs *= threads
+        planner = Planner(
             self.network, geometry, kernels, batch=batch, output_itemsize=stored.itemsize,
             macs_per_second=macs, spill_bytes_per_second=moved,
         )  # fmt: skip
+        while len(self._planners) >= _KEPT_PLANNERS:
+            self._planners.pop(next(iter(self._planners)), None)
+        self._planners[key] = planner
+        return planner
 
     def _kernels(self, device: torch.device) -> Kernels:
         kernels = make_kernels(self._kernels_name, device)
@@ -240,6 +250,9 @@ class ExactEngine:
 _RATES = {"cpu": (5e10, 1e9), "cuda": (1e13, 1e10)}
 """Multiply-adds per second (per thread on a CPU) and spill bytes per second: only their ratio matters, to weigh
 computing a map again against spilling it."""
+
+
+_KEPT_PLANNERS = 32
 
 
 class _PlanOptions(TypedDict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
 from fluxvae.engine.layer_choices import LayerChoices, State
@@ -57,11 +57,10 @@ class Planner:
             MemoryLimitError: nothing fits; the message names the smallest limit that works.
         """
         free = 0 if spill_free is None else spill_free
-        fastest = self._fastest(None, free)
-        assert fastest is not None
-        make = partial(self._make, fastest=fastest, limit=limit, source=source, spill_dir=spill_dir)
-        if limit is None or make(fastest).peak_bytes <= limit:
-            return make(fastest)
+        make = partial(self._make, fastest=self._unlimited, limit=limit, source=source, spill_dir=spill_dir)
+        unlimited = make(self._unlimited)
+        if limit is None or unlimited.peak_bytes <= limit:
+            return unlimited
         found = self._fastest(limit - self.fixed_bytes, free)
         if found is not None:
             return make(found)
@@ -85,10 +84,15 @@ class Planner:
         layers = self._smallest(0 if spill_free is None else spill_free)
         return self._make(layers, fastest=layers, limit=None, source="", spill_dir=None).peak_bytes
 
-    def _fastest(self, allowed: int | None, spill_free: int) -> _Layers | None:
+    @cached_property
+    def _unlimited(self) -> _Layers:
+        """The fastest plan without a limit. It spills nothing, since that takes time: what is free does not matter."""
+        layers = self._search(_by_time, None, None, None, 0)
+        assert layers is not None  # keeping every map is always a way
+        return layers
+
+    def _fastest(self, allowed: int, spill_free: int) -> _Layers | None:
         """The fastest plan whose arena and overhead fit into ``allowed`` together."""
-        if allowed is None:
-            return self._search(_by_time, None, None, None, spill_free)
         # They peak in different sweeps, so every overhead is tried as the one that limits the arena.
         arenas = [allowed - with_slack(most) for most in self._overheads(0)]
         tries = (self._search(_by_time, arena, None, allowed, spill_free) for arena in arenas if arena > 0)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from fluxvae import Decoder, FluxVAEError
-from fluxvae.serve.answering import answer, code_of
-from fluxvae.serve.memory import MemoryBudget, decode_jobs
-from fluxvae.serve.metrics import Metrics
-from fluxvae.serve.outputs import make_outputs
-from fluxvae.serve.requests import Job, read_job
-from fluxvae.serve.startup import Settings, check_tensor_exchange, warm_up
+from fluxvae.serve.model.answering import answer, code_of
+from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.model.metrics import Metrics
+from fluxvae.serve.model.outputs import make_outputs
+from fluxvae.serve.model.requests import Job, read_job
+from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
 
 try:
     import triton_python_backend_utils as pb_utils

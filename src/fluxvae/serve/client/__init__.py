@@ -1,0 +1,1 @@
+"""Clients of the Triton model; `fluxvae.client` exports what is public."""

@@ -1,0 +1,101 @@
+"""Triton's HTTP endpoint with binary tensors, from threads that keep their connections."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import urllib3
+
+from fluxvae.errors import FluxVAEError
+from fluxvae.serve.client.transports import TYPES, Call
+from fluxvae.serve.client.wire import Request, Unsent, error_of, read_answer
+
+__all__ = ["Http"]
+
+_NAMES = {triton_name: name for name, triton_name in TYPES.items()}
+_CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 501: "UNIMPLEMENTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED"}
+
+
+class Http:
+    """HTTP with binary tensors. Triton does not notice that a client has gone: the decode goes on without it."""
+
+    def __init__(self, url: str, model: str, connections: int = 32) -> None:
+        self._model = model
+        self._address = f"http://{url}/v2/models/{model}/infer"
+        self._pool = urllib3.PoolManager(maxsize=connections, block=False)
+        self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fluxvae-http")
+
+    def start(self, request: Request, timeout_s: float) -> Call:
+        """Send; see `Transport`."""
+        call = Call()
+        call.future = self._threads.submit(self._post, request, timeout_s)
+        call.cancel = call.future.cancel
+        return call
+
+    def close(self) -> None:
+        """Close the connections: open ones hold up a server's shutdown."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.clear()
+
+    def _post(self, request: Request, timeout_s: float) -> Any:
+        body, header_length = _body(request, timeout_s)
+        try:
+            response = self._pool.request(
+                "POST",
+                self._address,
+                body=body,
+                headers={"Inference-Header-Content-Length": str(header_length)},
+                timeout=urllib3.Timeout(total=timeout_s),
+                retries=False,
+            )
+        except (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError) as error:
+            raise Unsent(
+                f"no connection to the server at {self._address}: {error}; is it running, and at this address?"
+            ) from error
+        except urllib3.exceptions.TimeoutError as error:
+            raise self._error("DEADLINE_EXCEEDED", str(error), request, timeout_s) from error
+        except urllib3.exceptions.HTTPError as error:
+            raise self._error("UNAVAILABLE", f"the connection broke: {error}", request, timeout_s) from error
+        if response.status != 200:
+            raise self._error(_CODES.get(response.status, "INTERNAL"), _message(response.data), request, timeout_s)
+        split = int(response.headers["Inference-Header-Content-Length"])
+        [output] = json.loads(response.data[:split])["outputs"]
+        array = np.frombuffer(response.data, _NAMES[output["datatype"]], offset=split).reshape(output["shape"])
+        return read_answer(request, array)
+
+    def _error(self, status: str, message: str, request: Request, timeout_s: float) -> FluxVAEError:
+        return error_of(status, message, request, model=self._model, timeout_s=timeout_s)
+
+
+def _body(request: Request, timeout_s: float) -> tuple[bytes, int]:
+    """Triton's binary tensor extension: a JSON header, then the tensors' bytes in its order."""
+    arrays = request.inputs
+    parameters = {**request.parameters, "timeout": max(1, int(timeout_s * 1e6))}
+    if request.priority:
+        parameters["priority"] = request.priority
+    header = {
+        "id": request.id,
+        "parameters": parameters,
+        "inputs": [
+            {
+                "name": name,
+                "shape": list(array.shape),
+                "datatype": TYPES[array.dtype.name],
+                "parameters": {"binary_data_size": array.nbytes},
+            }
+            for name, array in arrays.items()
+        ],
+        "outputs": [{"name": request.output, "parameters": {"binary_data": True}}],
+    }
+    encoded = json.dumps(header).encode()
+    return b"".join([encoded, *(array.tobytes() for array in arrays.values())]), len(encoded)
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")

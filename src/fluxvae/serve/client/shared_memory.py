@@ -1,0 +1,115 @@
+"""gRPC with the tensors in system shared memory: for a server on the same machine."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as triton
+from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
+
+from fluxvae.errors import FluxVAEError, UnavailableError
+from fluxvae.serve.client.transports import TYPES, Call, Grpc
+from fluxvae.serve.client.wire import Request, Unsent
+
+__all__ = ["SharedMemoryGrpc"]
+
+
+class SharedMemoryGrpc(Grpc):
+    """gRPC with latents and images in system shared memory: for a server on this machine, and large images.
+
+    A region is made for each request that is in flight and used again by later ones. One whose request ended without
+    an answer is not, nor taken back from the server, which may still read or write it: its memory is given back by
+    ``close`` here, and there when the server ends. Triton before 25.07 guards its memory badly, so this is for servers
+    you trust; from 26.05 it must be started with ``--allow-client-shm=true``.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        super().__init__(url, model)
+        self._lock = threading.Lock()
+        self._idle: list[SharedMemory] = []
+        self._all: list[SharedMemory] = []
+
+    def start(self, request: Request, timeout_s: float) -> Call:
+        """Send; see `Transport`."""
+        sent = request.latents.nbytes
+        region = self._lease(sent + request.answer_bytes, request, timeout_s)
+        np.ndarray(request.latents.shape, np.float32, region.buf)[...] = request.latents
+        inputs = []
+        for name, array in request.inputs.items():
+            inputs.append(triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]))
+            if name == "latents":
+                inputs[-1].set_shared_memory(region.name, sent)
+            else:
+                inputs[-1].set_data_from_numpy(array)
+        output = triton.InferRequestedOutput(request.output)
+        output.set_shared_memory(region.name, request.answer_bytes, sent)
+
+        def array_of(result: Any) -> NDArray[Any]:
+            shape = tuple(result.get_output(request.output).shape)
+            return np.ndarray(shape, request.answer_dtype, region.buf, sent)
+
+        return self._send(
+            request, timeout_s, inputs, output, array_of, lambda answered: self._give_back(region, answered)
+        )
+
+    def close(self) -> None:
+        """Take every region back from the server, and its memory from the machine."""
+        with self._lock:
+            regions, idle, self._all, self._idle = self._all, self._idle, [], []
+        for region in regions:
+            if region in idle:
+                with contextlib.suppress(InferenceServerException):  # the server is gone, and its mappings with it
+                    self._client.unregister_system_shared_memory(region.name, client_timeout=5)
+            _free(region)
+        super().close()
+
+    def _lease(self, nbytes: int, request: Request, timeout_s: float) -> SharedMemory:
+        with self._lock:
+            large_enough = [region for region in self._idle if region.size >= nbytes]
+            if large_enough:
+                region = min(large_enough, key=lambda one: one.size)
+                self._idle.remove(region)
+                return region
+        region = SharedMemory(create=True, size=1 << max(16, (nbytes - 1).bit_length()))
+        try:
+            self._client.register_system_shared_memory(
+                region.name, f"/{region.name}", region.size, client_timeout=timeout_s
+            )
+        except InferenceServerException as error:
+            _free(region)
+            translated = super()._translate(error, request, timeout_s)
+            if isinstance(translated, UnavailableError):
+                raise translated from error
+            raise FluxVAEError(
+                f"protocol: shared_memory: the server does not take a region: {error.message()}; is it on this "
+                "machine, and does it allow it (--allow-client-shm=true from Triton 26.05)?"
+            ) from error
+        with self._lock:
+            self._all.append(region)
+        return region
+
+    def _translate(self, error: InferenceServerException, request: Request, timeout_s: float) -> FluxVAEError:
+        if "shared memory region" not in (error.message() or ""):
+            return super()._translate(error, request, timeout_s)
+        with self._lock:  # the server was restarted: it knows no region of ours
+            forgotten, self._idle = self._idle, []
+            self._all = [region for region in self._all if region not in forgotten]
+        for region in forgotten:
+            _free(region)
+        return Unsent(f"the server knows no shared memory of ours: {error.message()}")
+
+    def _give_back(self, region: SharedMemory, answered: bool) -> None:
+        with self._lock:
+            if answered and region in self._all:
+                self._idle.append(region)
+
+
+def _free(region: SharedMemory) -> None:
+    region.unlink()
+    with contextlib.suppress(BufferError):  # an answer is being read from it: the memory goes with the last view
+        region.close()

@@ -1,0 +1,212 @@
+"""What a client and the Triton model say to each other, whatever carries it: tensors, parameters, errors.
+
+Pure functions; `fluxvae.serve.client.transports` sends what they make.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fluxvae.errors import (
+    DeadlineExceededError,
+    DecodeCancelled,
+    FluxVAEError,
+    InvalidLatentsError,
+    InvalidOptionError,
+    MemoryLimitError,
+    NonFiniteOutputError,
+    UnavailableError,
+)
+from fluxvae.latents import DTYPES, SizeFlooredWarning
+
+__all__ = ["Request", "Unsent", "error_of", "make_request", "read_answer", "refused_before_work"]
+
+_OUTPUTS = {
+    "pil": ("images", np.uint8),
+    "uint8": ("images", np.uint8),
+    "np": ("images_np", np.float32),
+    "pt": ("images_pt", np.float32),
+    "raw": ("images_raw", np.float32),
+}
+_SCALE = 8  # pixels per latent, each way: every AutoencoderKL of the FLUX family
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One request to the model."""
+
+    latents: NDArray[np.float32]
+    """(B, patches, 64), or (B, 16, lh * lw) with the parameter layout."""
+    height: int
+    width: int
+    output_type: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    priority: int = 0
+    """0: the model's default."""
+    id: str = ""
+
+    @property
+    def output(self) -> str:
+        """The name of the output that is asked for."""
+        return _OUTPUTS[self.output_type][0]
+
+    @property
+    def answer_dtype(self) -> np.dtype[Any]:
+        """Of the output."""
+        return np.dtype(_OUTPUTS[self.output_type][1])
+
+    @property
+    def answer_bytes(self) -> int:
+        """What the output takes at most: a size that is not a multiple of 16 is floored."""
+        return len(self.latents) * 3 * self.height * self.width * self.answer_dtype.itemsize
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """The tensors, by name."""
+        rows = (len(self.latents), 1)
+        size = {"height": self.height, "width": self.width}
+        return {"latents": self.latents, **{name: np.full(rows, value, np.int32) for name, value in size.items()}}
+
+
+class Unsent(UnavailableError):
+    """No connection came about: the request did not leave, and is safe to repeat."""
+
+
+def make_request(
+    latents: torch.Tensor | NDArray[Any],
+    *,
+    height: int | None,
+    width: int | None,
+    output_type: str,
+    scaling_factor: float | None,
+    shift_factor: float | None,
+    priority: int | None,
+    request_id: str | None,
+) -> Request:
+    """The request for these arguments of ``decode``. Values are checked by the server; shape and types here.
+
+    Raises:
+        InvalidLatentsError, InvalidOptionError: what cannot be put on the wire.
+    """
+    if output_type not in _OUTPUTS:
+        raise InvalidOptionError(f"output_type: got {output_type!r}, expected one of {', '.join(_OUTPUTS)}")
+    if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int) or priority < 1):
+        raise InvalidOptionError(f"priority: got {priority!r}, expected a whole number from 1, the first to be served")
+    tensor = torch.from_numpy(latents) if isinstance(latents, np.ndarray) else latents
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise InvalidLatentsError(f"latents: got {kind}, expected a float32, bfloat16 or float16 tensor or array")
+    if tensor.ndim not in (3, 4) or tensor.numel() == 0:
+        raise InvalidLatentsError(
+            f"latents: got shape {tuple(tensor.shape)}, expected packed latents (batch, patches, 64) or unpacked ones "
+            "(batch, 16, height/8, width/8), none of them 0"
+        )
+    parameters: dict[str, Any] = {}
+    if tensor.ndim == 4:
+        actual = (_SCALE * tensor.shape[2], _SCALE * tensor.shape[3])
+        for name, given, real in zip(("height", "width"), (height, width), actual, strict=True):
+            if given is not None and given != real:
+                raise InvalidLatentsError(
+                    f"{name}: got {given}, but unpacked latents of shape {tuple(tensor.shape)} decode to "
+                    f"{actual[0]}x{actual[1]} (height x width); leave {name} out or pass {real}"
+                )
+        height, width = actual
+        tensor = tensor.flatten(2)
+        parameters["layout"] = "unpacked"
+    for name, value in (("height", height), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
+            raise InvalidLatentsError(
+                f"{name}: got {value!r}, expected a positive whole number of pixels; packed latents need both"
+            )
+    for name, factor in (("scaling_factor", scaling_factor), ("shift_factor", shift_factor)):
+        if factor is not None:
+            parameters[name] = float(factor)
+    assert height is not None
+    assert width is not None
+    return Request(
+        latents=tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy(),
+        height=int(height),
+        width=int(width),
+        output_type=output_type,
+        parameters=parameters,
+        priority=priority or 0,
+        id=request_id or uuid.uuid4().hex,
+    )
+
+
+def read_answer(request: Request, array: NDArray[Any]) -> Any:
+    """The output as ``decode`` returns it; ``array`` may be a view that does not live on.
+
+    Warns with `SizeFlooredWarning` where the server decoded a smaller size than was asked for.
+    """
+    channels_first = request.output in ("images_pt", "images_raw")
+    size = array.shape[2:4] if channels_first else array.shape[1:3]
+    if array.ndim != 4 or len(array) != len(request.latents) or array.dtype != request.answer_dtype:
+        raise FluxVAEError(
+            f"{request.output}: got {array.dtype} {array.shape} from the server, expected {len(request.latents)} "
+            f"images in {request.answer_dtype}; is it fluxvae's model?"
+        )
+    if size != (request.height, request.width):
+        warnings.warn(
+            f"height and width: got {request.height}x{request.width} (height x width), which are not multiples of 16; "
+            f"the server decoded {size[0]}x{size[1]}, as FluxPipeline does",
+            SizeFlooredWarning,
+            stacklevel=4,
+        )
+    if request.output_type == "pil":
+        return [Image.fromarray(one) for one in array]  # copies
+    array = array.copy()  # writable, and the caller's own
+    return torch.from_numpy(array) if channels_first else array
+
+
+_NOT_HEALTHY = "is not healthy"  # Triton's words for a model whose process died
+_FULL = "Exceeds maximum queue size"
+_LATE = "Request timeout expired"
+
+
+def refused_before_work(error: BaseException) -> bool:
+    """Whether a request can be repeated without anything being done twice: it did not leave, or the queue was full."""
+    return isinstance(error, Unsent) or (isinstance(error, UnavailableError) and _FULL in str(error))
+
+
+def error_of(status: str, message: str, request: Request, *, model: str, timeout_s: float) -> FluxVAEError:
+    """The error that the library would have raised, or the nearest.
+
+    Args:
+        status: gRPC's name of it: ``"INVALID_ARGUMENT"``.
+        message: as the server or gRPC put it.
+    """
+    where = f"(request {request.id})"
+    if status == "INVALID_ARGUMENT":
+        field_name = re.match(r"[\w ]+?(?=:| ')", message)
+        name = field_name[0] if field_name else ""
+        if name == "memory_limit":
+            return MemoryLimitError(message)
+        options = ("format", "quality", "scaling_factor", "shift_factor", "layout", "parameter", "output_type")
+        return InvalidOptionError(message) if name in options else InvalidLatentsError(message)
+    if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and _LATE in message):
+        return DeadlineExceededError(
+            f"timeout_s: no answer within {timeout_s:.3g} s {where}; the decode was cancelled. Allow more, or send less"
+        )
+    if status == "CANCELLED":
+        return DecodeCancelled(f"{message} {where}")
+    if status == "UNAVAILABLE":
+        if "failed to connect" in message:
+            return Unsent(f"no connection to the server: {message} {where}; is it running, and at this address?")
+        return UnavailableError(f"the server cannot take it now: {message} {where}; try again later")
+    if _NOT_HEALTHY in message:
+        return UnavailableError(f"the model's process has died and must be restarted: {message} {where}")
+    if status == "NOT_FOUND":
+        return InvalidOptionError(f"model: got {model!r}, which this server does not have: {message}")
+    if "NaN or Inf" in message or "out of range" in message:
+        return NonFiniteOutputError(message)
+    return FluxVAEError(f"the server failed with {status}: {message} {where}")

@@ -1,0 +1,238 @@
+"""The HTTP gateway: diffusers' ``remote_decode`` protocol in front of the Triton model, and a page for people.
+
+    python -m fluxvae.serve.gateway --triton 127.0.0.1:8001 --metrics http://127.0.0.1:8002/metrics --port 8080
+
+The token comes from the environment (``FLUXVAE_TOKEN``), never from the command line, which every user of the machine
+can read. Not covered here: TLS, and limits by client: put a reverse proxy in front for those.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from fluxvae import __version__
+from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.serve.gateway.decode import DecodeEndpoint
+from fluxvae.serve.gateway.errors import error_body
+from fluxvae.serve.gateway.forward import Readiness, TritonModel, read_metrics
+from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
+from fluxvae.serve.gateway.openapi import document
+from fluxvae.serve.gateway.pages import Pages
+from fluxvae.serve.gateway.remote_decode import Limits
+
+__all__ = ["GatewaySettings", "main", "make_app"]
+
+_OPEN = frozenset({"/healthz", "/readyz"})
+_EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Where Triton is, and what one request may ask for.
+
+    Raises:
+        InvalidOptionError: a limit that is not above 0, or an empty token.
+    """
+
+    triton_grpc_url: str
+    """``host:port``."""
+    triton_metrics_url: str | None = None
+    """The whole address; None leaves Triton's metrics out of ``/metrics``."""
+    model: str = "vae_decoder"
+    token: str | None = None
+    """What every client must send, but for ``/healthz`` and ``/readyz``; None lets everyone in."""
+    max_request_bytes: int = 16 * 2**20
+    """Of one body: 4096x4096 as float32."""
+    max_pixels: int = 4096 * 4096
+    """Of all images of one request; as the model's own ``max_pixels``, which holds too."""
+    timeout_s: float = 300.0
+    """From a request's start to its answer."""
+    max_in_flight: int = 64
+    """Decodes under way; as many as the model's queue holds."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_request_bytes", "max_pixels", "timeout_s", "max_in_flight"):
+            if not getattr(self, name) > 0:
+                raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
+        if self.token is not None and not self.token.strip():
+            raise InvalidOptionError("token: got an empty one; FLUXVAE_TOKEN must hold a secret, or not be set at all")
+
+
+def make_app(settings: GatewaySettings) -> ASGIApp:
+    """The gateway as an ASGI app. Its connection to Triton is made, and closed, by the ASGI lifespan.
+
+    Args:
+        settings: all there is to know.
+    """
+    metrics = GatewayMetrics()
+    pages = Pages(__version__)
+    limits = Limits(max_request_bytes=settings.max_request_bytes, max_pixels=settings.max_pixels)
+    openapi = document(limits, __version__, token=settings.token is not None)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+        model = TritonModel(settings.triton_grpc_url, settings.model)
+        readiness = Readiness(model)
+        decode = DecodeEndpoint(
+            model,
+            limits=limits,
+            timeout_s=settings.timeout_s,
+            max_in_flight=settings.max_in_flight,
+            metrics=metrics,
+        )
+        try:
+            yield {"model": model, "readiness": readiness, "decode": decode}
+        finally:
+            await readiness.close()
+            await model.close()
+
+    async def decode(request: Request) -> Response:
+        endpoint: DecodeEndpoint = request.state.decode
+        return await endpoint(request)
+
+    async def root(request: Request) -> Response:
+        return await decode(request) if request.method == "POST" else pages.main()
+
+    async def docs(request: Request) -> Response:
+        return pages.docs(openapi)
+
+    async def openapi_json(request: Request) -> Response:
+        return JSONResponse(openapi)
+
+    async def healthz(request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(request: Request) -> Response:
+        reason = await request.state.readiness.reason_against()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "1"})
+
+    async def metrics_page(request: Request) -> Response:
+        theirs = await read_metrics(settings.triton_metrics_url) if settings.triton_metrics_url else None
+        metrics.triton_up.set(theirs is not None)
+        return PlainTextResponse(
+            generate_latest(metrics.registry).decode() + (theirs or ""), media_type=CONTENT_TYPE_LATEST
+        )
+
+    async def info(request: Request) -> Response:
+        facts = await request.state.model.facts()
+        limited = {name: getattr(settings, name) for name in ("max_request_bytes", "max_pixels", "timeout_s")}
+        return JSONResponse({"fluxvae": __version__, **facts, "limits": limited, "examples": list(_EXAMPLES)})
+
+    async def example(request: Request) -> Response:
+        path = _EXAMPLES.get(request.path_params["name"])
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path, media_type="application/octet-stream")
+
+    app = Starlette(
+        routes=[
+            Route("/", root, methods=["GET", "POST"]),
+            Route("/decode", decode, methods=["POST"]),
+            Route("/docs", docs),
+            Route("/openapi.json", openapi_json),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics_page),
+            Route("/info", info),
+            Route("/examples/{name}", example),
+        ],
+        exception_handlers={FluxVAEError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return OuterLayer(
+        app,
+        token=settings.token,
+        open_paths=_OPEN,
+        known_paths=frozenset(route.path for route in app.routes if isinstance(route, Route)),
+        ask_for_token=pages.ask_for_token,
+        metrics=metrics,
+    )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(error, request_id_of(request))
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind, message = {
+        404: ("NotFound", f"path: got {request.url.path[:80]!r}, which is not here; GET /docs lists what is"),
+        405: ("MethodNotAllowed", f"method: got {request.method[:20]} on {request.url.path[:80]!r}; see GET /docs"),
+    }.get(error.status_code, ("HTTPError", error.detail))
+    body = error_body(kind, message, request_id_of(request))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    request_id = request_id_of(request)
+    message = f"internal error; the gateway's log has the details under request {request_id}"
+    return JSONResponse(error_body("InternalError", message, request_id), 500)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; requests under way get ``--drain`` seconds to finish."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fluxvae.serve.gateway",
+        description="HTTP gateway to the vae_decoder model on Triton: diffusers' remote_decode protocol, and a page.",
+        epilog="FLUXVAE_TOKEN in the environment: what every client must send as 'Authorization: Bearer TOKEN'.",
+    )
+    defaults = GatewaySettings(triton_grpc_url="127.0.0.1:8001")
+    parser.add_argument("--triton", default=defaults.triton_grpc_url, help="host:port of Triton's gRPC (%(default)s)")
+    parser.add_argument("--metrics", help="address of Triton's metrics, such as http://127.0.0.1:8002/metrics")
+    parser.add_argument("--model", default=defaults.model, help="default: %(default)s")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
+    parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="of one request (%(default)s)")
+    parser.add_argument("--max-in-flight", type=int, default=defaults.max_in_flight, help="decodes (%(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=defaults.timeout_s, help="seconds a request may take (%(default)s)"
+    )
+    parser.add_argument("--drain", type=int, default=30, help="seconds to finish when stopped (%(default)s)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        settings = GatewaySettings(
+            triton_grpc_url=args.triton,
+            triton_metrics_url=args.metrics,
+            model=args.model,
+            token=os.environ.get("FLUXVAE_TOKEN"),
+            max_request_bytes=args.max_request_bytes,
+            max_pixels=args.max_pixels,
+            timeout_s=args.timeout,
+            max_in_flight=args.max_in_flight,
+        )
+    except InvalidOptionError as error:
+        parser.error(str(error))
+    if settings.token is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+        logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
+    uvicorn.run(
+        make_app(settings),
+        host=args.host,
+        port=args.port,
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=args.drain,
+    )
+    return 0

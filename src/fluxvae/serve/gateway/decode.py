@@ -1,0 +1,153 @@
+"""The gateway's one piece of work: a remote_decode request in, the image or an error out.
+
+In this order, so that bad input costs neither memory nor time: query and headers, announced length, body, latents,
+Triton. A client that goes away takes its decode with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fluxvae.errors import UnavailableError
+from fluxvae.serve.gateway.errors import RequestTimeout, UnsupportedMedia
+from fluxvae.serve.gateway.forward import TritonModel
+from fluxvae.serve.gateway.http import CLIENT_GONE, GatewayMetrics, request_id_of
+from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, wrong_length
+
+__all__ = ["DecodeEndpoint"]
+
+_T = TypeVar("_T")
+_BODY_TYPES = ("tensor/binary", "application/octet-stream")
+
+
+class _ClientGone(Exception):
+    """Nobody waits for the answer."""
+
+
+class DecodeEndpoint:
+    """``POST /decode``, and ``POST /``, which is where remote_decode's endpoints live.
+
+    Args:
+        model: decodes.
+        limits: of one request.
+        timeout_s: from the request's start to its answer.
+        max_in_flight: requests at a time; each may hold a body and an answer in memory.
+        metrics: counts.
+    """
+
+    def __init__(
+        self, model: TritonModel, *, limits: Limits, timeout_s: float, max_in_flight: int, metrics: GatewayMetrics
+    ) -> None:
+        self._model = model
+        self._limits = limits
+        self._timeout_s = timeout_s
+        self._max_in_flight = max_in_flight
+        self._metrics = metrics
+        self._in_flight = 0
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer one request; errors are raised, for the app's handlers."""
+        asked = self._read_head(request)
+        with self._counted():
+            try:
+                return await self._decode(request, asked)
+            except _ClientGone:
+                return Response(status_code=CLIENT_GONE)
+
+    def _read_head(self, request: Request) -> Asked:
+        content_type = request.headers.get("content-type", "")
+        if content_type.partition(";")[0].strip().lower() not in _BODY_TYPES:
+            raise UnsupportedMedia(
+                f"Content-Type: got {content_type[:80]!r}, expected 'tensor/binary': the latents' raw bytes"
+            )
+        if encoding := request.headers.get("content-encoding"):
+            raise UnsupportedMedia(
+                f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are"
+            )
+        asked = parse(request.query_params.multi_items(), request.headers.get("accept", ""), self._limits)
+        announced = request.headers.get("content-length")
+        if announced is not None and announced != str(asked.nbytes):
+            raise wrong_length(f"a Content-Length of {announced[:20]}", asked)
+        return asked
+
+    async def _decode(self, request: Request, asked: Asked) -> Response:
+        start = time.perf_counter()
+        body = await self._read_body(request, asked, start + self._timeout_s)
+        received = time.perf_counter()
+        # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
+        latents = await asyncio.to_thread(read_latents, asked, body)
+        checked = time.perf_counter()
+        remaining = start + self._timeout_s - checked
+        decode = self._model.decode(asked, latents, request_id=request_id_of(request), timeout_s=max(remaining, 1e-3))
+        answer = await _while_connected(request, decode)
+        phases = {"body": received - start, "check": checked - received, "triton": time.perf_counter() - checked}
+        headers = {"Server-Timing": ", ".join(f"{name};dur={1e3 * took:.1f}" for name, took in phases.items())}
+        if latents.warning is not None:
+            headers["X-Fluxvae-Warning"] = latents.warning
+        return _response(asked, answer, headers)
+
+    async def _read_body(self, request: Request, asked: Asked, deadline: float) -> bytearray:
+        """The whole body, and never more than was announced."""
+        body = bytearray()
+        more = True
+        while more:
+            try:
+                message = await asyncio.wait_for(request.receive(), max(deadline - time.perf_counter(), 1e-3))
+            except asyncio.TimeoutError:
+                raise RequestTimeout(
+                    f"body: {len(body)} of {asked.nbytes} bytes arrived within {self._timeout_s:g} s"
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise _ClientGone
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > asked.nbytes:
+                raise wrong_length(f"{len(body)} bytes or more", asked)
+        self._metrics.received.inc(len(body))
+        return body
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._in_flight >= self._max_in_flight:
+            raise UnavailableError(f"{self._in_flight} requests are under way, the most this gateway takes; try again")
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of ``work``, which is cancelled when the client disconnects."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise _ClientGone
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def _response(asked: Asked, answer: Any, headers: dict[str, str]) -> Response:
+    if asked.output == "images_encoded":
+        return Response(answer, media_type=f"image/{asked.image_format}", headers=headers)
+    headers |= {"shape": json.dumps(list(answer.shape)), "dtype": str(answer.dtype)}
+    return Response(answer.data.cast("B"), media_type="tensor/binary", headers=headers)

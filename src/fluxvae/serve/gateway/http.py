@@ -1,0 +1,169 @@
+"""What holds for every request to the gateway: an id, the token, JSON errors, one log line, counted and timed.
+
+A plain ASGI wrapper, not Starlette's ``BaseHTTPMiddleware``: that one hides a client's disconnect from the app.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fluxvae.errors import InvalidOptionError, UnavailableError
+from fluxvae.serve.gateway.errors import GatewayError, Unauthorized, error_body, http_status
+
+__all__ = ["CLIENT_GONE", "GatewayMetrics", "OuterLayer", "error_response", "request_id_of"]
+
+_log = logging.getLogger("fluxvae.gateway")
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+CLIENT_GONE = 499
+"""For log and metrics: nobody is there to read it."""
+
+
+class GatewayMetrics:
+    """The gateway's own Prometheus metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fluxvae_gateway_requests", "Requests answered", ["path", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "fluxvae_gateway_request_seconds",
+            "From a request's first byte to its answer's last",
+            ["path"],
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes under way", registry=self.registry)
+        self.received = Counter(
+            "fluxvae_gateway_received_bytes", "Bytes of latents that arrived", registry=self.registry
+        )
+        self.triton_up = Gauge(
+            "fluxvae_gateway_triton_metrics_up", "1 if Triton's own metrics follow", registry=self.registry
+        )
+
+
+class OuterLayer:
+    """Wraps the app.
+
+    Args:
+        app: everything else.
+        token: what a client must send; None lets everyone in.
+        open_paths: need no token.
+        known_paths: may be a metric's label; others are counted together, or a scanner would make one each.
+        ask_for_token: the page that a browser gets for ``GET /`` with its 401.
+        metrics: counts.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        token: str | None,
+        open_paths: frozenset[str],
+        known_paths: frozenset[str],
+        ask_for_token: Callable[[], Response],
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._app = app
+        self._token = token.encode() if token is not None else None
+        self._open_paths = open_paths
+        self._known_paths = known_paths
+        self._ask_for_token = ask_for_token
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id")
+        request_id = given if given and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex[:16]
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-ID"] = request_id
+                answer["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        try:
+            app: ASGIApp = self._app
+            if not self._may_enter(scope, headers):
+                app = self._refuse(scope, headers)
+            elif given is not None and given != request_id:
+                app = error_response(
+                    InvalidOptionError(
+                        f"X-Request-ID: got {given[:80]!r}, expected 1 to 128 visible ASCII characters; or leave it out"
+                    ),
+                    request_id,
+                )
+            await app(scope, receive, send_with_id)
+        except Exception:  # answered as a 500 further in; here it is logged under its id
+            _log.exception("request %s failed", request_id)
+        finally:
+            path = scope["path"] if scope["path"] in self._known_paths else "other"
+            seconds = time.perf_counter() - start
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(seconds)
+            level = logging.DEBUG if path in self._open_paths else logging.INFO
+            _log.log(level, "%s %s %s %.1f ms %s", scope["method"], path, status, seconds * 1e3, request_id)
+
+    def _may_enter(self, scope: Scope, headers: Headers) -> bool:
+        if self._token is None or scope["path"] in self._open_paths:
+            return True
+        return hmac.compare_digest(_sent_token(headers.get("authorization", "")), self._token)
+
+    def _refuse(self, scope: Scope, headers: Headers) -> ASGIApp:
+        if scope["method"] == "GET" and scope["path"] == "/" and "text/html" in headers.get("accept", ""):
+            return self._ask_for_token()
+        error = Unauthorized(
+            "Authorization: got no token, or a wrong one; send 'Authorization: Bearer TOKEN', or, where a client takes "
+            "only an address, http://any:TOKEN@host/"
+        )
+        return error_response(error, scope["state"]["request_id"])
+
+
+def _sent_token(authorization: str) -> bytes:
+    """The token in the header: a bearer's, or the password of Basic, which is how an address carries it."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip().encode()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+def request_id_of(request: Request) -> str:
+    """The id of this request: the client's own, or one made here."""
+    return str(request.scope["state"]["request_id"])
+
+
+def error_response(error: Exception, request_id: str) -> JSONResponse:
+    """``error`` as JSON, with the status and headers that belong to it."""
+    headers: dict[str, Any] = dict(error.headers) if isinstance(error, GatewayError) else {}
+    if isinstance(error, UnavailableError):
+        headers["Retry-After"] = "1"
+    body = error_body(type(error).__name__, str(error), request_id)
+    return JSONResponse(body, http_status(error), headers)

@@ -1,0 +1,129 @@
+"""The gateway's OpenAPI document, made from the protocol's own table of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxvae.serve.gateway.remote_decode import PARAMETERS, Limits
+
+__all__ = ["document"]
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_ERRORS = {
+    "400": "The request, the latents or the size are wrong; the message says what to do.",
+    "401": "No token, or a wrong one.",
+    "408": "The body did not arrive in time.",
+    "413": "More bytes or pixels than this gateway takes.",
+    "415": "A body of another type, or a compressed one.",
+    "500": "The decode failed inside the server, whose log has the details.",
+    "502": "Triton does not serve the model.",
+    "503": "Triton is not there or its queue is full: try again.",
+    "504": "The image was not ready in time.",
+}
+
+
+def document(limits: Limits, version: str, *, token: bool) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        limits: what a request may ask for.
+        version: fluxvae's.
+        token: whether clients must send one.
+    """
+    pages = {
+        "/healthz": ("The gateway's process is alive.", "application/json", "200"),
+        "/readyz": ("A decode through Triton was answered just now; 503 otherwise.", "application/json", "200 503"),
+        "/metrics": ("The gateway's Prometheus metrics, and Triton's.", "text/plain", "200"),
+        "/info": ("Versions, the model's settings, limits, examples.", "application/json", "200 503"),
+        "/docs": ("This document for people.", "text/html", "200"),
+        "/openapi.json": ("This document.", "application/json", "200"),
+    }
+    paths: dict[str, Any] = {
+        path: {
+            "get": {
+                "summary": summary,
+                "responses": {code: {"description": summary, "content": {kind: {}}} for code in codes.split()},
+                **({"security": []} if path in ("/healthz", "/readyz") else {}),
+            }
+        }
+        for path, (summary, kind, codes) in pages.items()
+    }
+    paths["/examples/{name}"] = {
+        "get": {
+            "summary": "Latents that ship with fluxvae, made for its demo checkpoint; /info names them.",
+            "parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}],
+            "responses": {"200": {"description": "safetensors", "content": {"application/octet-stream": _BINARY}}},
+        }
+    }
+    paths["/"] = {
+        "get": {"summary": "A page for people.", "responses": {"200": {"description": "HTML"}}},
+        "post": _decode(limits),
+    }
+    paths["/decode"] = {"post": _decode(limits)}
+    schemes = {"token": {"type": "http", "scheme": "bearer"}, "address": {"type": "http", "scheme": "basic"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "fluxvae gateway",
+            "version": version,
+            "description": "FLUX latents in, the image out: the protocol of diffusers' remote_decode.",
+        },
+        "paths": dict(sorted(paths.items())),
+        "components": {"schemas": {"Error": _ERROR_SCHEMA}, "securitySchemes": schemes if token else {}},
+        "security": [{"token": []}, {"address": []}] if token else [],
+    }
+
+
+_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error", "kind", "request_id"],
+    "properties": {
+        "error": {"type": "string", "description": "What is wrong, what was expected, what to do."},
+        "kind": {"type": "string", "description": "The class of the error."},
+        "request_id": {"type": "string", "description": "As in X-Request-ID, and in the logs."},
+    },
+}
+
+
+def _decode(limits: Limits) -> dict[str, Any]:
+    parameters: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "in": "query",
+            "required": parameter.required,
+            "description": parameter.description,
+            "schema": parameter.schema,
+            **({"style": "form", "explode": True} if parameter.schema.get("type") == "array" else {}),
+        }
+        for name, parameter in PARAMETERS.items()
+    ]
+    for name, description in (
+        ("Accept", "tensor/binary with output_type=pil: a tensor in [0, 1] in place of an encoded picture."),
+        ("X-Request-ID", "1 to 128 visible ASCII characters: comes back, and is in every log. Made where left out."),
+    ):
+        parameters.append({"name": name, "in": "header", "description": description, "schema": {"type": "string"}})
+    json_error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {
+        "summary": "Decode latents: diffusers' remote_decode.",
+        "description": f"The body is the latents' raw little-endian bytes, exactly as many as shape and dtype say, at "
+        f"most {limits.max_request_bytes}; the images have at most {limits.max_pixels} pixels together.",
+        "parameters": parameters,
+        "requestBody": {
+            "required": True,
+            "content": {"tensor/binary": _BINARY, "application/octet-stream": _BINARY},
+        },
+        "responses": {
+            "200": {
+                "description": "The image. A tensor's shape and dtype are in the headers.",
+                "headers": {
+                    "shape": {"description": "JSON list; tensors only.", "schema": {"type": "string"}},
+                    "dtype": {"description": "float32 or uint8; tensors only.", "schema": {"type": "string"}},
+                    "X-Request-ID": {"schema": {"type": "string"}},
+                    "Server-Timing": {"description": "Milliseconds by phase.", "schema": {"type": "string"}},
+                    "X-Fluxvae-Warning": {"description": "A size was floored.", "schema": {"type": "string"}},
+                },
+                "content": {"tensor/binary": _BINARY, "image/jpeg": _BINARY, "image/png": _BINARY},
+            },
+            **{code: {"description": text, "content": json_error} for code, text in _ERRORS.items()},
+        },
+    }

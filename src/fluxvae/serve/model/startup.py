@@ -1,0 +1,129 @@
+"""What the Triton model does before it serves: read its settings, and prove that tensors survive the trip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fluxvae.decoder import Decoder
+from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.serve.model.outputs import OUTPUTS, make_outputs
+from fluxvae.serve.model.requests import Job, Parameters
+
+__all__ = ["Settings", "check_tensor_exchange", "warm_up"]
+
+_ENVIRONMENT = {
+    "checkpoint": "FLUXVAE_CHECKPOINT",
+    "device": "FLUXVAE_DEVICE",
+    "memory_limit": "FLUXVAE_MEMORY_LIMIT",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The ``parameters`` of ``config.pbtxt``; None leaves the choice to `fluxvae.Decoder`."""
+
+    checkpoint: str = "demo"
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    engine: str | None = None
+    memory_limit: str | None = None
+    max_pixels: int = 4096 * 4096
+    """The most pixels of one request, its batch counted, and of one decode."""
+    threads: int | None = None
+    """CPU threads of one instance."""
+
+    @classmethod
+    def read(
+        cls,
+        parameters: Mapping[str, Mapping[str, str]],
+        environ: Mapping[str, str],
+        *,
+        kind: str,
+        device_id: str,
+    ) -> Settings:
+        """From what Triton hands to ``initialize``.
+
+        Args:
+            parameters: ``model_config["parameters"]``. An empty value is the default.
+            environ: its FLUXVAE_CHECKPOINT, FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file.
+            kind, device_id: of the instance. An automatic device is the one Triton gave to the instance.
+
+        Raises:
+            InvalidOptionError: an unknown parameter or a value that cannot be read.
+        """
+        given = {
+            name: value["string_value"].strip()
+            for name, value in parameters.items()
+            if not name.isupper()  # Triton's own, such as EXECUTION_ENV_PATH
+        }
+        if unknown := sorted(given.keys() - cls.__dataclass_fields__.keys()):
+            raise InvalidOptionError(
+                f"config.pbtxt: unknown parameter {unknown[0]!r}, expected one of {', '.join(cls.__dataclass_fields__)}"
+            )
+        given |= {name: environ[variable] for name, variable in _ENVIRONMENT.items() if environ.get(variable)}
+        values: dict[str, Any] = {name: text for name, text in given.items() if text}
+        for name in ("max_pixels", "threads"):
+            if name in values:
+                values[name] = _positive(name, values[name])
+        if kind == "GPU" and values.get("device", "auto") in ("auto", "cuda"):
+            values["device"] = f"cuda:{device_id}"
+        elif kind == "CPU" and values.get("device", "auto") == "auto":
+            values["device"] = "cpu"
+        return cls(**values)
+
+    def decoder_options(self) -> dict[str, str]:
+        """Keywords for ``Decoder.from_pretrained``: those that were set."""
+        names = ("revision", "device", "dtype", "engine", "memory_limit")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def _positive(name: str, text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise InvalidOptionError(f"config.pbtxt: {name}: got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def check_tensor_exchange(pb_utils: Any) -> None:
+    """Refuse to serve where Triton's stub and this NumPy corrupt each other's tensors.
+
+    Stubs before Triton 24.11 take the size of NumPy 2's items for 0, without an error: every value read is the first
+    one, and outputs are sent empty. DLPack goes past NumPy, so each direction is held against it. What is sent shows
+    its missing bytes only outside this process; the same cause is seen in what is read.
+
+    Raises:
+        FluxVAEError: a tensor came back changed.
+    """
+    sent = [1.0, 2.0, 3.0]
+    into = pb_utils.Tensor.from_dlpack("into", torch.tensor(sent)).as_numpy()
+    out_of = torch.utils.dlpack.from_dlpack(pb_utils.Tensor("out_of", np.array(sent, dtype=np.float32)).to_dlpack())
+    for direction, came in (("read", np.asarray(into).tolist()), ("sent", out_of.tolist())):
+        if came != sent:
+            raise FluxVAEError(
+                f"Triton's Python stub and NumPy {np.__version__} corrupt tensors: {direction} {sent}, got {came}. "
+                "Refusing to serve wrong images; install 'numpy<2' in this environment, or use Triton 24.11 or later"
+            )
+
+
+def warm_up(decoder: Decoder) -> None:
+    """Decode something small and make every output of it: compiles kernels, and proves that requests can be answered.
+
+    Done while the model loads, so that Triton says ready only after it.
+
+    Raises:
+        FluxVAEError: the decode failed, by the error's own class: weights that give NaN, a memory limit too small for
+            any image. Out of memory is passed on.
+    """
+    tokens = 4  # 2 x 2: the smallest size with neighbours in both directions
+    latents = torch.zeros(1, tokens, decoder.format.packed_features)
+    size = 2 * decoder.format.packed_multiple
+    image = decoder.decode_raw(latents, height=size, width=size)
+    job = Job(index=0, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(OUTPUTS))
+    made = make_outputs(job, image)
+    if made.keys() != set(OUTPUTS) or made["images"].shape != (1, size, size, 3):
+        raise FluxVAEError(f"warm-up: a decode of {size}x{size} pixels gave {sorted(made)}, expected every output")

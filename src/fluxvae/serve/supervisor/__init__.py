@@ -1,0 +1,1 @@
+"""``fluxvae serve``: Triton and the gateway, started, watched by decoding, restarted, stopped."""

@@ -1,0 +1,156 @@
+"""`fluxvae serve` in a terminal, in a container or under systemd: signals, and what people read meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from fluxvae import __version__
+from fluxvae.errors import InvalidOptionError
+from fluxvae.serve.supervisor.checks import is_loopback
+from fluxvae.serve.supervisor.supervisor import ServeSettings, Supervisor
+
+__all__ = ["read_token", "run"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_TICK_S = 0.1
+_TELL_EVERY_S = 5.0
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token of the gateway: from a file, else from FLUXVAE_TOKEN; None where neither is there.
+
+    Raises:
+        InvalidOptionError: both are there, or the file cannot be read.
+    """
+    from_environment = os.environ.get("FLUXVAE_TOKEN")
+    if path is None:
+        return from_environment
+    if from_environment is not None:
+        raise InvalidOptionError("--token-file: got one while FLUXVAE_TOKEN is set too; give one of them")
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidOptionError(f"--token-file: {path} cannot be read: {error}") from error
+
+
+def run(settings: ServeSettings, *, follow_logs: bool) -> int:
+    """Serve until a signal says stop.
+
+    Args:
+        settings: all there is to know.
+        follow_logs: copy the logs of Triton and the gateway to standard error.
+
+    Returns:
+        The exit status: 0 after a clean stop.
+
+    Raises:
+        FluxVAEError: it could not be started.
+    """
+    signals: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in _SIGNALS}
+    try:
+        return _run(settings, signals, follow_logs)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(settings: ServeSettings, signals: list[int], follow_logs: bool) -> int:
+    console = Console(highlight=False, soft_wrap=True)
+
+    def report(line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop serving
+            console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)
+
+    supervisor = Supervisor(settings, report=report)
+    console.print(f"fluxvae {__version__} with tritonserver at {supervisor.installation}", markup=False)
+    for warning in settings.check_exposure(supervisor.installation):
+        report(f"warning: {warning}")
+    try:
+        supervisor.launch()
+        if follow_logs:
+            _follow({supervisor.triton_log, supervisor.gateway_log})
+        else:
+            logs = dict.fromkeys((supervisor.triton_log, supervisor.gateway_log))
+            kept = "" if settings.log_file is not None else " (until it stops; --log-file keeps them)"
+            console.print(f"logs: {', '.join(map(str, logs))}{kept}", markup=False)
+        if _wait_ready(supervisor, console, signals):
+            _announce(supervisor, console)
+            _notify("READY=1")
+            while not signals:
+                supervisor.tend()
+                time.sleep(_TICK_S)
+        if signals:
+            name = signal.Signals(signals[0]).name
+            report(f"{name}: finishing what is under way, for {settings.drain_s:g} s at most; once more stops at once")
+            _notify("STOPPING=1")
+    finally:
+        supervisor.stop(lambda: len(signals) > 1)
+    report("stopped")
+    return 0
+
+
+def _wait_ready(supervisor: Supervisor, console: Console, signals: list[int]) -> bool:
+    started = time.monotonic()
+    what = f"loading {supervisor.settings.checkpoint} and decoding a first time"
+    told = 0.0
+    with console.status(what) as status:
+
+        def stopped() -> bool:
+            nonlocal told
+            elapsed = time.monotonic() - started
+            if elapsed - told >= (0.5 if console.is_terminal else _TELL_EVERY_S):
+                told = elapsed
+                line = f"{what} ... {elapsed:.0f} s"
+                status.update(line) if console.is_terminal else console.print(line, markup=False)
+            return bool(signals)
+
+        return supervisor.wait_ready(stopped)
+
+
+def _announce(supervisor: Supervisor, console: Console) -> None:
+    server, settings = supervisor.server, supervisor.settings
+    console.print(f"serving {settings.checkpoint}:", markup=False)
+    for name, where in (
+        ("gateway", f"{supervisor.url}  (a page, remote_decode, /docs, /healthz, /readyz, /metrics)"),
+        ("Triton gRPC", server.grpc_url),
+        ("Triton HTTP", f"http://{server.http_url}"),
+        ("metrics", server.metrics_url),
+    ):
+        console.print(f"  {name:<12} {where}", markup=False)
+    if is_loopback(settings.host):
+        console.print("Only this machine can reach it; --host 0.0.0.0 opens the gateway to the network.")
+    else:
+        console.print(f"The gateway is open on {settings.host}, port {supervisor.port}.")
+    console.print("The gateway asks for a token." if settings.token else "The gateway asks for no token.")
+    console.print("Ctrl-C stops it.")
+
+
+def _notify(state: str) -> None:
+    """Tell systemd, where it started us with Type=notify: one datagram, as sd_notify(3) says."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
+
+
+def _follow(paths: set[Path]) -> None:
+    """Copy what is appended to these files to standard error, until the process ends."""
+
+    def copy(path: Path) -> None:
+        with path.open("ab"), path.open("rb") as log:
+            while True:
+                if chunk := log.read(1 << 16):
+                    os.write(2, chunk)
+                else:
+                    time.sleep(_TICK_S)
+
+    for path in paths:
+        threading.Thread(target=copy, args=(path,), name=f"follow {path.name}", daemon=True).start()

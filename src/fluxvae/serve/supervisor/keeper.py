@@ -1,0 +1,102 @@
+"""The thread of one child of the supervisor: it starts the child, watches it, and starts it again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from fluxvae.serve.supervisor.services import Service
+from fluxvae.serve.triton.server import TritonServerError
+
+__all__ = ["Keeper"]
+
+_TICK_S = 0.1
+_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_STEADY_S = 60.0
+"""Service of this length forgets earlier failures."""
+
+
+class Keeper:
+    """The thread of one child.
+
+    Args:
+        service: the child.
+        stop: ends the thread; stopping the child is then its owner's.
+        report: takes lines for people.
+        ready_timeout_s: for each start.
+    """
+
+    def __init__(
+        self, service: Service, stop: threading.Event, report: Callable[[str], None], ready_timeout_s: float
+    ) -> None:
+        self.service = service
+        self.serving = threading.Event()
+        """It serves, as far as is known."""
+        self.failure: Exception | None = None
+        """Why it could not be started the first time, or cannot be kept any longer."""
+        self._stop = stop
+        self._report = report
+        self._ready_timeout_s = ready_timeout_s
+        self._thread = threading.Thread(target=self._run, name=service.name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, and with it the child."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread, after ``stop`` was set."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._keep()
+        except Exception as error:  # for the thread that waits for this child, or tends it
+            self.failure = error
+
+    def _keep(self) -> None:
+        failures, started_once = 0, False
+        while not self._stop.is_set():
+            launched = time.monotonic()
+            try:
+                if not self._start():
+                    return
+                if started_once:
+                    self._report(f"{self.service.name}: back in service after {time.monotonic() - launched:.1f} s")
+                started_once = True
+                since = time.monotonic()
+                self.serving.set()
+                reason = self._watch()
+                if reason is None:
+                    return
+                failures = 0 if time.monotonic() - since > _STEADY_S else failures
+            except Exception as error:
+                if not started_once:
+                    raise
+                reason = str(error)
+            self.serving.clear()
+            delay = _DELAYS_S[min(failures, len(_DELAYS_S) - 1)]
+            failures += 1
+            self._report(f"{self.service.name}: {reason}; restarting{f' in {delay:g} s' if delay else ''}")
+            self.service.stop(lambda: True)
+            self._stop.wait(delay)
+
+    def _start(self) -> bool:
+        """Launch, and wait until it serves; False where a stop came first."""
+        self.service.launch()
+        deadline = time.monotonic() + self._ready_timeout_s
+        while not self.service.started():
+            if self._stop.wait(_TICK_S):
+                return False
+            if time.monotonic() > deadline:
+                raise TritonServerError(
+                    f"{self.service.name} was not ready within {self._ready_timeout_s:g} s; allow more with "
+                    "--ready-timeout"
+                )
+        return True
+
+    def _watch(self) -> str | None:
+        while not self._stop.wait(_TICK_S):
+            if reason := self.service.trouble():
+                return reason
+        return None

@@ -1,0 +1,209 @@
+"""Triton and the gateway as one service: started together, watched, restarted, and stopped without a trace.
+
+    supervisor = Supervisor(ServeSettings(checkpoint="demo"), report=print)
+    supervisor.launch()
+    supervisor.wait_ready(lambda: False)
+    ...
+    supervisor.stop(hurry=lambda: False)
+
+A thread for each child launches it, waits until it serves, and watches it; whatever goes wrong then is reported, the
+child is killed (what it was doing fails at once, its clients get UNAVAILABLE), and started again after a growing
+delay. What a supervisor that was itself killed leaves behind is taken away by `fluxvae.serve.supervisor.guardian`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from fluxvae.errors import InvalidOptionError
+from fluxvae.serve.supervisor import guardian
+from fluxvae.serve.supervisor.checks import check_numpy, check_shared_memory, choose_ports
+from fluxvae.serve.supervisor.health import Answer, get
+from fluxvae.serve.supervisor.keeper import Keeper
+from fluxvae.serve.supervisor.services import GatewayService, TritonService
+from fluxvae.serve.supervisor.settings import ServeSettings
+from fluxvae.serve.triton.installation import find_tritonserver
+from fluxvae.serve.triton.ports import url_host
+from fluxvae.serve.triton.repository import write_repository
+from fluxvae.serve.triton.server import TritonServer
+
+__all__ = ["ServeSettings", "Supervisor"]
+
+_TICK_S = 0.1
+
+
+class Supervisor:
+    """One Triton server and one gateway.
+
+    Args:
+        settings: all there is to know.
+        report: takes lines for people: warnings, restarts.
+    """
+
+    def __init__(self, settings: ServeSettings, *, report: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.installation = find_tritonserver()
+        self._report = report
+        self._stop = threading.Event()
+        self._keepers: list[Keeper] = []
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._tag = uuid.uuid4().hex
+        self._folder: Path | None = None
+
+    # Starting.
+
+    def launch(self) -> None:
+        """Check what can be checked, and start both; `wait_ready` tells how it went, `stop` is owed.
+
+        Raises:
+            FluxVAEError: a port is taken, shared memory too small, the installation cannot work.
+        """
+        check_numpy(self.installation)
+        self.installation.check()
+        if warning := check_shared_memory(self.settings.max_pixels):
+            self._report(warning)
+        s = self.settings
+        wanted = {"--http-port": s.http_port, "--grpc-port": s.grpc_port, "--metrics-port": s.metrics_port}
+        self.port, ports = choose_ports((s.host, s.port), s.triton_host, wanted)
+        self._folder = Path(tempfile.mkdtemp(prefix="fluxvae-serve-"))
+        self._start_guardian()
+        log = _writable(Path(s.log_file).absolute()) if s.log_file is not None else None
+        self.triton_log, self.gateway_log = log or self._folder / "triton.log", log or self._folder / "gateway.log"
+        repository = self._folder / "models"
+        self.server = TritonServer(
+            write_repository(repository, s.model_parameters(), device=s.device),
+            http_port=ports["--http-port"],
+            grpc_port=ports["--grpc-port"],
+            metrics_port=ports["--metrics-port"],
+            host=s.triton_host,
+            log_path=self.triton_log,
+            env={guardian.RUN_VARIABLE: self._tag, **s.without_our_variables()},
+            stop_timeout_s=s.drain_s,
+            shm_prefix=self._shm_prefix,
+            folder=self._folder,
+        )
+        self.triton = TritonService(self.server, patience_s=s.patience_s, busy_limit_s=s.busy_limit_s)
+        environment = {**os.environ, guardian.RUN_VARIABLE: self._tag, "FLUXVAE_TOKEN": s.token or ""}
+        if s.token is None:
+            del environment["FLUXVAE_TOKEN"]
+        self.server.http_port, self.server.grpc_port, self.server.metrics_port = ports.values()
+        self.gateway = GatewayService(
+            s.gateway_command(self.port, self.server.grpc_url, self.server.metrics_url),
+            address=f"{url_host(s.host)}:{self.port}",
+            env=environment,
+            log_path=self.gateway_log,
+        )
+        for service in (self.triton, self.gateway):
+            keeper = Keeper(service, self._stop, self._report, s.ready_timeout_s)
+            self._keepers.append(keeper)
+            keeper.start()
+
+    @property
+    def url(self) -> str:
+        """Of the gateway, as this machine reaches it."""
+        return f"http://{url_host(self.settings.host)}:{self.port}"
+
+    @property
+    def serving(self) -> bool:
+        """Whether both are in service, as far as is known."""
+        return all(keeper.serving.is_set() for keeper in self._keepers)
+
+    def wait_ready(self, stopped: Callable[[], bool]) -> bool:
+        """Wait until a decode has answered, through Triton and through the gateway.
+
+        Args:
+            stopped: asked while waiting; true ends the wait.
+
+        Returns:
+            Whether it is ready; False only where ``stopped`` said so.
+
+        Raises:
+            FluxVAEError: one of the two could not be started.
+        """
+        while not stopped():
+            for keeper in self._keepers:
+                if keeper.failure is not None:
+                    raise keeper.failure
+            if self.serving and get(f"{url_host(self.settings.host)}:{self.port}", "/readyz", 10).answer is Answer.OK:
+                return True
+            time.sleep(_TICK_S)
+        return False
+
+    def tend(self) -> None:
+        """To be called now and then: who watches is watched too.
+
+        Raises:
+            Exception: a child can no longer be kept.
+        """
+        for keeper in self._keepers:
+            if keeper.failure is not None:
+                raise keeper.failure
+        if self._guardian is not None and self._guardian.poll() is not None:
+            self._report("guardian: ended; restarting")
+            self._start_guardian()
+
+    # Stopping.
+
+    def stop(self, hurry: Callable[[], bool]) -> None:
+        """Finish what is under way, for `ServeSettings.drain_s` at most, and leave nothing. Safe to call again.
+
+        Args:
+            hurry: asked while waiting; true ends the wait.
+        """
+        deadline = time.monotonic() + self.settings.drain_s
+        self._stop.set()
+        for keeper in self._keepers:
+            keeper.join()
+        for keeper in reversed(self._keepers):  # the gateway first: what it still waits for, Triton decodes
+            known_dead = not keeper.serving.is_set()
+            keeper.service.stop(partial(_no_more_time, known_dead, deadline, hurry))
+        self._keepers = []
+        if self._guardian is not None:
+            assert self._guardian.stdin is not None
+            self._guardian.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guardian.wait(10)
+            self._guardian = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    # Its guardian.
+
+    @property
+    def _shm_prefix(self) -> str:
+        return f"fluxvae_{os.getpid()}_{self._tag[:8]}_"
+
+    def _start_guardian(self) -> None:
+        command = [sys.executable, "-I", "-S", guardian.__file__, self._tag, self._shm_prefix, str(self._folder)]
+        self._guardian = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+
+
+def _writable(log: Path) -> Path:
+    try:
+        log.open("ab").close()
+    except OSError as error:
+        raise InvalidOptionError(f"--log-file: {log} cannot be written: {error.strerror}") from error
+    return log
+
+
+def _no_more_time(dead: bool, deadline: float, hurry: Callable[[], bool]) -> bool:
+    return dead or hurry() or time.monotonic() > deadline
