@@ -108,6 +108,7 @@ def plan(
         "device": str(decoder.device),
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kernels": found.kernels,
+        "approximate": decoder.approximate,
         "limit_bytes": found.limit,
         "peak_bytes": found.peak_bytes,
         "smallest_limit_bytes": smallest,
@@ -164,17 +165,22 @@ def info(
         from fluxvae.latents import LatentFormat
 
         vae = load_vae(checkpoint, revision=revision, subfolder=subfolder)
-    latents = LatentFormat.from_config(vae.config)
+    latents = LatentFormat.from_vae(vae)
+    config = vae.config
+    widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
     decoder = list(vae.decoder.parameters())
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
+        "model": type(vae).__name__,
+        "approximate": latents.preview,
         "latent_channels": latents.channels,
         "packed_features": latents.packed_features,
         "vae_scale_factor": latents.vae_scale_factor,
-        "scaling_factor": latents.scaling_factor,
+        "scaling_factor": None if latents.batch_norm else latents.scaling_factor,
         "shift_factor": latents.shift_factor,
-        "block_out_channels": list(vae.config["block_out_channels"]),
-        "layers_per_block": vae.config["layers_per_block"],
+        "batch_norm_eps": latents.batch_norm.eps if latents.batch_norm else None,
+        "block_out_channels": list(widths),
+        "layers_per_block": config.get("layers_per_block"),
         "decoder_parameters": sum(parameter.numel() for parameter in decoder),
         "decoder_bytes": sum(parameter.numel() * parameter.itemsize for parameter in decoder),
         "dtype": str(vae.dtype).removeprefix("torch."),
@@ -186,15 +192,15 @@ def info(
     _facts(
         Console(highlight=False),
         {
-            "checkpoint": checkpoint,
+            "checkpoint": f"{checkpoint} ({facts['model']})",
+            **({"approximate": "a preview, not the image the full VAE decodes"} if latents.preview else {}),
             "latents": f"{latents.channels} channels, {f} pixels each way for one latent",
             "packed": f"{latents.packed_features} features for {2 * f} x {2 * f} pixels",
-            "raw latents": f"latents / {latents.scaling_factor}"
-            + (f" + {latents.shift_factor}" if latents.shift_factor else ""),
+            "raw latents": str(latents),
             "decoder": f"{facts['decoder_parameters'] / 1e6:.1f} million parameters, "
             f"{size_in_words(facts['decoder_bytes'])} as stored ({facts['dtype']})",
             "channels": " ".join(map(str, facts["block_out_channels"]))
-            + f", {facts['layers_per_block'] + 1} residual blocks on each level",
+            + (f", {facts['layers_per_block'] + 1} residual blocks on each level" if facts["layers_per_block"] else ""),
         },
     )
 
