@@ -207,7 +207,22 @@ def info(
 
 @app.command()
 def serve(
-    checkpoint: Checkpoint = "demo",
+    context: typer.Context,
+    checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_CHECKPOINT",
+            help="Of the model vae_decoder: 'demo' (the default), a VAE or pipeline folder, ae.safetensors, a hub id.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Serve this model: vae_decoder (FLUX.1), vae_decoder_flux2 or vae_preview (approximate). Repeatable.",
+            metavar="NAME=SOURCE",
+        ),
+    ] = None,
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
     host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the gateway. Any port may be 0: a free one.", min=0, max=65535)] = 8080,
@@ -217,8 +232,17 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Of Triton's metrics.", min=0, max=65535)] = 8002,
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
-    engine: Annotated[Optional[str], typer.Option(help="exact or diffusers.")] = None,  # noqa: UP045
-    memory_limit: MemoryLimit = None,
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="exact or diffusers, of the full VAEs."),
+    ] = None,
+    memory_limit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_MEMORY_LIMIT",
+            help="What decodes may add above the weights, such as 4GiB; several models share it equally.",
+        ),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Of one request, its batch counted.", min=1)] = 4096 * 4096,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of one instance.", min=1)] = None,  # noqa: UP045
     token_file: Annotated[
@@ -248,11 +272,16 @@ def serve(
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
+      fluxvae serve --model vae_decoder_flux2=flux2-vae/ --model vae_preview=taef2/
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
+    from fluxvae.serve.models import read_models
     from fluxvae.serve.supervisor.command import read_token, run
     from fluxvae.serve.supervisor.settings import ServeSettings
 
+    source = context.get_parameter_source("checkpoint")
+    if model and source is not None and source.name == "ENVIRONMENT":
+        checkpoint = None  # options win over the environment: --model says all that is served
     settings = ServeSettings(
         host=host,
         port=port,
@@ -260,7 +289,7 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
-        checkpoint=checkpoint,
+        models=read_models(model or [], checkpoint),
         revision=revision,
         device=device,
         dtype=dtype,

@@ -113,16 +113,16 @@ def test_what_an_answer_means(answers: tuple[str, dict[str, Any]]) -> None:
     address, given = answers
     image = {"outputs": [{"name": "images", "shape": [1, 16, 16, 3], "data": []}]}
     given["body"] = json.dumps(image).encode()
-    assert decode_tiny(address, 30) == Outcome(Answer.OK)
+    assert decode_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK)
     image["outputs"][0]["shape"] = [1, 8, 8, 3]
     given["body"] = json.dumps(image).encode()
-    assert "shape [1, 8, 8, 3], expected" in decode_tiny(address, 30).reason
+    assert "shape [1, 8, 8, 3], expected" in decode_tiny(address, "vae_decoder", 30).reason
     given["body"] = b"{}"
-    assert decode_tiny(address, 30).answer is Answer.FAILED
+    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.FAILED
     given.update(status=503, body=b"Exceeds maximum queue size")
-    assert decode_tiny(address, 30).answer is Answer.BUSY
+    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.BUSY
     given.update(status=500, body=b"Stub process 'vae_decoder_0_0' is not healthy.")
-    assert decode_tiny(address, 30).final
+    assert decode_tiny(address, "vae_decoder", 30).final
     given["hold"] = hold = threading.Event()
     assert get(address, "/", 0.1).reason == "no answer within 0.1 s"
     hold.set()
@@ -154,25 +154,32 @@ def test_questions_do_not_pile_up(answers: tuple[str, dict[str, Any]]) -> None:
 def test_settings_reach_the_model(tmp_path: Path) -> None:
     odd = tmp_path / 'a "quoted" \\ folder'
     odd.mkdir()
-    given = ServeSettings(checkpoint=str(odd), device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2)
-    repository = write_repository(tmp_path / "models", given.model_parameters(), device=given.device)
+    models = {"vae_decoder": str(odd)}
+    given = ServeSettings(models=models, device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2)
+    parameters_of = {"vae_decoder": given.model_parameters("vae_decoder")}
+    repository = write_repository(tmp_path / "models", parameters_of, device=given.device)
     config = (repository / "vae_decoder" / "config.pbtxt").read_text()
     pairs = re.findall(r'key: "(\w+)" value: \{ string_value: "((?:[^"\\]|\\.)*)"', config)
     parameters = {key: {"string_value": re.sub(r"\\(.)", r"\1", value)} for key, value in pairs}
     settings = Settings.read(parameters, {}, kind="GPU", device_id="3")
     assert settings == Settings(
-        checkpoint=str(odd.resolve()), device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2
+        checkpoint=str(odd.resolve()),
+        vae_class="AutoencoderKL",
+        device="cuda:3",
+        memory_limit="2GiB",
+        max_pixels=12345,
+        threads=2,
     )
     assert "KIND_GPU gpus: [ 3 ]" in config
     assert (repository / "vae_decoder" / "1" / "model.py").is_file()
-    assert (model_folder() / "config.pbtxt").read_text() != config
+    assert (model_folder("vae_decoder") / "config.pbtxt").read_text() != config
 
 
 def test_a_config_that_was_edited(tmp_path: Path) -> None:
     with pytest.raises(FluxVAEError, match="found 0 times parameter 'colour', expected it once"):
-        write_repository(tmp_path, {"colour": "red"})
+        write_repository(tmp_path, {"vae_decoder": {"colour": "red"}})
     with pytest.raises(InvalidOptionError, match="device: got 'tpu'"):
-        write_repository(tmp_path, {}, device="tpu")
+        write_repository(tmp_path, {"vae_decoder": {}}, device="tpu")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_a_config_that_was_edited(tmp_path: Path) -> None:
         ({"busy_limit_s": float("nan")}, InvalidOptionError, "busy_limit_s: got nan"),
         ({"patience_s": 3}, InvalidOptionError, "patience_s: got 3, expected at least 5"),
         ({"token": " "}, InvalidOptionError, "token: got an empty one"),
-        ({"checkpoint": "missing.safetensors"}, CheckpointError, "nothing at missing.safetensors"),
+        ({"models": {"vae_decoder": "missing.safetensors"}}, CheckpointError, "nothing at missing.safetensors"),
     ],
 )
 def test_wrong_settings(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
