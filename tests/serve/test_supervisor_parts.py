@@ -21,6 +21,7 @@ import pytest
 
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
+from fluxvae.serve.models import MODELS, read_models
 from fluxvae.serve.supervisor import checks, guardian, services, supervisor
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
@@ -175,6 +176,73 @@ def test_settings_reach_the_model(tmp_path: Path) -> None:
     assert (model_folder("vae_decoder") / "config.pbtxt").read_text() != config
 
 
+def test_models_on_one_device_share_its_memory_limit() -> None:
+    limit = 3 * 2**30 + 1
+    models = dict.fromkeys(MODELS, "owner/name")
+    for count, share in ((1, str(limit)), (2, str(limit // 2)), (3, str(2**30))):
+        given = ServeSettings(models=dict(list(models.items())[:count]), memory_limit=str(limit), engine="exact")
+        assert [given.model_parameters(name)["memory_limit"] for name in given.models] == [share] * count
+        assert count * int(share) <= limit
+        assert given.check_memory() == []
+    assert [given.model_parameters(name)["engine"] for name in MODELS] == ["exact", "exact", ""], (
+        "a preview has its own"
+    )
+    assert given.gateway_command(1, "a", "b")[-6:] == [word for name in MODELS for word in ("--model", name)]
+    [warning] = ServeSettings(models=models).check_memory()
+    assert "3 models without --memory-limit" in warning
+    assert ServeSettings().check_memory() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoint", "expected"),
+    [
+        ([], None, {"vae_decoder": "demo"}),
+        ([], "a", {"vae_decoder": "a"}),
+        (["vae_preview=p", "vae_decoder=a=b"], None, {"vae_preview": "p", "vae_decoder": "a=b"}),
+        (["vae_decoder_flux2=f"], "a", {"vae_decoder": "a", "vae_decoder_flux2": "f"}),
+    ],
+)
+def test_which_models(given: list[str], checkpoint: str | None, expected: dict[str, str]) -> None:
+    assert list(read_models(given, checkpoint).items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoint", "message"),
+    [
+        (["other=a"], None, "--model: got 'other=a', expected NAME=CHECKPOINT, where NAME is one of vae_decoder, "),
+        (["vae_decoder"], None, "--model: got 'vae_decoder', expected NAME=CHECKPOINT"),
+        (["vae_decoder=b"], "a", "--model: got vae_decoder twice, with a and with b; --checkpoint counts as"),
+    ],
+)
+def test_models_that_cannot_be(given: list[str], checkpoint: str | None, message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        read_models(given, checkpoint)
+
+
+def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And out of it when one fails, while the other answers."""
+    answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
+    monkeypatch.setattr(services, "decode_tiny", lambda address, model, timeout_s: answers[model])
+    monkeypatch.setattr(services, "_ASK_EVERY_S", 0.0)
+    process = in_group(os.getpgid(0))[:1]
+    monkeypatch.setattr(services, "in_group", lambda group: process)
+    server: Any = type(
+        "Server", (), {"running": True, "pid": -1, "http_url": "", "launch": int, "ready": lambda _: True}
+    )
+    triton = services.TritonService(server(), ["one", "two"], patience_s=100, busy_limit_s=100)
+    triton.launch()
+    seen: list[bool] = []
+    wait_for(lambda: len(seen) > 20 or seen.append(triton.started()), "some looks")
+    assert not any(seen)
+    answers["two"] = Outcome(Answer.OK)
+    wait_for(triton.started, "both")
+    assert triton.trouble() is None
+    answers["two"] = Outcome(Answer.FAILED, "HTTP 500: why")
+    reasons: list[str] = []
+    wait_for(lambda: reasons or reasons.extend(filter(None, [triton.trouble()])), "trouble")
+    assert reasons == ["two: HTTP 500: why"]
+
+
 def test_a_config_that_was_edited(tmp_path: Path) -> None:
     with pytest.raises(FluxVAEError, match="found 0 times parameter 'colour', expected it once"):
         write_repository(tmp_path, {"vae_decoder": {"colour": "red"}})
@@ -188,6 +256,12 @@ def test_a_config_that_was_edited(tmp_path: Path) -> None:
         ({"drain_s": 0}, InvalidOptionError, "drain_s: got 0, expected a number above 0"),
         ({"busy_limit_s": float("nan")}, InvalidOptionError, "busy_limit_s: got nan"),
         ({"patience_s": 3}, InvalidOptionError, "patience_s: got 3, expected at least 5"),
+        ({"memory_limit": "much"}, InvalidOptionError, "memory_limit"),
+        (
+            {"models": {"vae_decoder": "a/b", "vae_decoder_flux2": "c/d"}, "revision": "v1"},
+            InvalidOptionError,
+            "--revision: got 'v1' for 2 models, vae_decoder and vae_decoder_flux2",
+        ),
         ({"token": " "}, InvalidOptionError, "token: got an empty one"),
         ({"models": {"vae_decoder": "missing.safetensors"}}, CheckpointError, "nothing at missing.safetensors"),
     ],
@@ -247,6 +321,10 @@ def test_shared_memory(free_mb: int, outcome: str | None, monkeypatch: pytest.Mo
     if free_mb == 64:
         with pytest.raises(TritonServerError, match=str(outcome)):
             checks.check_shared_memory(4096 * 4096)
+    elif free_mb == 300:
+        with pytest.raises(TritonServerError, match="requests of 16777216 pixels to 3 models need 403 MB"):
+            checks.check_shared_memory(4096 * 4096, models=3)
+        assert str(outcome) in str(checks.check_shared_memory(4096 * 4096))
     else:
         assert (outcome or "None") in str(checks.check_shared_memory(4096 * 4096))
 
