@@ -79,7 +79,8 @@ def main() -> int:
                 difference = level_difference(images[1], images[0])
                 rows[-1] |= {"levels": difference.largest, "changed": difference.changed}
                 failed |= difference.largest > 1 or difference.changed > 0.02
-    table = Table("model", "pixels", "engine", "seconds", "peak GB", "predicted GB", "bytes changed", title=str(machine()["cpu"]))
+    columns = ("model", "pixels", "engine", "seconds", "peak GB", "predicted GB", "bytes changed")
+    table = Table(*columns, title=str(machine()["cpu"]))
     for row in rows:
         predicted = row["predicted_bytes"]
         table.add_row(
