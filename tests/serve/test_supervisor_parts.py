@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
 from fluxvae.serve.models import MODELS, read_models
-from fluxvae.serve.supervisor import checks, guardian, services, supervisor
+from fluxvae.serve.supervisor import checks, command, guardian, services, supervisor
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
@@ -217,6 +219,20 @@ def test_which_models(given: list[str], checkpoint: str | None, expected: dict[s
 def test_models_that_cannot_be(given: list[str], checkpoint: str | None, message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
         read_models(given, checkpoint)
+
+
+def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServeSettings] = []
+    monkeypatch.setattr(command, "run", lambda settings, follow_logs: seen.append(settings) or 0)
+    monkeypatch.setenv("FLUXVAE_CHECKPOINT", "from/environment")
+    for arguments, models in (
+        ([], {"vae_decoder": "from/environment"}),
+        (["--model", "vae_preview=a/b"], {"vae_preview": "a/b"}),
+        (["--checkpoint", "c/d", "--model", "vae_preview=a/b"], {"vae_decoder": "c/d", "vae_preview": "a/b"}),
+    ):
+        result = CliRunner().invoke(app, ["serve", *arguments])
+        assert result.exit_code == 0, result.output
+        assert seen[-1].models == models
 
 
 def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
