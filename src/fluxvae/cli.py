@@ -272,7 +272,7 @@ def serve(
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
-      fluxvae serve --model vae_decoder_flux2=flux2-vae/ --model vae_preview=taef2/
+      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2/
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
     from fluxvae.serve.models import read_models

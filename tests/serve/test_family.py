@@ -32,7 +32,10 @@ from serve.client import PROTOCOLS, Protocol, Request, Serving
 from serve.gateways import Gateways, ask
 from serve.supervised import Supervised
 
-pytestmark = pytest.mark.filterwarnings("ignore:decode. approximate preview:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:decode. approximate preview:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning"),
+]
 SIZE = {"height": 32, "width": 48}
 PATCHES = 6
 FLUX1, FLUX2, PREVIEW = MODELS
@@ -269,7 +272,6 @@ def test_diffusers_own_client(
     np.testing.assert_array_equal(images.numpy(), expected)
 
 
-@pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
 def test_raw_latents_and_patches_of_flux2(family: Family, gateway: str) -> None:
     library = family.library[FLUX2]
     for shape, raw in (((1, 32, 3, 5), True), ((1, 32, 4, 6), False), ((1, 128, 2, 3), False)):
@@ -288,7 +290,6 @@ WRONG = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
 @pytest.mark.parametrize(("model", "features", "options", "message"), WRONG)
 def test_refused_by_the_gateway(
     gateway: str, model: str | None, features: int, options: dict[str, Any], message: str
