@@ -18,12 +18,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = Path(__file__).parent.parent / "triton_models"
     parser.add_argument("--models", type=Path, default=models, help="the model folder (default: triton_models)")
+    parser.add_argument("--load", nargs="+", default=["vae_decoder"], help="which of them (default: vae_decoder)")
     parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
     args = parser.parse_args()
     print("starting Triton and loading the checkpoint ...", flush=True)
-    with TritonServer(args.models, http_port=args.http_port, grpc_port=args.grpc_port) as server:
-        print(f"vae_decoder is served at http://{server.http_url} and grpc://{server.grpc_url}; Ctrl-C stops it")
+    with TritonServer(args.models, models=args.load, http_port=args.http_port, grpc_port=args.grpc_port) as server:
+        print(
+            f"{', '.join(args.load)}: served at http://{server.http_url} and grpc://{server.grpc_url}; Ctrl-C stops it"
+        )
         signal.sigwait({signal.SIGINT, signal.SIGTERM})
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from safetensors.torch import load_file, save_file
 
+from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError, Decoder, InvalidOptionError
 from fluxvae.checkpoint import ASSETS, WEIGHTS_NAME, load_vae
 from models import flux_pipeline, random_vae
@@ -228,3 +229,78 @@ def test_flux_config_is_the_full_decoder() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     assert sum(p.numel() for p in vae.decoder.parameters()) == 49_545_475
+
+
+# -- the rest of the family ----------------------------------------------------------------------------------------
+
+TOKENS = torch.randn(1, 4, 128, generator=torch.Generator().manual_seed(0))
+
+
+def decode_flux2(decoder: Decoder) -> torch.Tensor:
+    return decoder.decode(TOKENS, height=32, width=32, output_type="pt")
+
+
+@pytest.mark.parametrize("decoder_widths", [None, (32, 32, 64, 64)], ids=["FLUX.2", "small decoder"])
+def test_flux2_folder(tmp_path: Path, decoder_widths: tuple[int, ...] | None) -> None:
+    vae = flux2_vae(decoder_widths=decoder_widths)
+    vae.save_pretrained(tmp_path)
+    decoder = Decoder.from_pretrained(tmp_path, engine="diffusers", device="cpu")
+    assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(vae, engine="diffusers")))
+
+
+def test_flux2_weights_without_their_statistics_are_refused(tmp_path: Path) -> None:
+    """diffusers would decode with a mean of 0 and a variance of 1."""
+    flux2_vae().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    del weights["bn.running_var"]
+    save_file(weights, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=r"lack 1 .*bn.running_var"):
+        load_vae(tmp_path)
+
+
+def flux2_bfl_state_dict(vae: AutoencoderKLFlux2) -> dict[str, torch.Tensor]:
+    """As `bfl_state_dict`; BFL's FLUX.2 has its quantisation convolutions inside encoder and decoder."""
+    inside = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
+    result = {}
+    for key, tensor in bfl_state_dict(vae).items():
+        start = next((start for start in inside if key.startswith(start)), "")
+        result[inside.get(start, "") + key.removeprefix(start)] = tensor
+    return result
+
+
+@pytest.mark.parametrize("decoder_widths", [None, (32, 32, 64, 64)], ids=["FLUX.2", "small decoder"])
+def test_flux2_single_file_in_bfl_layout(tmp_path: Path, decoder_widths: tuple[int, ...] | None) -> None:
+    vae = flux2_vae(seed=5, widths=(32, 32, 32, 64), decoder_widths=decoder_widths, layers_per_block=2)
+    weights = flux2_bfl_state_dict(vae)
+    for name in (
+        "decoder.post_quant_conv.weight",
+        "encoder.quant_conv.bias",
+        "bn.running_mean",
+        "decoder.mid.attn_1.q.weight",
+    ):
+        assert name in weights
+    save_file(weights, tmp_path / "ae.safetensors")
+    decoder = Decoder.from_pretrained(tmp_path / "ae.safetensors", engine="diffusers", device="cpu")
+    assert decoder.format.batch_norm is not None
+    assert decoder.format.batch_norm.eps == 1e-4
+    assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(vae, engine="diffusers")))
+    half = load_vae(tmp_path / "ae.safetensors", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.decoder.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("lost", ["decoder.mid.attn_1.q.weight", "decoder.post_quant_conv.weight", "bn.running_mean"])
+def test_flux2_single_file_that_lacks_a_tensor(tmp_path: Path, lost: str) -> None:
+    weights = flux2_bfl_state_dict(flux2_vae())
+    del weights[lost]
+    save_file(weights, tmp_path / "ae.safetensors")
+    with pytest.raises(CheckpointError, match=r"lacks 1|cannot be read as FLUX.2|not its bn.running_mean"):
+        load_vae(tmp_path / "ae.safetensors")
+
+
+def test_preview_folder(tmp_path: Path) -> None:
+    tiny = tiny_vae(32)
+    tiny.save_pretrained(tmp_path)
+    decoder = Decoder.from_pretrained(tmp_path, device="cpu")
+    assert decoder.approximate
+    with pytest.warns(UserWarning, match="approximate"):
+        assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(tiny)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, __version__, cli
 from fluxvae.errors import FluxVAEError, MemoryLimitError
 
@@ -86,6 +87,23 @@ def test_info() -> None:
     text = invoke("info", "demo")
     assert "64 features for 16 x 16 pixels" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_info_and_plan_of_the_rest_of_the_family(tmp_path: Path) -> None:
+    flux2_vae(decoder_widths=(32, 32, 64, 64)).save_pretrained(tmp_path / "flux2")
+    tiny_vae(32).save_pretrained(tmp_path / "taef2")
+    shown = json.loads(invoke("info", str(tmp_path / "flux2"), "--json"))
+    assert (shown["model"], shown["packed_features"]) == ("AutoencoderKLFlux2", 128)
+    assert (shown["scaling_factor"], shown["shift_factor"], shown["batch_norm_eps"]) == (None, None, 1e-4)
+    assert shown["block_out_channels"] == [32, 32, 64, 64], "the decoder's"
+    assert "sqrt(running_var + 0.0001) + running_mean" in invoke("info", str(tmp_path / "flux2"))
+    shown = json.loads(invoke("info", str(tmp_path / "taef2"), "--json"))
+    assert (shown["model"], shown["approximate"], shown["packed_features"]) == ("AutoencoderTiny", True, 128)
+    assert "a preview, not the image the full VAE decodes" in invoke("info", str(tmp_path / "taef2"))
+    plan = ["plan", "64", "64", "--device", "cpu", "--checkpoint"]
+    assert not json.loads(invoke(*plan, str(tmp_path / "flux2"), "--json"))["approximate"]
+    assert json.loads(invoke(*plan, str(tmp_path / "taef2"), "--json"))["approximate"]
+    assert "approximate preview" in " ".join(invoke(*plan, str(tmp_path / "taef2")).split())
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import Flux2Pipeline, FluxPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxvae import InvalidLatentsError, InvalidOptionError, SizeFlooredWarning, pack_latents, unpack_latents
+from family_models import flux2_vae, ids_of, tiny_vae
+from fluxvae import (
+    CheckpointError,
+    InvalidLatentsError,
+    InvalidOptionError,
+    SizeFlooredWarning,
+    pack_latents,
+    unpack_latents,
+)
 from fluxvae.latents import LatentFormat
+from fluxvae.packing import patchify, unpatchify
 
 FORMAT = LatentFormat()
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
@@ -123,3 +132,150 @@ def test_what_cannot_be_packed_is_refused(shape: tuple[int, ...]) -> None:
 def test_what_cannot_be_unpacked_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(InvalidLatentsError, match="packed"):
         unpack_latents(torch.zeros(shape), 32, 32)
+
+
+# -- FLUX.2 --------------------------------------------------------------------------------------------------------
+
+FLUX2 = LatentFormat.from_vae(flux2_vae())
+TAEF2 = LatentFormat.from_vae(tiny_vae(32))
+
+
+@given(GRIDS, st.integers(0, 99), st.booleans())
+def test_position_ids_place_tokens_as_flux2_pipeline_does(grid: tuple[int, int, int], seed: int, sized: bool) -> None:
+    batch, gh, gw = grid
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(batch, gh * gw, 128, generator=generator)
+    ids = torch.stack([ids_of(gh, gw, 1)[0][torch.randperm(gh * gw, generator=generator)] for _ in range(batch)])
+    size = {"height": 16 * gh, "width": 16 * gw} if sized else {}
+    assert FLUX2.check(tokens, latent_ids=ids, **size) == (16 * gh, 16 * gw)
+    patches = Flux2Pipeline._unpack_latents_with_ids(tokens, ids)
+    expected = Flux2Pipeline._unpatchify_latents(patches)
+    assert torch.equal(FLUX2.unpack(tokens, 16 * gh, 16 * gw, ids), expected)
+    assert torch.equal(unpatchify(patches), expected)
+    assert torch.equal(patchify(expected), patches)
+    assert torch.equal(patchify(expected), Flux2Pipeline._patchify_latents(expected))
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 1), st.data())
+def test_any_place_named_twice_or_not_at_all_is_refused(gh: int, gw: int, image: int, data: st.DataObject) -> None:
+    """One id of a good set moved anywhere else, in either image of a batch."""
+    tokens, ids = torch.zeros(2, gh * gw, 128), ids_of(gh, gw, 2).clone()
+    token = data.draw(st.integers(0, gh * gw - 1))
+    column = data.draw(st.sampled_from([1, 2]))
+    moved = data.draw(st.integers(-3, 8).filter(lambda v: v != ids[image, token, column]))
+    ids[image, token, column] = moved
+    for size in ({}, {"height": 16 * gh, "width": 16 * gw}):
+        with pytest.raises(InvalidLatentsError, match="latent_ids"):
+            FLUX2.check(tokens, latent_ids=ids, **size)
+
+
+IDS = ids_of(2, 2, 1)
+BAD_IDS = {
+    "array": (IDS.numpy(), "torch.Tensor"),
+    "rank": (IDS[0], r"shape \(4, 4\), expected \(1, 4, 4\)"),
+    "three columns": (IDS[..., :3], "shape"),
+    "batch": (ids_of(2, 2, 2), "shape"),
+    "floats": (IDS.float(), "whole numbers"),
+    "bool": (IDS.bool(), "whole numbers"),
+    "reference image": (IDS + torch.tensor([10, 0, 0, 0]), "t or l other than 0"),
+    "layer": (IDS + torch.tensor([0, 0, 0, 1]), "t or l other than 0"),
+    "huge": (IDS * (1 << 40), "outside|exactly once"),
+    "all one place": (IDS * 0, "exactly once"),
+}
+
+
+@pytest.mark.parametrize(("ids", "message"), BAD_IDS.values(), ids=BAD_IDS.keys())
+def test_bad_ids_are_refused_by_name(ids: object, message: str) -> None:
+    for size in ({}, {"height": 32, "width": 32}):
+        with pytest.raises(InvalidLatentsError, match=f"latent_ids.*({message})"):
+            FLUX2.check(torch.zeros(1, 4, 128), latent_ids=ids, **size)
+
+
+def test_ids_where_they_mean_nothing_are_refused() -> None:
+    with pytest.raises(InvalidLatentsError, match="latent_ids.*another's"):
+        FORMAT.check(TOKENS, 32, 32, latent_ids=IDS)
+    with pytest.raises(InvalidLatentsError, match="latent_ids.*packed latents only"):
+        FLUX2.check(torch.zeros(1, 128, 2, 2), latent_ids=IDS)
+    with pytest.raises(InvalidLatentsError, match="grid of 2 x 1"):
+        FLUX2.check(torch.zeros(1, 4, 128), 32, 16, latent_ids=IDS)
+
+
+def test_the_other_family_is_named() -> None:
+    with pytest.raises(InvalidLatentsError, match="64 features per token.*looks like FLUX.1.*expected 128.*FLUX.2"):
+        FLUX2.check(TOKENS, 32, 32)
+    with pytest.raises(InvalidLatentsError, match="128 features per token.*looks like FLUX.2.*expected 64.*FLUX.1"):
+        FORMAT.check(torch.zeros(1, 4, 128), 32, 32)
+    with pytest.raises(InvalidLatentsError, match="16 channels.*looks like FLUX.1"):
+        FLUX2.check(torch.zeros(1, 16, 2, 2))
+    for channels in (32, 128):
+        with pytest.raises(InvalidLatentsError, match=f"{channels} channels.*looks like FLUX.2"):
+            FORMAT.check(torch.zeros(1, channels, 2, 2))
+
+
+def test_flux2s_unpacked_latents_must_say_whether_they_are_raw() -> None:
+    latents = torch.zeros(1, 32, 4, 6)
+    with pytest.raises(InvalidLatentsError, match="raw=True or raw=False"):
+        FLUX2.check(latents)
+    assert FLUX2.check(latents, raw=True) == FLUX2.check(latents, raw=False) == (32, 48)
+    assert FLUX2.check(torch.zeros(1, 128, 2, 3)) == (32, 48)
+    assert FLUX2.check(torch.zeros(1, 32, 3, 5), raw=True) == (24, 40), "raw ones of odd sizes decode"
+    with pytest.raises(InvalidLatentsError, match="even"):
+        FLUX2.check(torch.zeros(1, 32, 3, 4), raw=False)
+    assert FORMAT.check(torch.zeros(1, 16, 4, 4), raw=True) == (32, 32)
+    with pytest.raises(InvalidOptionError, match="raw: got 1"):
+        FORMAT.check(torch.zeros(1, 16, 4, 4), raw=1)
+
+
+def test_the_eps_is_the_checkpoints_unless_given() -> None:
+    """ERNIE-Image's own is 1e-5: what its pipeline computes, from its own lines."""
+    vae = flux2_vae()
+    patches = torch.randn(1, 128, 2, 3)
+    for eps in (None, 1e-5, 0.0):
+        std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + (1e-4 if eps is None else eps))
+        expected = Flux2Pipeline._unpatchify_latents(patches * std + vae.bn.running_mean.view(1, -1, 1, 1))
+        format = LatentFormat.from_vae(vae)
+        assert torch.equal(format.to_raw(patches, batch_norm_eps=eps), expected)
+    assert not torch.equal(FLUX2.to_raw(patches), FLUX2.to_raw(patches, batch_norm_eps=1e-5))
+
+
+WRONG_OPTIONS = [
+    (FLUX2, {"scaling_factor": 0.3611}, "scaling_factor: got 0.3611; this checkpoint has BatchNorm"),
+    (FLUX2, {"shift_factor": 0.1159}, "shift_factor: got 0.1159; this checkpoint has BatchNorm"),
+    (FLUX2, {"batch_norm_eps": -1.0}, "batch_norm_eps: got -1.0, expected 0 or more"),
+    (FLUX2, {"batch_norm_eps": float("nan")}, "batch_norm_eps: got nan"),
+    (FLUX2, {"batch_norm_eps": 1e-5, "raw": True}, "batch_norm_eps: got 1e-05 with raw=True"),
+    (FORMAT, {"batch_norm_eps": 1e-5}, "batch_norm_eps: got 1e-05; this checkpoint has scaling_factor"),
+    (FORMAT, {"scaling_factor": 0.5, "raw": True}, "scaling_factor: got 0.5 with raw=True"),
+    (TAEF2, {"scaling_factor": 0.5}, "scaling_factor: got 0.5; a preview"),
+    (TAEF2, {"raw": True}, "raw: got True; a preview"),
+]
+
+
+@pytest.mark.parametrize(("format", "options", "message"), WRONG_OPTIONS)
+def test_options_without_a_place_are_refused(format: LatentFormat, options: dict, message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        format.check_options(**options)
+
+
+def test_sdxls_mean_and_deviation_are_its_pipelines() -> None:
+    mean, std = [0.1, -0.2, 0.3, 0.4], [0.9, 1.1, 1.2, 0.8]
+    config = {"latent_channels": 4, "block_out_channels": [8] * 4, "scaling_factor": 0.13025}
+    format = LatentFormat.from_config(config | {"latents_mean": mean, "latents_std": std})
+    latents = torch.randn(2, 4, 3, 5)
+    view = [torch.tensor(values).view(1, 4, 1, 1) for values in (mean, std)]
+    assert torch.equal(format.to_raw(latents), latents * view[1] / 0.13025 + view[0])
+    assert torch.equal(LatentFormat.from_config(config | {"latents_mean": mean}).to_raw(latents), latents / 0.13025)
+    with pytest.raises(InvalidOptionError, match="latents_mean instead"):
+        format.check_options(shift_factor=0.1)
+    for wrong in ({"latents_mean": mean[:3]}, {"shift_factor": 0.1}):
+        with pytest.raises(CheckpointError, match="latents_mean"):
+            LatentFormat.from_config(config | {"latents_mean": mean, "latents_std": std} | wrong)
+
+
+def test_what_previews_expect() -> None:
+    """TAEF1 and TAEF2: the transformer's latents as they are; only the layout differs."""
+    latents = torch.randn(1, 32, 4, 4)
+    assert torch.equal(TAEF2.to_raw(latents), latents)
+    assert torch.equal(TAEF2.to_raw(patchify(latents)), latents)
+    assert TAEF2.check(torch.zeros(1, 4, 128), latent_ids=IDS) == (32, 32)
+    assert (TAEF2.vae_scale_factor, TAEF2.preview, FLUX2.preview) == (8, True, False)

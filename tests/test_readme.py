@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 @pytest.fixture(scope="module")
 def server():
-    with TritonServer(ROOT / "triton_models") as server:
+    with TritonServer(ROOT / "triton_models", models=["vae_decoder"]) as server:
         yield server
 
 

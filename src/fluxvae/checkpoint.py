@@ -1,7 +1,7 @@
-"""Every kind of checkpoint to a diffusers ``AutoencoderKL``, or a `CheckpointError` that says what to do.
+"""Every kind of checkpoint to one of diffusers' autoencoders, or a `CheckpointError` that says what to do.
 
 Sources: ``"demo"``, a diffusers VAE folder, a pipeline folder that holds ``vae/``, a single ``.safetensors`` file in
-BFL's layout (FLUX.1's ``ae.safetensors``), or a hub id. Only safetensors are read: nothing here unpickles a file.
+BFL's layout (`checkpoint_files`), or a hub id. Only safetensors are read: nothing here unpickles a file.
 The encoder is dropped after loading; decoding never uses it.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,27 +23,28 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 
+from fluxvae.checkpoint_files import ASSETS, LOAD_ERRORS, first_line, load_file, tensor_shapes
+from fluxvae.decoder_options import VAE
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
 __all__ = ["ASSETS", "load_vae"]
 
-ASSETS = Path(__file__).parent / "assets"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# What loading libraries raise for files that are damaged or of another model.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+_CLASSES = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny)}
+_UNUSED = ("encoder.", "quant_conv.", "bn.num_batches_tracked")
+"""Tensors that decoding does without."""
 
 
 def load_vae(
     source: str | Path, *, subfolder: str | None = None, revision: str | None = None, dtype: torch.dtype | None = None
-) -> AutoencoderKL:
+) -> VAE:
     """Load the decoder half of a VAE, on the CPU, in evaluation mode, without gradients.
 
     Args:
         source: ``"demo"``; a folder with ``config.json``, or with ``vae/config.json``; a ``.safetensors`` file with
-            BFL's key names; or a hub id ``"owner/name"``, downloaded once into the hub's cache.
+            BFL's key names, FLUX.1's or FLUX.2's; or a hub id ``"owner/name"``, downloaded once into the hub's cache.
         subfolder: where in the folder or repository the VAE lies; found by itself where it is ``vae``.
         revision: branch, tag or commit; for hub ids only.
         dtype: of the weights; as stored where left out.
@@ -58,7 +60,7 @@ def load_vae(
     if path.is_file():
         if subfolder is not None:
             raise InvalidOptionError(f"subfolder: got {subfolder!r} for the single file {path}; it is for folders")
-        vae = _load_file(path, dtype)
+        vae = load_file(path, dtype)
     elif path.is_dir():
         vae = _load_folder(_vae_folder(path, subfolder), dtype)
     elif isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".safetensors"):
@@ -83,16 +85,16 @@ def _vae_folder(path: Path, subfolder: str | None) -> Path:
     )
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    _check_config(folder / "config.json")
+def _load_folder(folder: Path, dtype: torch.dtype | None) -> VAE:
+    kind = _check_config(folder / "config.json")
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise CheckpointError(
             f"checkpoint: {weights} is missing beside its config.json; download or export the VAE again "
             "(save_pretrained writes both)"
         )
-    _tensor_shapes(weights)
-    return _from_pretrained(folder, dtype)
+    tensor_shapes(weights)
+    return _from_pretrained(kind, folder, dtype)
 
 
 def _download(source: str, subfolder: str | None, revision: str | None) -> Path:
@@ -129,23 +131,24 @@ def _download(source: str, subfolder: str | None, revision: str | None) -> Path:
             "folder with subfolder="
         ) from failure
     raise CheckpointError(
-        f"checkpoint: {where} is not in the hub's cache and the hub cannot be reached ({_first_line(failure)}); check "
+        f"checkpoint: {where} is not in the hub's cache and the hub cannot be reached ({first_line(failure)}); check "
         "the connection, or pass a local folder or file"
     ) from failure
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
+def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None) -> VAE:
     try:
-        vae, info = AutoencoderKL.from_pretrained(
+        vae: VAE
+        vae, info = kind.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
-            f"checkpoint: the weights in {folder} cannot be loaded: {_first_line(error)}; they are damaged or of "
+            f"checkpoint: the weights in {folder} cannot be loaded: {first_line(error)}; they are damaged or of "
             "another model than config.json says: download or export them again"
         ) from error
     # diffusers fills missing weights with random ones and only logs it.
-    missing = [key for key in info["missing_keys"] if not key.startswith("encoder.")]
+    missing = [key for key in info["missing_keys"] if not key.startswith(_UNUSED)]
     if missing or info["mismatched_keys"]:
         wrong = missing or [str(key) for key in info["mismatched_keys"]]
         raise CheckpointError(
@@ -155,80 +158,16 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None) -> AutoencoderKL:
     return vae
 
 
-def _check_config(path: Path) -> None:
+def _check_config(path: Path) -> Any:
+    """The diffusers class that config.json names."""
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {path} is not readable as JSON: {error}; download it again") from error
     found = config.get("_class_name") if isinstance(config, dict) else None
-    if found != "AutoencoderKL":
+    if found not in _CLASSES:
         raise CheckpointError(
-            f"checkpoint: {path} describes {found or 'no diffusers model'}, expected AutoencoderKL; pass the VAE's "
-            "folder, not another component's"
+            f"checkpoint: {path} describes {found or 'no diffusers model'}, expected {', '.join(_CLASSES)}; pass the "
+            "VAE's folder, not another component's"
         )
-
-
-def _load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL:
-    """A single file in BFL's layout, read with FLUX's config, which ships here so that no network is needed."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"checkpoint: {path} is a {path.suffix or 'suffixless'} file; expected .safetensors. Other formats can "
-            "run code when they are read: convert it first"
-        )
-    shapes = _tensor_shapes(path)
-    prefix = next((p for p in ("", "vae.", "first_stage_model.") if f"{p}decoder.conv_in.weight" in shapes), None)
-    if prefix is None or f"{prefix}decoder.up.0.block.0.conv1.weight" not in shapes:
-        raise CheckpointError(
-            f"checkpoint: {path} holds {len(shapes)} tensors, but not decoder.up.0.block.0.conv1.weight; expected a "
-            "VAE in BFL's layout, such as FLUX.1's ae.safetensors (a diffusers VAE is loaded by its folder)"
-        )
-    channels = shapes[f"{prefix}decoder.conv_in.weight"][1]
-    if channels != 16 or f"{prefix}post_quant_conv.weight" in shapes:
-        family = {32: ", as FLUX.2's has", 4: ", as SD's and SDXL's have"}.get(channels, "")
-        raise CheckpointError(
-            f"checkpoint: {path} is a VAE with {channels} latent channels{family}; a single file is read as FLUX.1's, "
-            "with 16 and no quantisation convolutions: load others by their diffusers folder"
-        )
-    levels = sorted(
-        {int(m[1]) for m in (re.match(rf"{re.escape(prefix)}decoder\.up\.(\d+)\.", k) for k in shapes) if m}
-    )
-    widths = [shapes[f"{prefix}decoder.up.{level}.block.0.conv1.weight"][0] for level in levels]
-    blocks = sum(
-        re.fullmatch(rf"{re.escape(prefix)}decoder\.up\.0\.block\.\d+\.conv1\.weight", k) is not None for k in shapes
-    )
-    try:
-        vae = AutoencoderKL.from_single_file(
-            str(path),
-            config=str(ASSETS / "flux1"),
-            local_files_only=True,
-            torch_dtype=dtype,
-            block_out_channels=widths,
-            layers_per_block=blocks - 1,
-        )
-    except _LOAD_ERRORS as error:
-        raise CheckpointError(
-            f"checkpoint: {path} cannot be read as FLUX.1's VAE: {_first_line(error)}; download it again"
-        ) from error
-    missing = [name for name, tensor in vae.decoder.state_dict().items() if tensor.is_meta]
-    if missing:
-        raise CheckpointError(
-            f"checkpoint: {path} lacks {len(missing)} of the decoder's tensors, {missing[0]} among them; download it "
-            "again"
-        )
-    return vae
-
-
-def _tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes from the file's header; reading it finds a truncated file before any tensor is loaded."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"checkpoint: {path} is not a whole safetensors file: {_first_line(error)}; it is truncated or another "
-            "kind of file: download it again"
-        ) from error
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return _CLASSES[found]

@@ -108,6 +108,7 @@ def plan(
         "device": str(decoder.device),
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kernels": found.kernels,
+        "approximate": decoder.approximate,
         "limit_bytes": found.limit,
         "peak_bytes": found.peak_bytes,
         "smallest_limit_bytes": smallest,
@@ -164,17 +165,22 @@ def info(
         from fluxvae.latents import LatentFormat
 
         vae = load_vae(checkpoint, revision=revision, subfolder=subfolder)
-    latents = LatentFormat.from_config(vae.config)
+    latents = LatentFormat.from_vae(vae)
+    config = vae.config
+    widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
     decoder = list(vae.decoder.parameters())
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
+        "model": type(vae).__name__,
+        "approximate": latents.preview,
         "latent_channels": latents.channels,
         "packed_features": latents.packed_features,
         "vae_scale_factor": latents.vae_scale_factor,
-        "scaling_factor": latents.scaling_factor,
+        "scaling_factor": None if latents.batch_norm else latents.scaling_factor,
         "shift_factor": latents.shift_factor,
-        "block_out_channels": list(vae.config["block_out_channels"]),
-        "layers_per_block": vae.config["layers_per_block"],
+        "batch_norm_eps": latents.batch_norm.eps if latents.batch_norm else None,
+        "block_out_channels": list(widths),
+        "layers_per_block": config.get("layers_per_block"),
         "decoder_parameters": sum(parameter.numel() for parameter in decoder),
         "decoder_bytes": sum(parameter.numel() * parameter.itemsize for parameter in decoder),
         "dtype": str(vae.dtype).removeprefix("torch."),
@@ -186,22 +192,37 @@ def info(
     _facts(
         Console(highlight=False),
         {
-            "checkpoint": checkpoint,
+            "checkpoint": f"{checkpoint} ({facts['model']})",
+            **({"approximate": "a preview, not the image the full VAE decodes"} if latents.preview else {}),
             "latents": f"{latents.channels} channels, {f} pixels each way for one latent",
             "packed": f"{latents.packed_features} features for {2 * f} x {2 * f} pixels",
-            "raw latents": f"latents / {latents.scaling_factor}"
-            + (f" + {latents.shift_factor}" if latents.shift_factor else ""),
+            "raw latents": str(latents),
             "decoder": f"{facts['decoder_parameters'] / 1e6:.1f} million parameters, "
             f"{size_in_words(facts['decoder_bytes'])} as stored ({facts['dtype']})",
             "channels": " ".join(map(str, facts["block_out_channels"]))
-            + f", {facts['layers_per_block'] + 1} residual blocks on each level",
+            + (f", {facts['layers_per_block'] + 1} residual blocks on each level" if facts["layers_per_block"] else ""),
         },
     )
 
 
 @app.command()
 def serve(
-    checkpoint: Checkpoint = "demo",
+    context: typer.Context,
+    checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_CHECKPOINT",
+            help="Of the model vae_decoder: 'demo' (the default), a VAE or pipeline folder, ae.safetensors, a hub id.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Serve this model: vae_decoder (FLUX.1), vae_decoder_flux2 or vae_preview (approximate). Repeatable.",
+            metavar="NAME=SOURCE",
+        ),
+    ] = None,
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
     host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the gateway. Any port may be 0: a free one.", min=0, max=65535)] = 8080,
@@ -211,8 +232,17 @@ def serve(
     metrics_port: Annotated[int, typer.Option(help="Of Triton's metrics.", min=0, max=65535)] = 8002,
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
-    engine: Annotated[Optional[str], typer.Option(help="exact or diffusers.")] = None,  # noqa: UP045
-    memory_limit: MemoryLimit = None,
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="exact or diffusers, of the full VAEs."),
+    ] = None,
+    memory_limit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_MEMORY_LIMIT",
+            help="What decodes may add above the weights, such as 4GiB; several models share it equally.",
+        ),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Of one request, its batch counted.", min=1)] = 4096 * 4096,
     threads: Annotated[Optional[int], typer.Option(help="CPU threads of one instance.", min=1)] = None,  # noqa: UP045
     token_file: Annotated[
@@ -242,11 +272,16 @@ def serve(
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
+      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2/
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
+    from fluxvae.serve.models import read_models
     from fluxvae.serve.supervisor.command import read_token, run
     from fluxvae.serve.supervisor.settings import ServeSettings
 
+    source = context.get_parameter_source("checkpoint")
+    if model and source is not None and source.name == "ENVIRONMENT":
+        checkpoint = None  # options win over the environment: --model says all that is served
     settings = ServeSettings(
         host=host,
         port=port,
@@ -254,7 +289,7 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
-        checkpoint=checkpoint,
+        models=read_models(model or [], checkpoint),
         revision=revision,
         device=device,
         dtype=dtype,

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
 from fluxvae.checkpoint import load_vae
+from fluxvae.decoder_options import VAE, check_engine_options, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
-from fluxvae.latents import LatentFormat, unpack_latents
+from fluxvae.latents import LatentFormat
 
 __all__ = ["Decoder"]
 
 Progress = Callable[[int, int], None]
 Cancel = Callable[[], bool]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Decoder:
-    """Decodes FLUX latents with one VAE on one device.
+    """Decodes FLUX latents, or those of a model that borrows its VAE, with one VAE on one device.
 
     Args:
-        vae: an ``AutoencoderKL`` already in memory; it is used as it is, without a copy. `from_pretrained` loads one.
+        vae: an ``AutoencoderKL``, ``AutoencoderKLFlux2``, or (an approximate preview) ``AutoencoderTiny`` already in
+            memory; it is used as it is, without a copy. `from_pretrained` loads one.
         device: ``"auto"`` (where the module is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a ``torch.device``.
         dtype: ``"auto"`` (the module's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, or a ``torch.dtype``. A
             device or dtype other than the module's moves the module itself, as ``Module.to`` does.
-        engine: ``"exact"``, the untiled image in bounded memory, the same bits in any batch; or ``"diffusers"``, the
-            reference, whose bits are FluxPipeline's.
+        rescale_dtype: what latents are cast to before they are rescaled, and from there to the VAE's dtype. ``"auto"``
+            is the VAE's, as in nearly every pipeline; BriaPipeline rescales in ``"float32"`` (docs/models.md).
+        engine: ``"exact"``, the untiled image in bounded memory, the same bits in any batch; ``"diffusers"``, the
+            reference, whose bits are the pipeline's; ``"preview"``, for an ``AutoencoderTiny``. ``"auto"`` is
+            ``"preview"`` for that, else ``"exact"``.
         kernels: of the exact engine: ``"auto"`` is the fastest for the device; a plan names it.
-        memory_limit: of the exact engine: bytes, or ``"2GiB"`` or ``"0.7GB"``: what a decode may add above the loaded
-            weights. None: what is free when it starts, less a margin.
+        memory_limit: of the exact and preview engines: bytes, or ``"2GiB"`` or ``"0.7GB"``: what a decode may
+            add above the loaded weights. None: what is free when it starts, less a margin.
         spill_dir: of the exact engine: a folder on a disk for what the limit leaves no room for.
         tiling, slicing: of the reference engine: diffusers' own. Tiling blends overlapping tiles and is not the
             untiled image: it shows seams and shifts colours.
@@ -48,35 +53,47 @@ class Decoder:
 
     def __init__(
         self,
-        vae: AutoencoderKL,
+        vae: VAE,
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
-        engine: str = "exact",
+        rescale_dtype: str | torch.dtype = "auto",
+        engine: str = "auto",
         kernels: str = "auto",
         memory_limit: int | str | None = None,
         spill_dir: str | Path | None = None,
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
-        if not isinstance(vae, AutoencoderKL):
+        if not isinstance(vae, (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny)):
             raise InvalidOptionError(
-                f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL; Decoder.from_pretrained loads one"
+                f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
+                "AutoencoderTiny; Decoder.from_pretrained loads one"
             )
-        exact_options: dict[str, object] = {"kernels": kernels, "memory_limit": memory_limit, "spill_dir": spill_dir}
-        _check_engine(engine, exact_options, {"tiling": tiling, "slicing": slicing})
-        where = vae.device if device == "auto" else _device(device)
-        precision = vae.dtype if dtype == "auto" else _dtype(dtype, where)
+        engine = resolve_engine(engine, vae)
+        given = {
+            "kernels": kernels,
+            "memory_limit": memory_limit,
+            "spill_dir": spill_dir,
+            "tiling": tiling,
+            "slicing": slicing,
+        }
+        check_engine_options(engine, given)
+        where = vae.device if device == "auto" else resolve_device(device)
+        precision = vae.dtype if dtype == "auto" else resolve_dtype(dtype, where)
         if (vae.device, vae.dtype) != (where, precision):
             vae.to(device=where, dtype=precision)
-        self.format = LatentFormat.from_config(vae.config)
+        self._rescale_dtype = None if rescale_dtype == "auto" else resolve_dtype(rescale_dtype, where, "rescale_dtype")
+        self.format = LatentFormat.from_vae(vae)
         """How latents become raw latents: read from the checkpoint."""
         self.vae = vae
         self.memory_limit = None if memory_limit is None else parse_memory_limit(memory_limit)
         """Bytes a decode may add above the loaded weights; None: what is free."""
-        self.engine: ExactEngine | ReferenceEngine
+        self.engine: ExactEngine | ReferenceEngine | PreviewEngine
         if engine == "exact":
             self.engine = ExactEngine(vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir)
+        elif engine == "preview":
+            self.engine = PreviewEngine(vae, memory_limit=self.memory_limit)
         else:
             self.engine = ReferenceEngine(vae, tiling=tiling, slicing=slicing)
 
@@ -95,7 +112,7 @@ class Decoder:
 
         Args:
             source: ``"demo"`` (ships in the package), a diffusers VAE folder, a pipeline folder that holds ``vae/``,
-                a single ``.safetensors`` file with BFL's key names, or a hub id.
+                a single ``.safetensors`` file with BFL's key names (FLUX.1's or FLUX.2's), or a hub id.
             subfolder: of the folder or repository.
             revision: of the hub id: branch, tag or commit.
             device: ``"auto"`` is CUDA where there is a GPU, else the CPU.
@@ -106,8 +123,8 @@ class Decoder:
             CheckpointError: the weights are missing, damaged, foreign or out of reach.
             InvalidOptionError: an option that is unknown or that the engine cannot honour.
         """
-        where = _device(device)
-        precision = _dtype(dtype, where)
+        where = resolve_device(device)
+        precision = resolve_dtype(dtype, where)
         vae = load_vae(source, subfolder=subfolder, revision=revision, dtype=precision)
         return cls(vae, device=where, dtype=precision, **options)
 
@@ -119,9 +136,14 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The VAE's dtype, which latents are cast to before they are rescaled."""
+        """The VAE's dtype, that of what it decodes and gives."""
         dtype: torch.dtype = self.vae.dtype
         return dtype
+
+    @property
+    def approximate(self) -> bool:
+        """The images are previews by an ``AutoencoderTiny``, not those of the full VAE."""
+        return self.format.preview
 
     def prepare(self) -> float:
         """Compile the engine's kernels now rather than in the first decode; seconds it took.
@@ -136,23 +158,32 @@ class Decoder:
         *,
         height: int | None = None,
         width: int | None = None,
+        latent_ids: torch.Tensor | None = None,
         output_type: OutputType = "pil",
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
+        raw: bool | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> Any:
         """Decode latents to images.
 
         Args:
-            latents: packed (B, gh*gw, 64) with height and width, or unpacked (B, 16, lh, lw); float32, bfloat16 or
-                float16; finite; scaled, as the transformer leaves them.
+            latents: packed (B, gh*gw, 4*C) with height and width, or unpacked (B, C, lh, lw); C is 16 for FLUX.1 and
+                32 for FLUX.2, whose latents may also come in patches (B, 128, gh, gw); float32, bfloat16 or float16;
+                finite; scaled, as the transformer leaves them.
             height, width: pixels. A size that is not a multiple of 16 is floored, as FluxPipeline does, with a
                 `SizeFlooredWarning`. Height and width exchanged cannot be noticed where both give the same number of
                 patches: 512x1024 latents decode as 1024x512 without an error, to a scrambled picture.
+            latent_ids: (B, gh*gw, 4), of FLUX.2's packed latents in any other order than row by row: where each token
+                belongs, as its pipelines make them; every place exactly once. Height and width may be left out then.
             output_type: ``"pil"``: list of pictures; ``"np"``: (B, H, W, 3) float32 in [0, 1]; ``"pt"``: (B, 3, H, W)
                 in [0, 1], the VAE's dtype; ``"uint8"``: (B, H, W, 3) uint8 array, the bytes of ``"pil"``.
-            scaling_factor, shift_factor: instead of the checkpoint's own.
+            scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own; refused where it has none
+                (FLUX.2 has no factors, the others no eps).
+            raw: the latents are raw already, as Flux2KleinPipeline's ``output_type="latent"``: nothing is rescaled. For
+                FLUX.2's (B, 32, lh, lw) it must be said, either way: both kinds have that shape.
             progress: called with (done, total).
             cancel: asked as the work goes on; true stops it.
 
@@ -163,17 +194,25 @@ class Decoder:
         """
         check_output_type(output_type)
         if self.memory_limit is not None:
-            self._check_output(output_type, latents.shape[0], *self.check(latents, height=height, width=width))
+            size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
+            self._check_output(output_type, latents.shape[0], *size)
         image = self.decode_raw(
             latents,
             height=height,
             width=width,
+            latent_ids=latent_ids,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+            raw=raw,
             progress=progress,
             cancel=cancel,
         )
-        return postprocess(image, output_type)
+        images = postprocess(image, output_type)
+        if self.approximate and output_type == "pil":
+            for picture in images:
+                picture.info["Comment"] = PREVIEW_NOTE  # where PNG and JPEG files keep it
+        return images
 
     def decode_raw(
         self,
@@ -181,8 +220,11 @@ class Decoder:
         *,
         height: int | None = None,
         width: int | None = None,
+        latent_ids: torch.Tensor | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
+        raw: bool | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> torch.Tensor:
@@ -191,13 +233,17 @@ class Decoder:
         Returns:
             (B, 3, H, W), the VAE's dtype, on its device, nominally [-1, 1], not clamped.
         """
-        height, width = self.format.check(latents, height, width)
-        # Cast first: FluxPipeline's latents are in the VAE's dtype when it rescales them.
-        latents = latents.to(device=self.device, dtype=self.dtype)
+        if self.approximate:
+            warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
+        self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
+        height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
+        # Cast first: a pipeline's latents are in this dtype when it rescales them.
+        rescale_dtype = self.dtype if raw or self._rescale_dtype is None else self._rescale_dtype
+        latents = latents.to(device=self.device, dtype=rescale_dtype)
         if latents.ndim == 3:
-            latents = unpack_latents(latents, height, width, vae_scale_factor=self.format.vae_scale_factor)
-        raw = self.format.to_raw(latents, scaling_factor, shift_factor)
-        return self.engine.decode(raw, progress=progress, cancel=cancel)
+            latents = self.format.unpack(latents, height, width, latent_ids)
+        latents = self.format.to_raw(latents, scaling_factor, shift_factor, batch_norm_eps=batch_norm_eps, raw=raw)
+        return self.engine.decode(latents.to(self.dtype), progress=progress, cancel=cancel)
 
     def _check_output(self, output_type: OutputType, batch: int, height: int, width: int) -> None:
         """The engine plans for itself; what it returns and what `postprocess` makes of that must fit too."""
@@ -211,7 +257,15 @@ class Decoder:
                 f"take {needed} bytes by themselves; raise the limit, decode fewer at a time, or ask for 'uint8'"
             )
 
-    def check(self, latents: torch.Tensor, *, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+    def check(
+        self,
+        latents: torch.Tensor,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        latent_ids: torch.Tensor | None = None,
+        raw: bool | None = None,
+    ) -> tuple[int, int]:
         """Validate one request without decoding it.
 
         Returns:
@@ -220,7 +274,7 @@ class Decoder:
         Raises:
             InvalidLatentsError: as `decode` would.
         """
-        return self.format.check(latents, height, width)
+        return self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
         """How ``batch`` images of this size would be decoded now; ``str(plan)`` is a table that explains itself.
@@ -239,42 +293,3 @@ class Decoder:
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
                 raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
         return self.engine.plan(height // scale, width // scale, batch)
-
-
-def _check_engine(engine: str, exact: dict[str, object], diffusers: dict[str, object]) -> None:
-    """Refuse an unknown engine, and options of the other one: none is ignored."""
-    if engine not in ("exact", "diffusers"):
-        raise InvalidOptionError(f"engine: got {engine!r}, expected 'exact' or 'diffusers'")
-    others, other = (diffusers, "diffusers") if engine == "exact" else (exact, "exact")
-    for name, value in others.items():
-        if value not in (None, False, "auto"):
-            raise InvalidOptionError(
-                f"{name}: got {value!r} with engine={engine!r}, which cannot honour it; it is for engine={other!r}"
-            )
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidOptionError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if found.type not in ("cpu", "cuda"):
-        raise InvalidOptionError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise InvalidOptionError(
-            f"device: got {device!r}, but this PyTorch sees no CUDA GPU; use device='cpu', or install a CUDA build"
-        )
-    if found.index is not None and found.type == "cuda" and found.index >= torch.cuda.device_count():
-        raise InvalidOptionError(f"device: got {device!r}, but there are {torch.cuda.device_count()} GPUs, from cuda:0")
-    return found
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in _DTYPES.values():
-        raise InvalidOptionError(f"dtype: got {dtype!r}, expected 'auto', {', '.join(map(repr, _DTYPES))}")
-    return found

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from fluxvae.errors import InvalidOptionError
 
@@ -116,13 +117,16 @@ def check_format(format: object, quality: object = None) -> None:
         raise InvalidOptionError(f"quality: got {quality!r}, expected a whole number from 1 to 100")
 
 
-def encode(pixels: NDArray[np.uint8], format: str = "png", quality: int | None = None) -> bytes:
+def encode(
+    pixels: NDArray[np.uint8], format: str = "png", quality: int | None = None, *, comment: str | None = None
+) -> bytes:
     """Encode one picture.
 
     Args:
         pixels: (H, W, 3) uint8, RGB.
         format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
         quality: 1 to 100, for jpeg and webp; 95 where it is left out.
+        comment: ASCII, kept in the file: PNG's and JPEG's ``Comment``, WebP's Exif ``ImageDescription``.
 
     Returns:
         The bytes of the file.
@@ -134,6 +138,14 @@ def encode(pixels: NDArray[np.uint8], format: str = "png", quality: int | None =
     options: dict[str, Any] = {}
     if format != "png":
         options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
+    if comment is not None and format == "png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_text("Comment", comment)
+    elif comment is not None and format == "jpeg":
+        options["comment"] = comment
+    elif comment is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.ImageDescription] = comment
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()

@@ -1,64 +1,134 @@
-"""Packed latents to raw latents: the arithmetic of FLUX's last step before the VAE, as pure functions.
+"""Latents to raw latents: what the pipelines do between the transformer and the VAE, read from the checkpoint.
 
-    packed latents (B, gh*gw, 4*C)  --unpack-->  latents (B, C, lh, lw)  --rescale-->  raw latents
+    packed (B, gh*gw, 4*C)  --`LatentFormat.unpack`-->  latents (B, C, lh, lw)  --`LatentFormat.to_raw`-->  raw latents
 
-Everything a caller can get wrong about latents and their size is refused here, before any work, by
-`InvalidLatentsError`. One mistake cannot be seen: height and width exchanged when both give the same number
-of patches (512x1024 and 1024x512) are both valid readings of the same tensor.
+`LatentFormat` is the one object that knows the differences between models; nothing behind it does. Everything a caller
+can get wrong about latents and their size is refused here, before any work, by `InvalidLatentsError`. One mistake
+cannot be seen: height and width exchanged when both give the same number of patches (512x1024 and 1024x512) are both
+valid readings of the same tensor.
 
-Source of the layout: diffusers' ``FluxPipeline._pack_latents`` and ``_unpack_latents``; BFL's ``sampling.unpack``.
+Source of the arithmetic: the last lines of ``__call__`` in diffusers 0.42.1's pipelines; docs/models.md lists them.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.errors import CheckpointError
+from fluxvae.latent_checks import DTYPES, check_latents, check_options
+from fluxvae.packing import (
+    SizeFlooredWarning,
+    pack_latents,
+    patchify,
+    sort_tokens,
+    token_positions,
+    unpack_latents,
+    unpatchify,
+)
 
-__all__ = ["LatentFormat", "SizeFlooredWarning", "pack_latents", "unpack_latents"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FAMILIES = {
-    64: "FLUX.1 (16 latent channels)",
-    128: "FLUX.2 (32 latent channels)",
-    16: "SD or SDXL (4 latent channels)",
-}
+__all__ = ["DTYPES", "BatchNorm", "LatentFormat", "SizeFlooredWarning", "pack_latents", "unpack_latents"]
 
 
-class SizeFlooredWarning(UserWarning):
-    """The size asked for is not a multiple of 16: the next smaller one was decoded, as FluxPipeline does."""
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """FLUX.2's statistics of its latents, one mean and variance for each of the 128 channels of a 2x2 patch."""
+
+    module: torch.nn.BatchNorm2d
+    """``vae.bn``; read when used, so that it may move with its model."""
+    eps: float
+    """``batch_norm_eps`` of the checkpoint's config."""
+
+    def undo(self, patches: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+        """``patches * sqrt(running_var + eps) + running_mean``, rounded where `Flux2Pipeline` rounds.
+
+        Args:
+            patches: (B, 128, gh, gw), normalised.
+            eps: instead of the checkpoint's.
+        """
+        mean, var = self.module.running_mean, self.module.running_var
+        assert mean is not None
+        assert var is not None
+        std = torch.sqrt(var.view(1, -1, 1, 1) + (self.eps if eps is None else eps))
+        return patches * std.to(patches.device, patches.dtype) + mean.view(1, -1, 1, 1).to(
+            patches.device, patches.dtype
+        )
 
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How the latents of one checkpoint become raw latents: read from its config, the same for every decode.
+    """How the latents of one checkpoint become raw latents: read from it, the same for every decode.
 
-    ``raw = latents / scaling_factor + shift_factor`` (no addition where the checkpoint has no shift).
-    FLUX.1: 16 channels, 0.3611, 0.1159.
+    ``raw = latents / scaling_factor + shift_factor`` (no addition where the checkpoint has no shift), or FLUX.2's
+    `BatchNorm`. The defaults are FLUX.1's.
     """
 
     channels: int = 16
     vae_scale_factor: int = 8
     """Pixels per latent, each way."""
     scaling_factor: float = 0.3611
+    """1 where there is `batch_norm` instead."""
     shift_factor: float | None = 0.1159
+    latents_mean: tuple[float, ...] | None = None
+    """Of some SDXL checkpoints, by channel: ``raw = latents * latents_std / scaling_factor + latents_mean``."""
+    latents_std: tuple[float, ...] | None = None
+    batch_norm: BatchNorm | None = None
+    flux2: bool = False
+    """Tokens may come with position ids, and unpacked latents in 2x2 patches, as FLUX.2's pipelines have them."""
+    preview: bool = False
+    """An ``AutoencoderTiny``: it takes latents as the transformer leaves them, and its image is approximate."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> LatentFormat:
-        """Read the format from an ``AutoencoderKL``'s config."""
+        """Read the format of an ``AutoencoderKL`` from its config.
+
+        Raises:
+            CheckpointError: a mean and deviation that are not one number for each channel, or come with a shift.
+        """
+        channels, shift = config["latent_channels"], config.get("shift_factor")
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:  # StableDiffusionXLPipeline asks for both
+            mean = std = None
+        elif shift is not None or len(mean) != channels or len(std) != channels:
+            raise CheckpointError(
+                f"checkpoint: config.json has latents_mean of {len(mean)} and latents_std of {len(std)} values, and "
+                f"shift_factor {shift}; expected {channels} values each, and no shift_factor: no pipeline reads others"
+            )
         return cls(
-            channels=config["latent_channels"],
+            channels=channels,
             vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
             scaling_factor=config["scaling_factor"],
-            shift_factor=config.get("shift_factor"),
+            shift_factor=shift,
+            latents_mean=None if mean is None else tuple(mean),
+            latents_std=None if std is None else tuple(std),
         )
+
+    @classmethod
+    def from_vae(cls, vae: Any) -> LatentFormat:
+        """Read the format of an ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``."""
+        config, kinds = vae.config, [kind.__name__ for kind in type(vae).__mro__]
+        if "AutoencoderKLFlux2" in kinds:
+            return cls(
+                channels=config["latent_channels"],
+                vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
+                scaling_factor=1.0,
+                shift_factor=None,
+                batch_norm=BatchNorm(vae.bn, config["batch_norm_eps"]),
+                flux2=True,
+            )
+        if "AutoencoderTiny" in kinds:
+            return cls(
+                channels=config["latent_channels"],
+                vae_scale_factor=config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1),
+                scaling_factor=config["scaling_factor"],
+                shift_factor=config["shift_factor"],
+                flux2=config["latent_channels"] == 32,
+                preview=True,
+            )
+        return cls.from_config(config)
 
     @property
     def packed_features(self) -> int:
@@ -67,211 +137,90 @@ class LatentFormat:
 
     @property
     def packed_multiple(self) -> int:
-        """Pixels per packed token, each way: 16 for FLUX.1."""
+        """Pixels per packed token, each way: 16 for FLUX."""
         return 2 * self.vae_scale_factor
 
-    def check(self, latents: object, height: object = None, width: object = None) -> tuple[int, int]:
-        """Say what size these latents decode to, or why they cannot be decoded.
+    def __str__(self) -> str:
+        if self.batch_norm is not None:
+            return f"latents * sqrt(running_var + {self.batch_norm.eps:g}) + running_mean"
+        std = "" if self.latents_std is None else " * latents_std"
+        shift = " + latents_mean" if self.latents_mean is not None else ""
+        return f"latents{std} / {self.scaling_factor}{shift}" + (f" + {self.shift_factor}" if self.shift_factor else "")
 
-        Args:
-            latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; float32, bfloat16 or float16; finite.
-            height, width: pixels. Needed for packed latents, floored to multiples of 16 (with a
-                `SizeFlooredWarning`). For unpacked latents they may be left out; if given they must agree.
+    # -- checks ------------------------------------------------------------------------------------------------
 
-        Returns:
-            (height, width) in pixels of the decoded image.
+    def check(
+        self,
+        latents: object,
+        height: object = None,
+        width: object = None,
+        *,
+        latent_ids: object = None,
+        raw: bool | None = None,
+    ) -> tuple[int, int]:
+        """Say what size these latents decode to, or why they cannot be decoded: `latent_checks.check_latents`."""
+        return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
 
-        Raises:
-            InvalidLatentsError: the rank, features, patch count, size, dtype or a value is wrong.
-        """
-        if not isinstance(latents, torch.Tensor):
-            raise InvalidLatentsError(
-                f"latents: got {type(latents).__name__}, expected a torch.Tensor; "
-                "torch.from_numpy(array) turns a NumPy array into one"
-            )
-        if latents.ndim not in (3, 4):
-            raise InvalidLatentsError(
-                f"latents: got {latents.ndim} dimensions, shape {tuple(latents.shape)}; expected packed latents "
-                f"(batch, patches, {self.packed_features}) or unpacked ones (batch, {self.channels}, "
-                "height/8, width/8)"
-            )
-        if latents.dtype not in DTYPES:
-            raise InvalidLatentsError(
-                f"latents: got dtype {latents.dtype}, expected float32, bfloat16 or float16; convert with "
-                "latents.float()"
-            )
-        if latents.numel() == 0:
-            raise InvalidLatentsError(
-                f"latents: got shape {tuple(latents.shape)}, which holds no values; every dimension, the batch "
-                "included, must be at least 1"
-            )
-        packed = latents.ndim == 3
-        size = (self._check_packed if packed else self._check_unpacked)(latents, height, width)
-        _check_finite(latents)
-        return size
+    def check_options(
+        self,
+        scaling_factor: object = None,
+        shift_factor: object = None,
+        batch_norm_eps: object = None,
+        raw: bool | None = None,
+    ) -> None:
+        """Refuse what this checkpoint has no place for: `latent_checks.check_options`."""
+        check_options(self, scaling_factor, shift_factor, batch_norm_eps, raw)
 
-    def _check_packed(self, latents: torch.Tensor, height: object, width: object) -> tuple[int, int]:
-        patches, features = latents.shape[1:]
-        if features != self.packed_features:
-            looks = f", which looks like {_FAMILIES[features]}" if features in _FAMILIES else ""
-            ours = f", {_FAMILIES[self.packed_features]}" if self.packed_features in _FAMILIES else ""
-            raise InvalidLatentsError(
-                f"latents: got {features} features per token{looks}; expected {self.packed_features} for this "
-                f"checkpoint{ours}; use the checkpoint of the model that made the latents"
-            )
-        if height is None or width is None:
-            raise InvalidLatentsError(
-                f"height and width: got height={height}, width={width}; packed latents need both, in pixels: the "
-                f"shape {tuple(latents.shape)} alone does not tell a wide image from a tall one"
-            )
-        return floor_size(height, width, patches, self.packed_multiple)
+    # -- arithmetic --------------------------------------------------------------------------------------------
 
-    def _check_unpacked(self, latents: torch.Tensor, height: object, width: object) -> tuple[int, int]:
-        channels, lh, lw = latents.shape[1:]
-        if channels != self.channels:
-            raise InvalidLatentsError(
-                f"latents: got {channels} channels, shape {tuple(latents.shape)}; expected (batch, {self.channels}, "
-                "height/8, width/8) for this checkpoint"
-            )
-        size = (lh * self.vae_scale_factor, lw * self.vae_scale_factor)
-        for name, given, actual in (("height", height, size[0]), ("width", width, size[1])):
-            if given is not None and _pixels(name, given) != actual:
-                raise InvalidLatentsError(
-                    f"{name}: got {given}, but unpacked latents of shape {tuple(latents.shape)} decode to "
-                    f"{size[0]}x{size[1]} (height x width); leave {name} out or pass {actual}"
-                )
-        return size
+    def unpack(self, latents: torch.Tensor, height: int, width: int, latent_ids: torch.Tensor | None) -> torch.Tensor:
+        """Packed latents (B, N, 4*C), checked, to (B, C, lh, lw)."""
+        if latent_ids is not None:
+            grid = (height // self.packed_multiple, width // self.packed_multiple)
+            places, _ = token_positions(latent_ids, latents.shape[0], latents.shape[1], grid)
+            latents = sort_tokens(latents, places)
+        return unpack_latents(latents, height, width, vae_scale_factor=self.vae_scale_factor)
 
     def to_raw(
-        self, latents: torch.Tensor, scaling_factor: float | None = None, shift_factor: float | None = None
+        self,
+        latents: torch.Tensor,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        *,
+        batch_norm_eps: float | None = None,
+        raw: bool | None = None,
     ) -> torch.Tensor:
-        """``latents / scaling_factor + shift_factor``, in the dtype of ``latents``, as the pipelines compute it.
+        """Undo the model's scaling, in the dtype of ``latents``, as its pipeline computes it.
 
         Args:
-            latents: (B, C, lh, lw), scaled.
-            scaling_factor, shift_factor: instead of the checkpoint's own.
+            latents: (B, C, lh, lw), or (B, 4*C, gh, gw) in FLUX.2's patches; as the transformer leaves them.
+            scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own.
+            raw: nothing is to be undone.
+
+        Returns:
+            (B, C, lh, lw), the same dtype.
 
         Raises:
-            InvalidOptionError: a factor is not a finite number, or scaling_factor is 0.
+            InvalidOptionError: as `check_options`.
         """
-        scaling = _factor("scaling_factor", self.scaling_factor if scaling_factor is None else scaling_factor)
-        if scaling == 0:
-            raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
-        raw = latents / scaling
+        self.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
+        in_patches = latents.shape[1] == 4 * self.channels
+        if self.batch_norm is not None and not raw:
+            patches = latents if in_patches else patchify(latents)
+            return unpatchify(self.batch_norm.undo(patches, batch_norm_eps))
+        if in_patches:
+            latents = unpatchify(latents)
+        if raw:
+            return latents
+        if self.latents_std is not None:
+            latents = latents * _by_channel(self.latents_std, latents)
+        scaling = self.scaling_factor if scaling_factor is None else scaling_factor
+        latents = latents / scaling
+        if self.latents_mean is not None:
+            return latents + _by_channel(self.latents_mean, latents)
         shift = self.shift_factor if shift_factor is None else shift_factor
-        return raw if shift is None else raw + _factor("shift_factor", shift)
+        return latents if shift is None else latents + shift
 
 
-def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """Pack 2x2 patches of latents into tokens, row by row: what the transformer works on.
-
-    Args:
-        latents: (B, C, lh, lw), lh and lw even.
-
-    Returns:
-        (B, lh/2 * lw/2, 4*C), same dtype; feature ``4*c + 2*dy + dx`` of token ``gw*y + x`` is
-        ``latents[b, c, 2*y + dy, 2*x + dx]``.
-
-    Raises:
-        InvalidLatentsError: not four dimensions, or an odd height or width.
-    """
-    if latents.ndim != 4 or latents.shape[2] % 2 or latents.shape[3] % 2 or latents.numel() == 0:
-        raise InvalidLatentsError(
-            f"latents: got shape {tuple(latents.shape)}, expected (batch, channels, height/8, width/8) with even "
-            "height/8 and width/8; odd latents cannot be packed, decode them unpacked"
-        )
-    b, c, lh, lw = latents.shape
-    patches = latents.reshape(b, c, lh // 2, 2, lw // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (lh // 2) * (lw // 2), 4 * c)
-
-
-def unpack_latents(packed: torch.Tensor, height: int, width: int, *, vae_scale_factor: int = 8) -> torch.Tensor:
-    """Undo `pack_latents`: tokens back to a latent image.
-
-    Args:
-        packed: (B, gh*gw, 4*C).
-        height, width: pixels; floored to multiples of ``2 * vae_scale_factor`` with a `SizeFlooredWarning`.
-        vae_scale_factor: pixels per latent, each way.
-
-    Returns:
-        (B, C, 2*gh, 2*gw), same dtype, contiguous.
-
-    Raises:
-        InvalidLatentsError: not three dimensions, features not a multiple of 4, or a patch count that is not
-            ``(height // 16) * (width // 16)``.
-    """
-    if packed.ndim != 3 or packed.shape[2] % 4 or packed.numel() == 0:
-        raise InvalidLatentsError(
-            f"latents: got shape {tuple(packed.shape)}, expected packed latents (batch, patches, 4 * channels)"
-        )
-    b, patches, features = packed.shape
-    multiple = 2 * vae_scale_factor
-    height, width = floor_size(height, width, patches, multiple)
-    gh, gw = height // multiple, width // multiple
-    latents = packed.reshape(b, gh, gw, features // 4, 2, 2)
-    return latents.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, 2 * gh, 2 * gw)
-
-
-def floor_size(height: object, width: object, patches: int, multiple: int) -> tuple[int, int]:
-    """The size FluxPipeline decodes when asked for ``height`` x ``width``: floored to the packed grid.
-
-    Args:
-        height, width: pixels, positive integers.
-        patches: tokens the latents hold; must equal ``(height // multiple) * (width // multiple)``.
-        multiple: pixels per token, each way (16).
-
-    Returns:
-        (height, width), multiples of ``multiple``. Warns with `SizeFlooredWarning` where that changed them.
-
-    Raises:
-        InvalidLatentsError: not positive integers, or a grid that does not have ``patches`` cells.
-    """
-    h, w = _pixels("height", height), _pixels("width", width)
-    gh, gw = h // multiple, w // multiple
-    if gh * gw != patches:
-        raise InvalidLatentsError(
-            f"height and width: got {h}x{w} (height x width), a grid of {gh} x {gw} = {gh * gw} patches of "
-            f"{multiple} pixels, but the latents hold {patches}; pass the height and width the latents were made for"
-        )
-    floored = (gh * multiple, gw * multiple)
-    if floored != (h, w):
-        warnings.warn(
-            f"height and width: got {h}x{w} (height x width), which are not multiples of {multiple}; decoding "
-            f"{floored[0]}x{floored[1]}, as FluxPipeline does",
-            SizeFlooredWarning,
-            stacklevel=2,
-        )
-    return floored
-
-
-def _pixels(name: str, value: object) -> int:
-    """A height or width as a positive int; bools, floats and strings are refused, NumPy integers are not."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        pixels = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidLatentsError(
-            f"{name}: got {value!r} ({type(value).__name__}), expected a whole number of pixels"
-        ) from None
-    if pixels <= 0:
-        raise InvalidLatentsError(f"{name}: got {pixels}, expected a positive number of pixels")
-    return pixels
-
-
-def _factor(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidOptionError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)
-
-
-def _check_finite(latents: torch.Tensor) -> None:
-    finite = torch.isfinite(latents)
-    if bool(finite.all()):
-        return
-    bad = (~finite).nonzero()
-    where = tuple(int(i) for i in bad[0])
-    raise InvalidLatentsError(
-        f"latents: got {latents[where].item()} at index {list(where)} ({len(bad)} of {latents.numel()} values are NaN "
-        "or Inf); expected finite values: look for the overflow in the step that made the latents"
-    )
+def _by_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1).to(like.device, like.dtype)

@@ -271,8 +271,8 @@ def test_only_what_was_refused_before_any_work_is_retried(
 )
 def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -> None:
     request = make_request(
-        packed(0, 16, 16), height=16, width=16, output_type="pil", scaling_factor=None, shift_factor=None,
-        priority=None, request_id="it",
+        packed(0, 16, 16), height=16, width=16, output_type="pil", latent_ids=None, scaling_factor=None,
+        shift_factor=None, batch_norm_eps=None, raw=None, priority=None, request_id="it",
     )  # fmt: skip
     assert type(error_of(status, message, request, model="m", timeout_s=1.0)) is kind
 

@@ -204,7 +204,7 @@ def test_triton_is_not_there(gateways: Gateways) -> None:
 
 
 def test_the_model_is_not_there(gateways: Gateways) -> None:
-    url = gateways.start(model="another")
+    url = gateways.start(models=("another",))
     answer = ask(url, "POST", DECODE, headers=TENSOR, body=BODY)
     assert (answer.status, json.loads(answer.body)["kind"]) == (502, "BadGateway")
     assert ask(url, path="/readyz").status == 503

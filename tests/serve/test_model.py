@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fluxvae import Decoder
-from fluxvae.serve.model import outputs
+from fluxvae.serve.model import outputs, triton_model
 from serve import fake_pb_utils
 from serve.client import assert_same_pixels
 from serve.fake_pb_utils import InferenceRequest, TritonError
@@ -25,7 +25,7 @@ MODEL = Path(__file__).parents[2] / "triton_models" / "vae_decoder" / "1" / "mod
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", fake_pb_utils)
+    monkeypatch.setattr(triton_model, "pb_utils", fake_pb_utils)
     monkeypatch.setattr(fake_pb_utils.Logger, "lines", [])
     monkeypatch.setattr(fake_pb_utils.MetricFamily, "values", {})
     spec = importlib.util.spec_from_file_location("vae_decoder_model", MODEL)
@@ -92,7 +92,9 @@ def test_only_what_is_asked_for_is_computed(model: Any, library: Decoder, monkey
     made: list[str] = []
     for name in ("encode", "postprocess"):
         real = getattr(outputs, name)
-        monkeypatch.setattr(outputs, name, lambda *args, real=real: (made.append(str(args[1])), real(*args))[1])
+        monkeypatch.setattr(
+            outputs, name, lambda *args, real=real, **more: (made.append(str(args[1])), real(*args, **more))[1]
+        )
     data = latents(0, 4)
     expected = library.decode(torch.from_numpy(data), height=32, width=32, output_type="uint8")
 
@@ -162,7 +164,7 @@ def test_one_request_without_memory_leaves_its_neighbours_alone(
 
 
 def test_a_failing_encoder_fails_only_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> bytes:
+    def broken(*args: object, **more: object) -> bytes:
         raise OSError("encoder")
 
     monkeypatch.setattr(outputs, "encode", broken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -77,8 +78,20 @@ def test_same_patch_count_is_not_the_same_group() -> None:
     assert [[member.index for member in members] for members in groups] == [[0, 2], [1]]
 
 
+def test_what_changes_the_picture_of_flux2_is_not_decoded_together() -> None:
+    plain, ids = job(0, 32, 32), torch.zeros(1, 4, 4, dtype=torch.int64)
+    others = [
+        job(1, 32, 32, batch_norm_eps=1e-5),
+        job(2, 32, 32, raw=True),
+        replace(job(3, 32, 32), latent_ids=ids),
+        replace(job(4, 32, 32), latent_ids=ids + 1),
+    ]
+    groups = group([plain, *others, plain], within(10**6))
+    assert [[member.index for member in members] for members in groups] == [[0, 0], [1], [2], [3, 4]]
+
+
 def test_layouts_are_not_the_same_group() -> None:
-    packed, unpacked = job(0, 32, 32), job(1, 32, 32, layout="unpacked")
+    packed, unpacked = job(0, 32, 32), replace(job(1, 32, 32), latents=torch.zeros(1, 16, 4, 4))
     assert [len(members) for members in group([packed, unpacked, packed], within(10**6))] == [2, 1]
 
 
@@ -127,8 +140,10 @@ class FakeDecoder:
         scaling_factor: float | None,
         shift_factor: float | None,
         cancel: Callable[[], bool],
+        **rest: object,
     ) -> torch.Tensor:
         assert latents.shape[1] * 256 == height * width
+        assert set(rest.values()) == {None}, "of FLUX.2"
         if cancel():
             raise DecodeCancelled("cancelled")
         values = latents[:, 0, 0]

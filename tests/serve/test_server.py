@@ -148,5 +148,5 @@ def demo_serving() -> Iterator[Serving]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CHECKPOINT", "DEVICE", "MEMORY_LIMIT"):
             patch.delenv(f"FLUXVAE_{name}", raising=False)
-        with TritonServer(TRITON_MODELS, env={"OMP_NUM_THREADS": "1"}) as server:
+        with TritonServer(TRITON_MODELS, models=["vae_decoder"], env={"OMP_NUM_THREADS": "1"}) as server:
             yield Serving(server, library)

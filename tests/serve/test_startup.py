@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluxvae import Decoder, FluxVAEError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae import CheckpointError, Decoder, FluxVAEError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
 from models import random_vae
 from serve import fake_pb_utils
@@ -59,6 +59,17 @@ def test_the_environment_wins() -> None:
     assert (found.checkpoint, found.device, found.memory_limit) == ("elsewhere", "cuda:3", "1GiB")
 
 
+def test_each_model_has_a_variable_of_its_own_for_its_checkpoint() -> None:
+    everything = {f"FLUXVAE_{name}CHECKPOINT": f"{name}weights" for name in ("", "FLUX2_", "PREVIEW_")}
+    for vae_class, name in {"AutoencoderKL": "", "AutoencoderKLFlux2": "FLUX2_", "AutoencoderTiny": "PREVIEW_"}.items():
+        found = settings({"checkpoint": "file", "vae_class": vae_class}, **everything)
+        assert found.checkpoint == f"{name}weights"
+    with pytest.raises(
+        CheckpointError, match="none is set, and none for AutoencoderTiny ships.* or FLUXVAE_PREVIEW_CHE"
+    ):
+        settings({"checkpoint": "", "vae_class": "AutoencoderTiny"}, FLUXVAE_CHECKPOINT="a FLUX.1")
+
+
 @pytest.mark.parametrize(
     ("kind", "device", "expected"),
     [
@@ -79,7 +90,8 @@ def test_the_device_is_the_one_triton_gave_unless_told_otherwise(kind: str, devi
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"chekpoint": "demo"}, r"unknown parameter 'chekpoint', expected one of checkpoint, revision, "),
+        ({"chekpoint": "demo"}, r"unknown parameter 'chekpoint', expected one of checkpoint, vae_class, "),
+        ({"approximate": "yes"}, r"approximate: got 'yes', expected true or false"),
         ({"threads": "two"}, r"threads: got 'two', expected a whole number above 0"),
         ({"threads": "0"}, r"threads: got '0'"),
         ({"max_pixels": "-1"}, r"max_pixels: got '-1'"),

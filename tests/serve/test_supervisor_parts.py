@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
-from fluxvae.serve.supervisor import checks, guardian, services, supervisor
+from fluxvae.serve.models import MODELS, read_models
+from fluxvae.serve.supervisor import checks, command, guardian, services, supervisor
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
@@ -113,16 +116,16 @@ def test_what_an_answer_means(answers: tuple[str, dict[str, Any]]) -> None:
     address, given = answers
     image = {"outputs": [{"name": "images", "shape": [1, 16, 16, 3], "data": []}]}
     given["body"] = json.dumps(image).encode()
-    assert decode_tiny(address, 30) == Outcome(Answer.OK)
+    assert decode_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK)
     image["outputs"][0]["shape"] = [1, 8, 8, 3]
     given["body"] = json.dumps(image).encode()
-    assert "shape [1, 8, 8, 3], expected" in decode_tiny(address, 30).reason
+    assert "shape [1, 8, 8, 3], expected" in decode_tiny(address, "vae_decoder", 30).reason
     given["body"] = b"{}"
-    assert decode_tiny(address, 30).answer is Answer.FAILED
+    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.FAILED
     given.update(status=503, body=b"Exceeds maximum queue size")
-    assert decode_tiny(address, 30).answer is Answer.BUSY
+    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.BUSY
     given.update(status=500, body=b"Stub process 'vae_decoder_0_0' is not healthy.")
-    assert decode_tiny(address, 30).final
+    assert decode_tiny(address, "vae_decoder", 30).final
     given["hold"] = hold = threading.Event()
     assert get(address, "/", 0.1).reason == "no answer within 0.1 s"
     hold.set()
@@ -154,25 +157,113 @@ def test_questions_do_not_pile_up(answers: tuple[str, dict[str, Any]]) -> None:
 def test_settings_reach_the_model(tmp_path: Path) -> None:
     odd = tmp_path / 'a "quoted" \\ folder'
     odd.mkdir()
-    given = ServeSettings(checkpoint=str(odd), device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2)
-    repository = write_repository(tmp_path / "models", given.model_parameters(), device=given.device)
+    models = {"vae_decoder": str(odd)}
+    given = ServeSettings(models=models, device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2)
+    parameters_of = {"vae_decoder": given.model_parameters("vae_decoder")}
+    repository = write_repository(tmp_path / "models", parameters_of, device=given.device)
     config = (repository / "vae_decoder" / "config.pbtxt").read_text()
     pairs = re.findall(r'key: "(\w+)" value: \{ string_value: "((?:[^"\\]|\\.)*)"', config)
     parameters = {key: {"string_value": re.sub(r"\\(.)", r"\1", value)} for key, value in pairs}
     settings = Settings.read(parameters, {}, kind="GPU", device_id="3")
     assert settings == Settings(
-        checkpoint=str(odd.resolve()), device="cuda:3", memory_limit="2GiB", max_pixels=12345, threads=2
+        checkpoint=str(odd.resolve()),
+        vae_class="AutoencoderKL",
+        device="cuda:3",
+        memory_limit="2GiB",
+        max_pixels=12345,
+        threads=2,
     )
     assert "KIND_GPU gpus: [ 3 ]" in config
     assert (repository / "vae_decoder" / "1" / "model.py").is_file()
-    assert (model_folder() / "config.pbtxt").read_text() != config
+    assert (model_folder("vae_decoder") / "config.pbtxt").read_text() != config
+
+
+def test_models_on_one_device_share_its_memory_limit() -> None:
+    limit = 3 * 2**30 + 1
+    models = dict.fromkeys(MODELS, "owner/name")
+    for count, share in ((1, str(limit)), (2, str(limit // 2)), (3, str(2**30))):
+        given = ServeSettings(models=dict(list(models.items())[:count]), memory_limit=str(limit), engine="exact")
+        assert [given.model_parameters(name)["memory_limit"] for name in given.models] == [share] * count
+        assert count * int(share) <= limit
+        assert given.check_memory() == []
+    assert [given.model_parameters(name)["engine"] for name in MODELS] == ["exact", "exact", ""], (
+        "a preview has its own"
+    )
+    assert given.gateway_command(1, "a", "b")[-6:] == [word for name in MODELS for word in ("--model", name)]
+    [warning] = ServeSettings(models=models).check_memory()
+    assert "3 models without --memory-limit" in warning
+    assert ServeSettings().check_memory() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoint", "expected"),
+    [
+        ([], None, {"vae_decoder": "demo"}),
+        ([], "a", {"vae_decoder": "a"}),
+        (["vae_preview=p", "vae_decoder=a=b"], None, {"vae_preview": "p", "vae_decoder": "a=b"}),
+        (["vae_decoder_flux2=f"], "a", {"vae_decoder": "a", "vae_decoder_flux2": "f"}),
+    ],
+)
+def test_which_models(given: list[str], checkpoint: str | None, expected: dict[str, str]) -> None:
+    assert list(read_models(given, checkpoint).items()) == list(expected.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoint", "message"),
+    [
+        (["other=a"], None, "--model: got 'other=a', expected NAME=CHECKPOINT, where NAME is one of vae_decoder, "),
+        (["vae_decoder"], None, "--model: got 'vae_decoder', expected NAME=CHECKPOINT"),
+        (["vae_decoder=b"], "a", "--model: got vae_decoder twice, with a and with b; --checkpoint counts as"),
+    ],
+)
+def test_models_that_cannot_be(given: list[str], checkpoint: str | None, message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=message):
+        read_models(given, checkpoint)
+
+
+def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServeSettings] = []
+    monkeypatch.setattr(command, "run", lambda settings, follow_logs: seen.append(settings) or 0)
+    monkeypatch.setenv("FLUXVAE_CHECKPOINT", "from/environment")
+    for arguments, models in (
+        ([], {"vae_decoder": "from/environment"}),
+        (["--model", "vae_preview=a/b"], {"vae_preview": "a/b"}),
+        (["--checkpoint", "c/d", "--model", "vae_preview=a/b"], {"vae_decoder": "c/d", "vae_preview": "a/b"}),
+    ):
+        result = CliRunner().invoke(app, ["serve", *arguments])
+        assert result.exit_code == 0, result.output
+        assert seen[-1].models == models
+
+
+def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And out of it when one fails, while the other answers."""
+    answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
+    monkeypatch.setattr(services, "decode_tiny", lambda address, model, timeout_s: answers[model])
+    monkeypatch.setattr(services, "_ASK_EVERY_S", 0.0)
+    process = in_group(os.getpgid(0))[:1]
+    monkeypatch.setattr(services, "in_group", lambda group: process)
+    server: Any = type(
+        "Server", (), {"running": True, "pid": -1, "http_url": "", "launch": int, "ready": lambda _: True}
+    )
+    triton = services.TritonService(server(), ["one", "two"], patience_s=100, busy_limit_s=100)
+    triton.launch()
+    seen: list[bool] = []
+    wait_for(lambda: len(seen) > 20 or seen.append(triton.started()), "some looks")
+    assert not any(seen)
+    answers["two"] = Outcome(Answer.OK)
+    wait_for(triton.started, "both")
+    assert triton.trouble() is None
+    answers["two"] = Outcome(Answer.FAILED, "HTTP 500: why")
+    reasons: list[str] = []
+    wait_for(lambda: reasons or reasons.extend(filter(None, [triton.trouble()])), "trouble")
+    assert reasons == ["two: HTTP 500: why"]
 
 
 def test_a_config_that_was_edited(tmp_path: Path) -> None:
     with pytest.raises(FluxVAEError, match="found 0 times parameter 'colour', expected it once"):
-        write_repository(tmp_path, {"colour": "red"})
+        write_repository(tmp_path, {"vae_decoder": {"colour": "red"}})
     with pytest.raises(InvalidOptionError, match="device: got 'tpu'"):
-        write_repository(tmp_path, {}, device="tpu")
+        write_repository(tmp_path, {"vae_decoder": {}}, device="tpu")
 
 
 @pytest.mark.parametrize(
@@ -181,8 +272,14 @@ def test_a_config_that_was_edited(tmp_path: Path) -> None:
         ({"drain_s": 0}, InvalidOptionError, "drain_s: got 0, expected a number above 0"),
         ({"busy_limit_s": float("nan")}, InvalidOptionError, "busy_limit_s: got nan"),
         ({"patience_s": 3}, InvalidOptionError, "patience_s: got 3, expected at least 5"),
+        ({"memory_limit": "much"}, InvalidOptionError, "memory_limit"),
+        (
+            {"models": {"vae_decoder": "a/b", "vae_decoder_flux2": "c/d"}, "revision": "v1"},
+            InvalidOptionError,
+            "--revision: got 'v1' for 2 models, vae_decoder and vae_decoder_flux2",
+        ),
         ({"token": " "}, InvalidOptionError, "token: got an empty one"),
-        ({"checkpoint": "missing.safetensors"}, CheckpointError, "nothing at missing.safetensors"),
+        ({"models": {"vae_decoder": "missing.safetensors"}}, CheckpointError, "nothing at missing.safetensors"),
     ],
 )
 def test_wrong_settings(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -240,6 +337,10 @@ def test_shared_memory(free_mb: int, outcome: str | None, monkeypatch: pytest.Mo
     if free_mb == 64:
         with pytest.raises(TritonServerError, match=str(outcome)):
             checks.check_shared_memory(4096 * 4096)
+    elif free_mb == 300:
+        with pytest.raises(TritonServerError, match="requests of 16777216 pixels to 3 models need 403 MB"):
+            checks.check_shared_memory(4096 * 4096, models=3)
+        assert str(outcome) in str(checks.check_shared_memory(4096 * 4096))
     else:
         assert (outcome or "None") in str(checks.check_shared_memory(4096 * 4096))
 

@@ -41,7 +41,7 @@ class _Base:
         url: ``host:port`` of Triton's gRPC endpoint (8001), or of its HTTP endpoint (8000) with ``protocol="http"``.
         protocol: ``"grpc"``; ``"http"``; or ``"shared_memory"``: gRPC for a server on this machine, with latents and
             images in system shared memory.
-        model: its name on the server.
+        model: its name on the server: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or, approximate, ``"vae_preview"``.
         timeout_s: from the call of ``decode`` to its answer, retries included.
         retries: how often a request is repeated that was refused before any work: no connection, a full queue. An
             error after that is never retried.
@@ -88,8 +88,11 @@ class Client(_Base):
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
+        latent_ids: torch.Tensor | NDArray[Any] | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
+        raw: bool | None = None,
         priority: int | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -98,10 +101,12 @@ class Client(_Base):
 
         Args:
             latents: packed (B, patches, 64) with height and width, or unpacked (B, 16, lh, lw), scaled; any device.
+                FLUX.2's and previews' are as for ``Decoder.decode``.
             height, width: pixels.
             output_type: as for ``Decoder.decode``: ``"pil"``, ``"np"``, ``"pt"``, ``"uint8"``; or ``"raw"``:
                 (B, 3, H, W) nominally in [-1, 1], not clamped. Tensors come as float32 on the CPU.
-            scaling_factor, shift_factor: instead of the checkpoint's own.
+            latent_ids, raw: of FLUX.2's latents, as for ``Decoder.decode``.
+            scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own; refused where it has none.
             priority: 1 is served first; None: the model's default.
             timeout_s: instead of the client's. Past it the server stops the decode (not over HTTP).
             request_id: for the server's log; None: a random one.
@@ -117,8 +122,11 @@ class Client(_Base):
             height=height,
             width=width,
             output_type=output_type,
+            latent_ids=latent_ids,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+            raw=raw,
             priority=priority,
             request_id=request_id,
         )
@@ -161,8 +169,11 @@ class AsyncClient(_Base):
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
+        latent_ids: torch.Tensor | NDArray[Any] | None = None,
         scaling_factor: float | None = None,
         shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
+        raw: bool | None = None,
         priority: int | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -173,8 +184,11 @@ class AsyncClient(_Base):
             height=height,
             width=width,
             output_type=output_type,
+            latent_ids=latent_ids,
             scaling_factor=scaling_factor,
             shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+            raw=raw,
             priority=priority,
             request_id=request_id,
         )

@@ -26,14 +26,23 @@ class RemoteVAE(torch.nn.Module):
     Args:
         client: how to reach the server, or its gRPC ``host:port``.
         config: of the VAE, as ``pipe.vae.config``; None: FLUX.1's.
+        bn: of FLUX.2's VAE, ``pipe.vae.bn``: its pipelines rescale latents themselves.
         options: for `Client`, where ``client`` is an address.
     """
 
-    def __init__(self, client: Client | str, config: Mapping[str, Any] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        client: Client | str,
+        config: Mapping[str, Any] | None = None,
+        bn: torch.nn.BatchNorm2d | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__()
         self.client = Client(client, **options) if isinstance(client, str) else client
         if config is None:
             config = AutoencoderKL.load_config(ASSETS / "flux1")
+        if bn is not None:
+            self.bn = bn
         self.config = FrozenDict(config)
         """What pipelines read: scale, shift, block widths."""
         # Without weights; moved and cast with the pipeline, it tells where and in what dtype latents are expected.
@@ -51,8 +60,10 @@ class RemoteVAE(torch.nn.Module):
         return self._where.dtype
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: object = None) -> Any:
-        """As ``AutoencoderKL.decode``: raw latents (B, 16, lh, lw) to (B, 3, H, W) in their dtype, on their device."""
-        parts = [self.client.decode(one[None], output_type="raw", scaling_factor=1.0, shift_factor=0.0) for one in z]
+        """As ``AutoencoderKL.decode``: raw latents (B, C, lh, lw) to (B, 3, H, W) in their dtype, on their device."""
+        flux2 = "batch_norm_eps" in self.config
+        raw: dict[str, Any] = {"raw": True} if flux2 else {"scaling_factor": 1.0, "shift_factor": 0.0}
+        parts = [self.client.decode(one[None], output_type="raw", **raw) for one in z]
         sample = torch.cat(parts).to(device=z.device, dtype=z.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -85,7 +96,8 @@ class Installed:
 def install(pipe: Any, url: str, **options: Any) -> Installed:
     """Make a diffusers pipeline decode on another machine.
 
-    A pipeline loaded with ``vae=None`` never has the VAE's weights here; FLUX.1's configuration is used then.
+    A pipeline loaded with ``vae=None`` never has the VAE's weights here; FLUX.1's configuration is used then. FLUX.2's
+    pipelines need their VAE, of which the statistics of latents stay in use, and decode with ``vae_decoder_flux2``.
 
     Args:
         pipe: a pipeline with a ``vae``.
@@ -100,4 +112,13 @@ def install(pipe: Any, url: str, **options: Any) -> Installed:
         raise InvalidOptionError(
             "pipe: its vae is a RemoteVAE already; call remove() on the handle of the first install"
         )
-    return Installed(pipe, RemoteVAE(url, None if vae is None else vae.config, **options))
+    if vae is None:
+        if "Flux2" in type(pipe).__name__:
+            raise InvalidOptionError(
+                "pipe: got a pipeline of FLUX.2 with vae=None, but it rescales latents by its VAE's statistics; load "
+                "it with its VAE"
+            )
+        return Installed(pipe, RemoteVAE(url, **options))
+    if "batch_norm_eps" in vae.config:
+        options = {"model": "vae_decoder_flux2", **options}
+    return Installed(pipe, RemoteVAE(url, vae.config, getattr(vae, "bn", None), **options))

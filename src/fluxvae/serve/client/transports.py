@@ -19,7 +19,7 @@ from fluxvae.serve.client.wire import Request, error_of, read_answer
 
 __all__ = ["TYPES", "Call", "Grpc", "Transport"]
 
-TYPES = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8"}
+TYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 _FINAL = ("StatusCode.INVALID_ARGUMENT", "StatusCode.INTERNAL", "StatusCode.NOT_FOUND")
 """Errors after which the server does nothing more about the request."""
 _CHANNEL = [

@@ -27,6 +27,7 @@ from fluxvae.errors import (
     UnavailableError,
 )
 from fluxvae.latents import DTYPES, SizeFlooredWarning
+from fluxvae.packing import token_positions
 
 __all__ = ["Request", "Unsent", "error_of", "make_request", "read_answer", "refused_before_work"]
 
@@ -37,7 +38,23 @@ _OUTPUTS = {
     "pt": ("images_pt", np.float32),
     "raw": ("images_raw", np.float32),
 }
-_SCALE = 8  # pixels per latent, each way: every AutoencoderKL of the FLUX family
+_SCALE = 8  # pixels per latent, each way: every VAE of the FLUX family
+_PATCH_CHANNELS = 128  # of unpacked latents in FLUX.2's 2x2 patches
+_OPTIONS = frozenset(
+    {
+        "batch_norm_eps",
+        "format",
+        "layout",
+        "output_type",
+        "parameter",
+        "probe",
+        "quality",
+        "raw",
+        "scaling_factor",
+        "shift_factor",
+    }
+)
+"""What errors about them begin with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +62,7 @@ class Request:
     """One request to the model."""
 
     latents: NDArray[np.float32]
-    """(B, patches, 64), or (B, 16, lh * lw) with the parameter layout."""
+    """(B, patches, 4*C), or (B, C, lh * lw) with the parameter layout."""
     height: int
     width: int
     output_type: str
@@ -53,6 +70,8 @@ class Request:
     priority: int = 0
     """0: the model's default."""
     id: str = ""
+    latent_ids: NDArray[np.int64] | None = None
+    """(B, patches, 4), of FLUX.2's packed latents."""
 
     @property
     def output(self) -> str:
@@ -74,7 +93,9 @@ class Request:
         """The tensors, by name."""
         rows = (len(self.latents), 1)
         size = {"height": self.height, "width": self.width}
-        return {"latents": self.latents, **{name: np.full(rows, value, np.int32) for name, value in size.items()}}
+        sent: dict[str, NDArray[Any]] = {name: np.full(rows, value, np.int32) for name, value in size.items()}
+        ids = {} if self.latent_ids is None else {"latent_ids": self.latent_ids}
+        return {"latents": self.latents, **sent, **ids}
 
 
 class Unsent(UnavailableError):
@@ -87,8 +108,11 @@ def make_request(
     height: int | None,
     width: int | None,
     output_type: str,
+    latent_ids: torch.Tensor | NDArray[Any] | None,
     scaling_factor: float | None,
     shift_factor: float | None,
+    batch_norm_eps: float | None,
+    raw: bool | None,
     priority: int | None,
     request_id: str | None,
 ) -> Request:
@@ -107,12 +131,23 @@ def make_request(
         raise InvalidLatentsError(f"latents: got {kind}, expected a float32, bfloat16 or float16 tensor or array")
     if tensor.ndim not in (3, 4) or tensor.numel() == 0:
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(tensor.shape)}, expected packed latents (batch, patches, 64) or unpacked ones "
-            "(batch, 16, height/8, width/8), none of them 0"
+            f"latents: got shape {tuple(tensor.shape)}, expected packed latents (batch, patches, 64, FLUX.2: 128) or "
+            "unpacked ones (batch, 16, height/8, width/8, FLUX.2: 32, or 128 in patches), none of them 0"
         )
     parameters: dict[str, Any] = {}
+    ids: torch.Tensor | None = None
+    if latent_ids is not None:
+        ids = torch.from_numpy(latent_ids) if isinstance(latent_ids, np.ndarray) else latent_ids
+        if tensor.ndim != 3:
+            raise InvalidLatentsError(
+                f"latent_ids: got ids with latents of shape {tuple(tensor.shape)}; they are for packed latents only"
+            )
+        _, (gh, gw) = token_positions(ids, tensor.shape[0], tensor.shape[1])
+        if height is None and width is None:
+            height, width = 2 * _SCALE * gh, 2 * _SCALE * gw
     if tensor.ndim == 4:
-        actual = (_SCALE * tensor.shape[2], _SCALE * tensor.shape[3])
+        scale = 2 * _SCALE if tensor.shape[1] == _PATCH_CHANNELS else _SCALE
+        actual = (scale * tensor.shape[2], scale * tensor.shape[3])
         for name, given, real in zip(("height", "width"), (height, width), actual, strict=True):
             if given is not None and given != real:
                 raise InvalidLatentsError(
@@ -127,9 +162,12 @@ def make_request(
             raise InvalidLatentsError(
                 f"{name}: got {value!r}, expected a positive whole number of pixels; packed latents need both"
             )
-    for name, factor in (("scaling_factor", scaling_factor), ("shift_factor", shift_factor)):
-        if factor is not None:
-            parameters[name] = float(factor)
+    numbers = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
+    parameters |= {name: float(number) for name, number in numbers.items() if number is not None}
+    if raw is not None:
+        if not isinstance(raw, bool):
+            raise InvalidOptionError(f"raw: got {raw!r}, expected True, False or None")
+        parameters["raw"] = raw
     assert height is not None
     assert width is not None
     return Request(
@@ -140,6 +178,7 @@ def make_request(
         parameters=parameters,
         priority=priority or 0,
         id=request_id or uuid.uuid4().hex,
+        latent_ids=None if ids is None else ids.detach().cpu().long().contiguous().numpy(),
     )
 
 
@@ -191,8 +230,7 @@ def error_of(status: str, message: str, request: Request, *, model: str, timeout
         name = field_name[0] if field_name else ""
         if name == "memory_limit":
             return MemoryLimitError(message)
-        options = ("format", "quality", "scaling_factor", "shift_factor", "layout", "parameter", "output_type")
-        return InvalidOptionError(message) if name in options else InvalidLatentsError(message)
+        return InvalidOptionError(message) if name in _OPTIONS else InvalidLatentsError(message)
     if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and _LATE in message):
         return DeadlineExceededError(
             f"timeout_s: no answer within {timeout_s:.3g} s {where}; the decode was cancelled. Allow more, or send less"

@@ -1,4 +1,4 @@
-"""The HTTP gateway: diffusers' ``remote_decode`` protocol in front of the Triton model, and a page for people.
+"""The HTTP gateway: diffusers' ``remote_decode`` protocol in front of the Triton models, and a page for people.
 
     python -m fluxvae.serve.gateway --triton 127.0.0.1:8001 --metrics http://127.0.0.1:8002/metrics --port 8080
 
@@ -9,10 +9,12 @@ can read. Not covered here: TLS, and limits by client: put a reverse proxy in fr
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,18 @@ from starlette.types import ASGIApp
 
 from fluxvae import __version__
 from fluxvae.errors import FluxVAEError, InvalidOptionError
-from fluxvae.serve.gateway.decode import DecodeEndpoint
+from fluxvae.serve.gateway.decode import DecodeEndpoint, decode_path
 from fluxvae.serve.gateway.errors import error_body
 from fluxvae.serve.gateway.forward import Readiness, TritonModel, read_metrics
 from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
 from fluxvae.serve.gateway.remote_decode import Limits
+from fluxvae.serve.models import MODEL
 
 __all__ = ["GatewaySettings", "main", "make_app"]
 
+_NAME = re.compile(r"[\w.-]+")
 _OPEN = frozenset({"/healthz", "/readyz"})
 _EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
 
@@ -55,7 +59,8 @@ class GatewaySettings:
     """``host:port``."""
     triton_metrics_url: str | None = None
     """The whole address; None leaves Triton's metrics out of ``/metrics``."""
-    model: str = "vae_decoder"
+    models: Sequence[str] = (MODEL,)
+    """Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
     token: str | None = None
     """What every client must send, but for ``/healthz`` and ``/readyz``; None lets everyone in."""
     max_request_bytes: int = 16 * 2**20
@@ -68,6 +73,8 @@ class GatewaySettings:
     """Decodes under way; as many as the model's queue holds."""
 
     def __post_init__(self) -> None:
+        if not self.models or len(set(self.models)) < len(self.models) or not all(map(_NAME.fullmatch, self.models)):
+            raise InvalidOptionError(f"models: got {', '.join(self.models)!r}, expected names, each once")
         for name in ("max_request_bytes", "max_pixels", "timeout_s", "max_in_flight"):
             if not getattr(self, name) > 0:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
@@ -84,31 +91,37 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     metrics = GatewayMetrics()
     pages = Pages(__version__)
     limits = Limits(max_request_bytes=settings.max_request_bytes, max_pixels=settings.max_pixels)
-    openapi = document(limits, __version__, token=settings.token is not None)
+    openapi = document(limits, __version__, models=settings.models, token=settings.token is not None)
+    first = settings.models[0]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
-        model = TritonModel(settings.triton_grpc_url, settings.model)
-        readiness = Readiness(model)
+        models = {name: TritonModel(settings.triton_grpc_url, name) for name in settings.models}
+        readiness = [Readiness(model) for model in models.values()]
         decode = DecodeEndpoint(
-            model,
+            models,
             limits=limits,
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,
             metrics=metrics,
         )
         try:
-            yield {"model": model, "readiness": readiness, "decode": decode}
+            yield {"models": models, "readiness": readiness, "decode": decode}
         finally:
-            await readiness.close()
-            await model.close()
+            for each in readiness:
+                await each.close()
+            for model in models.values():
+                await model.close()
 
-    async def decode(request: Request) -> Response:
-        endpoint: DecodeEndpoint = request.state.decode
-        return await endpoint(request)
+    def decode_with(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def decode(request: Request) -> Response:
+            endpoint: DecodeEndpoint = request.state.decode
+            return await endpoint(request, name)
+
+        return decode
 
     async def root(request: Request) -> Response:
-        return await decode(request) if request.method == "POST" else pages.main()
+        return await decode_with(first)(request) if request.method == "POST" else pages.main()
 
     async def docs(request: Request) -> Response:
         return pages.docs(openapi)
@@ -120,10 +133,11 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         return JSONResponse({"status": "alive"})
 
     async def readyz(request: Request) -> Response:
-        reason = await request.state.readiness.reason_against()
-        if reason is None:
+        reasons = await asyncio.gather(*(each.reason_against() for each in request.state.readiness))
+        against = [f"{name}: {why}" for name, why in zip(settings.models, reasons, strict=True) if why is not None]
+        if not against:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "1"})
+        return JSONResponse({"status": "not ready", "reason": "; ".join(against)}, 503, {"Retry-After": "1"})
 
     async def metrics_page(request: Request) -> Response:
         theirs = await read_metrics(settings.triton_metrics_url) if settings.triton_metrics_url else None
@@ -133,9 +147,11 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         )
 
     async def info(request: Request) -> Response:
-        facts = await request.state.model.facts()
+        facts = {name: await model.facts() for name, model in request.state.models.items()}
+        models = {name: {**of_it, "path": decode_path(name)} for name, of_it in facts.items()}
         limited = {name: getattr(settings, name) for name in ("max_request_bytes", "max_pixels", "timeout_s")}
-        return JSONResponse({"fluxvae": __version__, **facts, "limits": limited, "examples": list(_EXAMPLES)})
+        known = {"fluxvae": __version__, **facts[first], "models": models, "limits": limited}
+        return JSONResponse({**known, "examples": list(_EXAMPLES)})
 
     async def example(request: Request) -> Response:
         path = _EXAMPLES.get(request.path_params["name"])
@@ -146,7 +162,8 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     app = Starlette(
         routes=[
             Route("/", root, methods=["GET", "POST"]),
-            Route("/decode", decode, methods=["POST"]),
+            Route("/decode", decode_with(first), methods=["POST"]),
+            *(Route(decode_path(name), decode_with(name), methods=["POST"]) for name in settings.models),
             Route("/docs", docs),
             Route("/openapi.json", openapi_json),
             Route("/healthz", healthz),
@@ -193,13 +210,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; requests under way get ``--drain`` seconds to finish."""
     parser = argparse.ArgumentParser(
         prog="python -m fluxvae.serve.gateway",
-        description="HTTP gateway to the vae_decoder model on Triton: diffusers' remote_decode protocol, and a page.",
+        description="HTTP gateway to fluxvae's models on Triton: diffusers' remote_decode protocol, and a page.",
         epilog="FLUXVAE_TOKEN in the environment: what every client must send as 'Authorization: Bearer TOKEN'.",
     )
     defaults = GatewaySettings(triton_grpc_url="127.0.0.1:8001")
     parser.add_argument("--triton", default=defaults.triton_grpc_url, help="host:port of Triton's gRPC (%(default)s)")
     parser.add_argument("--metrics", help="address of Triton's metrics, such as http://127.0.0.1:8002/metrics")
-    parser.add_argument("--model", default=defaults.model, help="default: %(default)s")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME", help=f"repeatable; the first is at / and /decode too ({MODEL})"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
     parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
@@ -215,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = GatewaySettings(
             triton_grpc_url=args.triton,
             triton_metrics_url=args.metrics,
-            model=args.model,
+            models=args.model or defaults.models,
             token=os.environ.get("FLUXVAE_TOKEN"),
             max_request_bytes=args.max_request_bytes,
             max_pixels=args.max_pixels,

@@ -10,19 +10,22 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from fluxvae.errors import UnavailableError
+from fluxvae.engine.preview import PREVIEW_NOTE
+from fluxvae.errors import InvalidLatentsError, UnavailableError
 from fluxvae.serve.gateway.errors import RequestTimeout, UnsupportedMedia
+from fluxvae.serve.gateway.families import family_of
 from fluxvae.serve.gateway.forward import TritonModel
 from fluxvae.serve.gateway.http import CLIENT_GONE, GatewayMetrics, request_id_of
 from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, wrong_length
+from fluxvae.serve.models import vae_class_of
 
-__all__ = ["DecodeEndpoint"]
+__all__ = ["DecodeEndpoint", "decode_path"]
 
 _T = TypeVar("_T")
 _BODY_TYPES = ("tensor/binary", "application/octet-stream")
@@ -32,37 +35,48 @@ class _ClientGone(Exception):
     """Nobody waits for the answer."""
 
 
+def decode_path(model: str) -> str:
+    """Where a model is served."""
+    return f"/models/{model}/decode"
+
+
 class DecodeEndpoint:
-    """``POST /decode``, and ``POST /``, which is where remote_decode's endpoints live.
+    """``POST`` to a model's `decode_path`; to the first's also at ``/decode`` and ``/``, remote_decode's usual address.
 
     Args:
-        model: decodes.
+        models: decode; by name.
         limits: of one request.
         timeout_s: from the request's start to its answer.
-        max_in_flight: requests at a time; each may hold a body and an answer in memory.
+        max_in_flight: requests to all models at a time; each may hold a body and an answer in memory.
         metrics: counts.
     """
 
     def __init__(
-        self, model: TritonModel, *, limits: Limits, timeout_s: float, max_in_flight: int, metrics: GatewayMetrics
+        self,
+        models: Mapping[str, TritonModel],
+        *,
+        limits: Limits,
+        timeout_s: float,
+        max_in_flight: int,
+        metrics: GatewayMetrics,
     ) -> None:
-        self._model = model
+        self._models = models
         self._limits = limits
         self._timeout_s = timeout_s
         self._max_in_flight = max_in_flight
         self._metrics = metrics
         self._in_flight = 0
 
-    async def __call__(self, request: Request) -> Response:
-        """Answer one request; errors are raised, for the app's handlers."""
-        asked = self._read_head(request)
+    async def __call__(self, request: Request, name: str) -> Response:
+        """Answer one request to the model of this name; errors are raised, for the app's handlers."""
+        asked = self._read_head(request, vae_class_of(name))
         with self._counted():
             try:
-                return await self._decode(request, asked)
+                return await self._decode(request, asked, self._models[name])
             except _ClientGone:
                 return Response(status_code=CLIENT_GONE)
 
-    def _read_head(self, request: Request) -> Asked:
+    def _read_head(self, request: Request, vae_class: str) -> Asked:
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() not in _BODY_TYPES:
             raise UnsupportedMedia(
@@ -72,27 +86,38 @@ class DecodeEndpoint:
             raise UnsupportedMedia(
                 f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are"
             )
-        asked = parse(request.query_params.multi_items(), request.headers.get("accept", ""), self._limits)
+        asked = parse(request.query_params.multi_items(), request.headers.get("accept", ""), self._limits, vae_class)
         announced = request.headers.get("content-length")
         if announced is not None and announced != str(asked.nbytes):
             raise wrong_length(f"a Content-Length of {announced[:20]}", asked)
         return asked
 
-    async def _decode(self, request: Request, asked: Asked) -> Response:
+    async def _decode(self, request: Request, asked: Asked, model: TritonModel) -> Response:
         start = time.perf_counter()
         body = await self._read_body(request, asked, start + self._timeout_s)
         received = time.perf_counter()
         # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
-        latents = await asyncio.to_thread(read_latents, asked, body)
+        try:
+            latents = await asyncio.to_thread(read_latents, asked, body)
+        except InvalidLatentsError as error:
+            raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
         checked = time.perf_counter()
         remaining = start + self._timeout_s - checked
-        decode = self._model.decode(asked, latents, request_id=request_id_of(request), timeout_s=max(remaining, 1e-3))
+        decode = model.decode(asked, latents, request_id=request_id_of(request), timeout_s=max(remaining, 1e-3))
         answer = await _while_connected(request, decode)
         phases = {"body": received - start, "check": checked - received, "triton": time.perf_counter() - checked}
         headers = {"Server-Timing": ", ".join(f"{name};dur={1e3 * took:.1f}" for name, took in phases.items())}
-        if latents.warning is not None:
-            headers["X-Fluxvae-Warning"] = latents.warning
+        if warnings := [text for text in (latents.warning, PREVIEW_NOTE if model.approximate else None) if text]:
+            headers["X-Fluxvae-Warning"] = "; ".join(warnings)
         return _response(asked, answer, headers)
+
+    def _elsewhere(self, asked: Asked) -> str:
+        """Which address decodes latents of this shape, where it is another model's."""
+        family = family_of(asked.shape)
+        if family is None or asked.vae_class in (family, "AutoencoderTiny"):
+            return ""
+        paths = [decode_path(name) for name in self._models if vae_class_of(name) == family]
+        return f". This server decodes such latents at {paths[0]}" if paths else ""
 
     async def _read_body(self, request: Request, asked: Asked, deadline: float) -> bytearray:
         """The whole body, and never more than was announced."""

@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 from fluxvae.errors import DeadlineExceededError, FluxVAEError, UnavailableError
 from fluxvae.serve.gateway.errors import BadGateway, InvalidRequest, ServerError
 from fluxvae.serve.gateway.remote_decode import Asked, Latents
+from fluxvae.serve.models import vae_class_of
 
 __all__ = ["Readiness", "TritonModel", "read_metrics"]
 
@@ -57,6 +58,8 @@ class TritonModel:
     def __init__(self, url: str, name: str) -> None:
         self.url = url
         self.name = name
+        self.approximate = vae_class_of(name) == "AutoencoderTiny"
+        """Its pictures are previews."""
         self.last_success: float | None = None
         """When the last decode answered, by ``time.monotonic``."""
         self._client = triton.InferenceServerClient(url, channel_args=list(_CHANNEL))
@@ -80,6 +83,8 @@ class TritonModel:
         for factor in ("scaling_factor", "shift_factor"):
             if (value := getattr(asked, factor)) is not None:
                 parameters[factor] = float(value)
+        if asked.raw is not None:
+            parameters["raw"] = asked.raw
         answer = await self._infer(
             latents.array,
             latents.height,
@@ -97,9 +102,9 @@ class TritonModel:
         Raises:
             FluxVAEError: it did not answer, or not with pixels.
         """
-        latents = np.zeros((1, 1, 64), np.float32)
+        latents, parameters = np.zeros((1, 1, 1), np.float32), {"probe": True}  # whatever the model's features are
         answer = await self._infer(
-            latents, 16, 16, "images", {}, request_id="readyz", timeout_s=timeout_s, priority=_FIRST
+            latents, 16, 16, "images", parameters, request_id="readyz", timeout_s=timeout_s, priority=_FIRST
         )
         if answer.shape != (1, 16, 16, 3):
             raise BadGateway(f"model {self.name}: a probe of 16x16 pixels answered with shape {answer.shape}")
@@ -119,6 +124,8 @@ class TritonModel:
         settings = {name: value.get("string_value", "") for name, value in config.get("parameters", {}).items()}
         return {
             "model": self.name,
+            "vae_class": vae_class_of(self.name),
+            "approximate": self.approximate,
             "triton": server.get("version", ""),
             "max_batch_size": int(config.get("max_batch_size", 0)),
             "settings": {name: value for name, value in sorted(settings.items()) if value and not name.isupper()},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from fluxvae.serve.gateway.decode import decode_path
 from fluxvae.serve.gateway.remote_decode import PARAMETERS, Limits
+from fluxvae.serve.models import MODEL, vae_class_of
 
 __all__ = ["document"]
 
@@ -22,12 +25,13 @@ _ERRORS = {
 }
 
 
-def document(limits: Limits, version: str, *, token: bool) -> dict[str, Any]:
+def document(limits: Limits, version: str, *, models: Sequence[str] = (MODEL,), token: bool) -> dict[str, Any]:
     """The document.
 
     Args:
         limits: what a request may ask for.
         version: fluxvae's.
+        models: the names of those that are served, the first at ``/`` too.
         token: whether clients must send one.
     """
     pages = {
@@ -57,9 +61,11 @@ def document(limits: Limits, version: str, *, token: bool) -> dict[str, Any]:
     }
     paths["/"] = {
         "get": {"summary": "A page for people.", "responses": {"200": {"description": "HTML"}}},
-        "post": _decode(limits),
+        "post": _decode(limits, models[0]),
     }
-    paths["/decode"] = {"post": _decode(limits)}
+    paths["/decode"] = {"post": _decode(limits, models[0])}
+    for model in models:
+        paths[decode_path(model)] = {"post": _decode(limits, model)}
     schemes = {"token": {"type": "http", "scheme": "bearer"}, "address": {"type": "http", "scheme": "basic"}}
     return {
         "openapi": "3.1.0",
@@ -85,7 +91,14 @@ _ERROR_SCHEMA: dict[str, Any] = {
 }
 
 
-def _decode(limits: Limits) -> dict[str, Any]:
+_TAKES = {
+    "AutoencoderKL": "latents of FLUX.1 and its borrowers, packed with 64 features",
+    "AutoencoderKLFlux2": "latents of FLUX.2, packed row by row with 128 features",
+    "AutoencoderTiny": "an approximate preview; packed latents with the features of its model",
+}
+
+
+def _decode(limits: Limits, model: str) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {
             "name": name,
@@ -104,7 +117,7 @@ def _decode(limits: Limits) -> dict[str, Any]:
         parameters.append({"name": name, "in": "header", "description": description, "schema": {"type": "string"}})
     json_error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
-        "summary": "Decode latents: diffusers' remote_decode.",
+        "summary": f"Decode latents with {model} ({_TAKES[vae_class_of(model)]}): diffusers' remote_decode.",
         "description": f"The body is the latents' raw little-endian bytes, exactly as many as shape and dtype say, at "
         f"most {limits.max_request_bytes}; the images have at most {limits.max_pixels} pixels together.",
         "parameters": parameters,
@@ -120,7 +133,10 @@ def _decode(limits: Limits) -> dict[str, Any]:
                     "dtype": {"description": "float32 or uint8; tensors only.", "schema": {"type": "string"}},
                     "X-Request-ID": {"schema": {"type": "string"}},
                     "Server-Timing": {"description": "Milliseconds by phase.", "schema": {"type": "string"}},
-                    "X-Fluxvae-Warning": {"description": "A size was floored.", "schema": {"type": "string"}},
+                    "X-Fluxvae-Warning": {
+                        "description": "A size was floored, or it is a preview.",
+                        "schema": {"type": "string"},
+                    },
                 },
                 "content": {"tensor/binary": _BINARY, "image/jpeg": _BINARY, "image/png": _BINARY},
             },

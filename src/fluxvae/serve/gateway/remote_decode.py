@@ -1,7 +1,8 @@
 """The wire protocol of diffusers' ``remote_decode`` (``diffusers.utils.remote_utils``), as pure functions.
 
 A request is a query string, a few headers and the latents' raw little-endian bytes; `parse` reads the former and
-`read_latents` the latter. Nothing here knows HTTP or Triton.
+`read_latents` the latter. Nothing here knows HTTP or Triton. What a model expects
+of the latents follows from the class of its checkpoint (`fluxvae.serve.models`).
 
 What the query cannot say is read from ``Accept``, as the client means it: with ``output_type=pil``, ``image/png`` and
 ``image/jpeg`` (and anything else) want an encoded picture, ``tensor/binary`` wants the tensor that the client's own
@@ -21,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latents import LatentFormat, SizeFlooredWarning
+from fluxvae.latents import SizeFlooredWarning
 from fluxvae.serve.gateway.errors import TooLarge
+from fluxvae.serve.gateway.families import PATCH_CHANNELS, format_of, has_factors, read_raw
 
 __all__ = ["DTYPES", "PARAMETERS", "Asked", "Latents", "Limits", "Parameter", "parse", "read_latents"]
 
@@ -48,7 +50,8 @@ PARAMETERS: dict[str, Parameter] = {
     "shape": Parameter(
         {"type": "array", "items": _WHOLE, "minItems": 3, "maxItems": 4},
         "Of the latents, repeated once for each dimension: packed (batch, patches, 64) or unpacked "
-        "(batch, 16, height/8, width/8).",
+        "(batch, 16, height/8, width/8); FLUX.2's are (batch, patches, 128), (batch, 128, height/16, width/16) or "
+        "(batch, 32, height/8, width/8).",
         required=True,
     ),
     "dtype": Parameter({"enum": list(DTYPES)}, "Of the latents.", required=True),
@@ -67,14 +70,16 @@ PARAMETERS: dict[str, Parameter] = {
         {"enum": ["jpg", "png"], "default": "jpg"}, "Of an encoded picture; jpg is lossy (quality 95)."
     ),
     "scaling_factor": Parameter(
-        {"type": "number"}, "Latents are divided by it. Left out: they are taken as raw, unless do_scaling=True."
+        {"type": "number"},
+        "FLUX.1's: latents are divided by it. Left out: they are raw, unless do_scaling=True.",
     ),
     "shift_factor": Parameter(
-        {"type": "number"}, "Added after that. Left out: nothing is added, unless do_scaling=True."
+        {"type": "number"}, "FLUX.1's: added after that. Left out: nothing is added, unless do_scaling=True."
     ),
     "do_scaling": Parameter(
         {"enum": ["True", "False"], "default": "False"},
-        "True: factors that are left out are the checkpoint's own. diffusers calls it deprecated.",
+        "True: what is left out is the checkpoint's own, be it factors or FLUX.2's statistics. Previews need it. "
+        "diffusers calls it deprecated, and sends it where no factors are given.",
     ),
     "input_tensor_type": Parameter({"enum": ["binary"], "default": "binary"}, "Older clients send it."),
     "output_tensor_type": Parameter({"enum": ["binary"], "default": "binary"}, "Older clients send it."),
@@ -101,9 +106,13 @@ class Asked:
     """The Triton model's output: ``images``, ``images_pt``, ``images_raw`` or ``images_encoded``."""
     image_format: str
     """``jpeg`` or ``png``: the model's words."""
+    vae_class: str
+    """Of the model that is asked."""
     scaling_factor: float | None
-    """None: the checkpoint's own."""
+    """None: the checkpoint's own, where it has any."""
     shift_factor: float | None
+    raw: bool | None
+    """Of FLUX.2: nothing is rescaled."""
 
     @property
     def nbytes(self) -> int:
@@ -120,7 +129,7 @@ class Latents(NamedTuple):
     """Latents as the Triton model takes them, and what they will decode to."""
 
     array: NDArray[np.float32]
-    """Packed (B, N, 64), or unpacked (B, 16, lh * lw)."""
+    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); of FLUX.2 with 128, and 32 or 128."""
     height: int
     """Pixels: of the image for unpacked latents, as asked for packed ones (the model floors them)."""
     width: int
@@ -130,13 +139,14 @@ class Latents(NamedTuple):
     """That the size will be floored, for the client to read."""
 
 
-def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits) -> Asked:
+def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits, vae_class: str = "AutoencoderKL") -> Asked:
     """Read the query string and ``Accept``.
 
     Args:
         query: decoded names and values, repeated ones each.
         accept: the header; ``""`` where there is none.
         limits: nothing larger gets as far as a body.
+        vae_class: of the model that is asked.
 
     Raises:
         InvalidOptionError: a parameter is unknown, missing, repeated or has a wrong value, or two contradict.
@@ -151,7 +161,7 @@ def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits) -> Aske
         )
     for name in ("input_tensor_type", "output_tensor_type"):
         _choice(given, name)
-    scaling_factor, shift_factor = _factors(given)
+    scaling_factor, shift_factor, raw = _rescaling(given, vae_class)
     asked = Asked(
         shape=_shape(shape),
         dtype=_choice(given, "dtype"),
@@ -159,8 +169,10 @@ def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits) -> Aske
         width=_pixels(given, "width"),
         output=_output(output_type, _flag(given, "partial_postprocess"), accept),
         image_format={"jpg": "jpeg", "png": "png"}[_choice(given, "image_format")],
+        vae_class=vae_class,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
+        raw=raw,
     )
     _check_limits(asked, limits)
     if asked.output == "images_encoded" and asked.shape[0] != 1:
@@ -190,10 +202,10 @@ def read_latents(asked: Asked, body: bytearray) -> Latents:
     if len(body) != asked.nbytes:
         raise wrong_length(f"{len(body)} bytes", asked)
     latents = torch.frombuffer(body, dtype=DTYPES[asked.dtype]).reshape(asked.shape)
-    form = LatentFormat()  # FLUX.1's, the only one the model serves
+    form = format_of(asked.vae_class, asked.shape)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SizeFlooredWarning)
-        height, width = form.check(latents, asked.height, asked.width)
+        height, width = form.check(latents, asked.height, asked.width, raw=asked.raw)
     latents = latents.float()
     scaling = form.scaling_factor if asked.scaling_factor is None else asked.scaling_factor
     shift = form.shift_factor if asked.shift_factor is None else asked.shift_factor
@@ -284,11 +296,14 @@ def _number(given: dict[str, str], name: str) -> float | None:
     return value
 
 
-def _factors(given: dict[str, str]) -> tuple[float | None, float | None]:
-    """(scaling_factor, shift_factor) for the model, where None is the checkpoint's own.
+def _rescaling(given: dict[str, str], vae_class: str) -> tuple[float | None, float | None, bool | None]:
+    """(scaling_factor, shift_factor, raw) for the model, where None is the checkpoint's own, or none.
 
     The client leaves out what was already applied, and says ``do_scaling=True`` where the server's are wanted.
     """
+    if not has_factors(vae_class):
+        _flag(given, "do_scaling")  # its value is checked
+        return None, None, read_raw(given, vae_class)
     scaling, shift = _number(given, "scaling_factor"), _number(given, "shift_factor")
     if scaling is not None and not 1 / _LARGEST_SCALING <= abs(scaling) <= _LARGEST_SCALING:
         raise InvalidOptionError(
@@ -296,13 +311,13 @@ def _factors(given: dict[str, str]) -> tuple[float | None, float | None]:
             f"{_LARGEST_SCALING:g}: latents are divided by it (FLUX.1: 0.3611)"
         )
     if _flag(given, "do_scaling"):
-        return scaling, shift
+        return scaling, shift, None
     if "do_scaling" in given and (scaling is not None or shift is not None):
         raise InvalidOptionError(
             "do_scaling: got False together with scaling_factor or shift_factor, which contradict it; send one or the "
             "other"
         )
-    return 1.0 if scaling is None else scaling, 0.0 if shift is None else shift
+    return 1.0 if scaling is None else scaling, 0.0 if shift is None else shift, None
 
 
 def _output(output_type: str, partial_postprocess: bool, accept: str) -> str:
@@ -319,7 +334,8 @@ def _check_limits(asked: Asked, limits: Limits) -> None:
             f"{limits.max_request_bytes} this gateway takes; send fewer images in a request, or 16-bit latents"
         )
     batch, *rest = asked.shape
-    pixels = batch * (rest[0] * _PIXELS_PER_PATCH if asked.packed else rest[1] * rest[2] * _PIXELS_PER_LATENT)
+    each = _PIXELS_PER_PATCH if rest[0] == PATCH_CHANNELS else _PIXELS_PER_LATENT
+    pixels = batch * (rest[0] * _PIXELS_PER_PATCH if asked.packed else rest[1] * rest[2] * each)
     if pixels > limits.max_pixels:
         raise TooLarge(
             f"shape: got {asked.shape}, which decode to {pixels} pixels, more than the {limits.max_pixels} this "

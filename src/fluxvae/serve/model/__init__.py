@@ -1,1 +1,1 @@
-"""What the Triton model is made of: ``triton_models/vae_decoder/1/model.py`` only joins these parts."""
+"""What the Triton models are made of; `triton_model` joins the parts, all folders of ``triton_models`` import it."""

@@ -14,6 +14,7 @@ import torch
 from fluxvae.decoder import Decoder
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Plan
+from fluxvae.engine.preview import PreviewEngine
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import MemoryLimitError, UnavailableError
 from fluxvae.serve.model.answering import is_out_of_memory
@@ -45,7 +46,7 @@ class MemoryBudget:
         Raises:
             MemoryLimitError: no plan fits.
         """
-        if not isinstance(self._decoder.engine, ExactEngine):
+        if not isinstance(self._decoder.engine, (ExactEngine, PreviewEngine)):
             return None
         # To plan takes longer than to decode the smallest images, so plans are kept. One that was cut to what was free
         # at its time is not: there may be more now, or less.
@@ -117,14 +118,19 @@ def decode_jobs(decoder: Decoder, jobs: Sequence[Job], cancel: Callable[[], bool
         FluxVAEError: as ``decode_raw``. Whatever else it raises, out of memory included, is passed on.
     """
     first = jobs[0]
+    asked = first.parameters
 
     def attempt() -> torch.Tensor:
+        ids = [job.latent_ids for job in jobs if job.latent_ids is not None]  # of all or of none: they share a key
         return decoder.decode_raw(
             first.latents if len(jobs) == 1 else torch.cat([job.latents for job in jobs]),
             height=first.height,
             width=first.width,
-            scaling_factor=first.parameters.scaling_factor,
-            shift_factor=first.parameters.shift_factor,
+            latent_ids=torch.cat(ids) if ids else None,
+            scaling_factor=asked.scaling_factor,
+            shift_factor=asked.shift_factor,
+            batch_norm_eps=asked.batch_norm_eps,
+            raw=asked.raw,
             cancel=cancel,
         )
 

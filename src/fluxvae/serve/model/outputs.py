@@ -17,12 +17,13 @@ OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
 _TYPES: dict[str, OutputType] = {"images": "uint8", "images_np": "np", "images_pt": "pt"}
 
 
-def make_outputs(job: Job, image: torch.Tensor) -> dict[str, Any]:
+def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -> dict[str, Any]:
     """The arrays that ``job`` asked for, C-contiguous, by the output's name.
 
     Args:
         job: whose image it is.
         image: (B, 3, H, W), about [-1, 1], on any device.
+        comment: for the metadata of encoded files: that the picture is approximate.
     """
     names = job.outputs
     arrays: dict[str, Any] = {}
@@ -31,7 +32,8 @@ def make_outputs(job: Job, image: torch.Tensor) -> dict[str, Any]:
         if "images" in names:
             arrays["images"] = pixels
         if "images_encoded" in names:
-            files = [[encode(one, job.parameters.format, job.parameters.quality)] for one in pixels]
+            asked = job.parameters
+            files = [[encode(one, asked.format, asked.quality, comment=comment)] for one in pixels]
             arrays["images_encoded"] = np.array(files, dtype=np.object_)
     if "images_np" in names:
         arrays["images_np"] = postprocess(image, "np")

@@ -1,8 +1,9 @@
 """What one request to the Triton model asks for, read and checked before any work.
 
-A request carries latents, one height and one width for each of its B rows, and parameters. Latents are packed,
-(B, N, 64), or with the parameter ``layout="unpacked"`` raw latent images whose last two dimensions are flattened,
-(B, 16, lh * lw): the same input can carry both, and odd lh and lw exist only unpacked.
+A request carries latents, one height and one width for each of its B rows, parameters, and for FLUX.2 perhaps position
+ids. Latents are packed, (B, N, 64) for FLUX.1 and (B, N, 128) for FLUX.2, or with the parameter ``layout="unpacked"``
+latent images whose last two dimensions are flattened, (B, 16, lh * lw): the same input can carry both, and odd lh and
+lw exist only unpacked.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class _Decoder(Protocol):
     @property
     def format(self) -> LatentFormat: ...
 
-    def check(self, latents: torch.Tensor, *, height: int, width: int) -> tuple[int, int]: ...
+    def check(
+        self, latents: torch.Tensor, *, height: int, width: int, latent_ids: torch.Tensor | None, raw: bool | None
+    ) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,11 @@ class Parameters:
     quality: int | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
+    batch_norm_eps: float | None = None
+    raw: bool | None = None
     layout: str = "packed"
+    probe: bool = False
+    """Decode zeros in the model's own format, whatever the latents are: for health checks that know no format."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,13 +74,15 @@ class Job:
     index: int
     """Its place among the requests of one ``execute``."""
     latents: torch.Tensor
-    """Packed (B, N, 64), or unpacked (B, 16, lh, lw)."""
+    """Packed (B, N, 4*C), or unpacked (B, C, lh, lw), or FLUX.2's patches (B, 4*C, gh, gw)."""
     height: int
     """Pixels that will be decoded: already floored to the grid."""
     width: int
     parameters: Parameters
     outputs: Set[str] = frozenset({"images"})
     """The names of the outputs that were asked for."""
+    latent_ids: torch.Tensor | None = None
+    """(B, N, 4), of FLUX.2's packed latents: where each token belongs; None: row by row."""
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -82,7 +91,9 @@ class Job:
         The number of patches is not enough: 512x1024 and 1024x512 have the same.
         """
         asked = self.parameters
-        return (self.height, self.width, asked.layout, asked.scaling_factor, asked.shift_factor)
+        with_ids = self.latent_ids is not None  # each row brings its own, or none does
+        factors = (asked.scaling_factor, asked.shift_factor, asked.batch_norm_eps, asked.raw)
+        return (self.height, self.width, tuple(self.latents.shape[1:]), with_ids, *factors)
 
     @property
     def rows(self) -> int:
@@ -107,9 +118,12 @@ def read_parameters(text: str) -> Parameters:
         raise InvalidOptionError(
             f"parameter {unknown[0]!r}: unknown, expected one of {', '.join(Parameters.__dataclass_fields__)}"
         )
-    for name in ("scaling_factor", "shift_factor"):
+    for name in ("scaling_factor", "shift_factor", "batch_norm_eps"):
         if name in own:
             own[name] = _number(name, own[name])
+    for name in ("raw", "probe"):
+        if not isinstance(own.get(name, False), bool):
+            raise InvalidOptionError(f"{name}: got {own[name]!r}, expected true or false")
     if own.get("scaling_factor") == 0:
         raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
     parameters = Parameters(**own)
@@ -133,6 +147,7 @@ def read_job(
     parameters: str,
     outputs: Set[str] = frozenset({"images"}),
     *,
+    latent_ids: NDArray[np.int64] | None = None,
     decoder: _Decoder,
     max_pixels: int,
 ) -> Job:
@@ -159,15 +174,23 @@ def read_job(
             f"pixels, more than the {max_pixels} this server allows in one request; send fewer rows in a request, or "
             "raise max_pixels in the model's config.pbtxt"
         )
+    form = decoder.format
     tensor = torch.from_numpy(latents)
-    if asked.layout == "unpacked":
-        tensor = _unflatten(tensor, height, width, decoder.format.vae_scale_factor)
-    height, width = decoder.check(tensor, height=height, width=width)
-    return Job(index=index, latents=tensor, height=height, width=width, parameters=asked, outputs=outputs)
+    ids = None if latent_ids is None else torch.from_numpy(latent_ids)
+    if asked.probe:
+        tensor = torch.zeros(*latents.shape[:2], form.packed_features)
+    elif asked.layout == "unpacked":
+        in_patches = form.flux2 and latents.shape[1] == 4 * form.channels
+        tensor = _unflatten(tensor, height, width, form.packed_multiple if in_patches else form.vae_scale_factor)
+    height, width = decoder.check(tensor, height=height, width=width, latent_ids=ids, raw=asked.raw)
+    form.check_options(asked.scaling_factor, asked.shift_factor, asked.batch_norm_eps, asked.raw)
+    return Job(
+        index=index, latents=tensor, height=height, width=width, parameters=asked, outputs=outputs, latent_ids=ids
+    )
 
 
 def _unflatten(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
-    """(B, C, lh * lw) to (B, C, lh, lw); nothing is floored, since every unpacked size can be said exactly."""
+    """(B, C, rows * columns) to (B, C, rows, columns); nothing is floored: every unpacked size can be said exactly."""
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % scale:
             raise InvalidLatentsError(
@@ -180,7 +203,7 @@ def _unflatten(latents: torch.Tensor, height: int, width: int, scale: int) -> to
         raise InvalidLatentsError(
             f"latents: got {values} values per channel, shape {tuple(latents.shape)}, with layout unpacked; expected "
             f"{lh} x {lw} = {lh * lw} for {height}x{width} (height x width): flatten the last two dimensions of "
-            "(batch, channels, height/8, width/8)"
+            f"(batch, channels, height/{scale}, width/{scale})"
         )
     return latents.reshape(*latents.shape[:2], lh, lw)
 

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 
 from fluxvae.decoder import Decoder
-from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.outputs import OUTPUTS, make_outputs
 from fluxvae.serve.model.requests import Job, Parameters
+from fluxvae.serve.models import MODELS
 
 __all__ = ["Settings", "check_tensor_exchange", "warm_up"]
 
-_ENVIRONMENT = {
-    "checkpoint": "FLUXVAE_CHECKPOINT",
-    "device": "FLUXVAE_DEVICE",
-    "memory_limit": "FLUXVAE_MEMORY_LIMIT",
+_ENVIRONMENT = {"device": "FLUXVAE_DEVICE", "memory_limit": "FLUXVAE_MEMORY_LIMIT"}
+_CHECKPOINTS = {
+    "AutoencoderKLFlux2": "FLUXVAE_FLUX2_CHECKPOINT",
+    "AutoencoderTiny": "FLUXVAE_PREVIEW_CHECKPOINT",
 }
+"""By ``vae_class``: one environment serves several models; of any other class it is FLUXVAE_CHECKPOINT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,10 @@ class Settings:
     """The ``parameters`` of ``config.pbtxt``; None leaves the choice to `fluxvae.Decoder`."""
 
     checkpoint: str = "demo"
+    vae_class: str | None = None
+    """The class in diffusers that the checkpoint must be of; None: any."""
+    approximate: bool = False
+    """Pictures may be previews: without it no ``AutoencoderTiny`` is served."""
     revision: str | None = None
     device: str = "auto"
     dtype: str | None = None
@@ -51,7 +57,8 @@ class Settings:
 
         Args:
             parameters: ``model_config["parameters"]``. An empty value is the default.
-            environ: its FLUXVAE_CHECKPOINT, FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file.
+            environ: its FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file, and so does its FLUXVAE_CHECKPOINT,
+                or what `_CHECKPOINTS` has in its place.
             kind, device_id: of the instance. An automatic device is the one Triton gave to the instance.
 
         Raises:
@@ -66,8 +73,17 @@ class Settings:
             raise InvalidOptionError(
                 f"config.pbtxt: unknown parameter {unknown[0]!r}, expected one of {', '.join(cls.__dataclass_fields__)}"
             )
-        given |= {name: environ[variable] for name, variable in _ENVIRONMENT.items() if environ.get(variable)}
+        variables = {"checkpoint": _CHECKPOINTS.get(given.get("vae_class", ""), "FLUXVAE_CHECKPOINT"), **_ENVIRONMENT}
+        given |= {name: environ[variable] for name, variable in variables.items() if environ.get(variable)}
         values: dict[str, Any] = {name: text for name, text in given.items() if text}
+        if values.get("vae_class") in _CHECKPOINTS and "checkpoint" not in values:
+            raise CheckpointError(
+                f"checkpoint: none is set, and none for {values['vae_class']} ships; set the parameter checkpoint in "
+                f"config.pbtxt or {variables['checkpoint']}, or load other models only (--model-control-mode=explicit "
+                "--load-model=vae_decoder)"
+            )
+        if "approximate" in values:
+            values["approximate"] = _flag("approximate", values["approximate"])
         for name in ("max_pixels", "threads"):
             if name in values:
                 values[name] = _positive(name, values[name])
@@ -81,6 +97,32 @@ class Settings:
         """Keywords for ``Decoder.from_pretrained``: those that were set."""
         names = ("revision", "device", "dtype", "engine", "memory_limit")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def check(self, decoder: Decoder) -> None:
+        """Whether the checkpoint is what this model is for.
+
+        Raises:
+            CheckpointError: of another class than ``vae_class``.
+            InvalidOptionError: a preview, which was not called approximate.
+        """
+        found = type(decoder.vae).__name__
+        if self.vae_class not in (None, found):
+            served = next((name for name, wanted in MODELS.items() if wanted == found), None)
+            raise CheckpointError(
+                f"checkpoint: {self.checkpoint} is {found}, expected {self.vae_class} for this model"
+                + (f"; serve it as {served}" if served else "")
+            )
+        if decoder.approximate and not self.approximate:
+            raise InvalidOptionError(
+                f"approximate: got false, but {self.checkpoint} is {found}, whose pictures are approximate; set the "
+                "parameter approximate to true, or serve the full VAE"
+            )
+
+
+def _flag(name: str, text: str) -> bool:
+    if text not in ("true", "false"):
+        raise InvalidOptionError(f"config.pbtxt: {name}: got {text!r}, expected true or false")
+    return text == "true"
 
 
 def _positive(name: str, text: str) -> int:

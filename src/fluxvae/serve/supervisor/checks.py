@@ -35,11 +35,12 @@ def check_numpy(installation: Installation) -> None:
         )
 
 
-def check_shared_memory(max_pixels: int, folder: Path = _SHM) -> str | None:
+def check_shared_memory(max_pixels: int, models: int = 1, folder: Path = _SHM) -> str | None:
     """Whether what Triton and its Python process exchange fits.
 
     Args:
         max_pixels: of the largest request.
+        models: how many there are; each has a region of its own, which never shrinks.
 
     Returns:
         A warning, where a large float32 answer would not fit.
@@ -49,14 +50,15 @@ def check_shared_memory(max_pixels: int, folder: Path = _SHM) -> str | None:
     """
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
-    needed = _REGION_GROWTH * (_LATENT_BYTES + _UINT8_BYTES) * max_pixels
+    needed = models * _REGION_GROWTH * (_LATENT_BYTES + _UINT8_BYTES) * max_pixels
     if free < needed:
         raise TritonServerError(
-            f"shared memory: {folder} has {_mb(free)} free, and requests of {max_pixels} pixels need {_mb(needed)}; "
+            f"shared memory: {folder} has {_mb(free)} free, and requests of {max_pixels} pixels to "
+            f"{models} model{'s' if models > 1 else ''} need {_mb(needed)}; "
             "give it more (docker run --shm-size=2g; in Kubernetes an emptyDir of medium Memory on /dev/shm), or lower "
             "--max-pixels"
         )
-    roomy = _REGION_GROWTH * (_LATENT_BYTES + _FLOAT_BYTES) * max_pixels
+    roomy = models * _REGION_GROWTH * (_LATENT_BYTES + _FLOAT_BYTES) * max_pixels
     if free < roomy:
         return (
             f"shared memory: {folder} has {_mb(free)} free; float32 outputs of {max_pixels} pixels would need "

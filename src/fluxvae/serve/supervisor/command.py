@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fluxvae import __version__
 from fluxvae.errors import InvalidOptionError
+from fluxvae.serve.models import MODELS
 from fluxvae.serve.supervisor.checks import is_loopback
 from fluxvae.serve.supervisor.supervisor import ServeSettings, Supervisor
 
@@ -72,7 +73,7 @@ def _run(settings: ServeSettings, signals: list[int], follow_logs: bool) -> int:
 
     supervisor = Supervisor(settings, report=report)
     console.print(f"fluxvae {__version__} with tritonserver at {supervisor.installation}", markup=False)
-    for warning in settings.check_exposure(supervisor.installation):
+    for warning in [*settings.check_exposure(supervisor.installation), *settings.check_memory()]:
         report(f"warning: {warning}")
     try:
         supervisor.launch()
@@ -100,7 +101,7 @@ def _run(settings: ServeSettings, signals: list[int], follow_logs: bool) -> int:
 
 def _wait_ready(supervisor: Supervisor, console: Console, signals: list[int]) -> bool:
     started = time.monotonic()
-    what = f"loading {supervisor.settings.checkpoint} and decoding a first time"
+    what = f"loading {', '.join(supervisor.settings.models.values())} and decoding a first time"
     told = 0.0
     with console.status(what) as status:
 
@@ -118,7 +119,9 @@ def _wait_ready(supervisor: Supervisor, console: Console, signals: list[int]) ->
 
 def _announce(supervisor: Supervisor, console: Console) -> None:
     server, settings = supervisor.server, supervisor.settings
-    console.print(f"serving {settings.checkpoint}:", markup=False)
+    for name, checkpoint in settings.models.items():
+        approximate = ", approximate previews" if MODELS[name] == "AutoencoderTiny" else ""
+        console.print(f"serving {checkpoint} as {name}{approximate}", markup=False)
     for name, where in (
         ("gateway", f"{supervisor.url}  (a page, remote_decode, /docs, /healthz, /readyz, /metrics)"),
         ("Triton gRPC", server.grpc_url),

@@ -20,8 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from fluxvae.serve.triton.repository import MODEL
-
 __all__ = ["Answer", "Outcome", "Probe", "Watch", "decode_tiny", "get"]
 
 WORK_S = 0.3
@@ -30,9 +28,10 @@ _DEAD_STUB = "not healthy"
 _TINY = json.dumps(
     {
         "id": "supervisor",
-        "parameters": {"priority": 1},  # it is small, and its own queue is never full
+        # It is small, and its own queue is never full; "probe" is for askers who do not know the model's features.
+        "parameters": {"priority": 1, "probe": True},
         "inputs": [
-            {"name": "latents", "datatype": "FP32", "shape": [1, 1, 64], "data": [0.0] * 64},
+            {"name": "latents", "datatype": "FP32", "shape": [1, 1, 1], "data": [0.0]},
             {"name": "height", "datatype": "INT32", "shape": [1, 1], "data": [16]},
             {"name": "width", "datatype": "INT32", "shape": [1, 1], "data": [16]},
         ],
@@ -59,14 +58,15 @@ class Outcome:
     """No second question is needed."""
 
 
-def decode_tiny(address: str, timeout_s: float) -> Outcome:
+def decode_tiny(address: str, model: str, timeout_s: float) -> Outcome:
     """Decode 16x16 pixels over Triton's HTTP endpoint.
 
     Args:
         address: ``host:port``.
+        model: any of ours.
         timeout_s: for connecting and answering.
     """
-    outcome, body = _request("POST", address, f"/v2/models/{MODEL}/infer", _TINY, timeout_s)
+    outcome, body = _request("POST", address, f"/v2/models/{model}/infer", _TINY, timeout_s)
     if outcome.answer is Answer.OK:
         try:
             [image] = json.loads(body)["outputs"]

@@ -1,19 +1,29 @@
-"""What `fluxvae serve` can be told, and what it makes of that for Triton's model and for the gateway."""
+"""What `fluxvae serve` can be told, and what it makes of that for Triton's models and for the gateway."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import CheckpointError, InvalidOptionError
+from fluxvae.serve.models import MODEL, MODELS
 from fluxvae.serve.supervisor.checks import check_positive, is_loopback
 from fluxvae.serve.triton.installation import Installation, TritonServerError
 
 __all__ = ["ServeSettings"]
 
 LEAST_PATIENCE_S = 5.0
-_OUR_VARIABLES = ("FLUXVAE_CHECKPOINT", "FLUXVAE_DEVICE", "FLUXVAE_MEMORY_LIMIT", "FLUXVAE_TOKEN")
+_OUR_VARIABLES = (
+    "FLUXVAE_CHECKPOINT",
+    "FLUXVAE_FLUX2_CHECKPOINT",
+    "FLUXVAE_PREVIEW_CHECKPOINT",
+    "FLUXVAE_DEVICE",
+    "FLUXVAE_MEMORY_LIMIT",
+    "FLUXVAE_TOKEN",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +31,8 @@ class ServeSettings:
     """Of one Triton server and one gateway.
 
     Raises:
-        InvalidOptionError: a number that must be above 0, an empty token.
+        InvalidOptionError: a number that must be above 0, an empty token, a revision for several models, a memory
+            limit that cannot be read.
         CheckpointError: a checkpoint that looks like a path where there is nothing.
     """
 
@@ -34,12 +45,15 @@ class ServeSettings:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
-    checkpoint: str = "demo"
+    models: Mapping[str, str] = field(default_factory=lambda: {MODEL: "demo"})
+    """Checkpoint by name, of `fluxvae.serve.models.MODELS`; the first is the one the gateway's page decodes with."""
     revision: str | None = None
     device: str = "auto"
     dtype: str | None = None
     engine: str | None = None
+    """Of the full VAEs; a preview has one of its own."""
     memory_limit: str | None = None
+    """Of all models on a device together: each gets an equal share."""
     max_pixels: int = 4096 * 4096
     """Of one request, its batch counted."""
     threads: int | None = None
@@ -71,12 +85,20 @@ class ServeSettings:
             )
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; expected a secret, or none at all")
-        looks_local = self.checkpoint.startswith((".", "/", "~")) or self.checkpoint.endswith(".safetensors")
-        if looks_local and not Path(self.checkpoint).expanduser().exists():
-            raise CheckpointError(
-                f"checkpoint: nothing at {self.checkpoint}; expected 'demo', a diffusers VAE folder, a pipeline folder "
-                "with vae/, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
+        if self.revision is not None and len(self.models) > 1:
+            raise InvalidOptionError(
+                f"--revision: got {self.revision!r} for {len(self.models)} models, {' and '.join(self.models)}; "
+                "expected one model: download the others and pass their folders"
             )
+        if self.memory_limit is not None:
+            parse_memory_limit(self.memory_limit)
+        for checkpoint in self.models.values():
+            looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.endswith(".safetensors")
+            if looks_local and not Path(checkpoint).expanduser().exists():
+                raise CheckpointError(
+                    f"checkpoint: nothing at {checkpoint}; expected 'demo', a diffusers VAE folder, a pipeline folder "
+                    "with vae/, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
+                )
 
     def check_exposure(self, installation: Installation) -> list[str]:
         """Who can reach this server: warnings.
@@ -97,16 +119,32 @@ class ServeSettings:
             warnings.append(f"the gateway on {self.host} asks for no token: anyone may decode. Set FLUXVAE_TOKEN")
         return warnings
 
-    def model_parameters(self) -> dict[str, str]:
-        """For the ``parameters`` of ``config.pbtxt``: every one of them, an empty text is the default."""
-        path = Path(self.checkpoint).expanduser()
+    def check_memory(self) -> list[str]:
+        """Whether several models may want the same memory: warnings."""
+        if len(self.models) == 1 or self.memory_limit is not None:
+            return []
+        return [
+            f"{len(self.models)} models without --memory-limit: each plans with what is free when its decode begins, "
+            "so that decodes at the same time may run out of memory; a limit is shared out among the models"
+        ]
+
+    def model_parameters(self, model: str) -> dict[str, str]:
+        """For the ``parameters`` of a model's ``config.pbtxt``, an empty text is the default.
+
+        Every model has one instance on each device, so the shares of ``memory_limit`` add up to it on each.
+        """
+        checkpoint = self.models[model]
+        path = Path(checkpoint).expanduser()
+        share = self.memory_limit
+        if share is not None and len(self.models) > 1:
+            share = str(parse_memory_limit(share) // len(self.models))
         values = {
-            "checkpoint": str(path.resolve()) if self.checkpoint != "demo" and path.exists() else self.checkpoint,
+            "checkpoint": str(path.resolve()) if checkpoint != "demo" and path.exists() else checkpoint,
             "revision": self.revision,
             "device": None if self.device == "auto" else self.device,
             "dtype": self.dtype,
-            "engine": self.engine,
-            "memory_limit": self.memory_limit,
+            "engine": None if MODELS[model] == "AutoencoderTiny" else self.engine,
+            "memory_limit": share,
             "max_pixels": self.max_pixels,
             "threads": self.threads,
         }
@@ -122,6 +160,8 @@ class ServeSettings:
         command += ["--metrics", triton_metrics_url, "--host", self.host, "--port", str(port)]
         command += ["--max-pixels", str(self.max_pixels), "--timeout", str(self.request_timeout_s)]
         command += ["--drain", str(max(1, int(self.drain_s)))]
+        for model in self.models:
+            command += ["--model", model]
         if self.max_request_bytes is not None:
             command += ["--max-request-bytes", str(self.max_request_bytes)]
         return command

@@ -1,6 +1,6 @@
 """Triton and the gateway as one service: started together, watched, restarted, and stopped without a trace.
 
-    supervisor = Supervisor(ServeSettings(checkpoint="demo"), report=print)
+    supervisor = Supervisor(ServeSettings(models={"vae_decoder": "demo"}), report=print)
     supervisor.launch()
     supervisor.wait_ready(lambda: False)
     ...
@@ -71,9 +71,9 @@ class Supervisor:
         """
         check_numpy(self.installation)
         self.installation.check()
-        if warning := check_shared_memory(self.settings.max_pixels):
-            self._report(warning)
         s = self.settings
+        if warning := check_shared_memory(s.max_pixels, len(s.models)):
+            self._report(warning)
         wanted = {"--http-port": s.http_port, "--grpc-port": s.grpc_port, "--metrics-port": s.metrics_port}
         self.port, ports = choose_ports((s.host, s.port), s.triton_host, wanted)
         self._folder = Path(tempfile.mkdtemp(prefix="fluxvae-serve-"))
@@ -82,7 +82,7 @@ class Supervisor:
         self.triton_log, self.gateway_log = log or self._folder / "triton.log", log or self._folder / "gateway.log"
         repository = self._folder / "models"
         self.server = TritonServer(
-            write_repository(repository, s.model_parameters(), device=s.device),
+            write_repository(repository, {name: s.model_parameters(name) for name in s.models}, device=s.device),
             http_port=ports["--http-port"],
             grpc_port=ports["--grpc-port"],
             metrics_port=ports["--metrics-port"],
@@ -93,7 +93,7 @@ class Supervisor:
             shm_prefix=self._shm_prefix,
             folder=self._folder,
         )
-        self.triton = TritonService(self.server, patience_s=s.patience_s, busy_limit_s=s.busy_limit_s)
+        self.triton = TritonService(self.server, list(s.models), patience_s=s.patience_s, busy_limit_s=s.busy_limit_s)
         environment = {**os.environ, guardian.RUN_VARIABLE: self._tag, "FLUXVAE_TOKEN": s.token or ""}
         if s.token is None:
             del environment["FLUXVAE_TOKEN"]

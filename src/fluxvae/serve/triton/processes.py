@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Process", "cpu_seconds", "exited", "how_it_ended", "in_group", "is_running", "until"]
+__all__ = ["Process", "command_line", "cpu_seconds", "exited", "how_it_ended", "in_group", "is_running", "until"]
 
 _POLL_S = 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -58,6 +58,13 @@ def is_running(process: Process) -> bool:
     """Whether this very process still runs."""
     fields = _stat(process.pid)
     return fields is not None and int(fields[19]) == process.started
+
+
+def command_line(pid: int) -> str:
+    """Its arguments, with spaces between; empty where it ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
 
 
 def cpu_seconds(process: Process) -> float:

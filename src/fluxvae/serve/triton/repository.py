@@ -1,4 +1,4 @@
-"""The model folder: where it lies, and a copy of it with the settings of one server."""
+"""The model folders: where they lie, and copies of them with the settings of one server."""
 
 from __future__ import annotations
 
@@ -9,32 +9,31 @@ from pathlib import Path
 
 from fluxvae.errors import FluxVAEError, InvalidOptionError
 
-__all__ = ["MODEL", "model_folder", "write_repository"]
+__all__ = ["model_folder", "write_repository"]
 
-MODEL = "vae_decoder"
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 
 
-def model_folder() -> Path:
-    """The ``vae_decoder`` folder: inside the installed package, or at the root of a clone.
+def model_folder(name: str) -> Path:
+    """The folder of one of `fluxvae.serve.models.MODELS`: inside the installed package, or at the root of a clone.
 
     Raises:
         FluxVAEError: it is in neither place.
     """
-    package = Path(__file__).parents[1] / "triton_models" / MODEL  # put there when the wheel is built: pyproject.toml
-    clone = Path(__file__).parents[4] / "triton_models" / MODEL
+    package = Path(__file__).parents[1] / "triton_models" / name  # put there when the wheel is built: pyproject.toml
+    clone = Path(__file__).parents[4] / "triton_models" / name
     for folder in (package, clone):
         if (folder / "config.pbtxt").is_file():
             return folder
     raise FluxVAEError(f"Triton's model folder is neither at {package} nor at {clone}; install fluxvae again")
 
 
-def write_repository(into: Path, settings: Mapping[str, str], *, device: str = "auto") -> Path:
-    """Make a model repository whose ``config.pbtxt`` holds these settings.
+def write_repository(into: Path, models: Mapping[str, Mapping[str, str]], *, device: str = "auto") -> Path:
+    """Make a model repository of these models, each ``config.pbtxt`` with its settings.
 
     Args:
         into: a folder to be made.
-        settings: values for the config's own ``parameters``, as text; those not named keep the value they have.
+        models: by name, values for the config's own ``parameters``, as text; those not named keep the value they have.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where Triton makes the instances.
 
     Returns:
@@ -44,19 +43,19 @@ def write_repository(into: Path, settings: Mapping[str, str], *, device: str = "
         InvalidOptionError: an unknown device.
         FluxVAEError: the config has no such parameter.
     """
-    source = model_folder()
-    config = (source / "config.pbtxt").read_text()
-    for name, value in settings.items():
-        pattern = rf'(key:\s*"{re.escape(name)}"\s*value:\s*\{{\s*string_value:\s*)"(?:[^"\\]|\\.)*"'
-        config = _replace(pattern, rf"\g<1>{_quoted(value)}", config, f"parameter {name!r}")
-    config = _place_instances(config, device)
-    model = into / MODEL
-    shutil.copytree(source, model, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    (model / "config.pbtxt").write_text(config)
+    for model, settings in models.items():
+        source = model_folder(model)
+        config = (source / "config.pbtxt").read_text()
+        for name, value in settings.items():
+            pattern = rf'(key:\s*"{re.escape(name)}"\s*value:\s*\{{\s*string_value:\s*)"(?:[^"\\]|\\.)*"'
+            config = _replace(pattern, rf"\g<1>{_quoted(value)}", config, model, f"parameter {name!r}")
+        config = _place_instances(config, model, device)
+        shutil.copytree(source, into / model, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        (into / model / "config.pbtxt").write_text(config)
     return into
 
 
-def _place_instances(config: str, device: str) -> str:
+def _place_instances(config: str, model: str, device: str) -> str:
     match = _DEVICE.fullmatch(device)
     if match is None:
         raise InvalidOptionError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
@@ -64,13 +63,13 @@ def _place_instances(config: str, device: str) -> str:
         return config
     kind = "KIND_CPU" if device == "cpu" else "KIND_GPU"
     gpus = f" gpus: [ {match[1]} ]" if match[1] else ""
-    return _replace(r"kind:\s*KIND_AUTO\b", f"kind: {kind}{gpus}", config, "instance_group kind: KIND_AUTO")
+    return _replace(r"kind:\s*KIND_AUTO\b", f"kind: {kind}{gpus}", config, model, "instance_group kind: KIND_AUTO")
 
 
-def _replace(pattern: str, new: str, config: str, what: str) -> str:
+def _replace(pattern: str, new: str, config: str, model: str, what: str) -> str:
     config, count = re.subn(pattern, new, config)
     if count != 1:
-        raise FluxVAEError(f"config.pbtxt of {MODEL}: found {count} times {what}, expected it once; was it edited?")
+        raise FluxVAEError(f"config.pbtxt of {model}: found {count} times {what}, expected it once; was it edited?")
     return config
 
 

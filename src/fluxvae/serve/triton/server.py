@@ -1,6 +1,6 @@
 """Launch a real Triton Inference Server on a model folder, and take it down without a trace.
 
-    with TritonServer("triton_models") as server:
+    with TritonServer("triton_models", models=["vae_decoder"]) as server:
         client = tritonclient.http.InferenceServerClient(server.http_url)
 
 The server is the ``tritonserver`` on the PATH (NVIDIA's container has one), else the one inside the
@@ -51,6 +51,7 @@ class TritonServer:
 
     Args:
         model_repository: the folder that holds one folder per model.
+        models: the folders to load; none named: all.
         http_port, grpc_port, metrics_port: 0 picks a free one.
         host: the address all three bind to.
         log_path: append the server's log to this file; by default it goes when the server stops.
@@ -69,6 +70,7 @@ class TritonServer:
         self,
         model_repository: str | os.PathLike[str],
         *,
+        models: Sequence[str] = (),
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -85,6 +87,7 @@ class TritonServer:
         self.model_repository = Path(model_repository).resolve()
         if not self.model_repository.is_dir():
             raise TritonServerError(f"model repository {self.model_repository}: no such folder")
+        self._models = list(models)
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self.shm_prefix = shm_prefix or f"fluxvae_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
@@ -116,6 +119,11 @@ class TritonServer:
     def metrics_url(self) -> str:
         """The whole address of the Prometheus page."""
         return f"http://{self._url(self.metrics_port)}/metrics"
+
+    def _model_control(self) -> list[str]:
+        if not self._models:
+            return ["--model-control-mode=none"]
+        return ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self._models)]
 
     def _url(self, port: int) -> str:
         return f"{url_host(self.host)}:{port}"
@@ -183,7 +191,7 @@ class TritonServer:
         command = [
             str(self.installation.binary),
             f"--model-repository={self.model_repository}",
-            "--model-control-mode=none",
+            *self._model_control(),
             "--disable-auto-complete-config",  # it would run the model in an interpreter without our packages
             f"--http-address={self.host}",
             f"--grpc-address={self.host}",

@@ -1,0 +1,155 @@
+"""The preview engine: an ``AutoencoderTiny`` (TAEF1, TAEF2), fast, small and approximate by design.
+
+It is a distilled network of its own, not the VAE in fewer steps: whatever shows its images says so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
+from fluxvae.engine.storage import available_memory
+from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
+
+__all__ = ["PREVIEW_NOTE", "ApproximateWarning", "PreviewEngine"]
+
+PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
+
+LIVE_MAPS = 4
+"""Last-level maps alive at once at the peak, by measurement."""
+
+
+class ApproximateWarning(UserWarning):
+    """The image is a preview by an ``AutoencoderTiny``, not the one the full VAE decodes."""
+
+
+class PreviewEngine:
+    """Latents to an approximate image by diffusers' ``AutoencoderTiny``, one image at a time.
+
+    An image's bits do not depend on its batch. Nothing is tiled or spilled: a limit that does not hold one image is
+    refused before any work.
+
+    Args:
+        vae: read, never copied or changed.
+        memory_limit: bytes a decode may add above the loaded weights; None: what is free, less a tenth.
+    """
+
+    name = "preview"
+
+    def __init__(self, vae: AutoencoderTiny, *, memory_limit: int | None = None) -> None:
+        self._vae = vae
+        self.memory_limit = memory_limit
+        self._lock = threading.Lock()
+
+    def prepare(self) -> float:
+        """Nothing to compile."""
+        return 0.0
+
+    def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> Plan:
+        """What a decode would take; the plan says that it is approximate.
+
+        Raises:
+            MemoryLimitError: the limit is below that.
+        """
+        plan = self._plan(latent_height, latent_width, batch)
+        if plan.limit is not None and plan.peak_bytes > plan.limit:
+            raise MemoryLimitError(
+                f"{plan.limit_source}: got {plan.limit} bytes ({size_in_words(plan.limit)}); a preview of {batch} x "
+                f"{plan.width}x{plan.height} needs {plan.peak_bytes} bytes ({size_in_words(plan.peak_bytes)}) above "
+                "the weights. Raise the limit, or decode a smaller size or batch"
+            )
+        return plan
+
+    def smallest_limit(self, latent_height: int, latent_width: int, batch: int = 1) -> int:
+        """The smallest ``memory_limit`` that decodes this size, in bytes."""
+        return self._plan(latent_height, latent_width, batch).peak_bytes
+
+    def _plan(self, latent_height: int, latent_width: int, batch: int) -> Plan:
+        config, itemsize = self._vae.config, self._vae.dtype.itemsize
+        scale = config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1)
+        height, width, channels = scale * latent_height, scale * latent_width, config["decoder_block_out_channels"][-1]
+        latents = 2 * latent_height * latent_width * config["latent_channels"] * itemsize
+        one = height * width * config["out_channels"] * itemsize
+        live = LIVE_MAPS * height * width * channels * itemsize
+        macs = sum(
+            module.weight.numel() * latent_height * latent_width * scale_of**2
+            for module, scale_of in self._convolutions(config["upsampling_scaling_factor"])
+        )
+        step = Step("conv_out", 0, 0, 0, 0, live + 2 * one, 0, macs, 0, 1)
+        limit, source = self.memory_limit, "memory_limit"
+        if limit is None:
+            limit, source = available_memory(self._vae.device) * 9 // 10, "free memory"
+        return Plan(
+            height=height,
+            width=width,
+            batch=batch,
+            kernels="torch",
+            kernels_note=PREVIEW_NOTE,
+            limit=limit,
+            limit_source=source,
+            fixed_bytes=batch * (one + latents) + RUNTIME_BYTES[itemsize],
+            layers=(LayerPlan("decoder", height, width, channels, None, "memory", False, (step,)),),
+            work_ratio=1.0,
+            seconds=0.0,
+            geometry=Geometry(latent_height, latent_width, itemsize),
+        )
+
+    def _convolutions(self, factor: int) -> list[tuple[torch.nn.Conv2d, int]]:
+        """Every convolution, with how many pixels each way of its map lie on one latent."""
+        found, scale = [], 1
+        for module in self._vae.decoder.layers.modules():
+            if isinstance(module, torch.nn.Upsample):
+                scale *= factor
+            elif isinstance(module, torch.nn.Conv2d):
+                found.append((module, scale))
+        return found
+
+    def decode(
+        self,
+        raw: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
+        """Decode latents.
+
+        Args:
+            raw: (B, C, lh, lw), in the VAE's dtype, on its device.
+            progress: called with (done, images) before the first image and after each.
+            cancel: asked before every image.
+
+        Returns:
+            (B, 3, H, W), the VAE's dtype, nominally [-1, 1], not clamped.
+
+        Raises:
+            MemoryLimitError, DecodeCancelled, NonFiniteOutputError.
+        """
+        if self._vae.use_tiling:
+            raise InvalidOptionError("use_tiling: got True; call vae.disable_tiling() before a preview")
+        batch = raw.shape[0]
+        with self._lock, torch.inference_mode():
+            plan = self.plan(raw.shape[2], raw.shape[3], batch)
+            image = torch.empty(
+                (batch, self._vae.config["out_channels"], plan.height, plan.width), dtype=raw.dtype, device=raw.device
+            )
+            if progress is not None:
+                progress(0, batch)
+            for i in range(batch):
+                if cancel is not None and cancel():
+                    raise DecodeCancelled(f"decode: cancelled after {i} of {batch} images, as its caller asked")
+                image[i] = self._vae.decode(raw[i : i + 1], return_dict=False)[0][0]
+                if progress is not None:
+                    progress(i + 1, batch)
+        if not bool(torch.isfinite(image).all()):
+            raise NonFiniteOutputError(
+                f"decode: the pixels hold NaN or Inf in {image.dtype}; decode with dtype='float32', or look for what "
+                "made the latents"
+            )
+        return image

@@ -1,0 +1,182 @@
+"""The Triton model: requests of one ``execute`` to a `fluxvae.Decoder` and back.
+
+Every folder of ``triton_models`` serves this one class; what differs is in their ``config.pbtxt``. It only joins the
+other modules of this package: the logic is there.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import time
+import traceback
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fluxvae import Decoder, FluxVAEError
+from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning
+from fluxvae.serve.model.answering import answer, code_of
+from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.model.metrics import Metrics
+from fluxvae.serve.model.outputs import make_outputs
+from fluxvae.serve.model.requests import Job, read_job
+from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
+
+try:
+    import triton_python_backend_utils as pb_utils
+except ImportError:  # it exists only inside Triton; the demo runs without
+    pb_utils = None
+
+__all__ = ["TritonPythonModel"]
+
+
+class TritonPythonModel:
+    """Triton makes one of these in a process of its own for each instance."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the checkpoint and decode once, or keep the model from becoming ready with a message that says why."""
+        try:
+            check_tensor_exchange(pb_utils)
+            self.settings = Settings.read(
+                json.loads(args["model_config"]).get("parameters", {}),
+                os.environ,
+                kind=args["model_instance_kind"],
+                device_id=args["model_instance_device_id"],
+            )
+            if self.settings.threads is not None:
+                torch.set_num_threads(self.settings.threads)
+            self.decoder = Decoder.from_pretrained(self.settings.checkpoint, **self.settings.decoder_options())
+            self.settings.check(self.decoder)
+            warnings.simplefilter("ignore", ApproximateWarning)  # for callers of the library; the log says it
+            start = time.perf_counter()
+            warm_up(self.decoder)
+        except FluxVAEError as error:
+            raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
+        self.budget = MemoryBudget(self.decoder, self.settings.max_pixels)
+        self.metrics = Metrics(pb_utils, args["model_name"])
+        pb_utils.Logger.log_info(
+            f"fluxvae: {args['model_instance_name']} serves {self.settings.checkpoint} on {self.decoder.device} "
+            f"in {self.decoder.dtype}; its first decode took {time.perf_counter() - start:.1f} s"
+            + (f"; {PREVIEW_NOTE}" if self.decoder.approximate else "")
+        )
+
+    def execute(self, requests: list[Any]) -> None:
+        """Answer every request, with its images or with an error of its own, as soon as its group is decoded."""
+        comment = PREVIEW_NOTE if self.decoder.approximate else None
+        replies = [_Reply(request, self.metrics, comment) for request in requests]
+        self.metrics.taken(len(replies))
+        try:
+            jobs = []
+            for index, reply in enumerate(replies):
+                try:
+                    jobs.append(self._read(index, reply.request))
+                except Exception as error:  # answered; an unexpected one is logged
+                    reply.fail(error)
+            answer(
+                lambda members, cancel: self._decode(members, cancel, replies),
+                jobs,
+                lambda job, outcome: replies[job.index].deliver(job, outcome),
+                fits=self.budget.fits,
+                cancelled=lambda job: bool(replies[job.index].request.is_cancelled()),
+            )
+        except Exception as error:  # whatever went wrong, nobody is left without an answer
+            for reply in replies:
+                reply.fail(error)
+
+    def finalize(self) -> None:
+        """Free the weights, on the GPU too."""
+        self.decoder = None  # type: ignore[assignment]
+        self.budget = None  # type: ignore[assignment]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _read(self, index: int, request: Any) -> Job:
+        latents, heights, widths = (
+            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("latents", "height", "width")
+        )
+        ids = pb_utils.get_input_tensor_by_name(request, "latent_ids")
+        job = read_job(
+            index,
+            latents,
+            heights,
+            widths,
+            request.parameters(),
+            frozenset(request.requested_output_names()),
+            latent_ids=None if ids is None else ids.as_numpy(),
+            decoder=self.decoder,
+            max_pixels=self.settings.max_pixels,
+        )
+        self.budget.check(job)
+        return job
+
+    def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
+        start = time.perf_counter()
+        image = decode_jobs(self.decoder, jobs, cancel)
+        seconds = time.perf_counter() - start
+        first, rows = jobs[0], sum(job.rows for job in jobs)
+        self.metrics.decoded(rows, rows * first.height * first.width, seconds, self._plan(first, rows))
+        pb_utils.Logger.log_verbose(
+            f"fluxvae: requests {', '.join(replies[job.index].id for job in jobs)}: decoded "
+            f"{rows} x {first.height}x{first.width} in {seconds:.3f} s"
+        )
+        return image
+
+    def _plan(self, job: Job, rows: int) -> Any:
+        try:
+            return self.budget.plan(job.height, job.width, rows)
+        except FluxVAEError:  # memory has become scarce since; the decode is done
+            return None
+
+
+class _Reply:
+    """The one answer to one request."""
+
+    def __init__(self, request: Any, metrics: Metrics, comment: str | None) -> None:
+        self.request = request
+        self._comment = comment
+        given = "".join(letter if letter.isprintable() else "?" for letter in request.request_id()[:64])
+        self.id = given or uuid.uuid4().hex[:12]
+        self._metrics = metrics
+        self._sender = request.get_response_sender()
+        self._sent = False
+
+    def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
+        """Send the outputs that were asked for, or the error."""
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            made = make_outputs(job, outcome, comment=self._comment)
+            tensors = [pb_utils.Tensor(name, array) for name, array in made.items()]
+            self._send(pb_utils.InferenceResponse(output_tensors=tensors))
+        except Exception as error:  # answered; an unexpected one is logged
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Send an error, unless there was an answer; what is not meant for clients goes to the log under the id."""
+        if self._sent:
+            return
+        code, message = code_of(error), str(error)
+        if isinstance(error, FluxVAEError):
+            pb_utils.Logger.log_info(f"fluxvae: request {self.id}: {type(error).__name__}: {message}")
+        else:
+            trace = "".join(traceback.format_exception(error))
+            pb_utils.Logger.log_error(f"fluxvae: request {self.id} failed: {trace}")
+            kind = "out of memory" if code == "UNAVAILABLE" else "internal error"
+            message = f"{kind}; the server's log has the details under request {self.id}"
+        self._metrics.failed(error)
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+        try:
+            self._send(response)
+        except Exception as unsent:  # its neighbours are still to be answered
+            pb_utils.Logger.log_error(f"fluxvae: request {self.id}: Triton did not take its error: {unsent!r}")
+
+    def _send(self, response: Any) -> None:
+        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._sent = True
+        self._metrics.answered()

@@ -1,0 +1,382 @@
+"""FLUX.1, FLUX.2 and a preview on one real server: the library's pixels, each family's options, and who decodes what.
+
+Not covered here: the arithmetic (tests of the library), and what all models share (the other tests of this folder).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.remote_utils import remote_decode
+from PIL import Image
+
+from family_models import flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
+from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError
+from fluxvae.client import Client, install
+from fluxvae.engine.preview import PREVIEW_NOTE
+from fluxvae.serve.models import MODELS
+from fluxvae.serve.triton.repository import write_repository
+from fluxvae.serve.triton.server import TritonServer, TritonServerError
+from models import random_vae
+from serve.client import PROTOCOLS, Protocol, Request, Serving
+from serve.gateways import Gateways, ask
+from serve.supervised import Supervised
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:decode. approximate preview:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning"),
+]
+SIZE = {"height": 32, "width": 48}
+PATCHES = 6
+FLUX1, FLUX2, PREVIEW = MODELS
+protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The server, and for each of its models the library on the same weights."""
+
+    server: TritonServer
+    library: dict[str, Decoder]
+
+    def serving(self, model: str) -> Serving:
+        return Serving(self.server, self.library[model])
+
+    def client(self, model: str) -> Client:
+        return Client(self.server.grpc_url, model=model)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    random_vae().save_pretrained(folders[FLUX1])
+    flux2_vae().save_pretrained(folders[FLUX2])
+    tiny_vae(32).save_pretrained(folders[PREVIEW])
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
+    repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
+    library = {name: Decoder.from_pretrained(checkpoint, device="cpu") for name, checkpoint in checkpoints.items()}
+    with TritonServer(repository, env={"OMP_NUM_THREADS": "1"}) as server:
+        yield Family(server, library)
+
+
+@pytest.fixture(scope="module")
+def gateway(family: Family) -> Iterator[str]:
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url)
+    yield gateways.start(models=tuple(MODELS))
+    gateways.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+def latents(features: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, PATCHES, features, generator=torch.Generator().manual_seed(seed))
+
+
+def shuffled(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same picture's tokens in another order for each row, and their ids."""
+    ids = ids_of(SIZE["height"] // 16, SIZE["width"] // 16, len(packed))
+    orders = [torch.randperm(PATCHES, generator=torch.Generator().manual_seed(7 + row)) for row in range(len(packed))]
+    tokens = torch.stack([row[order] for row, order in zip(packed, orders, strict=True)])
+    assert not torch.equal(tokens, packed)
+    return tokens, torch.stack([row[order] for row, order in zip(ids, orders, strict=True)])
+
+
+# -- Triton --------------------------------------------------------------------------------------------------------
+
+
+def test_the_folders_say_what_they_serve() -> None:
+    root = Path(__file__).parents[2] / "triton_models"
+    assert {folder.name for folder in root.iterdir()} == set(MODELS)
+    for name, vae_class in MODELS.items():
+        config = (root / name / "config.pbtxt").read_text()
+        assert f'key: "vae_class" value: {{ string_value: "{vae_class}" }}' in config
+        assert ('key: "approximate" value: { string_value: "true" }' in config) == (name == PREVIEW)
+
+
+@protocols
+@pytest.mark.parametrize(("model", "features"), [(FLUX1, 64), (FLUX2, 128), (PREVIEW, 128)])
+def test_every_model_gives_the_librarys_pixels(family: Family, protocol: Protocol, model: str, features: int) -> None:
+    serving = family.serving(model)
+    request = Request(latents(features, batch=2).numpy(), **SIZE)
+    serving.assert_same_pixels(serving.infer(protocol, request, model)["images"], request)
+
+
+@protocols
+@pytest.mark.parametrize("model", [FLUX2, PREVIEW])
+def test_tokens_in_any_order(family: Family, protocol: Protocol, model: str) -> None:
+    packed = latents(128, batch=2)
+    tokens, ids = shuffled(packed)
+    request = Request(tokens.numpy(), **SIZE, inputs={"latent_ids": ids.numpy()})
+    serving = family.serving(model)
+    images = serving.infer(protocol, request, model)["images"]
+    serving.assert_same_pixels(images, Request(packed.numpy(), **SIZE))
+    assert not np.array_equal(images, serving.decode(Request(tokens.numpy(), **SIZE))), "the order matters"
+
+
+def test_with_and_without_ids_at_the_same_time(family: Family) -> None:
+    """Triton does not batch them with each other; each gets its own picture all the same."""
+    serving = family.serving(FLUX2)
+    with family.client(FLUX2) as client:
+        calls = []
+        for seed in range(6):
+            packed = latents(128, seed=seed)
+            tokens, ids = shuffled(packed)
+            calls.append((packed, client.decode(packed, **SIZE, output_type="uint8")))
+            calls.append((packed, client.decode(tokens, latent_ids=ids, output_type="uint8")))
+    for packed, images in calls:
+        serving.assert_same_pixels(images, Request(packed.numpy(), **SIZE))
+
+
+def test_the_name_and_the_files_of_a_preview_say_approximate(family: Family) -> None:
+    serving = family.serving(PREVIEW)
+    for format, where in (("png", "Comment"), ("jpeg", "comment"), ("webp", None)):
+        request = Request(latents(128).numpy(), **SIZE, outputs=("images_encoded",), parameters={"format": format})
+        picture = Image.open(io.BytesIO(serving.infer("grpc", request, PREVIEW)["images_encoded"][0, 0]))
+        said = picture.getexif().get(270) if where is None else picture.info[where]
+        assert PREVIEW_NOTE in (said.decode() if isinstance(said, bytes) else said)
+    full = Request(latents(128).numpy(), **SIZE, outputs=("images_encoded",))
+    answer = family.serving(FLUX2).infer("grpc", full, FLUX2)
+    assert "Comment" not in Image.open(io.BytesIO(answer["images_encoded"][0, 0])).info
+    assert "vae_preview_0_0 serves" in family.server.log()
+    assert PREVIEW_NOTE in family.server.log()
+
+
+# -- the client ----------------------------------------------------------------------------------------------------
+
+OPTIONS = [
+    (FLUX1, 64, {"scaling_factor": 0.5, "shift_factor": 0.25}),
+    (FLUX2, 128, {}),
+    (FLUX2, 128, {"batch_norm_eps": 0.5}),
+    (FLUX2, 128, {"raw": True}),
+    (FLUX2, 128, {"raw": False}),
+    (PREVIEW, 128, {}),
+]
+
+
+@pytest.mark.parametrize("transport", ["grpc", "http", "shared_memory"])
+def test_the_client_does_what_the_library_does(family: Family, transport: str) -> None:
+    seen = set()
+    for model, features, options in OPTIONS:
+        packed = latents(features)
+        url = family.server.http_url if transport == "http" else family.server.grpc_url
+        with Client(url, model=model, protocol=transport) as client:
+            images = client.decode(packed, **SIZE, output_type="pt", **options)
+        expected = family.library[model].decode(packed, **SIZE, output_type="pt", **options)
+        assert torch.equal(images, expected)
+        seen.add(images.numpy().tobytes())
+    assert len(seen) == len(OPTIONS) - 1, "all but the default said in words differ"
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 128, 2, 3), {}),
+        ((1, 32, 4, 6), {"raw": True}),
+        ((1, 32, 4, 6), {"raw": False}),
+        ((2, 32, 3, 5), {"raw": True}),
+    ],
+    ids=["patches", "raw", "unpatchified", "odd and raw"],
+)
+def test_flux2_unpacked(family: Family, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    unpacked = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with family.client(FLUX2) as client:
+        images = client.decode(unpacked, output_type="uint8", **options)
+    np.testing.assert_array_equal(images, family.library[FLUX2].decode(unpacked, output_type="uint8", **options))
+
+
+REFUSED: list[tuple[str, int, dict[str, Any], type[Exception], str]] = [
+    (FLUX1, 64, {"batch_norm_eps": 1e-5}, InvalidOptionError, "batch_norm_eps: got 1e-05; this checkpoint has scal"),
+    (FLUX2, 128, {"scaling_factor": 0.5}, InvalidOptionError, "scaling_factor: got 0.5; this checkpoint has Batch"),
+    (FLUX2, 128, {"shift_factor": 0.5}, InvalidOptionError, "shift_factor: got 0.5; this checkpoint has BatchNorm"),
+    (FLUX2, 128, {"batch_norm_eps": -1.0}, InvalidOptionError, "batch_norm_eps: got -1.0, expected 0 or more"),
+    (PREVIEW, 128, {"scaling_factor": 0.5}, InvalidOptionError, "scaling_factor: got 0.5; a preview "),
+    (PREVIEW, 128, {"raw": True}, InvalidOptionError, "raw: got True; a preview"),
+    (FLUX1, 128, {}, InvalidLatentsError, r"got 128 features per token, which looks like FLUX\.2 .*; expected 64"),
+    (FLUX2, 64, {}, InvalidLatentsError, r"got 64 features per token, which looks like FLUX\.1.*; expected 128"),
+    (PREVIEW, 64, {}, InvalidLatentsError, r"got 64 features per token, which looks like FLUX\.1.*; expected 128"),
+]
+
+
+@pytest.mark.parametrize(("model", "features", "options", "error", "message"), REFUSED)
+def test_what_a_model_has_no_place_for_is_refused(
+    family: Family, model: str, features: int, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with family.client(model) as client, pytest.raises(error, match=message) as refused:
+        client.decode(latents(features), **SIZE, **options)
+    assert type(refused.value) is error
+
+
+def test_ids_that_are_wrong(family: Family) -> None:
+    serving, ids = family.serving(FLUX2), ids_of(2, 3, 1)
+    twice = ids.clone()
+    twice[0, 1] = ids[0, 0]
+    packed = latents(128).numpy()
+    for protocol in PROTOCOLS:
+        with pytest.raises(Exception, match="latent_ids: got row 0, column 0 for 2 tokens"):
+            serving.infer(protocol, Request(packed, **SIZE, inputs={"latent_ids": twice.numpy()}), FLUX2)
+    with family.client(FLUX1) as client, pytest.raises(InvalidLatentsError, match="latent_ids"):
+        client.decode(latents(64), latent_ids=ids)  # the model has no such input
+
+
+def test_a_flux2_pipeline_decodes_on_the_server(family: Family, checkpoints: dict[str, str]) -> None:
+    vae = flux2_vae()
+    pipe = flux2_pipeline(vae)
+    here = run(pipe, 32, 48, 1, "np")
+    with install(pipe, family.server.grpc_url):
+        assert pipe.vae is not vae
+        there = run(pipe, 32, 48, 1, "np")
+    assert pipe.vae is vae
+    np.testing.assert_allclose(there, here, rtol=0, atol=2e-5)
+    pipe.vae = None
+    with pytest.raises(InvalidOptionError, match="FLUX.2 with vae=None"):
+        install(pipe, family.server.grpc_url)
+
+
+# -- the gateway ---------------------------------------------------------------------------------------------------
+
+
+def remote(gateway: str, model: str | None, packed: torch.Tensor, **options: Any) -> Any:
+    path = "/" if model is None else f"/models/{model}/decode"
+    fixed = {"output_type": "pt", "return_type": "pt", "partial_postprocess": True}
+    return remote_decode(f"{gateway}{path}", packed, **{**SIZE, **fixed, **options})
+
+
+@pytest.mark.parametrize(
+    ("model", "features", "factors"),
+    [(None, 64, {"scaling_factor": 0.5, "shift_factor": 0.25}), (FLUX1, 64, {}), (FLUX2, 128, {}), (PREVIEW, 128, {})],
+)
+def test_diffusers_own_client(
+    family: Family, gateway: str, model: str | None, features: int, factors: dict[str, float]
+) -> None:
+    packed = latents(features, batch=2)
+    images = remote(gateway, model, packed, **factors)
+    expected = family.library[model or FLUX1].decode(packed, **SIZE, output_type="uint8", **factors)
+    np.testing.assert_array_equal(images.numpy(), expected)
+
+
+def test_raw_latents_and_patches_of_flux2(family: Family, gateway: str) -> None:
+    library = family.library[FLUX2]
+    for shape, raw in (((1, 32, 3, 5), True), ((1, 32, 4, 6), False), ((1, 128, 2, 3), False)):
+        unpacked = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        images = remote(gateway, FLUX2, unpacked, height=None, width=None, do_scaling=not raw)
+        np.testing.assert_array_equal(images.numpy(), library.decode(unpacked, raw=raw, output_type="uint8"))
+
+
+WRONG = [
+    (None, 128, {}, r"128 features .* looks like FLUX\.2 .*decodes such latents at /models/vae_decoder_flux2/decode"),
+    (FLUX2, 64, {}, r"64 features .* looks like FLUX\.1 .*decodes such latents at /models/vae_decoder/decode"),
+    (PREVIEW, 64, {}, r"64 features per token, which looks like FLUX\.1 "),
+    (FLUX2, 128, {"scaling_factor": 0.5}, "scaling_factor: got '0.5', but FLUX.2's latents are rescaled by"),
+    (PREVIEW, 128, {"shift_factor": 0.5}, "shift_factor: got '0.5', but a preview takes latents as the transformer"),
+    (PREVIEW, 128, {"do_scaling": False}, "do_scaling: got .*, which means raw latents, but a preview"),
+]
+
+
+@pytest.mark.parametrize(("model", "features", "options", "message"), WRONG)
+def test_refused_by_the_gateway(
+    gateway: str, model: str | None, features: int, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        remote(gateway, model, latents(features), **options)
+
+
+def test_a_preview_is_called_one_by_its_answer(gateway: str) -> None:
+    query = "shape=1&shape=6&shape=128&dtype=float32&height=32&width=48&do_scaling=True&image_format=png"
+    for model, note in ((PREVIEW, PREVIEW_NOTE), (FLUX2, None)):
+        headers = {"Content-Type": "tensor/binary"}
+        body = latents(128).numpy().tobytes()
+        answer = ask(gateway, "POST", f"/models/{model}/decode?{query}", headers=headers, body=body)
+        assert answer.status == 200, answer.body
+        assert answer.headers.get("x-fluxvae-warning") == note
+        assert Image.open(io.BytesIO(answer.body)).info.get("Comment") == note
+
+
+def test_what_the_gateway_says_of_itself(gateway: str) -> None:
+    assert ask(gateway, path="/readyz").status == 200
+    facts = json.loads(ask(gateway, path="/info").body)
+    assert facts["model"] == FLUX1
+    assert {name: (of["path"], of["approximate"]) for name, of in facts["models"].items()} == {
+        name: (f"/models/{name}/decode", name == PREVIEW) for name in MODELS
+    }
+    paths = json.loads(ask(gateway, path="/openapi.json").body)["paths"]
+    assert {f"/models/{name}/decode" for name in MODELS} <= paths.keys()
+    assert "approximate preview" in paths[f"/models/{PREVIEW}/decode"]["post"]["summary"]
+    assert ask(gateway, path="/docs").status == 200
+    metrics = ask(gateway, path="/metrics").body.decode()
+    for name in MODELS:
+        assert f'fluxvae_decodes_total{{model="{name}"}}' in metrics
+    assert ask(gateway, "POST", "/models/other/decode").status == 404
+
+
+def test_not_ready_while_one_of_them_is_not_there(family: Family) -> None:
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url)
+    try:
+        answer = ask(gateways.start(models=(FLUX2, "absent")), path="/readyz")
+    finally:
+        gateways.stop()
+    assert answer.status == 503
+    assert json.loads(answer.body)["reason"].startswith("absent: ")
+
+
+# -- what keeps a model from loading -------------------------------------------------------------------------------
+
+
+def test_models_that_do_not_load(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    wrong = {
+        FLUX1: {"checkpoint": checkpoints[FLUX2]},
+        FLUX2: {},
+        PREVIEW: {"checkpoint": checkpoints[PREVIEW], "approximate": "false"},
+    }
+    server = TritonServer(write_repository(tmp_path / "models", wrong, device="cpu"), env={"OMP_NUM_THREADS": "1"})
+    with pytest.raises(TritonServerError):
+        server.start()
+    log = server.log()
+    assert "is AutoencoderKLFlux2, expected AutoencoderKL for this model; serve it as vae_decoder_flux2" in log
+    assert "checkpoint: none is set, and none for AutoencoderKLFlux2 ships; set the parameter checkpoint" in log
+    assert "whose pictures are approximate; set the parameter approximate to true" in log
+
+
+# -- fluxvae serve -------------------------------------------------------------------------------------------------
+
+
+def test_fluxvae_serve_with_two_models(checkpoints: dict[str, str], family: Family) -> None:
+    arguments = ["--model", f"{FLUX2}={checkpoints[FLUX2]}", "--memory-limit", "400MB"]
+    supervised = Supervised.start(checkpoints[FLUX1], arguments, {})
+    try:
+        supervised.ready()
+        where = SimpleNamespace(grpc_url=supervised.address("Triton gRPC"))
+        for model, features in ((FLUX1, 64), (FLUX2, 128)):
+            assert f"serving {checkpoints[model]} as {model}" in supervised.output
+            request = Request(latents(features).numpy(), **SIZE)
+            serving = Serving(where, family.library[model])  # type: ignore[arg-type]
+            serving.assert_same_pixels(serving.infer("grpc", request, model)["images"], request)
+        gateway = f"http://{supervised.address('gateway')}"
+        facts = json.loads(ask(gateway, path="/info").body)["models"]
+        assert {name: of["settings"]["memory_limit"] for name, of in facts.items()} == {
+            FLUX1: "200000000",
+            FLUX2: "200000000",
+        }
+        expected = family.library[FLUX2].decode(latents(128), **SIZE, output_type="uint8")
+        np.testing.assert_array_equal(remote(gateway, FLUX2, latents(128)).numpy(), expected)
+        assert supervised.signal_and_wait(signal.SIGTERM) == 0, supervised.output
+        supervised.assert_nothing_left()
+    finally:
+        supervised.end()

@@ -1,0 +1,139 @@
+"""Bit-identity of the reference engine with the real pipelines of FLUX.2 and of FLUX.1's borrowers.
+
+The transformers are tiny and random, the prompt embeddings given; everything else is the pipeline's own code. Not
+covered here: the models' own weights, which cannot ship.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from family_models import (
+    chroma_pipeline,
+    flux2_pipeline,
+    flux2_vae,
+    ids_of,
+    klein_pipeline,
+    run,
+    tiny_vae,
+    z_image_pipeline,
+)
+from fluxvae import Decoder
+from fluxvae.engine.preview import ApproximateWarning
+from models import flux_pipeline, random_vae, run_pipeline
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+SIZES = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3))
+
+
+def assert_same(pipe: Any, latents: torch.Tensor, size: tuple[int, int, int], **options: Any) -> None:
+    """The pipeline's picture and ours, of its own latents."""
+    decoder, (gh, gw, batch) = Decoder(pipe.vae, engine="diffusers"), size
+    height, width = 16 * gh, 16 * gw
+    expected = run(pipe, height, width, batch, "pt")
+    assert torch.equal(decoder.decode(latents, output_type="pt", **options), expected)
+    if batch == 1:
+        pictures = run(pipe, height, width, batch, "pil")
+        ours = decoder.decode(latents, output_type="uint8", **options)
+        assert np.array_equal(ours, np.stack([np.asarray(picture) for picture in pictures]))
+
+
+@DTYPES
+@settings(max_examples=6)
+@given(size=SIZES)
+@example(size=(3, 5, 2))
+def test_flux2_pipeline(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    pipe, (gh, gw, batch) = flux2_pipeline(flux2_vae(dtype=dtype)), size
+    height, width = 16 * gh, 16 * gw
+    latents = run(pipe, height, width, batch, "latent")
+    assert latents.shape == (batch, gh * gw, 128)
+    assert_same(pipe, latents, size, height=height, width=width)
+    assert_same(pipe, latents, size, latent_ids=ids_of(gh, gw, batch))
+
+
+@DTYPES
+@settings(max_examples=6)
+@given(size=SIZES, seed=st.integers(0, 99), sized=st.booleans())
+def test_flux2_tokens_in_any_order(dtype: torch.dtype, size: tuple[int, int, int], seed: int, sized: bool) -> None:
+    """Every image's tokens shuffled in a way of its own; the oracle scatters them by the pipeline's own method."""
+    gh, gw, batch = size
+    vae = flux2_vae(dtype=dtype)
+    pipe = flux2_pipeline(vae)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(batch, gh * gw, 128, generator=generator).to(dtype)
+    ids = torch.stack([ids_of(gh, gw, 1)[0][torch.randperm(gh * gw, generator=generator)] for _ in range(batch)])
+    patches = Flux2Pipeline._unpack_latents_with_ids(latents, ids)
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(dtype)
+    raw = Flux2Pipeline._unpatchify_latents(patches * std + vae.bn.running_mean.view(1, -1, 1, 1).to(dtype))
+    with torch.no_grad():
+        expected = pipe.image_processor.postprocess(vae.decode(raw, return_dict=False)[0], output_type="pt")
+    options = {"height": 16 * gh, "width": 16 * gw} if sized else {}
+    decoder = Decoder(vae, engine="diffusers")
+    assert torch.equal(decoder.decode(latents, latent_ids=ids, output_type="pt", **options), expected)
+    assert torch.equal(decoder.decode(patches, output_type="pt"), expected), "in patches"
+    normalised = Flux2Pipeline._unpatchify_latents(patches)
+    assert torch.equal(decoder.decode(normalised, raw=False, output_type="pt"), expected), "unpatchified"
+    assert torch.equal(decoder.decode(raw, raw=True, output_type="pt"), expected), "raw"
+    if gh * gw > 1 and not torch.equal(ids, ids_of(gh, gw, batch)):
+        in_rows = decoder.decode(latents, height=16 * gh, width=16 * gw, output_type="pt")
+        assert not torch.equal(in_rows, expected), "the order matters"
+
+
+@DTYPES
+@settings(max_examples=6)
+@given(size=SIZES)
+def test_flux2_klein_pipeline(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """Its output_type="latent" is raw; the tokens before that come from a callback."""
+    pipe, (gh, gw, batch) = klein_pipeline(flux2_vae(dtype=dtype)), size
+    height, width = 16 * gh, 16 * gw
+    raw = run(pipe, height, width, batch, "latent")
+    assert raw.shape == (batch, 32, 2 * gh, 2 * gw)
+    assert_same(pipe, raw, size, raw=True)
+    seen: list[torch.Tensor] = []
+
+    def keep(_: Flux2KleinPipeline, step: int, timestep: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(kept["latents"])
+        return kept
+
+    run(pipe, height, width, batch, "latent", callback_on_step_end=keep)
+    assert_same(pipe, seen[-1], size, height=height, width=width)
+
+
+@DTYPES
+@settings(max_examples=5)
+@given(size=SIZES)
+def test_chroma_pipeline(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    pipe, (gh, gw, batch) = chroma_pipeline(random_vae(dtype=dtype)), size
+    latents = run(pipe, 16 * gh, 16 * gw, batch, "latent")
+    assert_same(pipe, latents, size, height=16 * gh, width=16 * gw)
+
+
+@DTYPES
+@settings(max_examples=5)
+@given(size=SIZES)
+def test_z_image_pipeline(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """Unpacked, and float32 whatever the VAE is: the pipeline casts, then rescales."""
+    pipe, (gh, gw, batch) = z_image_pipeline(random_vae(dtype=dtype)), size
+    latents = run(pipe, 16 * gh, 16 * gw, batch, "latent")
+    assert latents.dtype == torch.float32
+    assert_same(pipe, latents, size)
+
+
+@DTYPES
+def test_a_preview_in_flux_pipeline(dtype: torch.dtype) -> None:
+    """What TAEF1 expects is what FluxPipeline gives it: its config's factor 1 and shift 0, so them as they are."""
+    pipe = flux_pipeline(random_vae(dtype=dtype))
+    pipe.vae = tiny_vae(dtype=dtype)
+    assert pipe.vae_scale_factor == 8
+    latents, expected = (run_pipeline(pipe, 48, 80, 1, kind) for kind in ("latent", "pt"))
+    for engine in ("preview", "diffusers"):
+        with pytest.warns(ApproximateWarning, match="approximate preview"):
+            ours = Decoder(pipe.vae, engine=engine).decode(latents, height=48, width=80, output_type="pt")
+        assert torch.equal(ours, expected)
