@@ -33,7 +33,7 @@ from fluxvae import unpack_latents
 from fluxvae.checkpoint import load_vae
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import parse_memory_limit
-from measure import flux_vae, machine, measure, packed_latents
+from measure import earlier_rows, flux_vae, machine, measure, packed_latents
 
 UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
 DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "0.7GB"], 2048: ["1GB"], 4096: ["2GB"]}
@@ -178,19 +178,26 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         return
     rows = [row for row in rows if "failed" not in row]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in dict.fromkeys(row["case"] for row in rows):
+    names = dict.fromkeys(row["case"] for row in rows)
+    for name, marker in zip(names, "os^D", strict=False):
         mine = [row for row in rows if row["case"] == name]
-        left.plot([r["size"] for r in mine], [r["peak"] / 1e9 for r in mine], "o", label=name)
-        right.plot([r["peak"] / 1e9 for r in mine], [r["seconds"] for r in mine], "o", label=name)
+        style = {"marker": marker, "linestyle": "", "fillstyle": "none", "markeredgewidth": 2, "label": name}
+        left.plot([r["size"] for r in mine], [r["peak"] / 1e9 for r in mine], **style)
+        right.plot([r["peak"] / 1e9 for r in mine], [r["seconds"] for r in mine], **style)
         for r in mine:
-            right.annotate(f" {r['size']}", (r["peak"] / 1e9, r["seconds"]), fontsize=8)
+            limit = f", within {r['limit']}" if r["limit"] not in ("", "none") else ""
+            right.annotate(f"  {r['size']}{limit}", (r["peak"] / 1e9, r["seconds"]), fontsize=7, va="center")
     for axes, x, y in (
         (left, "pixels along each side", "peak above the model, GB"),
         (right, "peak above the model, GB", "seconds"),
     ):
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axes.xaxis.set_minor_formatter("")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
+    right.set_xlim(right=right.get_xlim()[1] * 2)  # room for the words
     left.set_xticks(sorted({r["size"] for r in rows}), [str(s) for s in sorted({r["size"] for r in rows})])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -199,7 +206,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048])
     parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")
     parser.add_argument("--only", nargs="+", choices=["diffusers", "exact"])
     parser.add_argument("--kernels", nargs="+", choices=["torch", "winograd"], default=["torch", "winograd"])
@@ -209,6 +216,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs/images/memory.png")
+    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="what earlier runs printed, for the plot")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -220,7 +228,7 @@ def main() -> int:
         for size in options.sizes:
             rows += run_size(size, options, Path(folder))
     Console(width=150).print(table(rows))
-    plot(rows, options.plot)
+    plot(earlier_rows(options.earlier) + rows, options.plot)
     print(json.dumps({"benchmark": "memory", "machine": machine(), "model": options.model, "rows": rows}))
     return 0
 
