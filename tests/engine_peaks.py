@@ -1,8 +1,8 @@
-"""Measures the peak memory of exact decodes in a process of its own: ``python engine_peaks.py '<json>'``.
+"""Measures the peak memory of exact decodes, or of previews, in a process of its own: ``engine_peaks.py '<json>'``.
 
-The JSON: {"vae": keywords of AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n, "block_values": n or null,
-"cases": [{"size": [lh, lw], "batch": n, "fraction": f or null}]}; a fraction sets the limit that far between the
-smallest that works and the peak of the unlimited plan. Prints one JSON line per case:
+The JSON: {"preview": true or false, "vae": keywords of AutoencoderTiny or AutoencoderKL, "kernels": ..., "dtype": ...,
+"threads": n, "block_values": n or null, "cases": [{"size": [lh, lw], "batch": n, "fraction": f or null}]}; a fraction
+sets the limit that far between the smallest that works and the peak of the unlimited plan. Prints one JSON line per case:
 {"predicted": bytes, "measured": bytes, "limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
 
 Measured is the high-water mark of resident memory during the decode, above what was resident before it.
@@ -13,14 +13,16 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.preview import PreviewEngine
 
 
 def resident(field: str) -> int:
@@ -35,20 +37,29 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def measure(job: dict[str, object]) -> list[dict[str, float]]:
+    """Run this file in a process of its own: a dictionary for each case."""
+    child = subprocess.run([sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     if job.get("threads"):
         torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     dtype = getattr(torch, job.get("dtype", "float32"))
-    vae = AutoencoderKL(**job["vae"]).eval().requires_grad_(False)
+    preview = job.get("preview", False)
+    vae = (AutoencoderTiny if preview else AutoencoderKL)(**job["vae"]).eval().requires_grad_(False)
     vae.encoder = None
     vae.to(dtype)
     channels = vae.config.latent_channels
-    options = {"kernels": job["kernels"], "block_values": job.get("block_values")}
-    ExactEngine(vae, **options).decode(torch.randn(1, channels, 4, 4).to(dtype))
+    options = {} if preview else {"kernels": job["kernels"], "block_values": job.get("block_values")}
+    make = PreviewEngine if preview else ExactEngine
+    make(vae, **options).decode(torch.randn(1, channels, 4, 4).to(dtype))
     for case in job["cases"]:
-        engine = ExactEngine(vae, **options)
+        engine = make(vae, **options)
         (lh, lw), batch, limit = case["size"], case.get("batch", 1), case.get("limit")
         if case.get("fraction") is not None:
             low, high = engine.smallest_limit(lh, lw, batch), engine.plan(lh, lw, batch).peak_bytes

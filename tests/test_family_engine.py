@@ -13,13 +13,14 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from engine_models import one_thread, rms, true_decode
+from engine_peaks import measure
 from family_models import SMALL_DECODER, flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import vector_code
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.oracle import level_difference
-from fluxvae.tolerances import ENGINE_ERROR_RATIO, WINOGRAD_CHANGED, WINOGRAD_LEVELS
+from fluxvae.tolerances import ENGINE_ERROR_RATIO, PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["one_thread"]  # a fixture, found by its name
@@ -218,6 +219,14 @@ def test_a_previews_bits_do_not_depend_on_its_batch_and_its_limit_is_kept() -> N
     small = Decoder(tiny_vae(16), memory_limit=needed - 1)
     with pytest.raises(MemoryLimitError, match=f"needs {needed} bytes"), pytest.warns(ApproximateWarning):
         small.decode_raw(z)
+
+
+def test_a_preview_takes_no_more_than_its_plan_says() -> None:
+    """TAEF1's own widths; the plan is what a limit is held against."""
+    cases = [{"size": [64, 64]}, {"size": [96, 80]}]
+    job = {"preview": True, "vae": {"latent_channels": 16}, "threads": 2, "cases": cases}
+    for row in measure(job):
+        assert 1 - PREVIEW_PEAK.bound <= row["measured"] / row["predicted"] <= 1, row
 
 
 @pytest.mark.parametrize(

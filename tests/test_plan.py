@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
+from engine_peaks import measure
 from fluxvae.engine import exact, storage
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Geometry, Plan, parse_memory_limit
@@ -48,15 +48,6 @@ FLUX = WIDE | {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
 }
-
-
-def measure(job: dict[str, object]) -> list[dict[str, float]]:
-    """Run `engine_peaks.py` in a process of its own."""
-    child = subprocess.run(
-        [sys.executable, str(HERE / "engine_peaks.py"), json.dumps(job)], capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    return [json.loads(line) for line in child.stdout.splitlines()]
 
 
 def assert_predicted(rows: list[dict[str, float]]) -> None:

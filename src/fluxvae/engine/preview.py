@@ -22,8 +22,9 @@ __all__ = ["PREVIEW_NOTE", "ApproximateWarning", "PreviewEngine"]
 
 PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
 
-LIVE_MAPS = 4
-"""Last-level maps alive at once at the peak, by measurement."""
+LIVE_MAPS = 4.5
+"""Last-level maps that a decode takes at its peak: four, and what the convolutions and the C library keep. Measured at
+512 to 1024 pixels: 3.7 to 4.3 in float32, 3.6 to 4.2 in bfloat16."""
 
 
 class ApproximateWarning(UserWarning):
@@ -77,7 +78,7 @@ class PreviewEngine:
         height, width, channels = scale * latent_height, scale * latent_width, config["decoder_block_out_channels"][-1]
         latents = 2 * latent_height * latent_width * config["latent_channels"] * itemsize
         one = height * width * config["out_channels"] * itemsize
-        live = LIVE_MAPS * height * width * channels * itemsize
+        live = int(LIVE_MAPS * height * width * channels * itemsize)
         macs = sum(
             module.weight.numel() * latent_height * latent_width * scale_of**2
             for module, scale_of in self._convolutions(config["upsampling_scaling_factor"])
