@@ -2,7 +2,7 @@
 
 The JSON: {"preview": true or false, "vae": keywords of AutoencoderTiny or AutoencoderKL, "kernels": ..., "dtype": ...,
 "threads": n, "block_values": n or null, "cases": [{"size": [lh, lw], "batch": n, "fraction": f or null}]}; a fraction
-sets the limit that far between the smallest that works and the peak of the unlimited plan. Prints one JSON line per case:
+sets the limit that far between the smallest that works and the peak of the unlimited plan. One JSON line per case:
 {"predicted": bytes, "measured": bytes, "limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
 
 Measured is the high-water mark of resident memory during the decode, above what was resident before it.
