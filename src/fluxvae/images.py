@@ -7,14 +7,16 @@ holds the bytes of ``pil``.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 
 from fluxvae.errors import InvalidOptionError
 
@@ -116,13 +118,19 @@ def check_format(format: object, quality: object = None) -> None:
         raise InvalidOptionError(f"quality: got {quality!r}, expected a whole number from 1 to 100")
 
 
-def encode(pixels: NDArray[np.uint8], format: str = "png", quality: int | None = None) -> bytes:
+def encode(
+    pixels: NDArray[np.uint8],
+    format: str = "png",
+    quality: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """Encode one picture.
 
     Args:
         pixels: (H, W, 3) uint8, RGB.
         format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
         quality: 1 to 100, for jpeg and webp; 95 where it is left out.
+        metadata: kept in the file: PNG text chunks; in JPEG and WebP one JSON object, EXIF's ImageDescription.
 
     Returns:
         The bytes of the file.
@@ -134,6 +142,19 @@ def encode(pixels: NDArray[np.uint8], format: str = "png", quality: int | None =
     options: dict[str, Any] = {}
     if format != "png":
         options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
+    if metadata:
+        options |= _metadata_options(format, metadata)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def _metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if format == "png":
+        chunks = PngInfo()
+        for name, value in metadata.items():
+            chunks.add_itxt(name, value)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
+    return {"exif": exif}

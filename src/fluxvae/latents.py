@@ -75,6 +75,7 @@ class LatentFormat:
 
         Args:
             latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; float32, bfloat16 or float16; finite.
+                On the ``meta`` device they have no values: the shape alone is checked.
             height, width: pixels. Needed for packed latents, floored to multiples of 16 (with a
                 `SizeFlooredWarning`). For unpacked latents they may be left out; if given they must agree.
 
@@ -107,7 +108,8 @@ class LatentFormat:
             )
         packed = latents.ndim == 3
         size = (self._check_packed if packed else self._check_unpacked)(latents, height, width)
-        _check_finite(latents)
+        if not latents.is_meta:
+            _check_finite(latents)
         return size
 
     def _check_packed(self, latents: torch.Tensor, height: object, width: object) -> tuple[int, int]:
