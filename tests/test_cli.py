@@ -41,7 +41,7 @@ def test_help_needs_no_pytorch() -> None:
     assert "Usage" in shown.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["info"], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["decode"], ["plan"], ["info"], ["bench"], ["serve"]])
 def test_help_teaches(command: list[str]) -> None:
     shown = run(*command, "--help").stdout
     assert "Examples:" in shown

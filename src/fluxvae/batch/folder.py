@@ -94,12 +94,16 @@ def lock(store: Store) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink == 0:  # another job ended, and removed it, in between
+                raise BlockingIOError
         except BlockingIOError:
             raise InvalidOptionError(
                 f"out: another job is writing to {store.root} now; wait for it, or choose another folder"
             ) from None
-        yield
-        path.unlink(missing_ok=True)  # while it is held: who waits for it would see another file
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held
     finally:
         os.close(descriptor)
 
