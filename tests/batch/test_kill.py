@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import signal
@@ -23,6 +24,8 @@ def wait_for_images(job: subprocess.Popen[str], out: Path, count: int) -> None:
     deadline = time.monotonic() + 120
     while len(list(out.glob("*.png"))) < count and job.poll() is None:
         assert time.monotonic() < deadline, f"waited 120 s for {count} images"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(0.02)
 
 
 @pytest.mark.parametrize(
