@@ -41,7 +41,7 @@ def test_help_needs_no_pytorch() -> None:
     assert "Usage" in shown.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["info"], ["serve"]])
+@pytest.mark.parametrize("command", [[], ["decode"], ["plan"], ["info"], ["bench"], ["serve"]])
 def test_help_teaches(command: list[str]) -> None:
     shown = run(*command, "--help").stdout
     assert "Examples:" in shown
@@ -104,6 +104,19 @@ def test_info_and_plan_of_the_rest_of_the_family(tmp_path: Path) -> None:
     assert not json.loads(invoke(*plan, str(tmp_path / "flux2"), "--json"))["approximate"]
     assert json.loads(invoke(*plan, str(tmp_path / "taef2"), "--json"))["approximate"]
     assert "approximate preview" in " ".join(invoke(*plan, str(tmp_path / "taef2")).split())
+
+
+def test_bench() -> None:
+    arguments = ["bench", "--sizes", "64,128", "--rounds", "1", "--device", "cpu"]
+    shown = json.loads(invoke(*arguments, "--json"))
+    assert [row["size"] for row in shown["rows"]] == [64, 128]
+    for row in shown["rows"]:
+        assert row["seconds"] > 0
+        assert row["planned_bytes"] == Decoder.from_pretrained("demo", device="cpu").plan(*[row["size"]] * 2).peak_bytes
+    text = invoke(*arguments, "--diffusers")
+    assert "128 x 128" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text, "cut off"
 
 
 @pytest.mark.parametrize(

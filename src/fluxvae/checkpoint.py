@@ -28,7 +28,7 @@ from fluxvae.checkpoint_files import ASSETS, LOAD_ERRORS, first_line, load_file,
 from fluxvae.decoder_options import VAE
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
-__all__ = ["ASSETS", "load_vae"]
+__all__ = ["ASSETS", "load_vae", "weights_file"]
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -53,25 +53,40 @@ def load_vae(
         CheckpointError: nothing there, damaged, another model's, or out of reach.
         InvalidOptionError: subfolder or revision given where it means nothing.
     """
+    found = _locate(source, subfolder, revision)
+    vae = load_file(found, dtype) if found.is_file() else _load_folder(found, dtype)
+    vae.encoder = None  # never used for decoding, and nearly half of the weights
+    return vae.eval().requires_grad_(False)
+
+
+def weights_file(source: str | Path, *, subfolder: str | None = None, revision: str | None = None) -> Path:
+    """The file whose weights `load_vae` loads: what a checkpoint's hash is of.
+
+    Raises:
+        CheckpointError: nothing there, or out of reach.
+        InvalidOptionError: subfolder or revision given where it means nothing.
+    """
+    found = _locate(source, subfolder, revision)
+    return found if found.is_file() else found / WEIGHTS_NAME
+
+
+def _locate(source: str | Path, subfolder: str | None, revision: str | None) -> Path:
+    """The single file, or the folder that holds config and weights; downloaded if need be."""
     path = ASSETS / "demo" if source == "demo" else Path(source)
-    local = path.exists()
-    if revision is not None and (local or source == "demo"):
+    if revision is not None and (path.exists() or source == "demo"):
         raise InvalidOptionError(f"revision: got {revision!r} for {source}, which is local; it is for hub ids only")
     if path.is_file():
         if subfolder is not None:
             raise InvalidOptionError(f"subfolder: got {subfolder!r} for the single file {path}; it is for folders")
-        vae = load_file(path, dtype)
-    elif path.is_dir():
-        vae = _load_folder(_vae_folder(path, subfolder), dtype)
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".safetensors"):
-        vae = _load_folder(_download(source, subfolder, revision), dtype)
-    else:
-        raise CheckpointError(
-            f"checkpoint: nothing at {source}; expected 'demo', a diffusers VAE folder, a pipeline folder with vae/, "
-            "a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
-        )
-    vae.encoder = None  # never used for decoding, and nearly half of the weights
-    return vae.eval().requires_grad_(False)
+        return path
+    if path.is_dir():
+        return _vae_folder(path, subfolder)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and not source.endswith(".safetensors"):
+        return _download(source, subfolder, revision)
+    raise CheckpointError(
+        f"checkpoint: nothing at {source}; expected 'demo', a diffusers VAE folder, a pipeline folder with vae/, "
+        "a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
+    )
 
 
 def _vae_folder(path: Path, subfolder: str | None) -> Path:

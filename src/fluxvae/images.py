@@ -7,7 +7,8 @@ holds the bytes of ``pil``.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -118,7 +119,10 @@ def check_format(format: object, quality: object = None) -> None:
 
 
 def encode(
-    pixels: NDArray[np.uint8], format: str = "png", quality: int | None = None, *, comment: str | None = None
+    pixels: NDArray[np.uint8],
+    format: str = "png",
+    quality: int | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> bytes:
     """Encode one picture.
 
@@ -126,7 +130,7 @@ def encode(
         pixels: (H, W, 3) uint8, RGB.
         format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
         quality: 1 to 100, for jpeg and webp; 95 where it is left out.
-        comment: ASCII, kept in the file: PNG's and JPEG's ``Comment``, WebP's Exif ``ImageDescription``.
+        metadata: kept in the file: PNG text chunks; in JPEG and WebP one JSON object, EXIF's ImageDescription.
 
     Returns:
         The bytes of the file.
@@ -138,14 +142,19 @@ def encode(
     options: dict[str, Any] = {}
     if format != "png":
         options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
-    if comment is not None and format == "png":
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_text("Comment", comment)
-    elif comment is not None and format == "jpeg":
-        options["comment"] = comment
-    elif comment is not None:
-        options["exif"] = Image.Exif()
-        options["exif"][ExifTags.Base.ImageDescription] = comment
+    if metadata:
+        options |= _metadata_options(format, metadata)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def _metadata_options(format: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if format == "png":
+        chunks = PngInfo()
+        for name, value in metadata.items():
+            chunks.add_itxt(name, value)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(metadata))
+    return {"exif": exif}

@@ -45,7 +45,8 @@ def check_latents(
 
     Args:
         latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
-            ``(B, 4*C, gh, gw)``; float32, bfloat16 or float16; finite.
+            ``(B, 4*C, gh, gw)``; float32, bfloat16 or float16; finite. On the ``meta`` device
+            there are no values: the shape alone is checked.
         height, width: pixels. Needed for packed latents without ids, floored to multiples of 16 (with a
             `SizeFlooredWarning`). For others they may be left out; if given they must agree.
         latent_ids: of FLUX.2's packed latents: (B, N, 4), where each token belongs.
@@ -87,7 +88,8 @@ def check_latents(
         size = _check_packed(format, latents, height, width, latent_ids)
     else:
         size = _check_unpacked(format, latents, height, width, raw)
-    _check_finite(latents)
+    if not latents.is_meta:
+        _check_finite(latents)
     return size
 
 

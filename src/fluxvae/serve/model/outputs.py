@@ -33,7 +33,8 @@ def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -
             arrays["images"] = pixels
         if "images_encoded" in names:
             asked = job.parameters
-            files = [[encode(one, asked.format, asked.quality, comment=comment)] for one in pixels]
+            metadata = {"Comment": comment} if comment else None
+            files = [[encode(one, asked.format, asked.quality, metadata)] for one in pixels]
             arrays["images_encoded"] = np.array(files, dtype=np.object_)
     if "images_np" in names:
         arrays["images_np"] = postprocess(image, "np")

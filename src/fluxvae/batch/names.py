@@ -1,0 +1,50 @@
+"""Names of outputs: those of the inputs, made safe to join to a folder. Pure functions."""
+
+from __future__ import annotations
+
+from fluxvae.errors import InvalidLatentsError
+
+__all__ = ["output_name", "stem", "with_row"]
+
+_LONGEST = 200
+"""Bytes of one part of a name: most filesystems take 255, and a suffix comes behind it."""
+
+
+def output_name(name: str, suffix: str) -> str:
+    """A name from a file or a column, as the output's path without its suffix.
+
+    Args:
+        name: with ``/`` between folders. A suffix that is the output's own is dropped: ``cat.png`` makes ``cat.png``.
+        suffix: of the output, with its dot.
+
+    Raises:
+        InvalidLatentsError: empty, absolute, leading out of the folder, hidden, too long, or with control characters.
+    """
+    kept = name[: -len(suffix)] if name.lower().endswith(suffix) else name
+    parts = kept.split("/")
+    problem = None
+    if any(not character.isprintable() for character in kept):
+        problem = "it has characters that are not printable"
+    elif "\\" in kept:
+        problem = "it has a backslash, which is a separator on some systems"
+    elif not all(parts):
+        problem = "it is empty, or a part of it is"
+    elif any(part.startswith(".") for part in parts):
+        problem = "a part of it starts with a dot: hidden, or leading out of the output folder"
+    elif any(len(part.encode()) > _LONGEST for part in parts):
+        problem = f"a part of it is longer than {_LONGEST} bytes"
+    if problem is not None:
+        raise InvalidLatentsError(f"name: got {name[:80]!r}: {problem}; rename it in the source")
+    return kept
+
+
+def stem(path: str) -> str:
+    """A path without its last suffix: ``a/b.c.npy`` gives ``a/b.c``."""
+    folder, slash, file = path.rpartition("/")
+    base, dot, _ = file.rpartition(".")
+    return f"{folder}{slash}{base if dot and base else file}"
+
+
+def with_row(name: str, row: int, rows: int) -> str:
+    """The name of one row: the source's own where it holds one row, else with the row, of equal length for all."""
+    return name if rows == 1 else f"{name}_{row:0{max(4, len(str(rows - 1)))}d}"

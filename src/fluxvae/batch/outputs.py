@@ -1,0 +1,59 @@
+"""One decoded image to the bytes of a file that says where it comes from."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from fluxvae.batch.items import Item
+from fluxvae.images import FORMATS, OutputType, encode
+
+__all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
+
+METADATA_KEYS = ("source", "row", "height", "width", "checkpoint", "checkpoint_sha256", "engine", "dtype", "fluxvae")
+
+
+def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:
+    """What is embedded: `METADATA_KEYS`; ``record`` is what the whole job has in common."""
+    own = {"source": item.source, "row": str(item.row), "height": str(item.height), "width": str(item.width)}
+    return own | {key: str(record[key]) for key in METADATA_KEYS if key not in own}
+
+
+def output_type_of(format: str) -> OutputType:
+    """What the decoder is asked for."""
+    if format in FORMATS:
+        return "uint8"
+    return "np" if format == "npy" else "pt"
+
+
+def to_bytes(image: Any, format: str, quality: int | None, metadata: Mapping[str, str]) -> bytes:
+    """One image of `output_type_of(format)`, without a batch axis, as a file.
+
+    Returns:
+        - png, jpeg, webp: the picture, with the metadata (PNG text chunks, or JSON in EXIF's ImageDescription);
+        - npy: (H, W, 3) float32 in [0, 1]; the format has no place for metadata, ``job.json`` beside it has;
+        - safetensors: ``image`` (3, H, W) in [0, 1], in the decoder's dtype, with the metadata.
+    """
+    if format in FORMATS:
+        return encode(image, format, quality, metadata)
+    if format == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, np.ascontiguousarray(image), allow_pickle=False)
+        return buffer.getvalue()
+    assert isinstance(image, torch.Tensor)
+    return bytes(save({"image": image.contiguous().cpu()}, dict(metadata)))
+
+
+def read_record(data: bytes | None) -> dict[str, Any] | None:
+    """``job.json`` as it was written; None where there is none, or only a beginning of one."""
+    try:
+        record = json.loads(data or b"")
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

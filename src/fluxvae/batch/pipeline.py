@@ -1,0 +1,226 @@
+"""Reading, decoding and writing at the same time, on one decoder.
+
+    reader threads --(a few batches ahead)--> this thread decodes --(bounded)--> writer threads
+
+Everything else happens in the calling thread: it hands out work and takes results, so nothing here needs a lock. What
+waits in either direction is bounded, and `Timing` says how long the decoder waited for either side.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+
+from fluxvae.batch.items import Failure, Item, Result
+from fluxvae.batch.sources import Library
+from fluxvae.decoder import Decoder
+from fluxvae.errors import DecodeCancelled, FluxVAEError, InvalidLatentsError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.images import OutputType, postprocess
+
+__all__ = ["Timing", "batch_size", "batches", "run_pipeline"]
+
+T = TypeVar("T")
+
+READERS = 4
+BATCHES_AHEAD = 3
+WINDOW = 256
+"""Items within which those of one size are gathered: far fewer than a job, so that sources are read in order."""
+
+
+@dataclass
+class Timing:
+    """Seconds of the decoder."""
+
+    decoding: float = 0.0
+    waiting: float = 0.0
+    """For latents to be read or images to be written, once the first latents had come."""
+    first: float = 0.0
+    """Until the first latents had been read."""
+
+    @property
+    def idle_share(self) -> float:
+        """Of the decoder's time, what it waited."""
+        return self.waiting / (self.waiting + self.decoding) if self.decoding else 0.0
+
+
+def batches(items: Iterable[Item], size: Callable[[int, int], int]) -> Iterator[list[Item]]:
+    """Items of one size together, ``size(height, width)`` at most, near the order they came in."""
+    stream = iter(items)
+    while window := list(islice(stream, WINDOW)):
+        window.sort(key=lambda item: (item.height, item.width))  # stable: sources stay in order
+        start = 0
+        while start < len(window):
+            first = window[start]
+            end = start + 1
+            while end < len(window) and (window[end].height, window[end].width) == (first.height, first.width):
+                end += 1
+            step = size(first.height, first.width)
+            yield from (window[i : min(i + step, end)] for i in range(start, end, step))
+            start = end
+
+
+def batch_size(decoder: Decoder, height: int, width: int, most: int) -> int:
+    """The most images of a size that one decode takes without more work per image than one alone; at least 1."""
+    try:
+        least = decoder.plan(height, width, 1).work_ratio
+    except MemoryLimitError:
+        return 1  # the decode will say so
+    for batch in range(most, 1, -1):
+        try:
+            plan = decoder.plan(height, width, batch)
+        except MemoryLimitError:
+            continue
+        if plan.work_ratio <= least and not plan.spill_bytes:
+            return batch
+    return 1
+
+
+def run_pipeline(
+    items: Sequence[Item],
+    decoder: Decoder,
+    library: Library,
+    write: Callable[[Item, Any], None],
+    *,
+    output_type: OutputType,
+    batch: int,
+    stop: threading.Event,
+    timing: Timing,
+    writers: int | None = None,
+) -> Iterator[Result]:
+    """Decode items; yields what became of each, as it is known. Ends early when ``stop`` is set.
+
+    Args:
+        write: called in threads with an item and its image (``output_type``, no batch axis). What it raises becomes
+            the item's failure.
+        batch: images in one decode, at most.
+        timing: counted up as it goes on.
+        writers: threads; None: one for each core, eight at most.
+    """
+    sizes: dict[tuple[int, int], int] = {}
+
+    def size(height: int, width: int) -> int:
+        if (height, width) not in sizes:
+            sizes[height, width] = batch_size(decoder, height, width, batch)
+        return sizes[height, width]
+
+    writers = writers or min(8, os.cpu_count() or 1)
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(READERS, "read") as reading, ThreadPoolExecutor(writers, "write") as writing:
+        read = _ahead(reading, lambda group: [_read(library, decoder, item) for item in group], batches(items, size))
+        start = time.perf_counter()
+        try:
+            for index, group in enumerate(read):
+                waited = time.perf_counter() - start
+                if index:
+                    timing.waiting += waited
+                else:
+                    timing.first += waited
+                if stop.is_set():
+                    break
+                start = time.perf_counter()
+                decoded = _decode(group, decoder, output_type, stop)
+                if decoded is None:
+                    break
+                timing.decoding += time.perf_counter() - start
+                start = time.perf_counter()
+                for item, image in decoded:
+                    if isinstance(image, Failure):
+                        yield Result(item, image)
+                        continue
+                    while len(waiting) >= 2 * writers:
+                        yield waiting.popleft().result()
+                    waiting.append(writing.submit(_write, write, item, image))
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+        finally:
+            read.close()
+            reading.shutdown(wait=False, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+
+
+Read = tuple[Item, "torch.Tensor | Failure"]
+
+
+def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]], groups: Iterable[list[Item]]):  # type: ignore[no-untyped-def]
+    """``call`` of each group, in order, some of them ahead of the one that is asked for."""
+    stream = iter(groups)
+    pending = deque(threads.submit(call, group) for group in islice(stream, BATCHES_AHEAD))
+    while pending:
+        done = pending.popleft().result()
+        for group in islice(stream, 1):
+            pending.append(threads.submit(call, group))
+        yield done
+
+
+def _read(library: Library, decoder: Decoder, item: Item) -> Read:
+    """Latents of one item, checked, in a dtype that the decoder takes."""
+    try:
+        latents = library.open(item.source).load(item.row)
+        if latents.dtype == torch.float64:
+            latents = latents.float()
+        size = decoder.check(latents, height=item.height, width=item.width)
+        if size != (item.height, item.width):
+            raise InvalidLatentsError(
+                f"height and width: got {item.height}x{item.width} (height x width), but the latents decode to "
+                f"{size[0]}x{size[1]}"
+            )
+    except Exception as error:  # whatever a file makes a library raise, the others go on
+        return item, Failure.of(error, item.source, item.row, item.name)
+    return item, latents
+
+
+def _decode(
+    group: list[Read], decoder: Decoder, output_type: OutputType, stop: threading.Event
+) -> list[tuple[Item, Any]] | None:
+    """Images, or failures, of one batch; None: stopped."""
+    result: list[tuple[Item, Any]] = [(item, found) for item, found in group if isinstance(found, Failure)]
+    good = [(item, found) for item, found in group if isinstance(found, torch.Tensor)]
+    # Packed and unpacked latents, or two dtypes, may share a size.
+    kinds: dict[tuple[int, torch.dtype], list[tuple[Item, torch.Tensor]]] = {}
+    for item, latents in good:
+        kinds.setdefault((latents.ndim, latents.dtype), []).append((item, latents))
+    for pairs in kinds.values():
+        try:
+            result += _decode_same(pairs, decoder, output_type, stop)
+        except DecodeCancelled:
+            return None
+    return result
+
+
+def _decode_same(
+    pairs: list[tuple[Item, torch.Tensor]], decoder: Decoder, output_type: OutputType, stop: threading.Event
+) -> list[tuple[Item, Any]]:
+    first = pairs[0][0]
+    try:
+        raw = decoder.decode_raw(
+            torch.cat([latents for _, latents in pairs]), height=first.height, width=first.width, cancel=stop.is_set
+        )
+    except DecodeCancelled:
+        raise
+    except NonFiniteOutputError as error:
+        if len(pairs) == 1:
+            return [(first, Failure.of(error, first.source, first.row, first.name))]
+        # One of them did it: alone, the others give the same bits as together.
+        return [done for pair in pairs for done in _decode_same([pair], decoder, output_type, stop)]
+    except (FluxVAEError, MemoryError, torch.OutOfMemoryError) as error:
+        return [(item, Failure.of(error, item.source, item.row, item.name)) for item, _ in pairs]
+    images = postprocess(raw, output_type)
+    return [(item, image) for (item, _), image in zip(pairs, images, strict=True)]
+
+
+def _write(write: Callable[[Item, Any], None], item: Item, image: Any) -> Result:
+    try:
+        write(item, image)
+    except Exception as error:  # a full disk fails this image; the next may be smaller, or find room again
+        return Result(item, Failure.of(error, item.source, item.row, item.name))
+    return Result(item)

@@ -1,0 +1,239 @@
+"""The same job on many machines: a Ray Data pipeline whose stage is an actor with a decoder.
+
+    items (names and sizes only) --> actors: read, decode, write --> results (names and failures)
+
+Latents and images never travel between machines: an actor reads and writes by itself, so its reading, decoding and
+writing overlap as they do in one process, and Ray moves rows of text. Ray Data streams, keeps its queues bounded, and
+starts an actor again that was lost, with the items it had; those it had finished are there, and are left alone.
+Nothing of this module's is needed until it is called: Ray is an optional package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fluxvae.batch.folder import record_of
+from fluxvae.batch.items import Failure, Item, Result
+from fluxvae.batch.run import Outlook, Report, Watcher, finish, look
+from fluxvae.batch.settings import Job
+from fluxvae.batch.store import open_store
+from fluxvae.batch.worker import Worker, checkpoint_sha256
+from fluxvae.decoder import Decoder
+from fluxvae.errors import InvalidOptionError, UnavailableError
+
+__all__ = ["decode_files_on_ray"]
+
+_MOST_PER_CALL = 64
+_CALLS_PER_WORKER = 8
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How many actors there are, and what each of them gets."""
+
+    workers: int
+    threads: int
+    gpu: bool
+
+
+def decode_files_on_ray(
+    job: Job,
+    *,
+    address: str = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    watcher: Watcher | None = None,
+    stop: threading.Event | None = None,
+) -> Report:
+    """As `decode_files`, on a Ray cluster. Every node must see the inputs and the output folder under the same names.
+
+    Args:
+        address: ``"local"`` starts a cluster in processes of this machine, for this job; ``"auto"`` finds the one this
+            machine belongs to; ``"host:port"`` or ``"ray://host:port"`` is another. In a process that is connected to
+            Ray already, that connection is used.
+        workers: actors; None: one for each GPU, or as many as the cluster's cores allow.
+        threads: cores of each actor; None: 4, or all that the smallest node has.
+
+    Raises:
+        InvalidOptionError: Ray is not installed, or the cluster is too small for what was asked.
+        UnavailableError: no cluster at this address.
+        FluxVAEError: as `decode_files`.
+    """
+    ray = _import_ray()
+    stop = stop or threading.Event()
+    connected = ray.is_initialized()
+    if not connected:
+        _connect(ray, address)
+    try:
+        shape = _shape(ray, job, workers, threads)
+        here = Decoder.from_pretrained(job.checkpoint, revision=job.revision, device="cpu", dtype="float32")
+        device = "cuda" if shape.gpu else "cpu"
+        dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if shape.gpu else "float32")
+        job_id = secrets.token_hex(4)
+        store = open_store(job.out, job_id)
+        record = record_of(job, checkpoint_sha256(job), here.engine.name, dtype)
+        make = {"job": job, "device": device, "dtype": dtype, "record": record, "job_id": job_id, "shape": shape}
+
+        def work(outlook: Outlook, result: Callable[[Result], None]) -> None:
+            for one in _stream(outlook, make, shape, stop):
+                result(one)
+
+        try:
+            return finish(job, store, record, lambda: look(job, here, record, store), work, watcher)
+        finally:
+            if not connected:
+                ray.shutdown()  # its actors end with it; then nothing writes any more
+                store.clean()
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _import_ray() -> Any:
+    # Before the import: workers run this Python, not a new environment of uv's; no usage reports.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InvalidOptionError(f"--ray: needs Ray Data ({error}); pip install 'fluxvae[batch]'") from error
+    return ray
+
+
+def _connect(ray: Any, address: str) -> None:
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", **options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UnavailableError(
+            f"--ray: no cluster at {address!r}: {str(error).strip().splitlines()[0]}; run `ray start --head`, "
+            "or leave the address out to use this machine"
+        ) from error
+
+
+def _shape(ray: Any, job: Job, workers: int | None, threads: int | None) -> _Shape:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    gpu = job.device.startswith("cuda") or (job.device == "auto" and gpus > 0)
+    each = threads or (1 if gpu else min(4, *cores, 4) if cores else 1)
+    room = min(gpus, sum(n // each for n in cores)) if gpu else sum(n // each for n in cores)
+    if room < (workers or 1):
+        has = f"{sum(cores)} cores and {gpus} GPUs"
+        raise InvalidOptionError(
+            f"--workers: got {workers or 'auto'} with {each} cores{' and a GPU' if gpu else ''} each, but the cluster "
+            f"has {has}, room for {room}; ask for fewer, or give them fewer --threads"
+        )
+    return _Shape(workers or room, each, gpu)
+
+
+def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threading.Event) -> Iterator[Result]:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the job has its own
+    items = outlook.items
+    # Small enough that all actors end together, large enough that reading and writing overlap with decoding.
+    per_call = max(1, min(_MOST_PER_CALL, len(items) // (shape.workers * _CALLS_PER_WORKER)))
+    rows = [{"index": index, "item": (i.source, i.row, i.name, i.height, i.width)} for index, i in enumerate(items)]
+    calls = [{"index": [r["index"] for r in part], "items": [r["item"] for r in part]}
+             for part in (rows[at : at + per_call] for at in range(0, len(rows), per_call))]  # fmt: skip
+    data = ray.data.from_items([_pack(call) for call in calls], override_num_blocks=len(calls)).flat_map(
+        _Actor,
+        fn_constructor_kwargs=make,
+        compute=ray.data.ActorPoolStrategy(size=shape.workers),
+        num_cpus=shape.threads,
+        num_gpus=1 if shape.gpu else None,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    seen: set[int] = set()
+    for row in _rows(data, stop):
+        index = int(row["index"])
+        if index in seen:
+            continue
+        seen.add(index)
+        failure = None if row["error"] is None else Failure(
+            items[index].source, items[index].row, items[index].name, row["error"], row["message"]
+        )  # fmt: skip
+        yield Result(items[index], failure)
+
+
+def _rows(data: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    """Rows as they come, until there are no more or ``stop`` is set, even while none comes."""
+    came: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def follow() -> None:
+        try:
+            for row in data.iter_rows():
+                came.put(row)
+                if stop.is_set():
+                    break
+            came.put(None)
+        except BaseException as error:
+            came.put(error)
+
+    threading.Thread(target=follow, daemon=True).start()
+    while not stop.is_set():
+        try:
+            row = came.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if row is None:
+            return
+        if isinstance(row, BaseException):
+            raise UnavailableError(f"--ray: the pipeline ended: {str(row).strip().splitlines()[0]}; run it again with "
+                                   "--resume for what is left") from row  # fmt: skip
+        yield row
+
+
+def _pack(call: dict[str, Any]) -> dict[str, Any]:
+    """A call as one row: JSON, so that no type of Arrow's comes between."""
+    return {"call": json.dumps(call)}
+
+
+class _Actor:
+    """A decoder on some machine: takes some items, answers with what became of them."""
+
+    def __init__(
+        self, job: Job, device: str, dtype: str, record: dict[str, Any], job_id: str, shape: _Shape
+    ) -> None:  # fmt: skip
+        torch.set_num_threads(shape.threads)
+        options = job.decoder_options() | {"device": device, "dtype": dtype}
+        decoder = Decoder.from_pretrained(job.checkpoint, **options)
+        decoder.prepare()
+        self._job, self._store = job, open_store(job.out, job_id)
+        self._worker = Worker(job, decoder, self._store, record)
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        call = json.loads(row["call"])
+        items = [Item(*item) for item in call["items"]]
+        index = {item.name: at for item, at in zip(items, call["index"], strict=True)}
+        return [
+            {
+                "index": index[result.item.name],
+                "error": result.failure.error if result.failure else None,
+                "message": result.failure.message if result.failure else None,
+            }
+            for result in self._run(items)
+        ]
+
+    def _run(self, items: list[Item]) -> Iterator[Result]:
+        """What an actor that was lost had finished of this call is not done again."""
+        left = []
+        for item in items:
+            if self._job.existing != "overwrite" and self._store.exists(f"{item.name}{self._job.suffix}"):
+                yield Result(item)
+            else:
+                left.append(item)
+        yield from self._worker.run(left, threading.Event())

@@ -1,0 +1,79 @@
+"""What a job is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fluxvae.engine.plan import parse_memory_limit
+from fluxvae.errors import InvalidOptionError
+from fluxvae.images import FORMATS, check_format
+
+__all__ = ["OUTPUT_FORMATS", "Existing", "Job"]
+
+Existing = Literal["refuse", "resume", "overwrite"]
+OUTPUT_FORMATS = (*FORMATS, "npy", "safetensors")
+_SUFFIXES = {"jpeg": ".jpg"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Latents to decode and how.
+
+    Raises:
+        InvalidOptionError: an option that cannot be honoured.
+    """
+
+    inputs: tuple[str, ...]
+    """Files, folders or globs: paths, or URLs that fsspec knows."""
+    out: str
+    """Folder or URL."""
+    checkpoint: str = "demo"
+    revision: str | None = None
+    """Of a hub id."""
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_limit: int | str | None = None
+    """What a decode may add above the weights; what waits to be decoded or written comes on top (docs/batch.md)."""
+    format: str = "png"
+    quality: int | None = None
+    """Of jpeg and webp."""
+    height: int | None = None
+    """Pixels, instead of the files' own."""
+    width: int | None = None
+    batch: int = 4
+    """Images of one size in one decode, at most; fewer where the memory limit has no room."""
+    existing: Existing = "refuse"
+    """What becomes of outputs that are there: refuse to start, decode only what is missing, or decode all again."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise InvalidOptionError("inputs: got none, expected files, folders or globs of latents")
+        if self.format not in OUTPUT_FORMATS:
+            raise InvalidOptionError(f"format: got {self.format!r}, expected one of {', '.join(OUTPUT_FORMATS)}")
+        if self.format in FORMATS:
+            check_format(self.format, self.quality)
+        elif self.quality is not None:
+            raise InvalidOptionError(f"quality: got {self.quality!r} with format {self.format}, which is lossless")
+        if self.existing not in get_args(Existing):
+            raise InvalidOptionError(f"existing: got {self.existing!r}, expected {', '.join(get_args(Existing))}")
+        for name in ("height", "width", "batch"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidOptionError(f"{name}: got {value!r}, expected a whole number above 0")
+        if self.memory_limit is not None:
+            parse_memory_limit(self.memory_limit)
+
+    @property
+    def suffix(self) -> str:
+        """Of the outputs, with its dot."""
+        return _SUFFIXES.get(self.format, f".{self.format}")
+
+    def decoder_options(self) -> dict[str, Any]:
+        """For ``Decoder.from_pretrained``, the source beside."""
+        return {
+            "revision": self.revision,
+            "device": self.device,
+            "dtype": self.dtype,
+            "memory_limit": self.memory_limit,
+        }

@@ -1,0 +1,243 @@
+"""Inputs to items: files, folders, globs, here or at any URL that fsspec knows."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from fluxvae.batch.formats import FILE_SUFFIXES, Source, open_file
+from fluxvae.batch.items import Entry, Failure, Item
+from fluxvae.batch.names import output_name, stem, with_row
+from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
+from fluxvae.latents import LatentFormat, SizeFlooredWarning
+
+__all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
+
+SUFFIXES = (*FILE_SUFFIXES, ".parquet")
+_SCANNERS = 8
+_OPEN_SOURCES = 8
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Found:
+    """One file of latents."""
+
+    url: str
+    """What fsspec opens; a plain path where it is local."""
+    name: str
+    """Of its output: below the folder or the glob it was found by."""
+
+
+@dataclass
+class Scan:
+    """What a job's inputs hold."""
+
+    items: list[Item] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    floored: int = 0
+    """Items whose size is not a multiple of 16 and was floored, as FluxPipeline does."""
+
+
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """fsspec's filesystem of a URL or path, and the path in it.
+
+    Raises:
+        InvalidOptionError: a protocol that fsspec does not know, or whose package is missing.
+    """
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except (ValueError, ImportError, OSError) as error:
+        raise InvalidOptionError(f"{url}: cannot be opened by fsspec: {error}") from error
+    return filesystem, path
+
+
+def find(inputs: Sequence[str]) -> list[Found]:
+    """The files of latents that these inputs name, in a fixed order, none of them twice.
+
+    Args:
+        inputs: files, folders (searched to their bottom) or globs (``**`` for any depth).
+
+    Raises:
+        InvalidOptionError: an input that names nothing, or a file that is not of latents.
+    """
+    found: dict[str, Found] = {}
+    for given in inputs:
+        filesystem, path = filesystem_of(given)
+        here = list(_find_one(given, filesystem, path))
+        if not here:
+            raise InvalidOptionError(
+                f"input: {given} holds no latents; expected files that end in {', '.join(SUFFIXES)}"
+            )
+        for one in here:
+            found.setdefault(one.url, one)
+    return list(found.values())
+
+
+def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
+    def url(at: str) -> str:
+        return at if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(at))
+
+    # A file whose name holds a [ or a * is that file before it is a glob.
+    if filesystem.isdir(path):
+        root, paths = path, filesystem.find(path)
+    elif filesystem.exists(path) or filesystem.lexists(path):
+        if not path.lower().endswith(SUFFIXES):
+            raise InvalidOptionError(f"input: got {given}, expected a folder or a file of {', '.join(SUFFIXES)}")
+        root, paths = filesystem._parent(path), [path]
+    elif any(character in path for character in "*?["):
+        fixed = path[: min(path.index(character) for character in "*?[" if character in path)]
+        root, paths = fixed.rpartition("/")[0], filesystem.glob(path)
+    else:
+        raise InvalidOptionError(f"input: nothing at {given}; expected a file, a folder or a glob")
+    for at in sorted(paths):
+        below = at[len(root) :].lstrip("/")
+        if at.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in below.split("/")):
+            yield Found(url(at), stem(below))
+
+
+class Library:
+    """Opens sources and keeps the last few open; safe to use from several threads.
+
+    Files that are not local are fetched whole into a temporary file, except Parquet, of which only the row groups and
+    columns that are asked for are read.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, Source] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def open(self, url: str) -> Source:
+        """Open one source.
+
+        Raises:
+            InvalidLatentsError: unreadable, damaged, refused, or without latents.
+        """
+        with self._lock:
+            if url in self._open:
+                self._open.move_to_end(url)
+                return self._open[url]
+        source = _open(url)
+        with self._lock:
+            self._open[url] = source
+            while len(self._open) > _OPEN_SOURCES:
+                self._open.popitem(last=False)
+        return source
+
+
+def _open(url: str) -> Source:
+    filesystem, path = filesystem_of(url)
+    name = path.rpartition("/")[2]
+    try:
+        if path.lower().endswith(".parquet"):
+            return _parquet(name, path, filesystem)
+        if isinstance(filesystem, LocalFileSystem):
+            return open_file(Path(path))
+        with tempfile.TemporaryDirectory(prefix="fluxvae-") as folder:
+            local = Path(folder) / name
+            filesystem.get_file(path, str(local))
+            return open_file(local)  # what is mapped of it stays when its name goes
+    except FluxVAEError:
+        raise
+    except Exception as error:  # every filesystem has errors of its own
+        raise InvalidLatentsError(f"{name}: cannot be read: {error}") from error
+
+
+def _parquet(name: str, path: str, filesystem: Any) -> Source:
+    try:
+        from fluxvae.batch.parquet import ParquetSource
+    except ImportError as error:
+        raise InvalidOptionError(
+            f"input: {name}: Parquet needs pyarrow ({error}); pip install 'fluxvae[batch]'"
+        ) from error
+    return ParquetSource(name, path, filesystem)
+
+
+def scan(
+    found: Sequence[Found], format: LatentFormat, suffix: str, height: int | None = None, width: int | None = None
+) -> Scan:
+    """Every image there is to make, and everything that is wrong with the inputs as far as their metadata tell.
+
+    Args:
+        found: by `find`.
+        format: of the checkpoint; shapes are checked against it.
+        suffix: of the outputs, with its dot.
+        height, width: pixels, instead of the files' own.
+    """
+    result = Scan()
+    taken: dict[str, str] = {}
+    with ThreadPoolExecutor(_SCANNERS) as threads:
+        for one, entries in zip(found, threads.map(_entries, found), strict=True):
+            if isinstance(entries, FluxVAEError):
+                result.failures.append(Failure.of(entries, one.url))
+                continue
+            for entry in entries:
+                name = None
+                try:
+                    wanted = with_row(one.name, entry.row, len(entries)) if entry.name is None else str(entry.name)
+                    name = output_name(wanted, suffix)
+                    if name in taken:
+                        raise InvalidLatentsError(
+                            f"name: {name}{suffix} is also the output of {taken[name]}; rename one of them, or decode "
+                            "them into folders of their own"
+                        )
+                    size, floored = _size(entry, format, height, width)
+                except FluxVAEError as error:
+                    result.failures.append(Failure.of(error, one.url, entry.row, name))
+                    continue
+                taken[name] = one.url
+                result.items.append(Item(one.url, entry.row, name, *size))
+                result.floored += floored
+    return result
+
+
+def _entries(found: Found) -> list[Entry] | FluxVAEError:
+    try:
+        return _open(found.url).entries()
+    except FluxVAEError as error:
+        return error
+    except Exception as error:  # a bad file must not stop the others, whatever a library makes of it
+        return InvalidLatentsError(f"{found.name}: cannot be read: {type(error).__name__}: {error}")
+
+
+def _size(entry: Entry, format: LatentFormat, height: int | None, width: int | None) -> tuple[tuple[int, int], bool]:
+    """What the entry decodes to, and whether that is not what was asked for."""
+    h = entry.height if height is None else height
+    w = entry.width if width is None else width
+    unpacked = entry.shape is not None and len(entry.shape) == 4
+    if (h is None or w is None) and not unpacked:
+        raise InvalidLatentsError(
+            f"height and width: got height={h}, width={w}; packed latents need both, and the file does not tell them: "
+            "pass --height and --width, or keep them beside the latents (safetensors metadata, npz or pt keys, "
+            "Parquet columns)"
+        )
+    if entry.shape is None:  # known when the values are read, and checked then
+        multiple = format.packed_multiple
+        patches = (_whole("height", h) // multiple) * (_whole("width", w) // multiple)
+        shape: tuple[int, ...] = (1, patches, format.packed_features)
+    else:
+        shape = entry.shape
+    if entry.dtype not in _DTYPES:
+        raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
+    dtype = torch.float32 if entry.dtype == "float64" else _DTYPES[entry.dtype]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
+        size = format.check(torch.empty(shape, dtype=dtype, device="meta"), h, w)
+    return size, not unpacked and size != (h, w)
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InvalidLatentsError(f"{name}: got {value!r}, expected a whole number of pixels above 0")
+    return value

@@ -1,0 +1,5 @@
+"""``python -m fluxvae.cli``."""
+
+from fluxvae.cli import main
+
+main()

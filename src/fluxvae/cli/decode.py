@@ -1,0 +1,168 @@
+"""``fluxvae decode``: many latents to images, from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from typer.core import TyperCommand
+
+from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, errors, print_json
+from fluxvae.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from fluxvae.batch import Job, Report, Watcher
+
+__all__ = ["SOME_FAILED", "STOPPED", "DecodeCommand", "decode"]
+
+SOME_FAILED = 6
+"""Exit status: the job is done, but not all of it gave images."""
+STOPPED = 130
+"""Exit status: stopped by a signal, with something left to do."""
+
+
+class DecodeCommand(TyperCommand):
+    """``--ray`` takes an address, or none: what follows it is one only if it looks like one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer, with the address that ``--ray`` alone stands for filled in."""
+        filled = []
+        for index, word in enumerate(args):
+            filled.append(word)
+            following = args[index + 1] if index + 1 < len(args) else "-"
+            if word == "--ray" and not _is_address(following):
+                filled.append("local")
+        return super().parse_args(ctx, filled)
+
+
+def _is_address(word: str) -> bool:
+    if word in ("local", "auto") or word.startswith("ray://"):
+        return True
+    host, colon, port = word.rpartition(":")
+    return bool(host and colon and port.isdigit())
+
+
+def decode(
+    inputs: Annotated[
+        list[str], typer.Argument(help="safetensors, npy, npz, pt or Parquet: files, folders, globs, URLs.")
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.")],
+    checkpoint: Checkpoint = "demo",
+    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
+    image_format: Annotated[str, typer.Option("--format", help="png, jpeg, webp, npy or safetensors.")] = "png",
+    quality: Annotated[Optional[int], typer.Option(help="Of jpeg and webp, 1 to 100.")] = None,  # noqa: UP045
+    height: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
+    width: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
+    batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1)] = 4,
+    memory_limit: MemoryLimit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Decode only what has no image yet.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long.")] = False,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="As a Ray Data pipeline: local (if left out), auto, host:port.", metavar="[ADDRESS]"),
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option(help="With --ray: decoders.", min=1)] = None,  # noqa: UP045
+    threads: Annotated[Optional[int], typer.Option(help="With --ray: cores of each.", min=1)] = None,  # noqa: UP045
+    as_json: AsJson = False,
+) -> None:
+    """Decode many latents to images: a job that can be stopped, resumed and spread over machines.
+
+    The size is read beside the latents (height and width in safetensors metadata, npz or pt keys, Parquet columns), or
+    given here. Names are kept. What cannot be decoded is listed in failures.jsonl, and the exit status is 6.
+    docs/batch.md has more.
+
+    Examples:
+
+    \b
+      fluxvae decode latents/ --out images/ --checkpoint ae.safetensors
+      fluxvae decode 'run-*/*.npz' -o images/ --format webp --resume
+      fluxvae decode set.parquet -o s3://bucket/images --ray
+    """
+    if resume and overwrite:
+        raise InvalidOptionError("--resume and --overwrite: got both; give one of them")
+    if ray is None and (workers or threads):
+        raise InvalidOptionError("--workers and --threads: got one without --ray, which they are for")
+    with busy("starting"):
+        from fluxvae.batch import Job, decode_files, decode_files_on_ray
+
+    job = Job(
+        inputs=tuple(inputs),
+        out=out,
+        checkpoint=checkpoint,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        memory_limit=memory_limit,
+        format=image_format,
+        quality=quality,
+        height=height,
+        width=width,
+        batch=batch,
+        existing="resume" if resume else "overwrite" if overwrite else "refuse",
+    )
+    if dry_run:
+        _dry_run(job, as_json)
+        return
+    with _signals() as stop, _watcher(as_json) as watcher:
+        if ray is None:
+            report = decode_files(job, watcher=watcher, stop=stop)
+        else:
+            report = decode_files_on_ray(job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop)
+    _tell(report, as_json)
+    raise typer.Exit(STOPPED if report.stopped else SOME_FAILED if report.failures else 0)
+
+
+def _dry_run(job: Job, as_json: bool) -> None:
+    from fluxvae.batch.estimate import estimate
+    from fluxvae.cli.decode_view import print_outlook
+
+    with busy("reading inputs, and decoding one small image to know the rate"):
+        found = estimate(job)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print_outlook(found)
+    raise typer.Exit(SOME_FAILED if found.outlook.failures else 0)
+
+
+def _tell(report: Report, as_json: bool) -> None:
+    from fluxvae.cli.decode_view import print_failures, print_report
+
+    print_failures(errors(), report)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print_report(report)
+
+
+@contextlib.contextmanager
+def _watcher(as_json: bool) -> Iterator[Watcher]:
+    from fluxvae.cli.decode_view import ProgressView
+
+    with ProgressView(quiet=as_json) as view:
+        yield view
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM asks the job to stop; a second one interrupts it."""
+    stop = threading.Event()
+
+    def ask(number: int, _: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

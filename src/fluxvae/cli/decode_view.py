@@ -1,0 +1,146 @@
+"""What ``fluxvae decode`` shows: progress, the outlook of a dry run, the end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fluxvae.batch import Outlook, Report, Result
+from fluxvae.batch.estimate import Estimate
+from fluxvae.batch.folder import FAILURES
+from fluxvae.cli.options import print_facts
+from fluxvae.engine.plan import size_in_words
+
+__all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
+
+_FAILURES_SHOWN = 8
+
+
+class ProgressView:
+    """A bar with rate and time left on a terminal; a line for each tenth in a pipe; nothing if quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self._console,
+            expand=True,
+            speed_estimate_period=60,
+        )
+        self._task = self._bar.add_task("decoding", total=None, rate="", start=False)
+        self._total = self._done = self._pixels = self._failed = 0
+        self._start = time.perf_counter()
+
+    def begin(self, outlook: Outlook) -> None:
+        """Say what was found, and start the bar."""
+        self._total, self._start = len(outlook.items), time.perf_counter()
+        if outlook.present:
+            self._console.print(f"{outlook.present} images are there already")
+        if outlook.floored:
+            self._console.print(f"{outlook.floored} sizes are no multiples of 16: floored, as FluxPipeline does")
+        if self._total and self._console.is_terminal:
+            self._bar.start()
+            self._bar.update(self._task, total=self._total)
+            self._bar.start_task(self._task)
+
+    def result(self, result: Result) -> None:
+        """Count one."""
+        self._done += 1
+        if result.failure is None:
+            self._pixels += result.item.pixels
+        else:
+            self._failed += 1
+        seconds = time.perf_counter() - self._start
+        failed = f" [red]{self._failed} failed[/red]" if self._failed else ""
+        rate = f"{self._done / seconds:.1f} images/s {self._pixels / 1e6 / seconds:.2f} MP/s{failed}"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=self._done, rate=rate)
+        elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
+            left = seconds / self._done * (self._total - self._done)
+            self._console.print(f"{self._done}/{self._total} {rate}, {time_in_words(left)} left", soft_wrap=True)
+
+    def __enter__(self) -> ProgressView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def print_report(report: Report) -> None:
+    """The end of a job, in a few lines."""
+    found = report.as_dict()
+    counts = [f"{report.decoded} decoded"]
+    counts += [f"{report.present} were there"] if report.present else []
+    counts += [f"[red]{len(report.failures)} failed[/red]"] if report.failures else []
+    counts += [f"{report.left} left: run again with --resume"] if report.left else []
+    facts = {"images": ", ".join(counts), "folder": report.out}
+    if report.decoded:
+        facts["time"] = (
+            f"{time_in_words(report.seconds)}, {found['images_per_second']:.1f} images/s, "
+            f"{found['megapixels_per_second']:.2f} megapixels/s"
+        )
+    if report.idle_share is not None:
+        facts["decoder"] = f"waited {report.idle_share:.1%} of its time for reading and writing"
+    print_facts(Console(highlight=False), facts)
+
+
+def print_failures(console: Console, report: Report) -> None:
+    """The first failures in full; all of them, where failures.jsonl could not take them."""
+    shown = report.failures if report.log_problem else report.failures[:_FAILURES_SHOWN]
+    for failure in shown:
+        where = failure.source if not failure.row else f"{failure.source} row {failure.row}"
+        console.print("[red]failed[/red] ", end="", highlight=False)
+        console.print(f"{where}: {failure.message}", markup=False, highlight=False, soft_wrap=True)
+    if report.log_problem:
+        console.print(f"{FAILURES} cannot be written: {report.log_problem}", markup=False, soft_wrap=True)
+    elif report.failures:
+        more = len(report.failures) - len(shown)
+        also = f"{more} more, and these, are" if more else "Also"
+        console.print(f"{also} in {report.out.rstrip('/')}/{FAILURES}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_outlook(found: Estimate) -> None:
+    """What a job would do."""
+    console = Console(highlight=False)
+    outlook = found.outlook
+    counts = [f"{len(outlook.items)} to decode, {outlook.pixels / 1e6:.1f} megapixels"]
+    counts += [f"{outlook.present} are there"] if outlook.present else []
+    counts += [f"[red]{len(outlook.failures)} cannot be decoded[/red]"] if outlook.failures else []
+    print_facts(
+        console,
+        {
+            "images": ", ".join(counts),
+            "folder": found.out,
+            "decoder": f"{found.checkpoint}, {found.dtype} on {found.device}",
+            "time": f"about {time_in_words(found.seconds)} on this machine, by itself",
+        },
+    )
+    table = Table("size", "images", "in one decode", "peak memory", box=None, header_style="bold", pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for row in found.sizes:
+        peak = f"[red]{row.problem}[/red]" if row.problem else size_in_words(row.peak_bytes)
+        table.add_row(f"{row.height} x {row.width}", str(row.images), str(row.batch), peak)
+    console.print()
+    console.print(table)
+    for failure in outlook.failures[:_FAILURES_SHOWN]:
+        console.print(f"{failure.source}: {failure.message}", style="red", markup=False, soft_wrap=True)
+
+
+def time_in_words(seconds: float) -> str:
+    """For people: ``"0.8 s"``, ``"4 min 10 s"``, ``"3 h 2 min"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,52 @@
+"""What the commands share: options that mean the same everywhere, and how facts are shown."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["AsJson", "Checkpoint", "Device", "Dtype", "MemoryLimit", "busy", "errors", "print_facts", "print_json"]
+
+# Optional[...]: typer reads the annotations at run time, also under Python 3.10.
+Checkpoint = Annotated[
+    str,
+    typer.Option(
+        envvar="FLUXVAE_CHECKPOINT",
+        help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.",
+        metavar="SOURCE",
+    ),
+]
+Device = Annotated[str, typer.Option(envvar="FLUXVAE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+MemoryLimit = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(envvar="FLUXVAE_MEMORY_LIMIT", help="What a decode may add above the weights, such as 2GiB."),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")]
+
+
+def errors() -> Console:
+    """Standard error, as it is now: tests exchange it."""
+    return Console(stderr=True)
+
+
+def busy(what: str) -> Any:
+    """A sign of life on a terminal; nothing in a pipe."""
+    return errors().status(f"{what} ...")
+
+
+def print_facts(console: Console, facts: dict[str, str]) -> None:
+    """Names in one column, what they are in the other."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", value)
+    console.print(table)
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """One line, for programs."""
+    typer.echo(json.dumps(facts))

@@ -1,0 +1,83 @@
+"""``fluxvae plan``: what one decode would need, before it happens."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, print_facts, print_json
+
+
+def plan(
+    height: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1)],
+    width: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1)],
+    checkpoint: Checkpoint = "demo",
+    batch: Annotated[int, typer.Option(help="Images in one decode.", min=1)] = 1,
+    memory_limit: MemoryLimit = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    kernels: Annotated[str, typer.Option(help="auto is the fastest for the device.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """How an image of this size would be decoded: memory, and what is computed twice or spilled.
+
+    Examples:
+
+    \b
+      fluxvae plan 1024 1024
+      fluxvae plan 4096 4096 --memory-limit 2GiB --checkpoint ae.safetensors
+    """
+    from fluxvae import Decoder
+    from fluxvae.engine.plan import size_in_words
+
+    with busy(f"reading {checkpoint}"):
+        decoder = Decoder.from_pretrained(
+            checkpoint, device=device, dtype=dtype, kernels=kernels, memory_limit=memory_limit
+        )
+    found = decoder.plan(height, width, batch)
+    smallest = decoder.engine.smallest_limit(height // 8, width // 8, batch)  # type: ignore[union-attr]
+    facts: dict[str, Any] = {
+        "height": found.height,
+        "width": found.width,
+        "batch": found.batch,
+        "checkpoint": checkpoint,
+        "device": str(decoder.device),
+        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "kernels": found.kernels,
+        "approximate": decoder.approximate,
+        "limit_bytes": found.limit,
+        "peak_bytes": found.peak_bytes,
+        "smallest_limit_bytes": smallest,
+        "spill_bytes": found.spill_bytes,
+        "work_ratio": found.work_ratio,
+        "multiply_adds": found.macs * found.batch,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    limit = "none" if found.limit is None else f"{size_in_words(found.limit)} ({found.limit_source})"
+    spill = f", {size_in_words(found.spill_bytes)} spilled to {found.spill_dir}" if found.spill_bytes else ""
+    console = Console(highlight=False)
+    print_facts(
+        console,
+        {
+            "image": f"{found.height} x {found.width} (height x width){f', {batch} of them' if batch > 1 else ''}",
+            "checkpoint": f"{checkpoint}, {facts['dtype']} on {decoder.device}, kernels {found.kernels}",
+            "peak memory": f"{size_in_words(found.peak_bytes)} above the weights{spill}",
+            "limit": f"{limit}; the smallest that works: {size_in_words(smallest)}",
+            "work": f"{found.macs * batch / 1e12:.2f} trillion multiply-adds, {found.work_ratio:.2f} times the least",
+            **({"note": found.kernels_note} if found.kernels_note else {}),
+        },
+    )
+    table = Table("layer", "map", "middle", "result", "peak", box=None, header_style="bold", pad_edge=False)
+    table.columns[1].justify = table.columns[4].justify = "right"
+    for layer in found.layers:
+        peak = found.fixed_bytes + max((step.held for step in layer.steps), default=0)
+        shape = f"{layer.height}x{layer.width}x{layer.channels}"
+        name = layer.name.removeprefix("decoder.")
+        table.add_row(name, shape, layer.middle or "", layer.out, size_in_words(peak))
+    console.print()
+    console.print(table)

@@ -1,0 +1,113 @@
+"""``fluxvae serve``: Triton and the gateway, supervised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from fluxvae.cli.options import Device
+
+
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_CHECKPOINT",
+            help="Of the model vae_decoder: 'demo' (the default), a VAE or pipeline folder, ae.safetensors, a hub id.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Serve this model: vae_decoder (FLUX.1), vae_decoder_flux2 or vae_preview (approximate). Repeatable.",
+            metavar="NAME=SOURCE",
+        ),
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
+    host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the gateway. Any port may be 0: a free one.", min=0, max=65535)] = 8080,
+    triton_host: Annotated[str, typer.Option(help="Address of Triton's own endpoints (no token).")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(help="Of Triton's gRPC.", min=0, max=65535)] = 8001,
+    http_port: Annotated[int, typer.Option(help="Of Triton's HTTP.", min=0, max=65535)] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="Of Triton's metrics.", min=0, max=65535)] = 8002,
+    device: Device = "auto",
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="exact or diffusers, of the full VAEs."),
+    ] = None,
+    memory_limit: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            envvar="FLUXVAE_MEMORY_LIMIT",
+            help="What decodes may add above the weights, such as 4GiB; several models share it equally.",
+        ),
+    ] = None,
+    max_pixels: Annotated[int, typer.Option(help="Of one request, its batch counted.", min=1)] = 4096 * 4096,
+    threads: Annotated[Optional[int], typer.Option(help="CPU threads of one instance.", min=1)] = None,  # noqa: UP045
+    token_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Holds the token that clients of the gateway must send; or set FLUXVAE_TOKEN."),
+    ] = None,
+    log_file: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Append the logs of Triton and the gateway to this file; - is standard error."),
+    ] = None,
+    max_request_bytes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of one request to the gateway.", min=1),
+    ] = None,
+    request_timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer.")] = 300.0,
+    ready_timeout: Annotated[float, typer.Option(help="Seconds to load and decode a first time.")] = 300.0,
+    drain: Annotated[float, typer.Option(help="Seconds for requests under way when it is stopped.")] = 30.0,
+    patience: Annotated[float, typer.Option(help="Seconds without an answer and without work: Triton is hung.")] = 30.0,
+    busy_limit: Annotated[float, typer.Option(help="Seconds without an answer, despite work: it is hung.")] = 3600.0,
+) -> None:
+    """Serve the decoder: Triton Inference Server and the HTTP gateway, watched and restarted.
+
+    Stops on Ctrl-C or SIGTERM after the requests under way; a second one stops at once. docs/serving.md has more.
+
+    Examples:
+
+    \b
+      fluxvae serve
+      fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
+      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2/
+      fluxvae serve --host 0.0.0.0 --token-file token.txt
+    """
+    from fluxvae.serve.models import read_models
+    from fluxvae.serve.supervisor.command import read_token, run
+    from fluxvae.serve.supervisor.settings import ServeSettings
+
+    source = context.get_parameter_source("checkpoint")
+    if model and source is not None and source.name == "ENVIRONMENT":
+        checkpoint = None  # options win over the environment: --model says all that is served
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        triton_host=triton_host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        models=read_models(model or [], checkpoint),
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        engine=engine,
+        memory_limit=memory_limit,
+        max_pixels=max_pixels,
+        threads=threads,
+        token=read_token(token_file),
+        max_request_bytes=max_request_bytes,
+        request_timeout_s=request_timeout,
+        log_file=None if log_file == "-" else log_file,
+        ready_timeout_s=ready_timeout,
+        drain_s=drain,
+        patience_s=patience,
+        busy_limit_s=busy_limit,
+    )
+    raise typer.Exit(run(settings, follow_logs=log_file == "-"))

@@ -1,0 +1,97 @@
+"""A job that is killed or interrupted at any moment, and run again with --resume, is a job that was never disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxvae import Decoder
+from fluxvae.batch.store import open_store
+
+from .jobs import assert_whole, decode, files, folder_of, image, pixels, start
+
+
+def wait_for_images(job: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Return when so many images are there, or the job has ended."""
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*.png"))) < count and job.poll() is None:
+        assert time.monotonic() < deadline, f"waited 120 s for {count} images"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(0.02)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(40, 2), pytest.param(200, 10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: int) -> None:
+    made = folder_of(tmp_path / "in", count)
+    out = tmp_path / "out"
+    chance = random.Random(0)
+    for turn in range(kills):
+        before = {path.name: path.stat().st_ino for path in out.glob("*.png")}
+        job = start(tmp_path / "in", "-o", out, "--batch", "2", "--resume")
+        wait_for_images(job, out, len(before) + chance.randint(1, count // (2 * kills)))
+        assert job.poll() is None, f"the job ended before kill {turn}: {job.communicate()}"
+        job.kill()
+        job.communicate()
+        assert job.returncode == -signal.SIGKILL
+        now = {path.name: path.stat().st_ino for path in out.glob("*.png")}
+        assert before.items() <= now.items(), "what was done was done again"
+        for name in now:  # whole, also before anything is repaired
+            assert np.array_equal(image(out / name), pixels(demo, made[name[:-4]]))
+    present = len(list(out.glob("*.png")))
+    told = json.loads(decode(tmp_path / "in", "-o", out, "--batch", "2", "--resume", "--json").stdout)
+    assert (told["present"], told["decoded"], told["failed"], told["left"]) == (present, count - present, 0, 0)
+    assert_whole(out, made, demo)
+
+
+def test_interrupted(tmp_path: Path, demo: Decoder) -> None:
+    """Ctrl-C: what is under way ends, the exit status is a shell's, nothing half done stays."""
+    made = folder_of(tmp_path / "in", 60)
+    out = tmp_path / "out"
+    job = start(tmp_path / "in", "-o", out, "--batch", "1", "--json")
+    wait_for_images(job, out, 3)
+    job.send_signal(signal.SIGINT)
+    said, errors = job.communicate(timeout=60)
+    assert job.returncode == 130, errors
+    assert "Traceback" not in errors
+    told = json.loads(said)
+    assert told["left"] > 0
+    assert told["decoded"] + told["left"] == 60
+    assert len(files(out)) == told["decoded"] + 1, "images and the record, no temporary file"
+    assert decode(tmp_path / "in", "-o", out, "--resume").exit_code == 0
+    assert_whole(out, made, demo)
+
+
+def test_only_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = open_store(str(tmp_path), "aa")
+    living = _part(tmp_path, "bb")
+    left = living.with_name(_replace_pid(living.name, dead.pid))
+    left.write_bytes(b"half")
+    assert host.existing() == set()
+    assert host.clean() == 1
+    assert files(tmp_path) == {living.name}, "another job of a process that runs"
+    assert open_store(str(tmp_path), "bb").clean() == 1
+
+
+def _part(folder: Path, job: str) -> Path:
+    from fluxvae.batch.store import _part_name
+
+    path = folder / _part_name("cat.png", job)
+    path.write_bytes(b"half")
+    return path
+
+
+def _replace_pid(name: str, pid: int) -> str:
+    parts = name.split(".")
+    return ".".join([*parts[:4], str(pid), *parts[5:]])
