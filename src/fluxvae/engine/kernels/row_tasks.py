@@ -94,6 +94,7 @@ def linear_rows(job: LinearJob, counter: Any) -> None:
     while True:
         task = fetch_add(counter.ctypes.data)
         if task >= job.tasks:
+            gathered[0] = multiplied[0] = 0.0  # Numba frees an array after its last use by name; its address is none
             return
         first = task * job.run
         count = min(job.run, job.rows - first)

@@ -130,6 +130,7 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     while True:
         task = fetch_add(counter.ctypes.data)
         if task >= job.tasks:
+            patch[0] = 0.0  # Numba frees an array after its last use by name, and its address is no use of it
             return
         part = task % job.slices
         unit = task // job.slices
