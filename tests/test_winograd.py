@@ -8,12 +8,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import ir
+from numba.core.compiler import run_frontend
+from numba.core.postproc import PostProcessor
 from safetensors import safe_open
 
 from fluxvae import Decoder, unpack_latents
@@ -392,6 +396,43 @@ def test_numbas_cache_knows_the_vector_code() -> None:
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
             f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
         )
+
+
+def addresses_taken(function: Any) -> dict[str, bool]:
+    """The arrays that compiled code makes and takes the address of: whether each is held until the function returns.
+
+    Numba drops an array after the last use of its name, and its address is no use of it: memory that is freed while it
+    is worked in belongs to whichever thread asks next.
+    """
+    function_ir = run_frontend(function)
+    PostProcessor(function_ir).run(emit_dels=True)
+    made, dropped = set(), {}
+    for block in function_ir.blocks.values():
+        for line in block.body:
+            if isinstance(line, ir.Assign) and isinstance(line.value, ir.Expr) and line.value.op == "getattr":
+                if line.value.attr == "ctypes":
+                    made.add(line.value.value.name)
+            elif isinstance(line, ir.Del):
+                dropped[line.value] = isinstance(block.terminator, ir.Return)
+    return {name: dropped[name] for name in made - set(function_ir.arg_names)}
+
+
+def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
+    def careless(job: int) -> int:
+        scratch = np.empty(8, np.float32)
+        at = scratch.ctypes.data
+        while at > job:
+            at -= job
+        return at
+
+    assert addresses_taken(careless) == {"scratch": False}, "it would notice"
+    held = {}
+    for module in (winograd_tasks, row_tasks):
+        for name, function in vars(module).items():
+            if hasattr(function, "py_func"):
+                held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}
+    assert held.keys() >= {"convolve: patch", "convolve: terms", "linear_rows: gathered", "linear_rows: multiplied"}
+    assert all(held.values()), held
 
 
 def test_preparing_compiles() -> None:

@@ -64,4 +64,4 @@ WINOGRAD_CHANGED = Tolerance(1e-3, 4.1e-4, "share of uint8 values that Winograd 
 WINOGRAD_LEVELS = Tolerance(1, 1, "by how many levels")
 
 PEAK_PREDICTION = Tolerance(0.10, 0.09, "how far a measured peak may lie below the predicted one, as a share of it")
-PREVIEW_PEAK = Tolerance(0.25, 0.16, "the same for previews, whose convolutions are all PyTorch's")
+PREVIEW_PEAK = Tolerance(0.30, 0.23, "the same for previews, whose convolutions are all PyTorch's")
