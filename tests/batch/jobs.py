@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,20 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fluxvae.cli", "decode", *map(str, arguments), *CPU]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+
+def wait_a_moment(job: subprocess.Popen[str], seconds: float = 0.02) -> None:
+    """So long, or until the job ends."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        job.wait(seconds)
+
+
+def wait_for_images(job: subprocess.Popen[str], out: Path, count: int) -> None:
+    """Return when so many images are there, or the job has ended."""
+    deadline = time.monotonic() + 180
+    while len(list(out.glob("*.png"))) < count and job.poll() is None:
+        assert time.monotonic() < deadline, f"waited 180 s for {count} images"
+        wait_a_moment(job)
 
 
 def assert_whole(out: Path, made: dict[str, torch.Tensor], decoder: Decoder) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fluxvae import Decoder
 from fluxvae.batch import Job, decode_files
 
-from .jobs import failures, files, folder_of, latents, save, start
+from .jobs import assert_whole, failures, files, folder_of, latents, save, start, wait_a_moment, wait_for_images
+
+TWO = ("--ray", "--workers", "2", "--threads", "1", "--json")
 
 
 @pytest.mark.slow
@@ -21,7 +26,7 @@ def test_two_workers_make_the_same_files(tmp_path: Path, demo: Decoder) -> None:
     alone = decode_files(Job(inputs=(str(tmp_path / "in"),), out=str(tmp_path / "alone")), decoder=demo)
     assert (alone.decoded, len(alone.failures)) == (24, 1)
     out = tmp_path / "ray"
-    job = start(tmp_path / "in", "-o", out, "--ray", "--workers", "2", "--threads", "1", "--json")
+    job = start(tmp_path / "in", "-o", out, *TWO)
     said, errors = job.communicate(timeout=240)
     assert job.returncode == 6, errors
     told = json.loads(said)
@@ -30,3 +35,43 @@ def test_two_workers_make_the_same_files(tmp_path: Path, demo: Decoder) -> None:
     for name in files(out) - {"failures.jsonl"}:
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     assert failures(out) == failures(tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_worker_killed_in_the_middle(tmp_path: Path, demo: Decoder) -> None:
+    """kill -9 of one worker's process: its items are done by another, what was there is left alone, nothing is lost."""
+    made = folder_of(tmp_path / "in", 160)  # calls of ten: the worker that dies has one under way
+    out = tmp_path / "out"
+    job = start(tmp_path / "in", "-o", out, *TWO)
+    victim = _workers(job, 2)[0]
+    wait_for_images(job, out, 30)
+    before = {path.name: path.stat().st_ino for path in out.glob("*.png")}
+    assert len(before) < 120, "the job was nearly done before anything died"
+    victim.kill()
+    victim.wait(60)
+    said, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors
+    told = json.loads(said)
+    assert (told["decoded"], told["failed"], told["left"]) == (160, 0, 0)
+    assert before.items() <= {path.name: path.stat().st_ino for path in out.glob("*.png")}.items()
+    assert_whole(out, made, demo)
+
+
+def _workers(job: subprocess.Popen[str], count: int) -> list[psutil.Process]:
+    """The processes of a job's decoders, when all of them are there."""
+    deadline = time.monotonic() + 180
+    while job.poll() is None:
+        assert time.monotonic() < deadline, f"waited 180 s for {count} workers"
+        found = [one for one in psutil.Process(job.pid).children(recursive=True) if "MapWorker" in _title(one)]
+        if len(found) == count:
+            return found
+        wait_a_moment(job)
+    raise AssertionError(job.communicate())
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import checkpoint_sha256
 from fluxvae.decoder import Decoder
 from fluxvae.engine.plan import Plan
+from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.errors import MemoryLimitError
 
 __all__ = ["Estimate", "SizeEstimate", "estimate"]
@@ -68,6 +70,7 @@ class Estimate:
             "checkpoint": self.checkpoint,
             "device": self.device,
             "dtype": self.dtype,
+            "approximate": self.outlook.approximate,
             "sizes": [vars(size) for size in self.sizes],
         }
 
@@ -80,7 +83,7 @@ def estimate(job: Job) -> Estimate:
     """
     decoder = Decoder.from_pretrained(job.checkpoint, **job.decoder_options())
     dtype = str(decoder.dtype).removeprefix("torch.")
-    record = record_of(job, checkpoint_sha256(job), decoder.engine.name, dtype)
+    record = record_of(job, checkpoint_sha256(job), decoder)
     store = open_store(job.out, "dry")
     outlook = look(job, decoder, record, store)
     rate = _rate(decoder) if outlook.items else 1.0
@@ -104,9 +107,12 @@ def _rate(decoder: Decoder) -> float:
     latents = torch.zeros(1, format.channels, _SAMPLE, _SAMPLE)
     side = _SAMPLE * format.vae_scale_factor
     plan: Plan = decoder.plan(side, side)
-    decoder.decode_raw(latents)
-    start = time.perf_counter()
-    decoder.decode_raw(latents)
+    raw = not decoder.approximate  # a preview takes none
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximateWarning)
+        decoder.decode_raw(latents, raw=raw)
+        start = time.perf_counter()
+        decoder.decode_raw(latents, raw=raw)
     if decoder.device.type == "cuda":
         torch.cuda.synchronize(decoder.device)
     return plan.macs / (time.perf_counter() - start)

@@ -16,6 +16,7 @@ from fluxvae.batch.items import Failure, Item
 from fluxvae.batch.outputs import read_record
 from fluxvae.batch.settings import Job
 from fluxvae.batch.store import LocalStore, Store
+from fluxvae.decoder import Decoder
 from fluxvae.errors import InvalidOptionError
 
 __all__ = ["FAILURES", "RECORD", "FailureLog", "left_to_do", "lock", "record_of", "write_record"]
@@ -23,18 +24,24 @@ __all__ = ["FAILURES", "RECORD", "FailureLog", "left_to_do", "lock", "record_of"
 RECORD = "job.json"
 FAILURES = "failures.jsonl"
 _LOCK = ".fluxvae-lock"
-_MUST_AGREE = ("checkpoint_sha256", "engine", "dtype", "format", "quality")
+_MUST_AGREE = ("checkpoint_sha256", "engine", "dtype", "raw", "format", "quality")
 _FLUSH_S = 5.0
 
 
-def record_of(job: Job, checkpoint_sha256: str, engine: str, dtype: str) -> dict[str, Any]:
-    """What all images of a job have in common: ``job.json``, and part of every image's metadata."""
+def record_of(job: Job, checkpoint_sha256: str, decoder: Decoder, dtype: str | None = None) -> dict[str, Any]:
+    """What all images of a job have in common: ``job.json``, and part of every image's metadata.
+
+    Args:
+        dtype: of the decoders that will make them; None: of ``decoder``.
+    """
     return {
         "fluxvae": __version__,
         "checkpoint": job.checkpoint,
         "checkpoint_sha256": checkpoint_sha256,
-        "engine": engine,
-        "dtype": dtype,
+        "engine": decoder.engine.name,
+        "approximate": decoder.approximate,
+        "dtype": dtype or str(decoder.dtype).removeprefix("torch."),
+        "raw": job.raw,
         "format": job.format,
         "quality": job.quality,
     }

@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from fluxvae.errors import FluxVAEError
 
-__all__ = ["Entry", "Failure", "Item", "Result"]
+__all__ = ["Entry", "Failure", "Item", "Latents", "Result"]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """One row of a source, read."""
+
+    tensor: torch.Tensor
+    """With a batch axis of 1, in a dtype of the file's own."""
+    ids: torch.Tensor | None = None
+    """(1, N, 4): where each token belongs, of FLUX.2's packed latents; None: row by row."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,10 @@ class Entry:
     width: object = None
     name: str | None = None
     """From a column; None: the source's own name serves."""
+    raw: object = None
+    """As the file says, unchecked: the latents are raw already; None: it says nothing."""
+    ids: torch.Tensor | None = None
+    """As `Latents.ids`; read where only they tell the size."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,8 @@ class Item:
     height: int
     """Of the image, in pixels; already floored to what is decoded."""
     width: int
+    raw: bool | None = None
+    """As for `Decoder.decode`."""
 
     @property
     def pixels(self) -> int:

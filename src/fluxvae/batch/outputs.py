@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save
 
 from fluxvae.batch.items import Item
+from fluxvae.engine.preview import PREVIEW_NOTE
 from fluxvae.images import FORMATS, OutputType, encode
 
 __all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
@@ -20,9 +21,14 @@ METADATA_KEYS = ("source", "row", "height", "width", "checkpoint", "checkpoint_s
 
 
 def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:
-    """What is embedded: `METADATA_KEYS`; ``record`` is what the whole job has in common."""
+    """What is embedded: `METADATA_KEYS`, and ``approximate`` where it is a preview.
+
+    Args:
+        record: what the whole job has in common.
+    """
     own = {"source": item.source, "row": str(item.row), "height": str(item.height), "width": str(item.width)}
-    return own | {key: str(record[key]) for key in METADATA_KEYS if key not in own}
+    own |= {key: str(record[key]) for key in METADATA_KEYS if key not in own}
+    return own | ({"approximate": PREVIEW_NOTE} if record["approximate"] else {})
 
 
 def output_type_of(format: str) -> OutputType:

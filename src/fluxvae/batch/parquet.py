@@ -1,4 +1,5 @@
-"""Parquet: one row is one image, columns ``latents``, ``height``, ``width`` and, if there is one, ``name``.
+"""Parquet: one row is one image, columns ``latents``, ``height``, ``width`` and, if there are any,
+``name``, ``raw`` (true or false) and ``latent_ids`` (lists of four whole numbers, one for each token).
 
 ``latents`` is one of
 
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fluxvae.batch.items import Entry
+from fluxvae.batch.items import Entry, Latents
 from fluxvae.errors import InvalidLatentsError
 
 __all__ = ["ParquetSource"]
@@ -59,7 +60,10 @@ class ParquetSource:
 
     def entries(self) -> list[Entry]:
         """Every row, from its small columns."""
-        wanted = [name for name in ("height", "width", "name", "shape", "dtype") if name in self._columns]
+        small = ("height", "width", "name", "shape", "dtype", "raw")
+        wanted = [name for name in small if name in self._columns]
+        if "latent_ids" in self._columns and not {"height", "width"} <= self._columns:
+            wanted.append("latent_ids")  # only they tell the size
         rows = self._file.read(columns=wanted).to_pylist() if wanted else [{}] * self._file.metadata.num_rows
         fixed = tuple(self._type.shape) if isinstance(self._type, pa.FixedShapeTensorType) else None
         entries = []
@@ -73,21 +77,24 @@ class ParquetSource:
                     row.get("height"),
                     row.get("width"),
                     row.get("name"),
+                    row.get("raw"),
+                    _ids(row.get("latent_ids")),
                 )
             )
         return entries
 
-    def load(self, row: int) -> torch.Tensor:
-        """One row, with a batch axis of 1."""
+    def load(self, row: int) -> Latents:
+        """One row."""
         group = next(i for i, end in enumerate(self._ends) if row < end)
         first = self._ends[group - 1] if group else 0
         try:
             with self._lock:
                 if self._group is None or self._group[0] != group:
-                    columns = [name for name in ("latents", "shape", "dtype") if name in self._columns]
+                    columns = [name for name in ("latents", "shape", "dtype", "latent_ids") if name in self._columns]
                     self._group = (group, self._file.read_row_group(group, columns=columns))
                 table = self._group[1]
-            return self._tensor(table, row - first).unsqueeze(0)
+            ids = table["latent_ids"][row - first].as_py() if "latent_ids" in self._columns else None
+            return Latents(self._tensor(table, row - first).unsqueeze(0), _ids(ids))
         except _DAMAGE as error:
             raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
 
@@ -124,6 +131,17 @@ class ParquetSource:
                 "width/8) in a column 'shape'"
             )
         return tuple(shape)
+
+
+def _ids(value: Any) -> torch.Tensor | None:
+    """(1, N, 4), or as it comes, for the check to name; None: row by row."""
+    if value is None:
+        return None
+    try:
+        ids = torch.tensor(value, dtype=torch.int64)
+    except (TypeError, ValueError) as error:
+        raise InvalidLatentsError("latent_ids: expected lists of four whole numbers, of equal lengths") from error
+    return ids.unsqueeze(0)
 
 
 def _unnest(array: pa.Array) -> np.ndarray[Any, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluxvae.batch.items import Failure, Item, Result
+from fluxvae.batch.items import Failure, Item, Latents, Result
 from fluxvae.batch.sources import Library
 from fluxvae.decoder import Decoder
+from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.errors import DecodeCancelled, FluxVAEError, InvalidLatentsError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.images import OutputType, postprocess
 
@@ -148,7 +150,7 @@ def run_pipeline(
             yield waiting.popleft().result()
 
 
-Read = tuple[Item, "torch.Tensor | Failure"]
+Read = tuple[Item, "Latents | Failure"]
 
 
 def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]], groups: Iterable[list[Item]]):  # type: ignore[no-untyped-def]
@@ -165,10 +167,10 @@ def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]]
 def _read(library: Library, decoder: Decoder, item: Item) -> Read:
     """Latents of one item, checked, in a dtype that the decoder takes."""
     try:
-        latents = library.open(item.source).load(item.row)
-        if latents.dtype == torch.float64:
-            latents = latents.float()
-        size = decoder.check(latents, height=item.height, width=item.width)
+        read = library.open(item.source).load(item.row)
+        if read.tensor.dtype == torch.float64:
+            read = Latents(read.tensor.float(), read.ids)
+        size = decoder.check(read.tensor, height=item.height, width=item.width, latent_ids=read.ids, raw=item.raw)
         if size != (item.height, item.width):
             raise InvalidLatentsError(
                 f"height and width: got {item.height}x{item.width} (height x width), but the latents decode to "
@@ -176,7 +178,7 @@ def _read(library: Library, decoder: Decoder, item: Item) -> Read:
             )
     except Exception as error:  # whatever a file makes a library raise, the others go on
         return item, Failure.of(error, item.source, item.row, item.name)
-    return item, latents
+    return item, read
 
 
 def _decode(
@@ -184,11 +186,12 @@ def _decode(
 ) -> list[tuple[Item, Any]] | None:
     """Images, or failures, of one batch; None: stopped."""
     result: list[tuple[Item, Any]] = [(item, found) for item, found in group if isinstance(found, Failure)]
-    good = [(item, found) for item, found in group if isinstance(found, torch.Tensor)]
-    # Packed and unpacked latents, or two dtypes, may share a size.
-    kinds: dict[tuple[int, torch.dtype], list[tuple[Item, torch.Tensor]]] = {}
-    for item, latents in good:
-        kinds.setdefault((latents.ndim, latents.dtype), []).append((item, latents))
+    good = [(item, found) for item, found in group if isinstance(found, Latents)]
+    # Packed and unpacked latents, with ids and without, raw and not, or of two dtypes may share a size.
+    kinds: dict[Any, list[tuple[Item, Latents]]] = {}
+    for item, found in good:
+        kind = (found.tensor.shape, found.tensor.dtype, found.ids is None, item.raw)
+        kinds.setdefault(kind, []).append((item, found))
     for pairs in kinds.values():
         try:
             result += _decode_same(pairs, decoder, output_type, stop)
@@ -198,13 +201,20 @@ def _decode(
 
 
 def _decode_same(
-    pairs: list[tuple[Item, torch.Tensor]], decoder: Decoder, output_type: OutputType, stop: threading.Event
+    pairs: list[tuple[Item, Latents]], decoder: Decoder, output_type: OutputType, stop: threading.Event
 ) -> list[tuple[Item, Any]]:
-    first = pairs[0][0]
+    first, has_ids = pairs[0][0], pairs[0][1].ids is not None
     try:
-        raw = decoder.decode_raw(
-            torch.cat([latents for _, latents in pairs]), height=first.height, width=first.width, cancel=stop.is_set
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ApproximateWarning)  # told once, and in every file
+            raw = decoder.decode_raw(
+                torch.cat([found.tensor for _, found in pairs]),
+                height=first.height,
+                width=first.width,
+                latent_ids=torch.cat([found.ids for _, found in pairs if found.ids is not None]) if has_ids else None,
+                raw=first.raw,
+                cancel=stop.is_set,
+            )
     except DecodeCancelled:
         raise
     except NonFiniteOutputError as error:

@@ -11,6 +11,7 @@ Nothing of this module's is needed until it is called: Ray is an optional packag
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import secrets
@@ -80,7 +81,7 @@ def decode_files_on_ray(
         dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if shape.gpu else "float32")
         job_id = secrets.token_hex(4)
         store = open_store(job.out, job_id)
-        record = record_of(job, checkpoint_sha256(job), here.engine.name, dtype)
+        record = record_of(job, checkpoint_sha256(job), here, dtype)
         make = {"job": job, "device": device, "dtype": dtype, "record": record, "job_id": job_id, "shape": shape}
 
         def work(outlook: Outlook, result: Callable[[Result], None]) -> None:
@@ -112,6 +113,7 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress, beside ours
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -145,7 +147,9 @@ def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threadi
     items = outlook.items
     # Small enough that all actors end together, large enough that reading and writing overlap with decoding.
     per_call = max(1, min(_MOST_PER_CALL, len(items) // (shape.workers * _CALLS_PER_WORKER)))
-    rows = [{"index": index, "item": (i.source, i.row, i.name, i.height, i.width)} for index, i in enumerate(items)]
+    rows = [
+        {"index": index, "item": (i.source, i.row, i.name, i.height, i.width, i.raw)} for index, i in enumerate(items)
+    ]
     calls = [{"index": [r["index"] for r in part], "items": [r["item"] for r in part]}
              for part in (rows[at : at + per_call] for at in range(0, len(rows), per_call))]  # fmt: skip
     data = ray.data.from_items([_pack(call) for call in calls], override_num_blocks=len(calls)).flat_map(
@@ -154,9 +158,7 @@ def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threadi
         compute=ray.data.ActorPoolStrategy(size=shape.workers),
         num_cpus=shape.threads,
         num_gpus=1 if shape.gpu else None,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )
+    )  # a lost actor is started again, and has its calls again: Ray Data's default, without limit
     seen: set[int] = set()
     for row in _rows(data, stop):
         index = int(row["index"])

@@ -33,6 +33,8 @@ class Outlook:
     """What the inputs' metadata already rule out."""
     floored: int
     """Images whose size was floored to a multiple of 16."""
+    approximate: bool
+    """The checkpoint is a preview's: what it makes is not the full VAE's image."""
 
     @property
     def pixels(self) -> int:
@@ -61,6 +63,8 @@ class Report:
     seconds: float = 0.0
     idle_share: float | None = None
     """Of the decoder's time, what it waited for reading and writing. None: not measured (under Ray)."""
+    approximate: bool = False
+    """As `Outlook.approximate`."""
     log_problem: str | None = None
     """Why failures.jsonl could not be written."""
 
@@ -82,6 +86,7 @@ class Report:
             "images_per_second": self.decoded * rate,
             "megapixels_per_second": self.pixels / 1e6 * rate,
             "idle_share": self.idle_share,
+            "approximate": self.approximate,
             "failures": FAILURES if self.failures and not self.log_problem else None,
         }
 
@@ -102,8 +107,9 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
     Raises:
         InvalidOptionError: inputs that name nothing, or an output folder that is not as the job expects it.
     """
+    decoder.format.check_options(raw=job.raw)
     found = find(job.inputs)
-    scanned = scan(found, decoder.format, job.suffix, job.height, job.width)
+    scanned = scan(found, decoder.format, job.suffix, job.height, job.width, job.raw)
     sources = {one.url for one in found}
     prefix = store.root.rstrip("/")
     for item in scanned.items:
@@ -112,7 +118,9 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
                 f"out: the image of {item.source} would be written over latents: choose a folder of its own for outputs"
             )
     left = left_to_do(scanned.items, store, job, record)
-    return Outlook(tuple(left), len(scanned.items) - len(left), tuple(scanned.failures), scanned.floored)
+    return Outlook(
+        tuple(left), len(scanned.items) - len(left), tuple(scanned.failures), scanned.floored, decoder.approximate
+    )
 
 
 def decode_files(
@@ -132,7 +140,7 @@ def decode_files(
         FluxVAEError: the job as a whole cannot be done: its options, its checkpoint, its folder.
     """
     decoder = decoder or Decoder.from_pretrained(job.checkpoint, **job.decoder_options())
-    record = record_of(job, checkpoint_sha256(job), decoder.engine.name, str(decoder.dtype).removeprefix("torch."))
+    record = record_of(job, checkpoint_sha256(job), decoder)
     store = open_store(job.out, secrets.token_hex(4))
     worker = Worker(job, decoder, store, record)
     stop = stop or threading.Event()
@@ -159,7 +167,7 @@ def finish(
     with lock(store):
         outlook = looked()
         store.clean()
-        report = Report(store.root, present=outlook.present)
+        report = Report(store.root, present=outlook.present, approximate=outlook.approximate)
         log = FailureLog(store)
         for failure in outlook.failures:
             log.add(failure)

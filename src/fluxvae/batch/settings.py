@@ -41,6 +41,8 @@ class Job:
     height: int | None = None
     """Pixels, instead of the files' own."""
     width: int | None = None
+    raw: bool | None = None
+    """Instead of the files' own: the latents are raw, or are not, as for `Decoder.decode`."""
     batch: int = 4
     """Images of one size in one decode, at most; fewer where the memory limit has no room."""
     existing: Existing = "refuse"
@@ -61,6 +63,8 @@ class Job:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidOptionError(f"{name}: got {value!r}, expected a whole number above 0")
+        if self.raw is not None and not isinstance(self.raw, bool):
+            raise InvalidOptionError(f"raw: got {self.raw!r}, expected True, False or None")
         if self.memory_limit is not None:
             parse_memory_limit(self.memory_limit)
 

@@ -165,7 +165,12 @@ def _parquet(name: str, path: str, filesystem: Any) -> Source:
 
 
 def scan(
-    found: Sequence[Found], format: LatentFormat, suffix: str, height: int | None = None, width: int | None = None
+    found: Sequence[Found],
+    format: LatentFormat,
+    suffix: str,
+    height: int | None = None,
+    width: int | None = None,
+    raw: bool | None = None,
 ) -> Scan:
     """Every image there is to make, and everything that is wrong with the inputs as far as their metadata tell.
 
@@ -174,6 +179,7 @@ def scan(
         format: of the checkpoint; shapes are checked against it.
         suffix: of the outputs, with its dot.
         height, width: pixels, instead of the files' own.
+        raw: instead of the files' own.
     """
     result = Scan()
     taken: dict[str, str] = {}
@@ -192,12 +198,12 @@ def scan(
                             f"name: {name}{suffix} is also the output of {taken[name]}; rename one of them, or decode "
                             "them into folders of their own"
                         )
-                    size, floored = _size(entry, format, height, width)
+                    size, is_raw, floored = _size(entry, format, height, width, raw)
                 except FluxVAEError as error:
                     result.failures.append(Failure.of(error, one.url, entry.row, name))
                     continue
                 taken[name] = one.url
-                result.items.append(Item(one.url, entry.row, name, *size))
+                result.items.append(Item(one.url, entry.row, name, *size, is_raw))
                 result.floored += floored
     return result
 
@@ -211,30 +217,42 @@ def _entries(found: Found) -> list[Entry] | FluxVAEError:
         return InvalidLatentsError(f"{found.name}: cannot be read: {type(error).__name__}: {error}")
 
 
-def _size(entry: Entry, format: LatentFormat, height: int | None, width: int | None) -> tuple[tuple[int, int], bool]:
-    """What the entry decodes to, and whether that is not what was asked for."""
+def _size(
+    entry: Entry, format: LatentFormat, height: int | None, width: int | None, raw: bool | None
+) -> tuple[tuple[int, int], bool | None, bool]:
+    """What the entry decodes to, whether it is raw, and whether the size is not the one that was asked for."""
     h = entry.height if height is None else height
     w = entry.width if width is None else width
+    is_raw = entry.raw if raw is None else raw
+    if is_raw is not None and not isinstance(is_raw, bool):
+        raise InvalidLatentsError(f"raw: got {is_raw!r}, expected true or false, or nothing")
     unpacked = entry.shape is not None and len(entry.shape) == 4
-    if (h is None or w is None) and not unpacked:
+    if (h is None or w is None) and not unpacked and entry.ids is None:
         raise InvalidLatentsError(
             f"height and width: got height={h}, width={w}; packed latents need both, and the file does not tell them: "
             "pass --height and --width, or keep them beside the latents (safetensors metadata, npz or pt keys, "
             "Parquet columns)"
         )
-    if entry.shape is None:  # known when the values are read, and checked then
+    if entry.shape is not None:
+        shape = entry.shape
+    elif entry.ids is not None and entry.ids.ndim == 3:
+        shape = (1, entry.ids.shape[1], format.packed_features)
+    else:  # known when the values are read, and checked then
         multiple = format.packed_multiple
         patches = (_whole("height", h) // multiple) * (_whole("width", w) // multiple)
-        shape: tuple[int, ...] = (1, patches, format.packed_features)
-    else:
-        shape = entry.shape
+        shape = (1, patches, format.packed_features)
+    if unpacked and format.flux2 and is_raw is None and shape[1] == format.channels:
+        raise InvalidLatentsError(
+            f"latents: got shape {shape}, which may be raw latents (Flux2KleinPipeline's output_type='latent') or "
+            "normalised ones: pass --raw or --no-raw, or keep 'raw' (true or false) beside the latents"
+        )
     if entry.dtype not in _DTYPES:
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
     dtype = torch.float32 if entry.dtype == "float64" else _DTYPES[entry.dtype]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
-        size = format.check(torch.empty(shape, dtype=dtype, device="meta"), h, w)
-    return size, not unpacked and size != (h, w)
+        size = format.check(torch.empty(shape, dtype=dtype, device="meta"), h, w, latent_ids=entry.ids, raw=is_raw)
+    return size, is_raw, not unpacked and h is not None and size != (h, w)
 
 
 def _whole(name: str, value: object) -> int:

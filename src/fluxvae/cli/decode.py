@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -57,6 +58,10 @@ def decode(
     quality: Annotated[Optional[int], typer.Option(help="Of jpeg and webp, 1 to 100.")] = None,  # noqa: UP045
     height: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
     width: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
+    raw: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--raw/--no-raw", help="FLUX.2: latents are raw already, or are not.", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1)] = 4,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
@@ -104,6 +109,7 @@ def decode(
         quality=quality,
         height=height,
         width=width,
+        raw=raw,
         batch=batch,
         existing="resume" if resume else "overwrite" if overwrite else "refuse",
     )
@@ -114,7 +120,10 @@ def decode(
         if ray is None:
             report = decode_files(job, watcher=watcher, stop=stop)
         else:
-            report = decode_files_on_ray(job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop)
+            with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its processes
+                report = decode_files_on_ray(
+                    job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop
+                )
     _tell(report, as_json)
     raise typer.Exit(STOPPED if report.stopped else SOME_FAILED if report.failures else 0)
 

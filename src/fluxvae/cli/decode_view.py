@@ -14,6 +14,7 @@ from fluxvae.batch.estimate import Estimate
 from fluxvae.batch.folder import FAILURES
 from fluxvae.cli.options import print_facts
 from fluxvae.engine.plan import size_in_words
+from fluxvae.engine.preview import PREVIEW_NOTE
 
 __all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
 
@@ -45,6 +46,8 @@ class ProgressView:
         self._total, self._start = len(outlook.items), time.perf_counter()
         if outlook.present:
             self._console.print(f"{outlook.present} images are there already")
+        if outlook.approximate:
+            self._console.print(f"[yellow]every image is an {PREVIEW_NOTE}[/yellow]")
         if outlook.floored:
             self._console.print(f"{outlook.floored} sizes are no multiples of 16: floored, as FluxPipeline does")
         if self._total and self._console.is_terminal:
@@ -123,6 +126,7 @@ def print_outlook(found: Estimate) -> None:
             "images": ", ".join(counts),
             "folder": found.out,
             "decoder": f"{found.checkpoint}, {found.dtype} on {found.device}",
+            **({"note": f"[yellow]{PREVIEW_NOTE}[/yellow]"} if outlook.approximate else {}),
             "time": f"about {time_in_words(found.seconds)} on this machine, by itself",
         },
     )
