@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from fluxvae.batch.items import Entry, Latents
 from fluxvae.errors import InvalidLatentsError
 
-__all__ = ["FILE_SUFFIXES", "Source", "open_file"]
+__all__ = ["FILE_SUFFIXES", "Source", "open_file", "unreadable"]
 
 # What libraries raise for files that are damaged or of another kind.
 _DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, zipfile.BadZipFile)
@@ -47,6 +47,11 @@ class TensorSource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        try:
+            with open(path, "rb"):
+                pass  # safetensors calls every file that it may not read missing
+        except OSError as error:
+            raise InvalidLatentsError(unreadable(path.name, error)) from error
         try:
             self._held = _READERS[path.suffix.lower()](path)
         except pickle.UnpicklingError as error:
@@ -94,6 +99,11 @@ class TensorSource:
             return Latents(self._held.tensor.row(row), ids)
         except _DAMAGE as error:
             raise InvalidLatentsError(f"{self._path.name}: row {row} cannot be read: {_first_line(error)}") from error
+
+
+def unreadable(name: str, error: OSError) -> str:
+    """The words for a file that the system does not give."""
+    return f"{name}: cannot be read: {error.strerror or error}; see that it is there and may be read"
 
 
 def open_file(path: Path) -> Source:

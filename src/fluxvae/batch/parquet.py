@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from fluxvae.batch.formats import unreadable
 from fluxvae.batch.items import Entry, Latents
 from fluxvae.errors import InvalidLatentsError
 
@@ -42,6 +43,8 @@ class ParquetSource:
         self._name = name
         try:
             self._file = pq.ParquetFile(path, filesystem=filesystem)
+        except (PermissionError, FileNotFoundError) as error:
+            raise InvalidLatentsError(unreadable(name, error)) from error
         except _DAMAGE as error:
             raise InvalidLatentsError(
                 f"{name}: cannot be read as parquet: {_first_line(error)}; it is damaged, truncated or another kind of "
