@@ -5,6 +5,7 @@ What needs PyTorch is imported by the commands that need it, so that ``fluxvae -
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -26,12 +27,15 @@ _EXAMPLES = """
 Examples:
 
 \b
-  fluxvae decode latents/ --out images/       a folder of latents to PNG
-  fluxvae serve                               the demo checkpoint, here
-  fluxvae serve --checkpoint ae.safetensors   FLUX.1's own weights
-  fluxvae plan 2048 2048 --memory-limit 2GiB  what memory goes to
   fluxvae info ae.safetensors                 what a checkpoint holds
+  fluxvae decode latents/ --out images/ --checkpoint ae.safetensors
+                                              a folder of latents to PNG
+  fluxvae plan 2048 2048 --memory-limit 2GiB  what memory goes to
   fluxvae bench                               how fast it is on this machine
+  fluxvae serve --checkpoint ae.safetensors   decode for other machines
+
+ae.safetensors stands for your model's weights. Without --checkpoint it is
+"demo", a small one that ships, for trying things out.
 
 Tab completes in your shell after: fluxvae --install-completion
 
@@ -40,7 +44,7 @@ Environment: FLUXVAE_CHECKPOINT, FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT, FLUXVAE_T
 
 app = typer.Typer(
     name="fluxvae",
-    help="Packed FLUX latents in, exactly the image that diffusers' FluxPipeline would have made out." + _EXAMPLES,
+    help="Decode FLUX latents to images, exactly as diffusers' FluxPipeline would have." + _EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -61,13 +65,17 @@ def _fluxvae(
     pass
 
 
-app.command(cls=DecodeCommand)(decode)
-for _command in (plan, info, bench, serve):
-    app.command()(_command)
+app.command(cls=DecodeCommand, short_help="Many files of latents to images; can be resumed.")(decode)
+app.command(short_help="What decoding one size needs, before it happens.")(plan)
+app.command(short_help="What a checkpoint holds.")(info)
+app.command(short_help="How fast this machine decodes.")(bench)
+app.command(short_help="A server for other machines: Triton and HTTP.")(serve)
 
 
 def main() -> None:
     """The ``fluxvae`` command. Errors are one message and an exit status of the error table."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they warn of is not what was asked for
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
     except FluxVAEError as error:

@@ -14,9 +14,11 @@ from fluxvae.errors import InvalidOptionError
 
 
 def bench(
-    sizes: Annotated[str, typer.Option(help="Pixels each way, multiples of 8, between commas.")] = "512,1024",
+    sizes: Annotated[
+        str, typer.Option(help="Pixels each way, multiples of 8, between commas.", metavar="N,N")
+    ] = "512,1024",
     checkpoint: Checkpoint = "demo",
-    rounds: Annotated[int, typer.Option(help="Timed decodes of each size.", min=1)] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed decodes of each size.", min=1, metavar="N")] = 3,
     diffusers: Annotated[bool, typer.Option("--diffusers", help="Beside diffusers' own decode.")] = False,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",

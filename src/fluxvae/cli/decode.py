@@ -49,32 +49,50 @@ def _is_address(word: str) -> bool:
 
 def decode(
     inputs: Annotated[
-        list[str], typer.Argument(help="safetensors, npy, npz, pt or Parquet: files, folders, globs, URLs.")
+        list[str],
+        typer.Argument(help="safetensors, npy, npz, pt or Parquet: files, folders, globs, URLs.", metavar="INPUT"),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.", metavar="DIR")],
     checkpoint: Checkpoint = "demo",
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
-    image_format: Annotated[str, typer.Option("--format", help="png, jpeg, webp, npy or safetensors.")] = "png",
-    quality: Annotated[Optional[int], typer.Option(help="Of jpeg and webp, 1 to 100.")] = None,  # noqa: UP045
-    height: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
-    width: Annotated[Optional[int], typer.Option(help="Pixels, instead of the files' own.", min=1)] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.", metavar="NAME")] = None,  # noqa: UP045
+    image_format: Annotated[
+        str, typer.Option("--format", help="png, jpeg, webp, npy or safetensors.", metavar="NAME")
+    ] = "png",
+    quality: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of jpeg and webp, 1 to 100; 95 if left out.", metavar="N"),
+    ] = None,
+    height: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of the images, instead of the files' own.", min=1, metavar="PIXELS"),
+    ] = None,
+    width: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Of the images, instead of the files' own.", min=1, metavar="PIXELS"),
+    ] = None,
     raw: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--raw/--no-raw", help="FLUX.2: latents are raw already, or are not.", show_default=False),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1, metavar="N")] = 4,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Decode only what has no image yet.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and how long.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long.")] = False,
     ray: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="As a Ray Data pipeline: local (if left out), auto, host:port.", metavar="[ADDRESS]"),
+        typer.Option(help="On a Ray cluster: local (if left out), auto, host:port.", metavar="[ADDRESS]"),
     ] = None,
-    workers: Annotated[Optional[int], typer.Option(help="With --ray: decoders.", min=1)] = None,  # noqa: UP045
-    threads: Annotated[Optional[int], typer.Option(help="With --ray: cores of each.", min=1)] = None,  # noqa: UP045
+    workers: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="With --ray: decoders. Else as many as fit.", min=1, metavar="N"),
+    ] = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="With --ray: cores of each. Else 4.", min=1, metavar="N"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode many latents to images: a job that can be stopped, resumed and spread over machines.
@@ -116,7 +134,7 @@ def decode(
     if dry_run:
         _dry_run(job, as_json)
         return
-    with _signals() as stop, _watcher(as_json) as watcher:
+    with _signals() as stop, _watcher(as_json, checkpoint) as watcher:
         if ray is None:
             report = decode_files(job, watcher=watcher, stop=stop)
         else:
@@ -152,10 +170,10 @@ def _tell(report: Report, as_json: bool) -> None:
 
 
 @contextlib.contextmanager
-def _watcher(as_json: bool) -> Iterator[Watcher]:
+def _watcher(as_json: bool, checkpoint: str) -> Iterator[Watcher]:
     from fluxvae.cli.decode_view import ProgressView
 
-    with ProgressView(quiet=as_json) as view:
+    with ProgressView(checkpoint, quiet=as_json) as view:
         yield view
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from fluxvae.batch import Outlook, Report, Result
 from fluxvae.batch.estimate import Estimate
 from fluxvae.batch.folder import FAILURES
-from fluxvae.cli.options import print_facts
+from fluxvae.cli.options import DEMO_NOTE, print_facts
 from fluxvae.engine.plan import size_in_words
 from fluxvae.engine.preview import PREVIEW_NOTE
 
@@ -24,7 +25,8 @@ _FAILURES_SHOWN = 8
 class ProgressView:
     """A bar with rate and time left on a terminal; a line for each tenth in a pipe; nothing if quiet."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, checkpoint: str = "", *, quiet: bool = False) -> None:
+        self._checkpoint = checkpoint
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -46,6 +48,8 @@ class ProgressView:
         self._total, self._start = len(outlook.items), time.perf_counter()
         if outlook.present:
             self._console.print(f"{outlook.present} images are there already")
+        if self._checkpoint == "demo":
+            self._console.print(f"[yellow]{DEMO_NOTE}[/yellow]")
         if outlook.approximate:
             self._console.print(f"[yellow]every image is an {PREVIEW_NOTE}[/yellow]")
         if outlook.floored:
@@ -87,7 +91,7 @@ def print_report(report: Report) -> None:
     counts += [f"{report.present} were there"] if report.present else []
     counts += [f"[red]{len(report.failures)} failed[/red]"] if report.failures else []
     counts += [f"{report.left} left: run again with --resume"] if report.left else []
-    facts = {"images": ", ".join(counts), "folder": report.out}
+    facts = {"images": ", ".join(counts), "folder": _shown(report.out)}
     if report.decoded:
         facts["time"] = (
             f"{time_in_words(report.seconds)}, {found['images_per_second']:.1f} images/s, "
@@ -110,7 +114,9 @@ def print_failures(console: Console, report: Report) -> None:
     elif report.failures:
         more = len(report.failures) - len(shown)
         also = f"{more} more, and these, are" if more else "Also"
-        console.print(f"{also} in {report.out.rstrip('/')}/{FAILURES}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{also} in {_shown(report.out).rstrip('/')}/{FAILURES}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def print_outlook(found: Estimate) -> None:
@@ -124,8 +130,9 @@ def print_outlook(found: Estimate) -> None:
         console,
         {
             "images": ", ".join(counts),
-            "folder": found.out,
+            "folder": _shown(found.out),
             "decoder": f"{found.checkpoint}, {found.dtype} on {found.device}",
+            **({"note": f"[yellow]{DEMO_NOTE}[/yellow]"} if found.checkpoint == "demo" else {}),
             **({"note": f"[yellow]{PREVIEW_NOTE}[/yellow]"} if outlook.approximate else {}),
             "time": f"about {time_in_words(found.seconds)} on this machine, by itself",
         },
@@ -140,6 +147,12 @@ def print_outlook(found: Estimate) -> None:
     console.print(table)
     for failure in outlook.failures[:_FAILURES_SHOWN]:
         console.print(f"{failure.source}: {failure.message}", style="red", markup=False, soft_wrap=True)
+
+
+def _shown(folder: str) -> str:
+    """Short, where it is below the working directory."""
+    here = os.getcwd()
+    return os.path.relpath(folder) if folder.startswith(f"{here}/") else folder
 
 
 def time_in_words(seconds: float) -> str:

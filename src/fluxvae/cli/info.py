@@ -11,12 +11,14 @@ from fluxvae.cli.options import AsJson, busy, print_facts, print_json
 
 
 def info(
-    checkpoint: Annotated[str, typer.Argument(help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.")],
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
-    subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE lies in it.")] = None,  # noqa: UP045
+    checkpoint: Annotated[
+        str, typer.Argument(help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.", metavar="CHECKPOINT")
+    ],
+    revision: Annotated[Optional[str], typer.Option(help="Of a hub id: branch, tag or commit.", metavar="NAME")] = None,  # noqa: UP045
+    subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE lies in it.", metavar="DIR")] = None,  # noqa: UP045
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint holds: its family, its latents, its size. Also whether it is whole.
+    """What a checkpoint holds: its family, its latents, its size. A damaged or foreign one is an error that says how.
 
     Examples:
 

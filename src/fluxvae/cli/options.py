@@ -9,7 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["AsJson", "Checkpoint", "Device", "Dtype", "MemoryLimit", "busy", "errors", "print_facts", "print_json"]
+DEMO_NOTE = "demo is a small checkpoint for the latents that ship; FLUX's own need FLUX's weights: --checkpoint"
+
+__all__ = [
+    "DEMO_NOTE",
+    "AsJson",
+    "Checkpoint",
+    "Device",
+    "Dtype",
+    "MemoryLimit",
+    "busy",
+    "errors",
+    "print_facts",
+    "print_json",
+]
 
 # Optional[...]: typer reads the annotations at run time, also under Python 3.10.
 Checkpoint = Annotated[
@@ -20,12 +33,16 @@ Checkpoint = Annotated[
         metavar="SOURCE",
     ),
 ]
-Device = Annotated[str, typer.Option(envvar="FLUXVAE_DEVICE", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(envvar="FLUXVAE_DEVICE", help="auto, cpu, cuda or cuda:N.", metavar="NAME")]
 MemoryLimit = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(envvar="FLUXVAE_MEMORY_LIMIT", help="What a decode may add above the weights, such as 2GiB."),
+    typer.Option(
+        envvar="FLUXVAE_MEMORY_LIMIT",
+        help="What a decode may add above the weights, such as 2GiB; what is free if left out.",
+        metavar="SIZE",
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", metavar="NAME")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")]
 
 

@@ -10,16 +10,23 @@ from rich.table import Table
 
 from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, print_facts, print_json
 
+_LEGEND = (
+    "map: rows x columns x channels of what a layer makes. middle, result: where the maps within and after it go: "
+    "memory, spill (a file), recompute (nowhere: made again where it is read)."
+)
+
 
 def plan(
-    height: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1)],
-    width: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1)],
+    height: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="HEIGHT")],
+    width: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="WIDTH")],
     checkpoint: Checkpoint = "demo",
-    batch: Annotated[int, typer.Option(help="Images in one decode.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Images in one decode.", min=1, metavar="N")] = 1,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    kernels: Annotated[str, typer.Option(help="auto is the fastest for the device.")] = "auto",
+    kernels: Annotated[
+        str, typer.Option(help="auto (the fastest for the device), winograd, torch.", metavar="NAME")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """How an image of this size would be decoded: memory, and what is computed twice or spilled.
@@ -81,3 +88,4 @@ def plan(
         table.add_row(name, shape, layer.middle or "", layer.out, size_in_words(peak))
     console.print()
     console.print(table)
+    console.print(_LEGEND, style="dim")
