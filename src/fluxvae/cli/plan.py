@@ -12,7 +12,7 @@ from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, 
 
 _LEGEND = (
     "map: rows x columns x channels of what a layer makes. middle, result: where the maps within and after it go: "
-    "memory, spill (a file), recompute (nowhere: made again where it is read)."
+    "memory, spill (a file), recompute (nowhere: made again where it is read). peak: of the layer by itself."
 )
 
 
@@ -85,7 +85,14 @@ def plan(
         peak = found.fixed_bytes + max((step.held for step in layer.steps), default=0)
         shape = f"{layer.height}x{layer.width}x{layer.channels}"
         name = layer.name.removeprefix("decoder.")
-        table.add_row(name, shape, layer.middle or "", layer.out, size_in_words(peak))
+        table.add_row(name, shape, _coloured(layer.middle or ""), _coloured(layer.out), size_in_words(peak))
     console.print()
     console.print(table)
+    console.print()
     console.print(_LEGEND, style="dim")
+
+
+def _coloured(where: str) -> str:
+    """What costs time stands out."""
+    colour = {"recompute": "yellow", "spill": "magenta"}.get(where)
+    return f"[{colour}]{where}[/{colour}]" if colour else where
