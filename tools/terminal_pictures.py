@@ -103,7 +103,9 @@ def draw(command: str, lines: list[str], columns: int, path: Path) -> None:
     console = Console(record=True, width=columns, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
     for line in lines:
-        console.print(Text.from_ansi(line), soft_wrap=True)
+        text = Text.from_ansi(line)
+        for part in text.divide(range(columns, len(text), columns)):  # as a terminal does: not at words
+            console.print(part, soft_wrap=True)
     path.write_text(console.export_svg(title="fluxvae", clear=False))
 
 

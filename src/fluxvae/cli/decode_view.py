@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fluxvae.batch import Outlook, Report, Result
 from fluxvae.batch.estimate import Estimate
@@ -67,13 +68,13 @@ class ProgressView:
         else:
             self._failed += 1
         seconds = time.perf_counter() - self._start
-        failed = f" [red]{self._failed} failed[/red]" if self._failed else ""
-        rate = f"{self._done / seconds:.1f} images/s {self._pixels / 1e6 / seconds:.2f} MP/s{failed}"
+        failed = f", [red]{self._failed} failed[/red]" if self._failed else ""
+        rate = f"{self._done / seconds:.1f} images/s, {self._pixels / 1e6 / seconds:.2f} MP/s{failed},"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done, rate=rate)
         elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
             left = seconds / self._done * (self._total - self._done)
-            self._console.print(f"{self._done}/{self._total} {rate}, {time_in_words(left)} left", soft_wrap=True)
+            self._console.print(f"{self._done}/{self._total} {rate} {time_in_words(left)} left", soft_wrap=True)
 
     def __enter__(self) -> ProgressView:
         return self
@@ -99,16 +100,20 @@ def print_report(report: Report) -> None:
         )
     if report.idle_share is not None:
         facts["decoder"] = f"waited {report.idle_share:.1%} of its time for reading and writing"
-    print_facts(Console(highlight=False), facts)
+    console = Console(highlight=False)
+    if report.failures:
+        console.print()
+    print_facts(console, facts)
 
 
 def print_failures(console: Console, report: Report) -> None:
     """The first failures in full; all of them, where failures.jsonl could not take them."""
     shown = report.failures if report.log_problem else report.failures[:_FAILURES_SHOWN]
+    soft_wrap = not console.is_terminal  # a line stays one in a pipe
     for failure in shown:
-        where = failure.source if not failure.row else f"{failure.source} row {failure.row}"
-        console.print("[red]failed[/red] ", end="", highlight=False)
-        console.print(f"{where}: {failure.message}", markup=False, highlight=False, soft_wrap=True)
+        where = _shown(failure.source) + (f" row {failure.row}" if failure.row else "")
+        told = Text.assemble(("failed ", "red"), f"{where}: {failure.message}")
+        console.print(told, highlight=False, soft_wrap=soft_wrap)
     if report.log_problem:
         console.print(f"{FAILURES} cannot be written: {report.log_problem}", markup=False, soft_wrap=True)
     elif report.failures:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-DEMO_NOTE = "demo is a small checkpoint for the latents that ship; FLUX's own need FLUX's weights: --checkpoint"
+DEMO_NOTE = "demo is a small checkpoint of our own; FLUX's latents need FLUX's: --checkpoint"
 
 __all__ = [
     "DEMO_NOTE",

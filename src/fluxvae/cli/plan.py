@@ -94,5 +94,5 @@ def plan(
 
 def _coloured(where: str) -> str:
     """What costs time stands out."""
-    colour = {"recompute": "yellow", "spill": "magenta"}.get(where)
+    colour = {"recompute": "yellow", "spill": "bold magenta"}.get(where)
     return f"[{colour}]{where}[/{colour}]" if colour else where
