@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -76,13 +78,60 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
-def wait_a_moment(job: subprocess.Popen[str], seconds: float = 0.02) -> None:
+class Forked:
+    """As `start`'s process, but a fork of one that has imported everything: seconds sooner."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["fluxvae.batch", "fluxvae.cli"])
+        self._said = tempfile.NamedTemporaryFile("r"), tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        words = ["fluxvae", "decode", *map(str, arguments), *CPU]
+        self._process = context.Process(target=_command, args=(words, *(file.name for file in self._said)))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        self.wait(timeout)
+        assert self._process.exitcode is not None, f"waited {timeout} s for the job to end"
+        out, errors = (file.read() for file in self._said)
+        return out, errors
+
+
+def _command(words: list[str], out: str, errors: str) -> None:
+    """The command line in this process, on one core."""
+    for number, name in ((1, out), (2, errors)):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    torch.set_num_threads(1)
+    sys.argv = words
+    cli.main()
+
+
+Process = subprocess.Popen[str] | Forked
+
+
+def wait_a_moment(job: Process, seconds: float = 0.02) -> None:
     """So long, or until the job ends."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(seconds)
 
 
-def wait_for_images(job: subprocess.Popen[str], out: Path, count: int) -> None:
+def wait_for_images(job: Process, out: Path, count: int) -> None:
     """Return when so many images are there, or the job has ended."""
     deadline = time.monotonic() + 180
     while len(list(out.glob("*.png"))) < count and job.poll() is None:

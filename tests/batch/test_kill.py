@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,38 @@ import pytest
 from fluxvae import Decoder
 from fluxvae.batch.store import open_store
 
-from .jobs import assert_whole, decode, files, folder_of, image, pixels, start, wait_a_moment, wait_for_images
+from .jobs import (
+    Forked,
+    Process,
+    assert_whole,
+    decode,
+    files,
+    folder_of,
+    image,
+    pixels,
+    start,
+    wait_a_moment,
+    wait_for_images,
+)
+
+Run = Callable[..., Process]
 
 
 @pytest.mark.parametrize(
-    ("count", "kills"), [(40, 2), pytest.param(200, 10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    ("count", "kills", "run"),
+    [
+        pytest.param(40, 2, Forked, id="40-2"),
+        pytest.param(200, 10, start, id="200-10", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
 )
-def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: int) -> None:
+def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: int, run: Run) -> None:
     made = folder_of(tmp_path / "in", count)
     wanted = {f"{name}.png": pixels(demo, tensor) for name, tensor in made.items()}
     out = tmp_path / "out"
     chance = random.Random(0)
     for turn in range(kills):
         before = {path.name: path.stat().st_ino for path in out.glob("*.png")}
-        job = start(tmp_path / "in", "-o", out, "--batch", "2", "--resume")
+        job = run(tmp_path / "in", "-o", out, "--batch", "2", "--resume")
         wait_for_images(job, out, len(before) + chance.randint(1, count // (4 * kills)))
         wait_a_moment(job, chance.uniform(0, 0.05))  # not only just after an image came
         assert job.poll() is None, f"the job ended before kill {turn}: {job.communicate()}"
@@ -48,7 +67,7 @@ def test_interrupted(tmp_path: Path, demo: Decoder) -> None:
     """Ctrl-C: what is under way ends, the exit status is a shell's, nothing half done stays."""
     made = folder_of(tmp_path / "in", 60)
     out = tmp_path / "out"
-    job = start(tmp_path / "in", "-o", out, "--batch", "1", "--json")
+    job = Forked(tmp_path / "in", "-o", out, "--batch", "1", "--json")
     wait_for_images(job, out, 3)
     job.send_signal(signal.SIGINT)
     said, errors = job.communicate(timeout=60)
