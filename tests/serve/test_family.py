@@ -359,6 +359,7 @@ def test_models_that_do_not_load(checkpoints: dict[str, str], tmp_path: Path) ->
 
 def test_fluxvae_serve_with_two_models(checkpoints: dict[str, str], family: Family) -> None:
     arguments = ["--model", f"{FLUX2}={checkpoints[FLUX2]}", "--memory-limit", "400MB"]
+    arguments += ["--model-memory-limit", f"{FLUX2}=250MB"]
     supervised = Supervised.start(checkpoints[FLUX1], arguments, {})
     try:
         supervised.ready()
@@ -371,8 +372,8 @@ def test_fluxvae_serve_with_two_models(checkpoints: dict[str, str], family: Fami
         gateway = f"http://{supervised.address('gateway')}"
         facts = json.loads(ask(gateway, path="/info").body)["models"]
         assert {name: of["settings"]["memory_limit"] for name, of in facts.items()} == {
-            FLUX1: "200000000",
-            FLUX2: "200000000",
+            FLUX1: "150000000",
+            FLUX2: "250MB",
         }
         expected = family.library[FLUX2].decode(latents(128), **SIZE, output_type="uint8")
         np.testing.assert_array_equal(remote(gateway, FLUX2, latents(128)).numpy(), expected)
