@@ -5,6 +5,7 @@ Not covered here: the arithmetic (tests of the library), and what all models sha
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import signal
@@ -109,6 +110,18 @@ def test_the_folders_say_what_they_serve() -> None:
         config = (root / name / "config.pbtxt").read_text()
         assert f'key: "vae_class" value: {{ string_value: "{vae_class}" }}' in config
         assert ('key: "approximate" value: { string_value: "true" }' in config) == (name == PREVIEW)
+
+
+def test_the_folders_hold_the_same_code() -> None:
+    """`vae_decoder`'s, which mypy checks, is the demo too; beside that and the docstring they are equal."""
+
+    def code(name: str) -> list[str]:
+        tree = ast.parse((Path(__file__).parents[2] / "triton_models" / name / "1" / "model.py").read_text())
+        assert ast.get_docstring(tree)
+        return [ast.unparse(part) for part in tree.body[1:] if not isinstance(part, ast.If)]
+
+    assert code(FLUX1) == code(FLUX2) == code(PREVIEW)
+    assert any("TritonPythonModel" in part for part in code(FLUX1))
 
 
 @protocols
