@@ -75,7 +75,7 @@ def _hidream() -> HiDreamImageTransformer2DModel:
         num_attention_heads=2,
         caption_channels=[32, 32],
         text_emb_dim=32,
-        axes_dims_rope=(8, 8),
+        axes_dims_rope=(4, 4, 8),
         max_resolution=(16, 16),
         llama_layers=[0, 1],
     )

@@ -211,7 +211,10 @@ def test_models_on_one_device_share_its_memory_limit() -> None:
         ({"vae_preview": "1GiB"}, "got vae_preview=1GiB, but vae_preview is not served; expected one of vae_decoder, "),
         ({"vae_decoder": "some"}, "vae_decoder: memory_limit: got 'some'"),
         ({"vae_decoder": "2GiB"}, "got vae_decoder=2GiB of --memory-limit 2GiB, which leaves nothing for vae_decoder_"),
-        ({"vae_decoder": "1GiB", "vae_decoder_flux2": "1.1GiB"}, "and vae_decoder_flux2=1.1GiB .* which is more; "),
+        (
+            {"vae_decoder": "1GiB", "vae_decoder_flux2": "1.1GiB"},
+            "got vae_decoder=1GiB and vae_decoder_flux2=1.1GiB of .* which is more; ",
+        ),
     ],
 )
 def test_memory_limits_that_cannot_be(limits: dict[str, str], message: str) -> None:
