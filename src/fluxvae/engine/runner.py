@@ -69,10 +69,7 @@ class Runner:
                 self._resnet(layer, planned.middle, planned.out, statistics=not isinstance(following, Upsample))
         self._conv_out(image)
         self._maps.drop(self._store, self._side)
-
-    def _block_done(self) -> None:
-        self._maps.block_done()
-        self._tick()
+        self._store = None  # a view of the arena, which would outlive it into the next image
 
     # -- what a sweep is made of -------------------------------------------------------------------------------
 
@@ -137,7 +134,7 @@ class Runner:
             self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._block_done()
+            self._tick()
         if out is None:
             self._pending = layer
         else:
@@ -155,7 +152,7 @@ class Runner:
         for start, stop in self._blocks(call):
             rows = normed.rows[start:stop]
             self._kernels.prologue(store.read(start, stop, rows), affine, False, rows, work)
-            self._block_done()
+            self._tick()
         weights = self._maps.load_attention(layer, call)
         staging = None
         if not isinstance(store, MemoryMap):
@@ -169,7 +166,7 @@ class Runner:
                 self._moments.add(partial)
             if staging is not None:
                 store.write(start, out)
-            self._block_done()
+            self._tick()
         self._maps.drop(normed, 1 - self._side)
 
     def _resnet(self, layer: Resnet, middle: Place, place: Place, statistics: bool) -> None:
@@ -246,7 +243,7 @@ class Runner:
             if not bool(torch.isfinite(rows).all()):
                 raise NonFiniteMap(f"the output of {network.conv_out.name} holds NaN or Inf")
             image[:, start:stop].copy_(rows.permute(2, 0, 1))
-            self._block_done()
+            self._tick()
 
     # -- sweeps ------------------------------------------------------------------------------------------------
 
@@ -327,7 +324,7 @@ class Runner:
                 self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._block_done()
+            self._tick()
 
     def _blocks(self, call: Call) -> Iterator[tuple[int, int]]:
         for start in range(0, self._size[0], call.rows):

@@ -21,10 +21,17 @@ from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["TorchKernels"]
+__all__ = ["TorchKernels", "computes_float16"]
+
 
 _FUSE_CHUNK = 16
 """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+
+
+def computes_float16(device: torch.device) -> bool:
+    """Whether PyTorch convolves float16 there directly: everywhere but on CPUs that oneDNN has no float16 code for."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return device.type != "cpu" or (supported is not None and bool(supported()))
 
 
 class TorchKernels:
@@ -37,6 +44,7 @@ class TorchKernels:
         """``instead``: why these serve where faster ones were meant to; plans print it."""
         self.note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
+        self._float16 = computes_float16(device)
         self.channels_last = False
 
     # -- what the planner asks ---------------------------------------------------------------------------------
@@ -97,8 +105,11 @@ class TorchKernels:
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The weights' own."""
-        return stored
+        """The weights' own; float32 for float16 where a CPU has no arithmetic for it.
+
+        PyTorch's convolution would unfold every block then, ninefold, and take a hundred times as long.
+        """
+        return stored if stored != torch.float16 or self._float16 else torch.float32
 
     def prepare(self) -> float:
         """Nothing to compile."""
@@ -161,6 +172,7 @@ class TorchKernels:
             out.copy_(result)
         else:
             torch.add(result, residual, out=out)
+        del result  # before anything small is allocated: that would take its place, and the next result another
         if scale != 1.0:
             out.div_(scale)
         return _moments(out, work) if statistics else None
@@ -224,6 +236,7 @@ class TorchKernels:
             out.add_(result)
         else:
             out.copy_(result)
+        del result, mixed  # as in conv3x3
         if layer.scale != 1.0:
             out.div_(layer.scale)
         return _moments(out, work) if statistics else None
