@@ -106,6 +106,7 @@ def draw(command: str, lines: list[str], columns: int, path: Path) -> None:
         text = Text.from_ansi(line)
         for part in text.divide(range(columns, len(text), columns)):  # as a terminal does: not at words
             console.print(part, soft_wrap=True)
+    console.print()  # or the last line's descenders are cut off
     path.write_text(console.export_svg(title="fluxvae", clear=False))
 
 
