@@ -82,7 +82,7 @@ def serve(
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
-      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2.safetensors
+      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef1/
       fluxvae serve ... --memory-limit 4GiB --model-memory-limit vae_preview=500MB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
