@@ -11,7 +11,7 @@ from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.layer_choices import ring_rows
 from fluxvae.engine.maps import Maps
 from fluxvae.engine.network import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
-from fluxvae.engine.norm import Affine, Moments, NonFiniteMap
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments
 from fluxvae.engine.plan import Call, Geometry, Place, Plan
 from fluxvae.engine.storage import MemoryMap, Spill, Store
 from fluxvae.engine.strips import ComputedRows, Ring, StoredRows, Stream, Window
@@ -44,6 +44,7 @@ class Runner:
         self._pending: Upsample | None = None
         self._size = (plan.geometry.height, plan.geometry.width)
         self._moments = Moments()
+        self._checks = FiniteChecks(device)
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
@@ -69,6 +70,7 @@ class Runner:
                 self._resnet(layer, planned.middle, planned.out, statistics=not isinstance(following, Upsample))
         self._conv_out(image)
         self._maps.drop(self._store, self._side)
+        self._checks.settle()
 
     def _block_done(self) -> None:
         self._maps.block_done()
@@ -90,7 +92,7 @@ class Runner:
         return Window(self._kernels, source, affine, (*size, call.cin), call.rows, self._maps.scratch, work)
 
     def _affine(self, norm: Norm) -> Affine:
-        return self._moments.affine(norm, self._wide)
+        return self._moments.affine(norm, self._wide, self._checks)
 
     # -- layers ------------------------------------------------------------------------------------------------
 
@@ -243,8 +245,7 @@ class Runner:
             start, stop = window.span
             rows = block[: stop - start]
             self._kernels.conv3x3(padded, weights, affine, window.pad_rows, rows, None, 1.0, False, work)
-            if not bool(torch.isfinite(rows).all()):
-                raise NonFiniteMap(f"the output of {network.conv_out.name} holds NaN or Inf")
+            self._checks.require(rows, f"the output of {network.conv_out.name} holds NaN or Inf")
             image[:, start:stop].copy_(rows.permute(2, 0, 1))
             self._block_done()
 
