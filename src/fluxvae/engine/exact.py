@@ -71,7 +71,8 @@ class ExactEngine:
             raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
         self._vae = vae
         self.network = read_network(vae)
-        make_kernels(kernels, torch.device("cpu"))  # refuse an unknown name now
+        # Refuse now what can never be. The model may still move to a GPU, where there is one.
+        make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
         self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
@@ -209,7 +210,7 @@ class ExactEngine:
         key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
         if key in self._planners:
             return self._planners[key]
-        values = self._block_values or default_block_values(self.network, *size)
+        values = self._block_values or kernels.block_values or default_block_values(self.network, *size)
         geometry = Geometry(*size, dtype.itemsize, dtype != stored, kernels.row_multiple, values)
         macs, moved = _RATES["cuda" if self._device.type == "cuda" else "cpu"]
         if self._device.type == "cpu":

@@ -75,6 +75,14 @@ class Costs(Protocol):
         """Why these kernels and not those one would expect; plans print it. Usually nothing."""
 
     @property
+    def block_values(self) -> int | None:
+        """Values of a block of rows; None: as `block_values` has it, for a core's cache."""
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
+
+    @property
     def row_multiple(self) -> int:
         """Blocks are cut at multiples of this many rows, counted from the top of the map."""
 

@@ -17,14 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fluxvae.engine.kernels import cudnn
 from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["TorchKernels"]
+__all__ = ["GPU_BLOCK_VALUES", "TorchKernels"]
 
-_FUSE_CHUNK = 16
-"""Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+GPU_BLOCK_VALUES = 1 << 24
+"""Values of a block of rows on a GPU: 32 MB in half precision. Enough work (0.1 ms and more on an H100) for a block to
+last longer than its launches take the CPU; whole maps up to 512x512 pixels in two. Not measured yet."""
+CUBLAS_BYTES = 32 << 20
+"""cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
 
 
 class TorchKernels:
@@ -32,12 +36,30 @@ class TorchKernels:
 
     name = "torch"
     row_multiple = 1
+    fuse_chunk = 16
+    """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
 
     def __init__(self, device: torch.device, *, instead: str = "") -> None:
         """``instead``: why these serve where faster ones were meant to; plans print it."""
-        self.note = instead
+        self._note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
+        self._device = device
         self.channels_last = False
+
+    @property
+    def note(self) -> str:
+        """Why these serve where others were meant to; usually nothing."""
+        return self._note
+
+    @property
+    def block_values(self) -> int | None:
+        """Larger blocks on a GPU."""
+        return None if self._device.type == "cpu" else GPU_BLOCK_VALUES
+
+    @property
+    def runtime_bytes(self) -> int:
+        """cuBLAS's workspace, on a GPU."""
+        return 0 if self._device.type == "cpu" else CUBLAS_BYTES
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
@@ -65,7 +87,7 @@ class TorchKernels:
         if call.kind == "conv3":
             return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
         if call.kind == "up":
-            summing = _FUSE_CHUNK * call.cin * 16 * 8
+            summing = self.fuse_chunk * call.cin * 16 * 8
             phases = call.rows * (call.width + 1) * 2 * call.cout
             return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
         if call.kind == "linear":
@@ -232,14 +254,17 @@ class TorchKernels:
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
     ) -> torch.Tensor:
         """Rows to rows: zero padding left and right, none above and below."""
+        if cudnn.available(rows.device):
+            result = cudnn.convolve(rows, weight)
+            return result if bias is None else result.add_(bias)
         image = _image(rows)
         if not self._onednn or rows.dtype != torch.float32:
             return _pixels(F.conv2d(image, weight, bias, padding=(0, 1)))
         if not self.channels_last:
             image = _carve(work, image.shape, rows.dtype).copy_(image)
         # F.conv2d leaves oneDNN for small blocks when there is one thread: the same image would change its last bits.
-        result: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
-        return _pixels(result)
+        blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
+        return _pixels(blocked)
 
     def _weight(self, into: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The start of ``into`` as a (cout, cin, h, w) weight in the layout `_conv` wants."""
@@ -253,8 +278,8 @@ class TorchKernels:
         cout, cin = weight.shape[:2]
         shape = torch.Size((2 * cout, cin, 2, 2))
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
-        for start in range(0, cout, _FUSE_CHUNK):
-            part = weight[start : start + _FUSE_CHUNK].to(torch.float64)
+        for start in range(0, cout, self.fuse_chunk):
+            part = weight[start : start + self.fuse_chunk].to(torch.float64)
             for p, kernel in enumerate(kernels):
                 rows = _pair(part, p, 2)
                 for q in range(2):

@@ -1,0 +1,133 @@
+"""The CUDA kernels without a GPU: run in the Triton language's interpreter, compiled for cards that are not here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_models import Shape
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.kernels import make_kernels
+from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
+from fluxvae.errors import InvalidOptionError
+
+HERE = Path(__file__).parent
+
+triton = pytest.importorskip("triton", reason="PyTorch brings the Triton language on Linux only")
+
+
+@pytest.mark.timeout(600)
+def test_in_the_interpreter() -> None:
+    """`cuda_in_interpreter` in a process of its own, which the interpreter's variable cannot leak out of."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "cuda_in_interpreter.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d\d passed", child.stdout), child.stdout
+    assert "TRITON_INTERPRET" not in os.environ
+
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Of a block, by compute capability: A100, RTX 4090, H100."""
+
+
+@pytest.mark.parametrize(("capability", "cut"), [(90, 0), (90, 1), (80, 1), (89, 2)])
+def test_attention_compiles_for_cards_that_are_not_here(
+    capability: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way to machine code by the compiler's own ptxas; the first cut that fits each card."""
+    from fluxvae.engine.kernels import triton_attention
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    queries, tokens, warps, stages = triton_attention.CUTS[2][cut]
+    signature = {
+        "query": "*bf16",
+        "token": "*bf16",
+        "dst": "*bf16",
+        "queries": "i32",
+        "tokens": "i32",
+        "factor": "fp32",
+    }
+    constants = {"DIM": 512, "QUERIES": queries, "TOKENS": tokens, "BLOCK_D": 512, "WIDE": False}
+    kernel = compiled(
+        triton_attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
+    )
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    if capability == 90:
+        assert "wgmma" in kernel.asm["ptx"], "Hopper's own tensor core instructions"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxvae.engine.kernels import triton_loops
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    floats = dict.fromkeys(["result", "bias", "residual", "dst"], f"*{dtype}")
+    integers = dict.fromkeys(["pixels", "channels", "has_residual"], "i32")
+    signature = floats | {"parts": "*fp32"} | integers | {"factor": "fp32", "width": "i32", "phase": "i32"}
+    for up in (False, True):
+        constants = {"UP": up, "TILES": 8, "TILE": 32, "BLOCK_C": 128}
+        kernel = compiled(triton_loops._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
+        assert "ld.global.v4" in kernel.asm["ptx"]
+
+
+def compiled(
+    function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[int, ...], capability: int,
+    **options: int,
+) -> Any:  # fmt: skip
+    """``aligned``: arguments that are multiples of 16, as the language finds out for itself when it launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    known = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants, known)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+# -- which kernels where ---------------------------------------------------------------------------------------------
+
+
+def test_cuda_kernels_on_a_cpu_are_refused() -> None:
+    with pytest.raises(
+        InvalidOptionError, match="kernels: got 'cuda', but those kernels are for an NVIDIA GPU, not cpu"
+    ):
+        make_kernels("cuda", torch.device("cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidOptionError, match="kernels: got 'cuda'"):
+            ExactEngine(Shape().vae(), kernels="cuda")
+
+
+def test_auto_on_a_gpu_is_cuda_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    if not torch.cuda.is_available():
+        kernels = make_kernels("auto", gpu)
+        assert type(kernels) is TorchKernels
+        assert "the CUDA kernels would be faster, but this PyTorch sees no NVIDIA GPU" in kernels.note
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert make_kernels("auto", gpu).name == "cuda"
+    assert make_kernels("torch", gpu).name == "torch"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "the Triton language cannot be imported here" in make_kernels("auto", gpu).note
+
+
+# -- what is not waited for on a GPU ---------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_finite_checks_are_read_at_the_end() -> None:
+    checks = FiniteChecks(torch.device("cuda"))  # the values may be anywhere
+    checks.require(torch.ones(3), "first")
+    checks.require(torch.tensor([1.0, torch.nan]), "second")
+    checks.require(torch.tensor([torch.inf]), "third")
+    with pytest.raises(NonFiniteMap, match="second"):
+        checks.settle()
+    checks.settle()  # and are not read twice
