@@ -42,6 +42,9 @@ BLOCK_VALUES = 1 << 20
 RUNTIME_BYTES = {2: 10 << 20, 4: 4 << 20, 8: 4 << 20}
 """By item size: what interpreter, thread pool, oneDNN's generated code and MKL's buffers grow by in a first decode."""
 
+STAGES = 3
+"""Blocks of rows that a map in host memory has on the device at most: two readers' next ones, one on its way out."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -81,6 +84,10 @@ class Costs(Protocol):
     @property
     def runtime_bytes(self) -> int:
         """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
+
+    @property
+    def stages_spills(self) -> bool:
+        """Spilled maps have blocks of rows on their way on the device (`HostMap`): overhead of every such sweep."""
 
     @property
     def row_multiple(self) -> int:

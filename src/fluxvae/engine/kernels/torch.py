@@ -57,6 +57,11 @@ class TorchKernels:
         return None if self._device.type == "cpu" else GPU_BLOCK_VALUES
 
     @property
+    def stages_spills(self) -> bool:
+        """On a GPU; files are read into place."""
+        return self._device.type != "cpu"
+
+    @property
     def runtime_bytes(self) -> int:
         """cuBLAS's workspace, on a GPU."""
         return 0 if self._device.type == "cpu" else CUBLAS_BYTES
