@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from fluxvae.engine.kernels import make_kernels
 from fluxvae.engine.kernels.torch import TorchKernels
 from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
+from fluxvae.images import _as_bytes, postprocess
 
 HERE = Path(__file__).parent
 
@@ -131,3 +134,39 @@ def test_on_a_gpu_the_finite_checks_are_read_at_the_end() -> None:
     with pytest.raises(NonFiniteMap, match="second"):
         checks.settle()
     checks.settle()  # and are not read twice
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bytes_are_rounded_on_the_device_as_diffusers_rounds_them(dtype: torch.dtype) -> None:
+    """Every finite value of half precision; in float32 random ones, every boundary of two bytes and its neighbours."""
+    if dtype == torch.float32:
+        edges = (torch.arange(-3, 515, dtype=torch.float32) / 2 / 255 - 0.5) * 2
+        around = [torch.nextafter(edges, torch.tensor(side)) for side in (-9.0, 9.0)]
+        values = torch.cat([edges, *around, torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))])
+    else:
+        values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+        values = values[torch.isfinite(values)]
+    image = values[: len(values) // 3 * 3].view(3, 1, -1)
+    assert np.array_equal(_as_bytes(image).permute(1, 2, 0).numpy(), postprocess(image[None], "uint8")[0])
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_still_runs(tmp_path: Path) -> None:
+    """Tiny, on the CPU: every section but those that only a GPU has."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(HERE.parent / "benchmarks" / "gpu.py"), "--dry-run", "--out", str(out)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert child.returncode == 0, child.stdout + child.stderr
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert report == json.loads(out.read_text())
+    assert {row["section"] for row in report["rows"]} == {"card", "floor", "prepare", "decode", "parts"}
+    assert not [row for row in report["rows"] if "failed" in row]
+    assert report["skipped"] == report["wrong"] == []
+    late = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False, timeout=250)
+    assert late.returncode == 0, late.stdout + late.stderr
+    assert len(json.loads(out.read_text())["skipped"]) > 3, "what there was no time for is named"
