@@ -117,6 +117,7 @@ def test_statistics_of_many_programs() -> None:
 
 
 @given(shape=maps, dtype=dtypes, seed=st.integers(0, 99))
+@settings(max_examples=12)
 def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
     n, width, channels = shape
     bias, out = draw(seed, dtype, channels), torch.full((2 * n, 2 * width, channels), torch.nan, dtype=dtype)

@@ -167,6 +167,3 @@ def test_the_benchmark_still_runs(tmp_path: Path) -> None:
     assert {row["section"] for row in report["rows"]} == {"card", "floor", "prepare", "decode", "parts"}
     assert not [row for row in report["rows"] if "failed" in row]
     assert report["skipped"] == report["wrong"] == []
-    late = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False, timeout=250)
-    assert late.returncode == 0, late.stdout + late.stderr
-    assert len(json.loads(out.read_text())["skipped"]) > 3, "what there was no time for is named"

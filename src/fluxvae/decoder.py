@@ -148,7 +148,8 @@ class Decoder:
     def prepare(self) -> float:
         """Compile the engine's kernels now rather than in the first decode; seconds it took.
 
-        On a CPU that is some seconds once per machine (Numba keeps the result), then about one per process.
+        On a CPU that is some seconds once per machine (Numba keeps the result), then about one per process. On a GPU
+        every kernel is also tried on a small map: a plan names those that do not work there.
         """
         return self.engine.prepare()
 

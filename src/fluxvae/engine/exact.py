@@ -48,7 +48,8 @@ class ExactEngine:
     Args:
         vae: read, never copied or changed.
         kernels: ``"torch"``: PyTorch's own; ``"winograd"``: ours, float32 on a CPU, several times faster;
-            ``"auto"``: Winograd where it runs, else PyTorch's, and `Plan.kernels` says which and why.
+            ``"cuda"``: cuDNN and ours, on an NVIDIA GPU; ``"auto"``: the last two where they run, else PyTorch's, and
+            `Plan.kernels` says which and why.
         memory_limit: bytes a decode may add above the loaded weights; None: what is free when it starts, less a tenth.
         spill_dir: where feature maps go that memory has no room for; None: the first of the temporary folder,
             ``/var/tmp`` and the working folder that is not itself memory. On a GPU they go to host memory.

@@ -24,9 +24,9 @@ from fluxvae.engine.plan import Call
 
 __all__ = ["GPU_BLOCK_VALUES", "TorchKernels"]
 
-GPU_BLOCK_VALUES = 1 << 24
-"""Values of a block of rows on a GPU: 32 MB in half precision. Enough work (0.1 ms and more on an H100) for a block to
-last longer than its launches take the CPU; whole maps up to 512x512 pixels in two. Not measured yet."""
+GPU_BLOCK_VALUES = 1 << 23
+"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave more
+of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures them."""
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
 
