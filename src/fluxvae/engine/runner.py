@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.kernels import Kernels, cudnn
 from fluxvae.engine.layer_choices import ring_rows
 from fluxvae.engine.maps import Maps
 from fluxvae.engine.network import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments
 from fluxvae.engine.plan import Call, Geometry, Place, Plan
 from fluxvae.engine.storage import MemoryMap, Spill, Store
-from fluxvae.engine.strips import ComputedRows, Ring, StoredRows, Stream, Window
+from fluxvae.engine.strips import Behind, ComputedRows, Ring, StoredRows, Stream, Window
 
 __all__ = ["Runner"]
 
@@ -98,13 +98,7 @@ class Runner:
 
     def _conv_in(self, raw: torch.Tensor, place: Place) -> None:
         network = self._network
-        latents = raw.to(self._dtype)
-        if network.post_quant is not None:
-            weight, bias = parameters(network.post_quant.module)
-            latents = torch.nn.functional.conv2d(
-                latents[None], weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
-            )[0]
-        rows = latents.permute(1, 2, 0).contiguous()
+        rows = self._post_quant(raw.to(self._dtype))
         self._maps.new_sweep()
         out = self._maps.new(place, self._side, (*self._size, network.conv_in.cout))
         self._maps.new_sweep()
@@ -113,6 +107,18 @@ class Runner:
         window = self._window(StoredRows(MemoryMap(rows)), None, call, self._size, work)
         self._sweep(window, network.conv_in, call, out, work, statistics=True)
         self._store = out
+
+    def _post_quant(self, latents: torch.Tensor) -> torch.Tensor:
+        """(C, lh, lw) to rows (lh, lw, C), through the 1x1 convolution that some models have before the decoder."""
+        rows = latents.permute(1, 2, 0)
+        if self._network.post_quant is None:
+            return rows.contiguous()
+        weight, bias = parameters(self._network.post_quant.module)
+        weight, bias = weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
+        if cudnn.available(rows.device):
+            rows = cudnn.convolve(rows.contiguous(), weight)
+            return (rows if bias is None else rows.add_(bias)).contiguous()
+        return torch.nn.functional.conv2d(latents[None], weight, bias)[0].permute(1, 2, 0).contiguous()
 
     def _upsample(self, layer: Upsample, place: Place) -> None:
         small, store, side = self._size, self._store, self._side
@@ -212,7 +218,7 @@ class Runner:
             else:
                 rows = ring_rows(call2.rows, call1.rows)
                 source = ring = Ring(source, self._maps.scratch((rows, size[1], layer.conv1.cin)))
-                residual = _Behind(ring)
+                residual = Behind(ring)
             feed: Stream = self._convolved(source, norm1, layer.conv1, call1, work)
         else:
             residual = self._source(store, pending, up, work)
@@ -333,14 +339,3 @@ class Runner:
     def _blocks(self, call: Call) -> Iterator[tuple[int, int]]:
         for start in range(0, self._size[0], call.rows):
             yield start, min(start + call.rows, self._size[0])
-
-
-class _Behind:
-    """The second reader of a ring."""
-
-    def __init__(self, ring: Ring) -> None:
-        self._ring = ring
-
-    def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
-        return self._ring.again(into)

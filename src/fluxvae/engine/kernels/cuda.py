@@ -13,6 +13,7 @@ Never TF32. Roundings: cuDNN's sum once, then once more with bias and residual; 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
 from fluxvae.engine.kernels.cudnn import convolve, workspace_bytes
-from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.kernels.torch import ROUNDING_BYTES, TorchKernels
 from fluxvae.engine.network import Attention
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call, aligned
@@ -45,8 +46,9 @@ class CudaKernels(TorchKernels):
 
     @property
     def runtime_bytes(self) -> int:
-        """None, where every product is cuDNN's, whose workspace is `overhead`."""
-        return 0 if cuda_checks.passes(self._device) else super().runtime_bytes
+        """No cuBLAS where every product is cuDNN's, whose workspace is `overhead`."""
+        whole = super().runtime_bytes
+        return min(whole, ROUNDING_BYTES) if cuda_checks.passes(self._device) else whole
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
@@ -87,6 +89,10 @@ class CudaKernels(TorchKernels):
     def prepare(self) -> float:
         """Compile the passes and try each on a small map, once per process; seconds it took."""
         return cuda_checks.prepare(self._device)
+
+    def session(self) -> AbstractContextManager[None]:
+        """The Triton language launches on the current device, whatever its arguments are on."""
+        return cuda_checks.on(self._device)
 
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from fluxvae.engine.kernels import triton_attention, triton_loops
 from fluxvae.engine.kernels.cudnn import convolve
 
-__all__ = ["PYTORCH_HEAD", "attention_cut", "note", "passes", "prepare"]
+__all__ = ["PYTORCH_HEAD", "attention_cut", "note", "on", "passes", "prepare"]
 
 PYTORCH_HEAD = 256
 """Up to this head dimension PyTorch has attention kernels for tensor cores."""
@@ -42,12 +43,18 @@ def prepare(device: torch.device) -> float:
     return seconds
 
 
+def on(device: torch.device) -> AbstractContextManager[None]:
+    """``device`` is the current one, which is where the Triton language launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def passes(device: torch.device) -> bool:
     """The passes of `triton_loops`, and cuDNN as `cudnn` calls it, do on ``device`` what they should."""
     with _lock:
         key = str(device)
         if key not in _passes:
-            _passes[key] = _wrong(lambda: _check_passes(device))
+            with on(device):
+                _passes[key] = _wrong(lambda: _check_passes(device))
         return not _passes[key]
 
 
@@ -62,7 +69,8 @@ def attention_cut(device: torch.device, dim: int, itemsize: int) -> tuple[int, i
     with _lock:
         key = str(device), dim, itemsize
         if key not in _cuts:
-            _cuts[key] = _first_cut(device, dim)
+            with on(device):
+                _cuts[key] = _first_cut(device, dim)
         found = _cuts[key]
     return None if isinstance(found, str) else found
 

@@ -22,13 +22,16 @@ from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["GPU_BLOCK_VALUES", "TorchKernels"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels"]
 
 GPU_BLOCK_VALUES = 1 << 23
-"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave more
-of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures them."""
+"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
+more of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures."""
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
+ROUNDING_BYTES = 4 << 20
+"""PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
+workspace, a spilled map's rows on their way."""
 
 
 class TorchKernels:
@@ -63,8 +66,8 @@ class TorchKernels:
 
     @property
     def runtime_bytes(self) -> int:
-        """cuBLAS's workspace, on a GPU."""
-        return 0 if self._device.type == "cpu" else CUBLAS_BYTES
+        """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up."""
+        return 0 if self._device.type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
