@@ -1,7 +1,8 @@
-"""The full FLUX decoder on a CPU: this engine and every other one, in turn, on the same latents.
+"""A full FLUX decoder on a CPU: this engine and every other one, in turn, on the same latents.
 
     uv run --group bench benchmarks/cpu.py                                  # all engines, 512 and 1024
     uv run --group bench benchmarks/cpu.py --sizes 512 --only fluxvae diffusers-f32 openvino-f32
+    uv run --group bench benchmarks/cpu.py --model flux2 --sizes 512        # or flux2-small: FLUX.2's decoders
     uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1 and 2 threads
     uv run --group bench benchmarks/cpu.py --profile      # ours: each kernel's share
 
@@ -31,13 +32,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae import unpack_latents
 from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.oracle import level_difference
-from measure import earlier_rows, flux_vae, machine, measure, packed_latents
+from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
+Build = Callable[[str, torch.Tensor], Decode]
+"""From the model's name and latents of the size to come."""
 TIMEOUT = 3600
 
 
@@ -53,55 +55,55 @@ class _Decoder(torch.nn.Module):
         return image
 
 
-def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Callable[[torch.Tensor], Decode]:
-    def build(raw: torch.Tensor) -> Decode:
-        engine = ExactEngine(flux_vae(dtype), kernels=kernels)
+def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Build:
+    def build(model: str, raw: torch.Tensor) -> Decode:
+        engine = ExactEngine(full_vae(model, dtype), kernels=kernels)
         engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads them
         return lambda raw: engine.decode(raw.to(dtype))
 
     return build
 
 
-def _diffusers(dtype: torch.dtype) -> Callable[[torch.Tensor], Decode]:
-    def build(raw: torch.Tensor) -> Decode:
-        vae = flux_vae(dtype)
+def _diffusers(dtype: torch.dtype) -> Build:
+    def build(model: str, raw: torch.Tensor) -> Decode:
+        vae = full_vae(model, dtype)
         return lambda raw: vae.decode(raw.to(dtype, memory_format=torch.channels_last), return_dict=False)[0]
 
     return build
 
 
-def _compiled(raw: torch.Tensor) -> Decode:
-    compiled = torch.compile(_Decoder(flux_vae()))
+def _compiled(model: str, raw: torch.Tensor) -> Decode:
+    compiled = torch.compile(_Decoder(full_vae(model)))
     compiled(raw)
     return lambda raw: compiled(raw)
 
 
-def _openvino(precision: str) -> Callable[[torch.Tensor], Decode]:
-    def build(raw: torch.Tensor) -> Decode:
+def _openvino(precision: str) -> Build:
+    def build(model: str, raw: torch.Tensor) -> Decode:
         import openvino
 
-        model = openvino.convert_model(_Decoder(flux_vae()), example_input=raw, input=[tuple(raw.shape)])
+        converted = openvino.convert_model(_Decoder(full_vae(model)), example_input=raw, input=[tuple(raw.shape)])
         config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        compiled = openvino.Core().compile_model(model, "CPU", config)
+        compiled = openvino.Core().compile_model(converted, "CPU", config)
         return lambda raw: torch.from_numpy(next(iter(compiled([raw.numpy()]).values())))
 
     return build
 
 
-def _onnxruntime(raw: torch.Tensor) -> Decode:
+def _onnxruntime(model: str, raw: torch.Tensor) -> Decode:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "decoder.onnx")
-        torch.onnx.export(_Decoder(flux_vae()), (raw,), path, dynamo=True, verbose=False)
+        torch.onnx.export(_Decoder(full_vae(model)), (raw,), path, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda raw: torch.from_numpy(session.run(None, {name: raw.numpy()})[0])
 
 
-ENGINES: dict[str, tuple[str, Callable[[torch.Tensor], Decode]]] = {
+ENGINES: dict[str, tuple[str, Build]] = {
     "fluxvae": ("fluxvae, Winograd float32", _exact("winograd")),
     "diffusers-f32": ("diffusers float32", _diffusers(torch.float32)),
     "openvino-f32": ("OpenVINO f32", _openvino("f32")),
@@ -119,17 +121,12 @@ FLOAT32 = ("diffusers-f32", "openvino-f32")
 """Against the faster of these the ratio is taken."""
 
 
-def raw_latents(size: int) -> torch.Tensor:
-    """(1, 16, size / 8, size / 8): seeded, as FLUX's scale and shift make them."""
-    return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
-
-
-def reference(size: int, work: Path) -> torch.Tensor:
+def reference(model: str, size: int, work: Path) -> torch.Tensor:
     """The float64 decode by diffusers, computed once."""
-    path = work / f"reference-{size}.npy"
+    path = work / f"reference-{model}-{size}.npy"
     if not path.exists():
-        print(f"float64 reference at {size} ...", file=sys.stderr, flush=True)
-        vae, raw = flux_vae(torch.float64), raw_latents(size).double()
+        print(f"float64 reference of {model} at {size} ...", file=sys.stderr, flush=True)
+        vae, raw = full_vae(model, torch.float64), raw_latents(model, size).double()
         with torch.inference_mode():
             if size <= LARGEST_REFERENCE:
                 image = vae.decode(raw, return_dict=False)[0]
@@ -144,13 +141,13 @@ def to_uint8(image: torch.Tensor) -> Any:
     return ((image.double() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def run_one(name: str, size: int, threads: int, repeats: int, work: Path, compare: bool) -> dict[str, Any]:
+def run_one(name: str, model: str, size: int, threads: int, repeats: int, work: Path, compare: bool) -> dict[str, Any]:
     """One engine, one size: the row of the table."""
     torch.set_num_threads(threads)
-    raw = raw_latents(size)
+    raw = raw_latents(model, size)
     with torch.inference_mode():
         start = time.perf_counter()
-        decode = ENGINES[name][1](raw)
+        decode = ENGINES[name][1](model, raw)
         build = time.perf_counter() - start
         before = time.process_time()
         first = measure(lambda: decode(raw))
@@ -166,7 +163,7 @@ def run_one(name: str, size: int, threads: int, repeats: int, work: Path, compar
         "build_seconds": round(build, 2), "peak_bytes": first.peak_bytes,
     }  # fmt: skip
     if compare:
-        expected, image = reference(size, work), first.result.double()
+        expected, image = reference(model, size, work), first.result.double()
         error = image - expected
         difference = level_difference(to_uint8(image), to_uint8(expected))
         row |= {
@@ -176,7 +173,7 @@ def run_one(name: str, size: int, threads: int, repeats: int, work: Path, compar
     return row
 
 
-def profile(size: int, threads: int) -> dict[str, Any]:
+def profile(model: str, size: int, threads: int) -> dict[str, Any]:
     """The time in each kind of call, of one decode by the Winograd kernels."""
     torch.set_num_threads(threads)
     spent: collections.Counter[str] = collections.Counter()
@@ -189,7 +186,7 @@ def profile(size: int, threads: int) -> dict[str, Any]:
         return kernels
 
     exact.make_kernels = timed  # type: ignore[assignment]
-    engine, raw = ExactEngine(flux_vae(), kernels="winograd"), raw_latents(size)
+    engine, raw = ExactEngine(full_vae(model), kernels="winograd"), raw_latents(model, size)
     engine.decode(raw[:, :, :2, :2])
     spent.clear()
     start = time.perf_counter()
@@ -278,6 +275,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines to run")
+    parser.add_argument("--model", choices=MODELS, default="flux", help="full widths, seeded weights (default: flux)")
     parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024], help="pixels (default: 512 1024)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2, help="decodes per engine (default: %(default)s)")
@@ -295,15 +293,15 @@ def main() -> int:
     if args.child:
         name, size, threads, repeats, compare = args.child
         result = (
-            profile(int(size), int(threads))
+            profile(args.model, int(size), int(threads))
             if name == "profile"
-            else run_one(name, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
+            else run_one(name, args.model, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
         )
         print(json.dumps(result))
         return 0
-    console = Console(width=140)
+    console, common = Console(width=140), ("--work", args.work, "--model", args.model)
     if args.profile:
-        rows = [child("profile", size, args.threads, 1, 0, "--work", args.work) for size in args.sizes]
+        rows = [child("profile", size, args.threads, 1, 0, *common) for size in args.sizes]
         for row in rows:
             table = Table(f"{row['size']}x{row['size']}", "seconds", "share")
             for what, seconds in row["shares"].items():
@@ -315,17 +313,17 @@ def main() -> int:
             runs = [("fluxvae", size, threads) for size in (256, 512, 1024, 2048) for threads in {1, args.threads}]
         elif not args.no_errors:
             for size in args.sizes:
-                reference(size, args.work)
+                reference(args.model, size, args.work)
         rows = []
         for name, size, threads in runs:
             print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads ...", file=sys.stderr, flush=True)
             compare = int(not (args.no_errors or args.scaling))
-            row = child(name, size, threads, args.repeats, compare, "--work", args.work)
+            row = child(name, size, threads, args.repeats, compare, *common)
             rows.append({"engine": name, "size": size, "threads": threads, **row})
         console.print(scaling_table(rows) if args.scaling else compare_table(rows))
         if args.plot:
             plot(earlier_rows(args.earlier) + rows, args.plot)
-    print(json.dumps({"benchmark": "cpu", **machine(), "rows": rows}))
+    print(json.dumps({"benchmark": "cpu", **machine(), "model": args.model, "rows": rows}))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the full FLUX decoder with seeded weights, peak memory of a call, the machine's name."""
+"""What every benchmark needs: full decoders with seeded weights, peak memory of a call, the machine's name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
+from fluxvae import unpack_latents
 from fluxvae.checkpoint import ASSETS
 
 T = TypeVar("T")
+
+MODELS = {
+    "flux": "FLUX decoder",
+    "flux2": "FLUX.2 decoder",
+    "flux2-small": "FLUX.2-small-decoder",
+}
+"""Full widths with seeded weights; what each is called in tables."""
 
 
 class Measured(NamedTuple):
@@ -33,6 +41,27 @@ def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int 
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
     vae.encoder = None
     return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def full_vae(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
+    """One of `MODELS`, as `flux_vae` is."""
+    if model == "flux":
+        return flux_vae(dtype, device, seed)
+    torch.manual_seed(seed)
+    widths = {"decoder_block_out_channels": (96, 192, 384, 384)} if model == "flux2-small" else {}
+    vae = AutoencoderKLFlux2(**widths)
+    vae.encoder = None
+    return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def raw_latents(model: str, size: int) -> torch.Tensor:
+    """(1, 16 or 32, size / 8, size / 8): seeded noise, not smooth as real ones are: the harder case for tiles.
+
+    FLUX.1's as its scale and shift make them; FLUX.2's of unit variance, which its statistics are near to.
+    """
+    if model.startswith("flux2"):
+        return torch.randn(1, 32, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+    return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
 
 
 def packed_latents(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Tensor:

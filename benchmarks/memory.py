@@ -4,13 +4,14 @@
     uv run --group bench benchmarks/memory.py --sizes 512 --limits 0.35GB none
     uv run --group bench benchmarks/memory.py --sizes 4096 --only exact --kernels winograd --repeats 1
     uv run --group bench benchmarks/memory.py --sizes 4096 --only exact --model demo --limits 1GB --repeats 1
+    uv run --group bench benchmarks/memory.py --sizes 1024 --model flux2 --only diffusers exact   # or flux2-small
 
 Every case runs in a process of its own: its peak above the loaded model is its own, and a case that is killed for
 memory is a row that says so. The cases of one size take turns (``--repeats`` rounds), so that a slow minute of the
 machine hits all alike; the time is the rounds' median, with its spread. Errors are against diffusers' untiled float32
 decode of the same size, where that was run: the largest and the rms difference in [-1, 1], the share of uint8 values
 that differ, the mean colour shift, and (for tiles) how much steeper the image is across tile borders than elsewhere.
-The last line is JSON.
+Exits 1 where an exact image depends on its limit. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae import unpack_latents
 from fluxvae.checkpoint import load_vae
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import parse_memory_limit
-from measure import earlier_rows, flux_vae, machine, measure, packed_latents
+from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
 UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
 DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "0.7GB"], 2048: ["1GB"], 4096: ["2GB"]}
@@ -41,15 +41,10 @@ TILE = 512
 """Pixels: diffusers' FLUX tiles are 1024, which leaves 1024x1024 untiled; 512 tiles it."""
 
 
-def raw_latents(size: int) -> torch.Tensor:
-    """(1, 16, size / 8, size / 8), smooth as real ones are not: seeded noise, the harder case for tiles."""
-    return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
-
-
 def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: Path) -> dict[str, Any]:
     """One decode in this process; the image goes to ``keep``."""
     torch.set_num_threads(threads)
-    vae, raw, row = flux_vae() if model == "flux" else load_vae(model), raw_latents(size), {}
+    vae, raw, row = full_vae(model) if model in MODELS else load_vae(model), raw_latents(model, size), {}
     small = raw[:, :, :4, :4].contiguous()
     with torch.inference_mode():
         if kind.startswith(EXACT):
@@ -107,7 +102,9 @@ def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[
     limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
     exact = [(f"{EXACT} {kernels}", limit) for kernels in options.kernels for limit in limits]
     cases = [(UNTILED, ""), (TILED, ""), *exact]
-    cases = [case for case in cases if not options.only or case[0].split()[0] in options.only]
+    cases = [
+        case for case in cases if not options.only or (EXACT if case[0].startswith(EXACT) else case[0]) in options.only
+    ]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for turn in range(options.repeats):
         for number, (kind, limit) in enumerate(cases):
@@ -126,14 +123,22 @@ def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[
             if number and keep.exists():
                 tile = TILE if case[0] == TILED else None
                 rows[case] |= errors(np.load(keep), np.load(truth), tile)
+    first: dict[str, np.ndarray] = {}
+    for number, case in enumerate(cases):
+        keep = folder / f"{size}-{number}.npy"
+        if case[0].startswith(EXACT) and keep.exists():
+            image = np.load(keep)
+            if case[0] in first:
+                rows[case]["same_bits"] = bool(np.array_equal(image, first[case[0]]))
+            first.setdefault(case[0], image)
     for path in folder.glob(f"{size}-*.npy"):
         path.unlink()
     return list(rows.values())
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]], model: str) -> Table:
     """For the terminal."""
-    shown = Table(title="FLUX decoder, float32; peak above the model; errors against diffusers untiled")
+    shown = Table(title=f"{MODELS.get(model, model)}, float32; peak above the model; errors against diffusers untiled")
     for column in (
         "size",
         "decode",
@@ -146,6 +151,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "max error",
         "uint8 changed",
         "seam",
+        "same bits",
     ):
         shown.add_column(column, justify="left" if column == "decode" else "right")
     for row in rows:
@@ -161,6 +167,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{row['max']:.1e}" if "max" in row else "",
             f"{row['changed']:.3%}" if "changed" in row else "",
             f"x{row['seam']:.1f}" if "seam" in row else "",
+            {True: "yes", False: "[red]NO[/red]", None: ""}[row.get("same_bits")],
         ]
         shown.add_row(str(row["size"]), row["case"], row["limit"], *cells)
     return shown
@@ -208,14 +215,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048])
     parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")
-    parser.add_argument("--only", nargs="+", choices=["diffusers", "exact"])
+    parser.add_argument("--only", nargs="+", choices=[UNTILED, TILED, EXACT])
     parser.add_argument("--kernels", nargs="+", choices=["torch", "winograd"], default=["torch", "winograd"])
     parser.add_argument(
-        "--model", default="flux", help="'flux': full widths, seeded weights; or 'demo' (default: flux)"
+        "--model", default="flux", help=f"full widths, seeded weights: {', '.join(MODELS)}; or 'demo' (default: flux)"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs/images/memory.png")
+    parser.add_argument("--plot", type=Path, help="write a PNG: docs/images/memory.png is of the model flux")
     parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="what earlier runs printed, for the plot")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -227,10 +234,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for size in options.sizes:
             rows += run_size(size, options, Path(folder))
-    Console(width=150).print(table(rows))
-    plot(earlier_rows(options.earlier) + rows, options.plot)
+    Console(width=150).print(table(rows, options.model))
+    if options.plot:
+        plot(earlier_rows(options.earlier) + rows, options.plot)
     print(json.dumps({"benchmark": "memory", "machine": machine(), "model": options.model, "rows": rows}))
-    return 0
+    return int(any(row.get("same_bits") is False for row in rows))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,10 @@ def main() -> None:
     channels = vae.config.latent_channels
     options = {} if preview else {"kernels": job["kernels"], "block_values": job.get("block_values")}
     make = PreviewEngine if preview else ExactEngine
-    make(vae, **options).decode(torch.randn(1, channels, 4, 4).to(dtype))
+    first = make(vae, **options)
+    first.prepare()
+    if preview:
+        first.decode(torch.randn(1, channels, 4, 4).to(dtype))
     for case in job["cases"]:
         engine = make(vae, **options)
         (lh, lw), batch, limit = case["size"], case.get("batch", 1), case.get("limit")

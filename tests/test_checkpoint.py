@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError, Decoder, InvalidOptionError
 from fluxvae.checkpoint import ASSETS, WEIGHTS_NAME, load_vae
+from fluxvae.preview_files import add_pools
 from models import flux_pipeline, random_vae
 
 LATENTS = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
@@ -304,3 +306,82 @@ def test_preview_folder(tmp_path: Path) -> None:
     assert decoder.approximate
     with pytest.warns(UserWarning, match="approximate"):
         assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(tiny)))
+
+
+def taef2(seed: int = 0) -> AutoencoderTiny:
+    """TAEF2's own network, narrow and random."""
+    tiny = tiny_vae(32, seed)
+    add_pools(tiny)
+    for module in tiny.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    return tiny.requires_grad_(False)
+
+
+def taef2_decode(weights: dict[str, torch.Tensor], z: torch.Tensor) -> torch.Tensor:
+    """TAEF2 written out from its tensors, as its author's code computes it, in [-1, 1] as diffusers has images."""
+
+    def conv(name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = weights[f"decoder.layers.{name}.weight"]
+        return F.conv2d(x, weight, weights.get(f"decoder.layers.{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def block(index: int, x: torch.Tensor) -> torch.Tensor:
+        if f"decoder.layers.{index}.pool.0.weight" in weights:
+            norm = [weights[f"decoder.layers.{index}.pool.1.{part}"] for part in ("weight", "bias")]
+            x = x + conv(f"{index}.pool.3", F.group_norm(conv(f"{index}.pool.0", x), 4, *norm).relu())
+        inner = conv(f"{index}.conv.4", conv(f"{index}.conv.2", conv(f"{index}.conv.0", x).relu()).relu())
+        return (inner + x).relu()
+
+    x = conv("0", torch.tanh(z / 3) * 3).relu()
+    for start in (2, 7, 12):
+        for index in range(start, start + 3):
+            x = block(index, x)
+        x = conv(str(start + 4), F.interpolate(x, scale_factor=2, mode="nearest"))
+    return conv("18", block(17, x)) * 2 - 1
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_taef2(tmp_path: Path, kind: str) -> None:
+    """Its branch is no part of diffusers' AutoencoderTiny, which would leave it out without an error."""
+    vae = taef2()
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / WEIGHTS_NAME
+    weights = load_file(path)
+    if kind == "file":
+        path = (tmp_path / WEIGHTS_NAME).rename(tmp_path / "taef2.safetensors")
+    loaded = load_vae(path if kind == "file" else tmp_path)
+    assert type(loaded) is AutoencoderTiny
+    assert (loaded.config["latent_channels"], loaded.encoder) == (32, None)
+    z = torch.randn(2, 32, 4, 6)
+    assert torch.equal(loaded.decode(z).sample, vae.decode(z).sample)
+    assert torch.allclose(loaded.decode(z).sample, taef2_decode(weights, z), atol=1e-5)
+    without = {key: tensor for key, tensor in weights.items() if ".pool." not in key}
+    assert not torch.allclose(loaded.decode(z).sample, taef2_decode(without, z), atol=1e-2), "the branch matters"
+    assert load_vae(path if kind == "file" else tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", ["lost", "added", "shape"])
+def test_preview_whose_tensors_do_not_fit(tmp_path: Path, change: str) -> None:
+    tiny_vae(16).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    if change == "lost":
+        del weights["decoder.layers.18.bias"]
+    elif change == "added":
+        weights["decoder.layers.19.weight"] = torch.zeros(1)
+    else:
+        weights["decoder.layers.18.bias"] = torch.zeros(4)
+    save_file(weights, tmp_path / WEIGHTS_NAME)
+    for source in (tmp_path, tmp_path / WEIGHTS_NAME):
+        with pytest.raises(CheckpointError, match=r"1 of the decoder's tensors differ, decoder.layers.1[89].*: got"):
+            load_vae(source)
+
+
+def test_tensors_of_the_decoder_without_a_place_are_refused(tmp_path: Path) -> None:
+    random_vae().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS_NAME)
+    save_file(weights | {"decoder.extra.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(CheckpointError, match=r"has no place for 1 of the decoder's tensors .* decoder.extra.weight"):
+        load_vae(tmp_path)
+    save_file(weights | {"loss.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
+    load_vae(tmp_path)

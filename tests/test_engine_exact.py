@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from engine_models import Shape, one_thread, rms, shapes, true_decode
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
+from fluxvae.engine.kernels import torch as torch_kernels
 from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
@@ -47,6 +48,7 @@ def test_in_float64_it_is_the_same_function(shape: Shape, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.usefixtures("float16")
 def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
     """Over architectures and sizes; each kind alone may lie a little above by chance of a few hundred values."""
     torch_dtype = getattr(torch, dtype)
@@ -228,6 +230,22 @@ def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() ->
     assert direct(vae, memory_limit=smallest).decode(raw).shape == (2, 3, 24, 20)
 
 
+@pytest.fixture
+def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed as such, whatever the processor."""
+    monkeypatch.setattr(torch_kernels, "computes_float16", lambda device: True)
+
+
+def test_a_cpu_without_float16_arithmetic_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_kernels, "computes_float16", lambda device: False)
+    shape = Shape()
+    vae, raw = shape.vae(torch.float16), shape.latents(torch.float16)
+    image = direct(vae).decode(raw)
+    torch.nn.Module.to(vae, torch.float32)
+    assert torch.equal(image, direct(vae).decode(raw.float()).half())
+
+
+@pytest.mark.usefixtures("float16")
 def test_overflow_in_half_precision_is_decoded_again_in_float32() -> None:
     shape = Shape(height=3, width=3)
     vae = shape.vae()
@@ -262,6 +280,7 @@ def _overflow(vae: AutoencoderKL, factor: float) -> None:
             module.bias.mul_(factor)
 
 
+@pytest.mark.usefixtures("float16")
 def test_the_float32_retry_keeps_the_limit_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "RUNTIME_BYTES", {2: 0, 4: 0})  # a few MB, which hide so small a network's
     shape = Shape(height=16, width=16)

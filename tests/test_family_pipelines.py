@@ -137,3 +137,25 @@ def test_a_preview_in_flux_pipeline(dtype: torch.dtype) -> None:
         with pytest.warns(ApproximateWarning, match="approximate preview"):
             ours = Decoder(pipe.vae, engine=engine).decode(latents, height=48, width=80, output_type="pt")
         assert torch.equal(ours, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("make", [flux2_pipeline, klein_pipeline])
+def test_a_preview_in_flux2s_pipelines(dtype: torch.dtype, make: Any) -> None:
+    """With statistics that change nothing, which is how TAEF2's author puts it into diffusers' pipelines."""
+    pipe = make(flux2_vae(dtype=dtype))
+    tiny = tiny_vae(32, dtype=dtype)
+    seen: list[torch.Tensor] = []
+
+    def keep(_: Any, step: int, timestep: Any, kept: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(kept["latents"])
+        return kept
+
+    pipe.vae = tiny
+    tiny.bn = torch.nn.BatchNorm2d(128, eps=0.0, affine=False).to(dtype).eval()
+    tiny.register_to_config(batch_norm_eps=0.0)
+    expected = run(pipe, 48, 80, 1, "pt", callback_on_step_end=keep)
+    for engine in ("preview", "diffusers"):
+        with pytest.warns(ApproximateWarning, match="approximate preview"):
+            ours = Decoder(tiny, engine=engine).decode(seen[-1], height=48, width=80, output_type="pt")
+        assert torch.equal(ours, expected)

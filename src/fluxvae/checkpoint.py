@@ -1,8 +1,8 @@
 """Every kind of checkpoint to one of diffusers' autoencoders, or a `CheckpointError` that says what to do.
 
 Sources: ``"demo"``, a diffusers VAE folder, a pipeline folder that holds ``vae/``, a single ``.safetensors`` file in
-BFL's layout (`checkpoint_files`), or a hub id. Only safetensors are read: nothing here unpickles a file.
-The encoder is dropped after loading; decoding never uses it.
+BFL's layout or of a preview (`checkpoint_files`), or a hub id. Only safetensors are read: nothing here unpickles a
+file. The encoder is dropped after loading; decoding never uses it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from fluxvae.checkpoint_files import ASSETS, LOAD_ERRORS, first_line, load_file, tensor_shapes
 from fluxvae.decoder_options import VAE
 from fluxvae.errors import CheckpointError, InvalidOptionError
+from fluxvae.preview_files import load_preview
 
 __all__ = ["ASSETS", "load_vae", "weights_file"]
 
@@ -44,7 +45,8 @@ def load_vae(
 
     Args:
         source: ``"demo"``; a folder with ``config.json``, or with ``vae/config.json``; a ``.safetensors`` file with
-            BFL's key names, FLUX.1's or FLUX.2's; or a hub id ``"owner/name"``, downloaded once into the hub's cache.
+            BFL's key names, FLUX.1's or FLUX.2's, or a preview's such as ``taef2.safetensors``; or a hub id
+            ``"owner/name"``, downloaded once into the hub's cache.
         subfolder: where in the folder or repository the VAE lies; found by itself where it is ``vae``.
         revision: branch, tag or commit; for hub ids only.
         dtype: of the weights; as stored where left out.
@@ -108,7 +110,9 @@ def _load_folder(folder: Path, dtype: torch.dtype | None) -> VAE:
             f"checkpoint: {weights} is missing beside its config.json; download or export the VAE again "
             "(save_pretrained writes both)"
         )
-    tensor_shapes(weights)
+    shapes = tensor_shapes(weights)
+    if kind is AutoencoderTiny:
+        return load_preview(weights, shapes, AutoencoderTiny.load_config(folder), dtype)
     return _from_pretrained(kind, folder, dtype)
 
 
@@ -162,7 +166,12 @@ def _from_pretrained(kind: Any, folder: Path, dtype: torch.dtype | None) -> VAE:
             f"checkpoint: the weights in {folder} cannot be loaded: {first_line(error)}; they are damaged or of "
             "another model than config.json says: download or export them again"
         ) from error
-    # diffusers fills missing weights with random ones and only logs it.
+    # diffusers fills missing weights with random ones, drops those it has no place for, and only logs it.
+    if unknown := [key for key in info["unexpected_keys"] if key.startswith(("decoder.", "post_quant_conv."))]:
+        raise CheckpointError(
+            f"checkpoint: {kind.__name__} as config.json describes it has no place for {len(unknown)} of the decoder's "
+            f"tensors in {folder}, {unknown[0]} among them; config and weights do not belong together"
+        )
     missing = [key for key in info["missing_keys"] if not key.startswith(_UNUSED)]
     if missing or info["mismatched_keys"]:
         wrong = missing or [str(key) for key in info["mismatched_keys"]]

@@ -1,4 +1,4 @@
-"""Single ``.safetensors`` files in BFL's layout: FLUX.1's ``ae.safetensors`` and FLUX.2's, without a network.
+"""Single ``.safetensors`` files: FLUX.1's ``ae.safetensors`` and FLUX.2's in BFL's layout, previews; without a network.
 
 The architecture is read from the shapes in the file's header: widths, blocks, latent channels. What no file holds comes
 from here: FLUX.1's factors from the config that ships, FLUX.2's eps from diffusers' default, which is BFL's own 1e-4.
@@ -18,7 +18,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as load_tensors
 
+from fluxvae.decoder_options import VAE
 from fluxvae.errors import CheckpointError
+from fluxvae.preview_files import is_preview, load_preview
 
 __all__ = ["ASSETS", "LOAD_ERRORS", "first_line", "load_file", "tensor_shapes"]
 
@@ -28,7 +30,7 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexErro
 _STATISTICS = ("bn.running_mean", "bn.running_var")
 
 
-def load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL | AutoencoderKLFlux2:
+def load_file(path: Path, dtype: torch.dtype | None) -> VAE:
     """Load a single file; what it is, its tensors say.
 
     Raises:
@@ -40,11 +42,14 @@ def load_file(path: Path, dtype: torch.dtype | None) -> AutoencoderKL | Autoenco
             "run code when they are read: convert it first"
         )
     shapes = tensor_shapes(path)
+    if is_preview(shapes):
+        return load_preview(path, shapes, None, dtype)
     prefix = next((p for p in ("", "vae.", "first_stage_model.") if f"{p}decoder.conv_in.weight" in shapes), None)
     if prefix is None or f"{prefix}decoder.up.0.block.0.conv1.weight" not in shapes:
         raise CheckpointError(
             f"checkpoint: {path} holds {len(shapes)} tensors, but not decoder.up.0.block.0.conv1.weight; expected a "
-            "VAE in BFL's layout, such as FLUX.1's ae.safetensors (a diffusers VAE is loaded by its folder)"
+            "VAE in BFL's layout, such as FLUX.1's ae.safetensors, or a preview such as taef2.safetensors (a diffusers "
+            "VAE is loaded by its folder)"
         )
     shapes = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
     channels = shapes["decoder.conv_in.weight"][1]

@@ -115,8 +115,9 @@ def _check_packed(
         _, (gh, gw) = token_positions(latent_ids, batch, patches)
         return gh * multiple, gw * multiple
     if height is None or width is None:
+        ids = ", or latent_ids, which tell it" if format.flux2 else ""
         raise InvalidLatentsError(
-            f"height and width: got height={height}, width={width}; packed latents need both, in pixels: the "
+            f"height and width: got height={height}, width={width}; packed latents need both, in pixels{ids}: the "
             f"shape {tuple(latents.shape)} alone does not tell a wide image from a tall one"
         )
     size = floor_size(height, width, patches, multiple)

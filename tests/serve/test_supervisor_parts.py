@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
-from fluxvae.serve.models import MODELS, read_models
+from fluxvae.serve.models import MODELS, read_memory_limits, read_models
 from fluxvae.serve.supervisor import checks, command, guardian, services, supervisor
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
@@ -189,10 +189,46 @@ def test_models_on_one_device_share_its_memory_limit() -> None:
     assert [given.model_parameters(name)["engine"] for name in MODELS] == ["exact", "exact", ""], (
         "a preview has its own"
     )
+    own = {"vae_preview": "1GiB", "vae_decoder": "2"}
+    given = ServeSettings(models=models, memory_limit=str(limit), model_memory_limits=own)
+    parts = [given.model_parameters(name)["memory_limit"] for name in MODELS]
+    assert parts == ["2", str(limit - 2 - 2**30), "1GiB"]
+    given = ServeSettings(models=models, model_memory_limits=own)
+    assert [given.model_parameters(name)["memory_limit"] for name in MODELS] == ["2", "", "1GiB"]
+    [warning] = given.check_memory()
+    assert "no limit for vae_decoder_flux2:" in warning
+    given = ServeSettings(models=models, model_memory_limits=dict.fromkeys(MODELS, "1GiB"))
+    assert given.check_memory() == []
     assert given.gateway_command(1, "a", "b")[-6:] == [word for name in MODELS for word in ("--model", name)]
     [warning] = ServeSettings(models=models).check_memory()
-    assert "3 models without --memory-limit" in warning
+    assert "3 models, and no limit for vae_decoder, vae_decoder_flux2, vae_preview:" in warning
     assert ServeSettings().check_memory() == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"vae_preview": "1GiB"}, "got vae_preview=1GiB, but vae_preview is not served; expected one of vae_decoder, "),
+        ({"vae_decoder": "some"}, "vae_decoder: memory_limit: got 'some'"),
+        ({"vae_decoder": "2GiB"}, "got vae_decoder=2GiB of --memory-limit 2GiB, which leaves nothing for vae_decoder_"),
+        (
+            {"vae_decoder": "1GiB", "vae_decoder_flux2": "1.1GiB"},
+            "got vae_decoder=1GiB and vae_decoder_flux2=1.1GiB of .* which is more; ",
+        ),
+    ],
+)
+def test_memory_limits_that_cannot_be(limits: dict[str, str], message: str) -> None:
+    models = dict.fromkeys(["vae_decoder", "vae_decoder_flux2"], "owner/name")
+    with pytest.raises(InvalidOptionError, match=f"--model-memory-limit: {message}"):
+        ServeSettings(models=models, memory_limit="2GiB", model_memory_limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(["vae_decoder"], "got 'vae_decoder', expected NAME=SIZE"), (["a=1", "a=2"], "got a twice")]
+)
+def test_memory_limits_that_cannot_be_read(given: list[str], message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=f"--model-memory-limit: {message}"):
+        read_memory_limits(given)
 
 
 @pytest.mark.parametrize(

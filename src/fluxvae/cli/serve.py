@@ -44,7 +44,13 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Option(
             envvar="FLUXVAE_MEMORY_LIMIT",
-            help="What decodes may add above the weights, such as 4GiB; several models share it equally.",
+            help="What decodes of all models may add above the weights, such as 4GiB; they share it equally.",
+        ),
+    ] = None,
+    model_memory_limit: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="This model's own part of the memory limit. Repeatable; others share the rest.", metavar="NAME=SIZE"
         ),
     ] = None,
     max_pixels: Annotated[int, typer.Option(help="Of one request, its batch counted.", min=1)] = 4096 * 4096,
@@ -76,10 +82,11 @@ def serve(
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
-      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2/
+      fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef2.safetensors
+      fluxvae serve ... --memory-limit 4GiB --model-memory-limit vae_preview=500MB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
-    from fluxvae.serve.models import read_models
+    from fluxvae.serve.models import read_memory_limits, read_models
     from fluxvae.serve.supervisor.command import read_token, run
     from fluxvae.serve.supervisor.settings import ServeSettings
 
@@ -99,6 +106,7 @@ def serve(
         dtype=dtype,
         engine=engine,
         memory_limit=memory_limit,
+        model_memory_limits=read_memory_limits(model_memory_limit or []),
         max_pixels=max_pixels,
         threads=threads,
         token=read_token(token_file),

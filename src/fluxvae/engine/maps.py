@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
+from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.network import Attention, Conv
 from fluxvae.engine.plan import Call, Place, Plan
-from fluxvae.engine.storage import Arena, MemoryMap, Spill, Store, trim_heap
+from fluxvae.engine.storage import Arena, MemoryMap, Spill, Store
 
 __all__ = ["Maps"]
-
-TRIM_EVERY = 4
-"""Blocks: they creep by less than a quarter of what they allocate each, which the plan's slack covers."""
 
 
 class Maps:
@@ -25,7 +23,6 @@ class Maps:
         self._device, self._dtype = device, dtype
         self._arena = Arena(0, device)
         self._open: list[Store] = []
-        self._blocks = 0
         # Small decodes have nothing worth returning, and less time to do it in.
         self._trims = device.type == "cpu" and plan.peak_bytes > 32 << 20
 
@@ -65,15 +62,6 @@ class Maps:
         """All scratch is free again."""
         self._arena.new_sweep()
         self._trim()
-
-    def block_done(self) -> None:
-        """Results freed and allocated again creep through the C library's heap: up to 130 MB in a sweep.
-
-        Not after every block: the pages that a trim gives back have to be faulted in again.
-        """
-        self._blocks += 1
-        if self._blocks % TRIM_EVERY == 0:
-            self._trim()
 
     def _trim(self) -> None:
         if self._trims:

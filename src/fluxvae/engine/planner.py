@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 from fluxvae.engine.layer_choices import LayerChoices, State
 from fluxvae.engine.network import Network
-from fluxvae.engine.plan import RUNTIME_BYTES, Costs, Geometry, LayerPlan, Plan, peak_of, size_in_words, with_slack
+from fluxvae.engine.plan import RUNTIME_BYTES, Costs, Geometry, LayerPlan, Plan, peak_of, size_in_words
 from fluxvae.errors import MemoryLimitError
 
 __all__ = ["Planner"]
@@ -94,7 +94,7 @@ class Planner:
     def _fastest(self, allowed: int, spill_free: int) -> _Layers | None:
         """The fastest plan whose arena and overhead fit into ``allowed`` together."""
         # They peak in different sweeps, so every overhead is tried as the one that limits the arena.
-        arenas = [allowed - with_slack(most) for most in self._overheads(0)]
+        arenas = [allowed - most for most in self._overheads(0)]
         tries = (self._search(_by_time, arena, None, allowed, spill_free) for arena in arenas if arena > 0)
         return min((layers for layers in tries if layers is not None), key=self._total_seconds, default=None)
 
@@ -163,7 +163,7 @@ class Planner:
                             step.spilled <= spill_free
                             and (arena is None or step.arena <= arena)
                             and (overhead is None or step.overhead <= overhead)
-                            and (allowed is None or touched + with_slack(step.overhead) <= allowed)
+                            and (allowed is None or touched + step.overhead <= allowed)
                         )
                     if not fits:
                         continue

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluxvae.engine.kernels.torch import computes_float16
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
@@ -41,11 +42,19 @@ class PreviewEngine:
     Args:
         vae: read, never copied or changed.
         memory_limit: bytes a decode may add above the loaded weights; None: what is free, less a tenth.
+
+    Raises:
+        InvalidOptionError: float16 on a processor that has no arithmetic for it.
     """
 
     name = "preview"
 
     def __init__(self, vae: AutoencoderTiny, *, memory_limit: int | None = None) -> None:
+        if vae.dtype == torch.float16 and not computes_float16(vae.device):
+            raise InvalidOptionError(
+                "dtype: got float16 for a preview on a processor without float16 arithmetic, where its convolutions "
+                "take many times the memory and time; load it with dtype='float32'"
+            )
         self._vae = vae
         self.memory_limit = memory_limit
         self._lock = threading.Lock()

@@ -9,10 +9,8 @@ file has no name (O_TMPFILE, or unlinked before the first byte), so it vanishes 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,13 +22,10 @@ from fluxvae.engine.host_map import HostMap, SideStream, pinned_cache
 from fluxvae.engine.plan import ALIGN, aligned
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 
-__all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory", "trim_heap"]
+__all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory"]
 
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
-
-
-_LIBC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 class Store(Protocol):
@@ -192,16 +187,6 @@ class Arena:
         if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:
             raise AssertionError(f"scratch of {self._cursor - self._maps[0]} bytes does not fit: the plan was wrong")
         return self._flat[start : start + nbytes].view(dtype).view(shape)
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system, where the C library can (glibc).
-
-    It keeps freed blocks for later; results and reordered weights of one layer's size would stay resident beside
-    those of the next, outside every plan.
-    """
-    if _LIBC_TRIM is not None:
-        _LIBC_TRIM(0)
 
 
 def available_memory(device: torch.device) -> int:

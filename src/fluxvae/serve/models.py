@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["MODEL", "MODELS", "read_models", "vae_class_of"]
+__all__ = ["MODEL", "MODELS", "read_memory_limits", "read_models", "vae_class_of"]
 
 MODEL = "vae_decoder"
 MODELS = {
@@ -50,3 +50,22 @@ def read_models(given: Iterable[str], checkpoint: str | None) -> dict[str, str]:
             )
         models[name] = source
     return models or {MODEL: "demo"}
+
+
+def read_memory_limits(given: Iterable[str]) -> dict[str, str]:
+    """Memory limits of single models: ``NAME=SIZE``, each name at most once, to size by name.
+
+    Raises:
+        InvalidOptionError: no size, or a name twice. Whether the model is served is for `ServeSettings` to say.
+    """
+    limits: dict[str, str] = {}
+    for one in given:
+        name, _, size = one.partition("=")
+        if not name or not size:
+            raise InvalidOptionError(
+                f"--model-memory-limit: got {one!r}, expected NAME=SIZE, such as vae_preview=500MB"
+            )
+        if name in limits:
+            raise InvalidOptionError(f"--model-memory-limit: got {name} twice, with {limits[name]} and with {size}")
+        limits[name] = size
+    return limits

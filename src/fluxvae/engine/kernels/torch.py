@@ -22,7 +22,7 @@ from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_float16"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
@@ -32,6 +32,12 @@ CUBLAS_BYTES = 32 << 20
 ROUNDING_BYTES = 4 << 20
 """PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
 workspace, a spilled map's rows on their way."""
+
+
+def computes_float16(device: torch.device) -> bool:
+    """Whether PyTorch convolves float16 there directly: everywhere but on CPUs that oneDNN has no float16 code for."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return device.type != "cpu" or (supported is not None and bool(supported()))
 
 
 class TorchKernels:
@@ -47,6 +53,7 @@ class TorchKernels:
         self._note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
         self._device = device
+        self._float16 = computes_float16(device)
         self.channels_last = False
 
     @property
@@ -127,8 +134,11 @@ class TorchKernels:
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The weights' own."""
-        return stored
+        """The weights' own; float32 for float16 where a CPU has no arithmetic for it.
+
+        PyTorch's convolution would unfold every block then, ninefold, and take a hundred times as long.
+        """
+        return stored if stored != torch.float16 or self._float16 else torch.float32
 
     def prepare(self) -> float:
         """Nothing to compile."""
@@ -191,6 +201,7 @@ class TorchKernels:
             out.copy_(result)
         else:
             torch.add(result, residual, out=out)
+        del result  # before anything small is allocated: that would take its place, and the next result another
         if scale != 1.0:
             out.div_(scale)
         return _moments(out, work) if statistics else None
@@ -254,6 +265,7 @@ class TorchKernels:
             out.add_(result)
         else:
             out.copy_(result)
+        del result, mixed  # as in conv3x3
         if layer.scale != 1.0:
             out.div_(layer.scale)
         return _moments(out, work) if statistics else None

@@ -32,7 +32,7 @@ class ServeSettings:
 
     Raises:
         InvalidOptionError: a number that must be above 0, an empty token, a revision for several models, a memory
-            limit that cannot be read.
+            limit that cannot be read, is of no model served, or leaves nothing for another.
         CheckpointError: a checkpoint that looks like a path where there is nothing.
     """
 
@@ -53,7 +53,9 @@ class ServeSettings:
     engine: str | None = None
     """Of the full VAEs; a preview has one of its own."""
     memory_limit: str | None = None
-    """Of all models on a device together: each gets an equal share."""
+    """Of all models on a device together: what `model_memory_limits` leaves is shared equally among the others."""
+    model_memory_limits: Mapping[str, str] = field(default_factory=dict)
+    """Of single models, by name; together no more than ``memory_limit``, where there is one."""
     max_pixels: int = 4096 * 4096
     """Of one request, its batch counted."""
     threads: int | None = None
@@ -90,8 +92,7 @@ class ServeSettings:
                 f"--revision: got {self.revision!r} for {len(self.models)} models, {' and '.join(self.models)}; "
                 "expected one model: download the others and pass their folders"
             )
-        if self.memory_limit is not None:
-            parse_memory_limit(self.memory_limit)
+        self._memory_limits()
         for checkpoint in self.models.values():
             looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.endswith(".safetensors")
             if looks_local and not Path(checkpoint).expanduser().exists():
@@ -121,30 +122,57 @@ class ServeSettings:
 
     def check_memory(self) -> list[str]:
         """Whether several models may want the same memory: warnings."""
-        if len(self.models) == 1 or self.memory_limit is not None:
+        without = [name for name, limit in self._memory_limits().items() if limit is None]
+        if len(self.models) == 1 or not without:
             return []
         return [
-            f"{len(self.models)} models without --memory-limit: each plans with what is free when its decode begins, "
-            "so that decodes at the same time may run out of memory; a limit is shared out among the models"
+            f"{len(self.models)} models, and no limit for {', '.join(without)}: what has none plans with what is free "
+            "when its decode begins, so that decodes at the same time may run out of memory; --memory-limit is shared "
+            "out among the models"
         ]
 
-    def model_parameters(self, model: str) -> dict[str, str]:
-        """For the ``parameters`` of a model's ``config.pbtxt``, an empty text is the default.
+    def _memory_limits(self) -> dict[str, str | None]:
+        """By model; None: what is free. On each device they add up to ``memory_limit`` at most.
 
-        Every model has one instance on each device, so the shares of ``memory_limit`` add up to it on each.
+        Every model has one instance on each device.
         """
+        option, own = "--model-memory-limit", self.model_memory_limits
+        taken = 0
+        for name, size in own.items():
+            if name not in self.models:
+                raise InvalidOptionError(
+                    f"{option}: got {name}={size}, but {name} is not served; expected one of {', '.join(self.models)}"
+                )
+            try:
+                taken += parse_memory_limit(size)
+            except InvalidOptionError as error:
+                raise InvalidOptionError(f"{option}: {name}: {error}") from error
+        others = [name for name in self.models if name not in own]
+        share = self.memory_limit
+        if share is not None:
+            left = parse_memory_limit(share) - taken
+            if own and left < len(others):
+                given = " and ".join(f"{name}={size}" for name, size in own.items())
+                what = f"which leaves nothing for {', '.join(others)}" if left >= 0 else "which is more"
+                raise InvalidOptionError(
+                    f"{option}: got {given} of --memory-limit {share}, {what}; the limits of all models add up to it "
+                    "at most"
+                )
+            if own or len(others) > 1:
+                share = str(left // len(others)) if others else None
+        return {name: own.get(name, share) for name in self.models}
+
+    def model_parameters(self, model: str) -> dict[str, str]:
+        """For the ``parameters`` of a model's ``config.pbtxt``, an empty text is the default."""
         checkpoint = self.models[model]
         path = Path(checkpoint).expanduser()
-        share = self.memory_limit
-        if share is not None and len(self.models) > 1:
-            share = str(parse_memory_limit(share) // len(self.models))
         values = {
             "checkpoint": str(path.resolve()) if checkpoint != "demo" and path.exists() else checkpoint,
             "revision": self.revision,
             "device": None if self.device == "auto" else self.device,
             "dtype": self.dtype,
             "engine": None if MODELS[model] == "AutoencoderTiny" else self.engine,
-            "memory_limit": share,
+            "memory_limit": self._memory_limits()[model],
             "max_pixels": self.max_pixels,
             "threads": self.threads,
         }
