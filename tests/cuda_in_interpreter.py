@@ -67,6 +67,7 @@ def assert_moments(moments: torch.Tensor, block: torch.Tensor) -> None:
     assert float(((moments[1] - m2).abs() / (m2 + 1e-3 * len(flat))).max()) <= CUDA_STATISTICS.bound
 
 
+@settings(max_examples=15)
 @given(shape=maps, dtype=dtypes, silu=st.booleans(), in_place=st.booleans(), seed=st.integers(0, 99))
 def test_prologue(shape: tuple[int, int, int], dtype: torch.dtype, silu: bool, in_place: bool, seed: int) -> None:
     rows = draw(seed, dtype, *shape)
@@ -85,6 +86,7 @@ def test_prologue_of_large_values_is_what_silu_is() -> None:
     assert torch.equal(out, F.silu(rows))
 
 
+@settings(max_examples=15)
 @given(
     shape=maps,
     dtype=dtypes,

@@ -16,7 +16,7 @@ import torch
 
 from engine_models import Shape
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.kernels import make_kernels
+from fluxvae.engine.kernels import cudnn, make_kernels
 from fluxvae.engine.kernels.torch import TorchKernels
 from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
@@ -80,6 +80,14 @@ def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatc
         constants = {"UP": up, "TILES": 8, "TILE": 32, "BLOCK_C": 128}
         kernel = compiled(triton_loops._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
         assert "ld.global.v4" in kernel.asm["ptx"]
+    signature = {"src": f"*{dtype}", "dst": f"*{dtype}", "scale": "*fp32", "shift": "*fp32", "pixels": "i32"}
+    constants = {"SILU": True, "TILE": 32, "BLOCK_C": 128}
+    kernel = compiled(triton_loops._prologue, signature | {"channels": "i32"}, constants, (0, 1, 2, 3, 5), 90)
+    assert "ld.global.v4" in kernel.asm["ptx"]
+    numbers = dict.fromkeys(["programs", "phases", "each", "pixels", "channels"], "i32")
+    signature = {"parts": "*fp32", "moments": "*fp64"} | numbers
+    kernel = compiled(triton_loops._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
+    assert "add.f64" in kernel.asm["ptx"] or "add.rn.f64" in kernel.asm["ptx"]
 
 
 def compiled(
@@ -121,6 +129,19 @@ def test_auto_on_a_gpu_is_cuda_or_says_why_not(monkeypatch: pytest.MonkeyPatch) 
     assert make_kernels("torch", gpu).name == "torch"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "the Triton language cannot be imported here" in make_kernels("auto", gpu).note
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["into", "made"])
+def test_cudnn_is_called_as_it_is_declared(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operator takes these arguments, and nothing but the GPU is missing."""
+    monkeypatch.setattr(cudnn, "available", lambda device: True)
+    rows, weight = torch.zeros(5, 6, 4), torch.zeros(8, 3, 3, 4).permute(0, 3, 1, 2)
+    out = torch.zeros(3, 6, 8) if given else None
+    with pytest.raises(NotImplementedError, match="aten::cudnn_convolution.*from the 'CPU' backend"):
+        cudnn.convolve(rows, weight, out)
+    image = cudnn._image(rows)
+    assert image.shape == (1, 4, 5, 6)
+    assert image.stride() == (120, 1, 24, 4), "PyTorch sees channels last"
 
 
 # -- what is not waited for on a GPU ---------------------------------------------------------------------------------

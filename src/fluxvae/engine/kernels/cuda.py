@@ -37,7 +37,7 @@ class CudaKernels(TorchKernels):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._onednn = False
+        self._onednn, self._float16 = False, True  # as on a GPU, also where the interpreter stands for one
 
     @property
     def note(self) -> str:
