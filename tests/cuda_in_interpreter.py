@@ -21,6 +21,8 @@ from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
 from fluxvae.engine.kernels.cuda import CudaKernels
+from fluxvae.engine.network import Norm
+from fluxvae.engine.norm import FiniteChecks, Moments, NonFiniteMap, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 
@@ -136,6 +138,42 @@ def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) 
 
 
 @given(
+    blocks=st.integers(1, 40),
+    width=st.integers(1, 9),
+    groups=st.sampled_from([1, 2, 5]),
+    each=st.integers(1, 50),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15)
+def test_affine(blocks: int, width: int, groups: int, each: int, data: st.DataObject, seed: int) -> None:
+    """As `Moments.affine`, which the exact engine's own tests hold to diffusers."""
+    channels, last = groups * width, data.draw(st.integers(1, each))
+    means, m2s = draw(seed, torch.float64, 2, blocks, channels, shift=3.0).abs()
+    module = torch.nn.GroupNorm(groups, channels)
+    torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(module.bias)
+    moments = Moments()
+    for n, mean, m2 in zip([each] * (blocks - 1) + [last], means, m2s, strict=True):
+        moments.add(Partial(n, mean, m2))
+    norm = Norm("", channels, groups, 1e-6, True, module)
+    expected = moments.affine(norm, torch.float64, FiniteChecks(CPU))
+    found = CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+    assert units(found.scale, expected.scale) <= 1
+    assert units(found.shift, expected.shift) <= 1
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_affine_of_statistics_that_are_not_finite(value: float) -> None:
+    moments, norm = Moments(), Norm("its name", 8, 2, 1e-6, True, torch.nn.GroupNorm(2, 8))
+    m2 = torch.ones(8, dtype=torch.float64)
+    m2[5] = value
+    moments.add(Partial(10, torch.ones(8), m2))
+    with pytest.raises(NonFiniteMap, match="its name"):
+        CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+
+
+@given(
     queries=st.integers(1, 20),
     tokens=st.integers(1, 40),
     dim=st.sampled_from([8, 24, 40]),
@@ -205,7 +243,7 @@ def _fails(*_: object, **__: object) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("broken", ["prologue", "finish", "interleave", "combine"])
+@pytest.mark.parametrize("broken", ["affine", "prologue", "finish", "interleave", "combine"])
 def test_a_pass_that_fails_is_not_used_and_the_plan_says_so(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_loops, broken, _fails)
     shape = Shape(widths=(16, 16), height=2, width=2)

@@ -88,6 +88,10 @@ def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatc
     signature = {"parts": "*fp32", "moments": "*fp64"} | numbers
     kernel = compiled(triton_loops._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
     assert "add.f64" in kernel.asm["ptx"] or "add.rn.f64" in kernel.asm["ptx"]
+    pointers = {"means": "*fp64", "m2s": "*fp64", "weight": f"*{dtype}", "bias": f"*{dtype}", "scale": "*fp32"}
+    numbers = {"shift": "*fp32", "blocks": "i32", "each": "i32", "last": "i32", "eps": "fp32", "channels": "i32"}
+    constants = {"WIDTH": 4, "BLOCKS": 32, "BLOCK_C": 4}
+    compiled(triton_loops._affine, pointers | numbers, constants, (0, 1, 2, 3, 4, 5, 10), 90)
 
 
 def compiled(

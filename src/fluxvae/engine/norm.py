@@ -84,9 +84,18 @@ class Moments:
         self._means.append(partial.mean.to(torch.float64))
         self._m2s.append(partial.m2.to(torch.float64))
 
+    @property
+    def counts(self) -> list[int]:
+        """Values per channel of each block."""
+        return self._counts
+
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks, C) float64 each: the means, and the squared deviations from them."""
+        return torch.stack(self._means), torch.stack(self._m2s)
+
     def affine(self, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
         """Close the map: the affine that ``norm`` amounts to, in ``dtype``; ``checks`` is told if it is not finite."""
-        means, m2s = torch.stack(self._means), torch.stack(self._m2s)  # (blocks, C)
+        means, m2s = self.stacked()
         counts, total = self._weights(means.device), sum(self._counts)
         mean = (means * counts).sum(0) / total
         m2 = m2s.sum(0) + ((means - mean).square() * counts).sum(0)

@@ -89,7 +89,7 @@ class Runner:
         return Window(self._kernels, source, affine, (*size, call.cin), call.rows, self._maps.scratch, work)
 
     def _affine(self, norm: Norm) -> Affine:
-        return self._moments.affine(norm, self._wide, self._checks)
+        return self._kernels.affine(self._moments, norm, self._wide, self._checks)
 
     # -- layers ------------------------------------------------------------------------------------------------
 

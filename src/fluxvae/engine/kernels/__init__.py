@@ -16,8 +16,8 @@ from fluxvae.errors import InvalidOptionError
 if TYPE_CHECKING:
     import torch
 
-    from fluxvae.engine.network import Attention, Conv
-    from fluxvae.engine.norm import Affine, Partial
+    from fluxvae.engine.network import Attention, Conv, Norm
+    from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 
 __all__ = ["KERNELS", "Kernels", "make_kernels"]
 
@@ -42,6 +42,9 @@ class Kernels(Costs, Protocol):
 
     def session(self) -> AbstractContextManager[None]:
         """Around a whole decode: what the kernels need of the process's threads meanwhile."""
+
+    def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """What ``norm`` amounts to on the map whose statistics ``moments`` has: `Moments.affine`, or as good."""
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights of ``conv`` as the calls of ``kind`` want them, in ``dtype``.

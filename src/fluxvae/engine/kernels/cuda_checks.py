@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from fluxvae.engine.kernels import triton_attention, triton_loops
 from fluxvae.engine.kernels.cudnn import convolve
+from fluxvae.engine.network import Norm
+from fluxvae.engine.norm import FiniteChecks, Moments, Partial
 
 __all__ = ["PYTORCH_HEAD", "attention_cut", "note", "on", "passes", "prepare"]
 
@@ -148,6 +150,19 @@ def _check_passes(device: torch.device) -> None:
             wanted[:, phase, :, 1] = true_result[:, 1:, 128:] + true_bias
         _agree("interleave", large, wanted.view(18, 62, 128))
         _agree_moments("interleave", triton_loops.combine(parts, 9 * 62, 128, 2), large)
+
+    means, m2s = torch.randn(2, 7, 128, generator=generator, dtype=torch.float64).abs()
+    weight, bias = torch.randn(2, 128, generator=generator)
+    moments = Moments()
+    for n, mean, m2 in zip([50] * 6 + [20], means, m2s, strict=True):
+        moments.add(Partial(n, mean, m2))
+    on_device = [values.to(device) for values in (means, m2s, weight, bias)]
+    scale, shift = triton_loops.affine(on_device[0], on_device[1], 50, 20, 32, 1e-6, on_device[2], on_device[3])
+    module = torch.nn.GroupNorm(32, 128)
+    module.weight, module.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    true = moments.affine(Norm("", 128, 32, 1e-6, True, module), torch.float64, FiniteChecks(torch.device("cpu")))
+    _agree("affine's scale", scale, true.scale)
+    _agree("affine's shift", shift, true.shift)
 
 
 def _check_attention(device: torch.device, dim: int, cut: tuple[int, int, int, int]) -> None:

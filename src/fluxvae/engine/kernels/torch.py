@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from fluxvae.engine.kernels import cudnn
-from fluxvae.engine.network import Attention, Conv, parameters
-from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.network import Attention, Conv, Norm, parameters
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.plan import Call
 
 __all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_float16"]
@@ -147,6 +147,10 @@ class TorchKernels:
     def session(self) -> AbstractContextManager[None]:
         """PyTorch's own threads serve."""
         return nullcontext()
+
+    def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """PyTorch's operations in float64."""
+        return moments.affine(norm, dtype, checks)
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""

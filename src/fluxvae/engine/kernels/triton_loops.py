@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["combine", "finish", "interleave", "parts_bytes", "parts_pixels", "prologue"]
+__all__ = ["affine", "combine", "finish", "interleave", "parts_bytes", "parts_pixels", "prologue"]
 
 _TILE_VALUES = 4096
 _TILES = 8
@@ -108,6 +108,60 @@ def _combine(
         m2 += tl.sum(own + tl.where(mask, apart * apart, 0.0) * n[:, None], 0)
     tl.store(moments + channel, centre, mask=inside)
     tl.store(moments + channels + channel, m2, mask=inside)
+
+
+@triton.jit(do_not_specialize=["blocks", "each", "last", "eps"])
+def _affine(
+    means, m2s, weight, bias, scale, shift, blocks, each, last, eps, channels,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One group of ``WIDTH`` channels: all blocks combined, then all its channels."""
+    own = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) * WIDTH + own
+    inside = own < WIDTH
+    total = tl.zeros((BLOCK_C,), tl.float64)
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        n = tl.where(block == blocks - 1, last, each).to(tl.float64)
+        at = block.to(tl.int64)[:, None] * channels + channel[None, :]
+        mean = tl.load(means + at, mask=(block[:, None] < blocks) & inside[None, :], other=0.0)
+        total += tl.sum(mean * n[:, None], 0)
+    pixels = each.to(tl.float64) * (blocks - 1) + last.to(tl.float64)
+    centre = total / pixels
+    m2 = tl.zeros((BLOCK_C,), tl.float64)
+    for start in range(0, blocks, BLOCKS):
+        block = start + tl.arange(0, BLOCKS)
+        mask = (block[:, None] < blocks) & inside[None, :]
+        n = tl.where(block == blocks - 1, last, each).to(tl.float64)
+        at = block.to(tl.int64)[:, None] * channels + channel[None, :]
+        apart = tl.load(means + at, mask=mask, other=0.0) - centre[None, :]
+        m2 += tl.sum(tl.load(m2s + at, mask=mask, other=0.0) + tl.where(mask, apart * apart, 0.0) * n[:, None], 0)
+    whole = tl.sum(tl.where(inside, centre, 0.0), 0) / WIDTH
+    apart = tl.where(inside, centre - whole, 0.0)
+    variance = (tl.sum(tl.where(inside, m2, 0.0), 0) / pixels + tl.sum(apart * apart, 0)) / WIDTH
+    factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float64) / tl.sqrt(variance + eps)
+    factor = tl.where(variance < float("inf"), factor, float("nan"))  # Inf would make it zero, which looks well
+    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float64) - whole * factor
+    tl.store(scale + channel, factor.to(tl.float32), mask=inside)
+    tl.store(shift + channel, offset.to(tl.float32), mask=inside)
+
+
+def affine(
+    means: torch.Tensor, m2s: torch.Tensor, each: int, last: int, groups: int, eps: float, weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """A GroupNorm as scale and shift, (C,) float32 each.
+
+    means, m2s: (blocks, C) float64, of blocks of ``each`` pixels, the last of ``last``; weight, bias: (C,).
+    """
+    blocks, channels = means.shape
+    scale, shift = torch.empty(2, channels, dtype=torch.float32, device=means.device)
+    width = channels // groups
+    _affine[(groups,)](
+        means, m2s, weight, bias, scale, shift, blocks, each, last, eps, channels,
+        WIDTH=width, BLOCKS=32, BLOCK_C=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return scale, shift
 
 
 def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor) -> None:
