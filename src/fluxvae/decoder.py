@@ -149,7 +149,8 @@ class Decoder:
         """Compile the kernels and load the libraries' code now rather than in the first decode; seconds it took.
 
         On a CPU that is some seconds once per machine (Numba keeps the result), then about one per process. The code,
-        20 to 65 MB, counts against no memory limit: a first decode that was not prepared for adds it once.
+        20 to 65 MB, counts against no memory limit: a first decode that was not prepared for adds it once. On a GPU
+        every kernel is also tried on a small map: a plan names those that do not work there.
         """
         return self.engine.prepare()
 

@@ -81,16 +81,28 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
         return [Image.fromarray(postprocess(one[None], "uint8")[0]) for one in image]
     dtype = np.float32 if output_type == "np" else np.uint8
     array = np.empty((batch, height, width, channels), dtype)
+    if dtype is np.uint8 and image.device.type != "cpu":
+        for one, rows in _bands(image):
+            array[one, rows] = _as_bytes(image[one, :, rows]).permute(1, 2, 0).cpu().numpy()
+        return array
     for one, rows in _bands(image):
         band = _PROCESSOR.postprocess(image[one : one + 1, :, rows], output_type="np" if dtype is np.float32 else "pil")
         array[one, rows] = band[0]
     return array
 
 
+def _as_bytes(image: torch.Tensor) -> torch.Tensor:
+    """(C, H, W) as uint8, where it is: the roundings of VaeImageProcessor, one by one, but 3 bytes leave a GPU, not 12.
+
+    It halves and clamps in the image's dtype, multiplies by 255 in float32 and rounds half to even (``numpy.round``).
+    """
+    return ((image * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
+
+
 def postprocess_bytes(output_type: OutputType, batch: int, height: int, width: int, itemsize: int) -> int:
     """What `postprocess` adds to memory at its peak, its result included; ``itemsize`` is that of the VAE's dtype.
 
-    On CUDA this is host memory, but for ``"pt"``.
+    On CUDA this is host memory, but for ``"pt"`` and the temporaries of bytes.
     """
     pixels = height * width
     band = min(_BAND_VALUES, 3 * pixels) * 20  # the float32 temporaries of one band

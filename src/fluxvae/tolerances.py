@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "CUDA_ATTENTION",
+    "CUDA_PASS",
+    "CUDA_STATISTICS",
     "ENGINE_ERROR_RATIO",
     "ENGINE_FLOAT64_ERROR",
     "EXACT_VS_REFERENCE_CHANGED",
@@ -62,6 +65,16 @@ WINOGRAD_STATISTICS = Tolerance(1e-5, 1.3e-6, "error of a block's mean, and rela
 WINOGRAD_SILU = Tolerance(4, 2.61, "error of SiLU in units of 2**-24 of its value")
 WINOGRAD_CHANGED = Tolerance(1e-3, 4.1e-4, "share of uint8 values that Winograd kernels change from a float64 decode")
 WINOGRAD_LEVELS = Tolerance(1, 1, "by how many levels")
+
+CUDA_PASS = Tolerance(4, 1.8, "error of a pass between convolutions in the interpreter, in units of the last place")
+CUDA_STATISTICS = Tolerance(
+    5e-5, 1.7e-5, "error of a block's mean and squared deviations, relative, of values 300 times their spread"
+)
+CUDA_ATTENTION = {
+    "float32": Tolerance(60, 20, "error of attention, in units of the last place, for scores up to 60"),
+    "bfloat16": Tolerance(2, 0.5, "the same in bfloat16"),
+    "float16": Tolerance(2, 0.5, "the same in float16"),
+}
 
 PEAK_PREDICTION = Tolerance(0.10, 0.09, "how far a measured peak may lie below the predicted one, as a share of it")
 PREVIEW_PEAK = Tolerance(0.30, 0.23, "the same for previews, whose convolutions are all PyTorch's")

@@ -6,29 +6,27 @@ import contextlib
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
+from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.kernels import Kernels, make_kernels
 from fluxvae.engine.network import parameters, read_network
 from fluxvae.engine.norm import NonFiniteMap
-from fluxvae.engine.plan import Geometry, Plan
+from fluxvae.engine.plan import Geometry, Plan, size_in_words
 from fluxvae.engine.plan import block_values as default_block_values
 from fluxvae.engine.planner import Planner
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.storage import Spill, available_memory
-from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["ExactEngine", "PrecisionRetryWarning"]
-
-Progress = Callable[[int, int], None]
-Cancel = Callable[[], bool]
+__all__ = ["ExactEngine", "OutOfMemoryWarning", "PrecisionRetryWarning"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -36,6 +34,10 @@ _HALF = (torch.bfloat16, torch.float16)
 
 class PrecisionRetryWarning(UserWarning):
     """A half-precision decode overflowed and was done again in float32, with the same weights."""
+
+
+class OutOfMemoryWarning(UserWarning):
+    """Memory ran out although the limit allowed what was planned; the decode was done again by a smaller plan."""
 
 
 class ExactEngine:
@@ -48,7 +50,8 @@ class ExactEngine:
     Args:
         vae: read, never copied or changed.
         kernels: ``"torch"``: PyTorch's own; ``"winograd"``: ours, float32 on a CPU, several times faster;
-            ``"auto"``: Winograd where it runs, else PyTorch's, and `Plan.kernels` says which and why.
+            ``"cuda"``: cuDNN and ours, on an NVIDIA GPU; ``"auto"``: the last two where they run, else PyTorch's, and
+            `Plan.kernels` says which and why.
         memory_limit: bytes a decode may add above the loaded weights; None: what is free when it starts, less a tenth.
         spill_dir: where feature maps go that memory has no room for; None: the first of the temporary folder,
             ``/var/tmp`` and the working folder that is not itself memory. On a GPU they go to host memory.
@@ -73,7 +76,8 @@ class ExactEngine:
             raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
         self._vae = vae
         self.network = read_network(vae)
-        make_kernels(kernels, torch.device("cpu"))  # refuse an unknown name now
+        # Refuse now what can never be. The model may still move to a GPU, where there is one.
+        make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
         self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
@@ -130,58 +134,95 @@ class ExactEngine:
             (B, 3, H, W), the same device and dtype, nominally [-1, 1], not clamped: ``vae.decode(raw).sample``.
 
         Raises:
-            MemoryLimitError: before any work, if the limit is too small for this size.
+            MemoryLimitError: before any work, if the limit is too small for this size. If memory runs out although the
+                limit allows it (on a GPU that others use too), the decode is repeated within three quarters of what
+                was planned, with an `OutOfMemoryWarning`, until no smaller plan is left.
             NonFiniteOutputError: NaN or Inf in float32. Computed in half precision, the decode is repeated in float32
                 instead, with a `PrecisionRetryWarning`.
             DecodeCancelled: cancel() said so.
         """
         self._check(raw)
         with self._lock, torch.no_grad():
-            device, dtype = raw.device, raw.dtype
-            kernels, spill = self._kernels(device), Spill(device, self._spill_dir)
-            limit, source = self._limit(device)
-            options: _PlanOptions = {"source": source, "spill_free": spill.free(), "spill_dir": spill.describe()}
-            size, batch = (raw.shape[2], raw.shape[3]), raw.shape[0]
-            computed = kernels.compute_dtype(dtype)
-            plan = self._planner(size, batch, computed, dtype, kernels).plan(limit, **options)
-            scale = self.network.scale
-            shape = (batch, self.network.out_channels, size[0] * scale, size[1] * scale)
-            image = torch.empty(shape, dtype=dtype, device=device)
-            clock = _Clock(plan.total_blocks, progress, cancel)
-            try:
-                self._run(plan, kernels, spill, raw, image, computed, clock)
-            except NonFiniteMap as error:
-                if not bool(torch.isfinite(raw).all()):
-                    raise NonFiniteOutputError(
-                        "latents: got NaN or Inf, so the pixels would hold them too; check what made the latents"
-                    ) from error
-                if computed not in _HALF:
-                    raise NonFiniteOutputError(
-                        f"decode: {error} in {_name(computed)}; the latents or the weights are out of range"
-                    ) from error
-                reason = str(error)
-            else:
-                return _checked(image, computed)
-            try:
-                plan = self._planner(size, batch, torch.float32, dtype, kernels).plan(limit, **options)
-            except MemoryLimitError as error:
+            kernels, spill = self._kernels(raw.device), Spill(raw.device, self._spill_dir)
+            limit, source = self._limit(raw.device)
+            clock = Clock(progress, cancel)
+            while True:
+                try:
+                    return self._decode(raw, kernels, spill, limit, source, clock)
+                except RuntimeError as error:
+                    if not _out_of_memory(error):
+                        raise
+                # Outside of the handler: the error's traceback holds the maps whose room the next attempt needs.
+                limit, source = self._less(raw, kernels, spill, limit, source)
+
+    def _decode(
+        self, raw: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, clock: Clock
+    ) -> torch.Tensor:
+        dtype = raw.dtype
+        computed = kernels.compute_dtype(dtype)
+        plan = self._plan_of(raw, kernels, spill, limit, source, computed)
+        scale = self.network.scale
+        shape = (raw.shape[0], self.network.out_channels, raw.shape[2] * scale, raw.shape[3] * scale)
+        image = torch.empty(shape, dtype=dtype, device=raw.device)
+        clock.attempt(plan.total_blocks)
+        try:
+            self._run(plan, kernels, spill, raw, image, computed, clock)
+        except NonFiniteMap as error:
+            if not bool(torch.isfinite(raw).all()):
                 raise NonFiniteOutputError(
-                    f"decode: {reason} in {_name(dtype)}, and the memory limit leaves no room for float32: {error}"
+                    "latents: got NaN or Inf, so the pixels would hold them too; check what made the latents"
                 ) from error
-            warnings.warn(
-                f"decode: {reason} in {_name(dtype)}; decoding again in float32 (load the model with dtype='float32' "
-                "to avoid the first attempt)",
-                PrecisionRetryWarning,
-                stacklevel=2,
-            )
-            clock.restart(plan.total_blocks)
-            try:
-                self._run(plan, kernels, spill, raw, image, torch.float32, clock)
-            except NonFiniteMap as error:
+            if computed not in _HALF:
                 raise NonFiniteOutputError(
-                    f"decode: {error} in float32 too; the latents or the weights are out of range"
+                    f"decode: {error} in {_name(computed)}; the latents or the weights are out of range"
                 ) from error
-            return _checked(image, torch.float32)
+            reason = str(error)
+        else:
+            return _checked(image, computed)
+        try:
+            plan = self._plan_of(raw, kernels, spill, limit, source, torch.float32)
+        except MemoryLimitError as error:
+            raise NonFiniteOutputError(
+                f"decode: {reason} in {_name(dtype)}, and the memory limit leaves no room for float32: {error}"
+            ) from error
+        warnings.warn(
+            f"decode: {reason} in {_name(dtype)}; decoding again in float32 (load the model with dtype='float32' "
+            "to avoid the first attempt)",
+            PrecisionRetryWarning,
+            stacklevel=3,
+        )
+        clock.attempt(plan.total_blocks)
+        try:
+            self._run(plan, kernels, spill, raw, image, torch.float32, clock)
+        except NonFiniteMap as error:
+            raise NonFiniteOutputError(
+                f"decode: {error} in float32 too; the latents or the weights are out of range"
+            ) from error
+        return _checked(image, torch.float32)
+
+    def _plan_of(
+        self, raw: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, dtype: torch.dtype
+    ) -> Plan:
+        planner = self._planner((raw.shape[2], raw.shape[3]), raw.shape[0], dtype, raw.dtype, kernels)
+        return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
+
+    def _less(self, raw: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str) -> tuple[int, str]:
+        """A limit for the next attempt: others have taken the memory, or it is in too many pieces."""
+        dtype = kernels.compute_dtype(raw.dtype)
+        tried = self._plan_of(raw, kernels, spill, limit, source, dtype).peak_bytes
+        planner = self._planner((raw.shape[2], raw.shape[3]), raw.shape[0], dtype, raw.dtype, kernels)
+        smallest = planner.smallest_limit(spill.free())
+        limit, source = max(tried * 3 // 4, smallest if smallest < tried else 0), "memory left"
+        self._planners.clear()  # what they know of cuDNN's workspaces was perhaps measured without room for them
+        if raw.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"decode: {raw.device} ran out of memory with a plan for {size_in_words(tried)}; decoding again within "
+            f"{size_in_words(limit)} (name a memory_limit that is there to avoid the first attempt)",
+            OutOfMemoryWarning,
+            stacklevel=3,
+        )
+        return limit, source
 
     def prepare(self) -> float:
         """Compile what the kernels still need compiled, and load the libraries' code by a tiny decode; seconds it took.
@@ -199,7 +240,7 @@ class ExactEngine:
 
     def _run(
         self, plan: Plan, kernels: Kernels, spill: Spill, raw: torch.Tensor, image: torch.Tensor,
-        dtype: torch.dtype, clock: _Clock,
+        dtype: torch.dtype, clock: Clock,
     ) -> None:  # fmt: skip
         clock.begin()
         kernels.prepare()
@@ -219,11 +260,11 @@ class ExactEngine:
         key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
         if key in self._planners:
             return self._planners[key]
-        values = self._block_values or default_block_values(self.network, *size)
+        values = self._block_values or kernels.block_values or default_block_values(self.network, *size)
         geometry = Geometry(*size, dtype.itemsize, dtype != stored, kernels.row_multiple, values)
-        macs, moved = _RATES["cuda" if self._device.type == "cuda" else "cpu"]
-        if self._device.type == "cpu":
-            macs *= threads
+        cpu = self._device.type == "cpu"
+        macs, moved = _RATES["cpu"] if cpu else _RATES["half" if dtype.itemsize == 2 else "single"]
+        macs *= threads if cpu else 1
         planner = Planner(
             self.network, geometry, kernels, batch=batch, output_itemsize=stored.itemsize,
             macs_per_second=macs, spill_bytes_per_second=moved,
@@ -257,48 +298,16 @@ class ExactEngine:
             )
 
 
-_RATES = {"cpu": (5e10, 1e9), "cuda": (1e13, 1e10)}
-"""Multiply-adds per second (per thread on a CPU) and spill bytes per second: only their ratio matters, to weigh
-computing a map again against spilling it."""
+_RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
+"""Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
+matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
 
-
+_NO_MEMORY = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 _KEPT_PLANNERS = 32
 
 
-class _PlanOptions(TypedDict):
-    source: str
-    spill_free: int | None
-    spill_dir: str | None
-
-
-class _Clock:
-    """Progress and cancellation, block by block."""
-
-    def __init__(self, total: int, progress: Progress | None, cancel: Cancel | None) -> None:
-        self._total, self._progress, self._cancel = total, progress, cancel
-        self._done = 0
-
-    def begin(self) -> None:
-        """Before the first block."""
-        self._ask()
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def restart(self, total: int) -> None:
-        """A second attempt: done never goes back, so the total grows."""
-        self._total = self._done + total
-
-    def tick(self) -> None:
-        """After a block."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-        if self._done < self._total:
-            self._ask()
-
-    def _ask(self) -> None:
-        if self._cancel is not None and self._cancel():
-            raise DecodeCancelled(f"decode: cancelled after {self._done} of {self._total} blocks, as its caller asked")
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def _checked(image: torch.Tensor, computed: torch.dtype) -> torch.Tensor:

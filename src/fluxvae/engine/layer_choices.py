@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fluxvae.engine.network import Attention, Conv, Network, Resnet, Upsample
-from fluxvae.engine.plan import Call, Costs, Geometry, LayerPlan, Place, Step, aligned
+from fluxvae.engine.plan import STAGES, Call, Costs, Geometry, LayerPlan, Place, Step, aligned
 
 if TYPE_CHECKING:
     from fluxvae.engine.network import Layer
@@ -148,12 +148,14 @@ class LayerChoices:
         staging = 0 if state.place == "memory" else block
         norm = Step(
             "norm", index, _in(held[:1], "memory"), _in(held[1:], "memory"), _in(held, "spill"),
-            aligned(self.costs.workspace(call)), 0, 0, _moved((source, state.place, 1)), blocks,
+            aligned(self.costs.workspace(call)), self._staging(held, block), 0,
+            _moved((source, state.place, 1)), blocks,
         )  # fmt: skip
         whole = self._call("attend", layer.q.cin, layer.q.cin, source.height, source)
         attend = Step(
             "attend", index, _in(held[:1], "memory"), _in(held[1:], "memory"), _in(held, "spill"),
-            aligned(self.costs.workspace(call)) + aligned(self.costs.loaded(call)) + staging, self.costs.overhead(call),
+            aligned(self.costs.workspace(call)) + aligned(self.costs.loaded(call)) + staging,
+            self.costs.overhead(call) + self._staging(held, block),
             self.costs.macs(whole), _moved((source, state.place, 2)), blocks,
         )  # fmt: skip
         steps = (norm, attend)
@@ -226,6 +228,10 @@ class LayerChoices:
         g = self.geometry
         return Call(kind, cin, cout, rows, m.width, g.itemsize, g.cast, m.height * m.width)
 
+    def _staging(self, maps: list[tuple[_Map, Place]], largest: int) -> int:
+        """Device memory for rows on their way to and from spilled maps; ``largest`` bytes are moved at once."""
+        return STAGES * largest * sum(place == "spill" for _, place in maps) if self.costs.stages_spills else 0
+
     def _stage(self, kind: Literal["conv3", "up"], conv: Conv, source: _Map) -> _Stage:
         rows = self.geometry.block(kind, conv.cin, conv.cout, source.height, source.width)
         grown = 4 if kind == "up" else 1
@@ -259,7 +265,8 @@ class LayerChoices:
             scratch=extra
             + sum(stage.input + stage.kept + aligned(self.costs.loaded(stage.call)) for stage in stages)
             + max(aligned(self.costs.workspace(stage.call)) for stage in stages),
-            overhead=max(self.costs.overhead(stage.call) for stage in stages),
+            overhead=max(self.costs.overhead(stage.call) for stage in stages)
+            + self._staging(memory, max(max(stage.input, stage.output) for stage in stages)),
             macs=sum(self.costs.macs(stage.whole) for stage in stages),
             moved=moved,
             blocks=-(-height // driver.call.rows),

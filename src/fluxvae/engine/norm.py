@@ -13,11 +13,40 @@ import torch
 
 from fluxvae.engine.network import Norm, parameters
 
-__all__ = ["Affine", "Moments", "NonFiniteMap", "Partial"]
+__all__ = ["Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial"]
 
 
 class NonFiniteMap(ArithmeticError):
     """A feature map holds NaN or Inf (or overflowed when squared); the engine decides what that becomes."""
+
+
+class FiniteChecks:
+    """Every map's statistics and every block of pixels are looked at for NaN and Inf, on a GPU without waiting for it.
+
+    To know the answer at once, the CPU would wait until the GPU has done all that was asked of it, and the GPU then for
+    the CPU. So there the answers stay on the device until `settle`, after the image's last block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._later = device.type != "cpu"
+        self._answers: list[tuple[torch.Tensor, str]] = []
+
+    def require(self, values: torch.Tensor, otherwise: str) -> None:
+        """All values are finite, else NonFiniteMap(``otherwise``): now on a CPU, at `settle` elsewhere."""
+        finite = torch.isfinite(values).all()
+        if self._later:
+            self._answers.append((finite, otherwise))
+        elif not bool(finite):
+            raise NonFiniteMap(otherwise)
+
+    def settle(self) -> None:
+        """Raise NonFiniteMap with the first message of those that were not finite."""
+        if self._answers:
+            answers, messages = zip(*self._answers, strict=True)
+            self._answers = []
+            for finite, message in zip(torch.stack(answers).tolist(), messages, strict=True):
+                if not finite:
+                    raise NonFiniteMap(message)
 
 
 @dataclass(frozen=True)
@@ -55,15 +84,19 @@ class Moments:
         self._means.append(partial.mean.to(torch.float64))
         self._m2s.append(partial.m2.to(torch.float64))
 
-    def affine(self, norm: Norm, dtype: torch.dtype) -> Affine:
-        """Close the map: the affine that ``norm`` amounts to, in ``dtype``.
+    @property
+    def counts(self) -> list[int]:
+        """Values per channel of each block."""
+        return self._counts
 
-        Raises:
-            NonFiniteMap: a value was not finite.
-        """
-        means, m2s = torch.stack(self._means), torch.stack(self._m2s)  # (blocks, C)
-        counts = torch.tensor(self._counts, dtype=torch.float64, device=means.device)[:, None]
-        total = counts.sum()
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(blocks, C) float64 each: the means, and the squared deviations from them."""
+        return torch.stack(self._means), torch.stack(self._m2s)
+
+    def affine(self, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """Close the map: the affine that ``norm`` amounts to, in ``dtype``; ``checks`` is told if it is not finite."""
+        means, m2s = self.stacked()
+        counts, total = self._weights(means.device), sum(self._counts)
         mean = (means * counts).sum(0) / total
         m2 = m2s.sum(0) + ((means - mean).square() * counts).sum(0)
         grouped, grouped_m2 = mean.view(norm.groups, -1), m2.view(norm.groups, -1)
@@ -71,8 +104,7 @@ class Moments:
         variance = (grouped_m2.sum(1, keepdim=True) / total + (grouped - centre).square().sum(1, keepdim=True)) / (
             grouped.shape[1]
         )
-        if not bool(torch.isfinite(variance).all()):
-            raise NonFiniteMap(f"the input of {norm.name} holds NaN or Inf")
+        checks.require(variance, f"the input of {norm.name} holds NaN or Inf")
         scale = (variance + norm.eps).rsqrt().expand_as(grouped).reshape(-1)
         shift = -centre.expand_as(grouped).reshape(-1)
         if not norm.learned:
@@ -81,3 +113,12 @@ class Moments:
         scale = scale * weight.to(torch.float64)
         shift = shift * scale if bias is None else shift * scale + bias.to(torch.float64)
         return Affine(scale.to(dtype), shift.to(dtype))
+
+    def _weights(self, device: torch.device) -> torch.Tensor:
+        """(blocks, 1) float64: the counts; all blocks but the last are alike, and a fill does not wait for a GPU."""
+        first, last = self._counts[0], self._counts[-1]
+        if any(count != first for count in self._counts[:-1]):
+            return torch.tensor(self._counts, dtype=torch.float64, device=device)[:, None]
+        counts = torch.full((len(self._counts), 1), float(first), dtype=torch.float64, device=device)
+        counts[-1:].fill_(last)
+        return counts

@@ -43,6 +43,9 @@ RUNTIME_BYTES = {2: 10 << 20, 4: 6 << 20, 8: 6 << 20}
 """By item size: what oneDNN's generated code and MKL's buffers grow by in a process's first decodes of a size. Later
 ones take so much less than their plan says."""
 
+STAGES = 3
+"""Blocks of rows that a map in host memory has on the device at most: two readers' next ones, one on its way out."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -74,6 +77,18 @@ class Costs(Protocol):
     @property
     def note(self) -> str:
         """Why these kernels and not those one would expect; plans print it. Usually nothing."""
+
+    @property
+    def block_values(self) -> int | None:
+        """Values of a block of rows; None: as `block_values` has it, for a core's cache."""
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
+
+    @property
+    def stages_spills(self) -> bool:
+        """Spilled maps have blocks of rows on their way on the device (`HostMap`): overhead of every such sweep."""
 
     @property
     def row_multiple(self) -> int:

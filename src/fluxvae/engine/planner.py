@@ -35,7 +35,7 @@ class Planner:
         latent = g.height * g.width * network.latent_channels * g.itemsize
         image = g.height * s * g.width * s * network.out_channels
         latent *= 1 if network.post_quant is None else 2
-        latent += RUNTIME_BYTES[g.itemsize]
+        latent += RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes
         self.fixed_bytes = batch * image * (output_itemsize or g.itemsize) + latent
 
     # -- choosing ----------------------------------------------------------------------------------------------

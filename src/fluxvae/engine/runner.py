@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.kernels import Kernels, cudnn
 from fluxvae.engine.layer_choices import ring_rows
 from fluxvae.engine.maps import Maps
 from fluxvae.engine.network import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
-from fluxvae.engine.norm import Affine, Moments, NonFiniteMap
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments
 from fluxvae.engine.plan import Call, Geometry, Place, Plan
 from fluxvae.engine.storage import MemoryMap, Spill, Store
-from fluxvae.engine.strips import ComputedRows, Ring, StoredRows, Stream, Window
+from fluxvae.engine.strips import Behind, ComputedRows, Ring, StoredRows, Stream, Window
 
 __all__ = ["Runner"]
 
@@ -44,6 +44,7 @@ class Runner:
         self._pending: Upsample | None = None
         self._size = (plan.geometry.height, plan.geometry.width)
         self._moments = Moments()
+        self._checks = FiniteChecks(device)
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
@@ -70,6 +71,7 @@ class Runner:
         self._conv_out(image)
         self._maps.drop(self._store, self._side)
         self._store = None  # a view of the arena, which would outlive it into the next image
+        self._checks.settle()
 
     # -- what a sweep is made of -------------------------------------------------------------------------------
 
@@ -87,19 +89,13 @@ class Runner:
         return Window(self._kernels, source, affine, (*size, call.cin), call.rows, self._maps.scratch, work)
 
     def _affine(self, norm: Norm) -> Affine:
-        return self._moments.affine(norm, self._wide)
+        return self._kernels.affine(self._moments, norm, self._wide, self._checks)
 
     # -- layers ------------------------------------------------------------------------------------------------
 
     def _conv_in(self, raw: torch.Tensor, place: Place) -> None:
         network = self._network
-        latents = raw.to(self._dtype)
-        if network.post_quant is not None:
-            weight, bias = parameters(network.post_quant.module)
-            latents = torch.nn.functional.conv2d(
-                latents[None], weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
-            )[0]
-        rows = latents.permute(1, 2, 0).contiguous()
+        rows = self._post_quant(raw.to(self._dtype))
         self._maps.new_sweep()
         out = self._maps.new(place, self._side, (*self._size, network.conv_in.cout))
         self._maps.new_sweep()
@@ -108,6 +104,18 @@ class Runner:
         window = self._window(StoredRows(MemoryMap(rows)), None, call, self._size, work)
         self._sweep(window, network.conv_in, call, out, work, statistics=True)
         self._store = out
+
+    def _post_quant(self, latents: torch.Tensor) -> torch.Tensor:
+        """(C, lh, lw) to rows (lh, lw, C), through the 1x1 convolution that some models have before the decoder."""
+        rows = latents.permute(1, 2, 0)
+        if self._network.post_quant is None:
+            return rows.contiguous()
+        weight, bias = parameters(self._network.post_quant.module)
+        weight, bias = weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
+        if cudnn.available(rows.device):
+            rows = cudnn.convolve(rows.contiguous(), weight)
+            return (rows if bias is None else rows.add_(bias)).contiguous()
+        return torch.nn.functional.conv2d(latents[None], weight, bias)[0].permute(1, 2, 0).contiguous()
 
     def _upsample(self, layer: Upsample, place: Place) -> None:
         small, store, side = self._size, self._store, self._side
@@ -207,7 +215,7 @@ class Runner:
             else:
                 rows = ring_rows(call2.rows, call1.rows)
                 source = ring = Ring(source, self._maps.scratch((rows, size[1], layer.conv1.cin)))
-                residual = _Behind(ring)
+                residual = Behind(ring)
             feed: Stream = self._convolved(source, norm1, layer.conv1, call1, work)
         else:
             residual = self._source(store, pending, up, work)
@@ -240,8 +248,7 @@ class Runner:
             start, stop = window.span
             rows = block[: stop - start]
             self._kernels.conv3x3(padded, weights, affine, window.pad_rows, rows, None, 1.0, False, work)
-            if not bool(torch.isfinite(rows).all()):
-                raise NonFiniteMap(f"the output of {network.conv_out.name} holds NaN or Inf")
+            self._checks.require(rows, f"the output of {network.conv_out.name} holds NaN or Inf")
             image[:, start:stop].copy_(rows.permute(2, 0, 1))
             self._tick()
 
@@ -329,14 +336,3 @@ class Runner:
     def _blocks(self, call: Call) -> Iterator[tuple[int, int]]:
         for start in range(0, self._size[0], call.rows):
             yield start, min(start + call.rows, self._size[0])
-
-
-class _Behind:
-    """The second reader of a ring."""
-
-    def __init__(self, ring: Ring) -> None:
-        self._ring = ring
-
-    def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
-        return self._ring.again(into)

@@ -18,10 +18,11 @@ from typing import Protocol
 
 import torch
 
+from fluxvae.engine.host_map import HostMap, SideStream, pinned_cache
 from fluxvae.engine.plan import ALIGN, aligned
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 
-__all__ = ["Arena", "HostMap", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory"]
+__all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory"]
 
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
@@ -63,30 +64,6 @@ class MemoryMap:
 
     def close(self) -> None:
         """The arena owns the memory."""
-
-
-class HostMap:
-    """A map of a GPU decode, in pinned host memory."""
-
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._rows = torch.empty(shape, dtype=dtype, pin_memory=True)
-
-    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Copy to the device."""
-        into.copy_(self._rows[start:stop], non_blocking=True)
-        return into
-
-    def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """Not on the device."""
-        return None
-
-    def write(self, start: int, rows: torch.Tensor) -> None:
-        """Copy from the device; ordered with later reads by the stream."""
-        self._rows[start : start + len(rows)].copy_(rows, non_blocking=True)
-
-    def close(self) -> None:
-        """Free the host memory once the copies in flight are done (PyTorch's pinned allocator sees to it)."""
-        del self._rows
 
 
 class SpilledMap:
@@ -138,6 +115,7 @@ class Spill:
 
     def __init__(self, device: torch.device, spill_dir: str | os.PathLike[str] | None) -> None:
         self._device = device
+        self._copies: SideStream | None = None
         self.folder: Path | None = None
         if device.type != "cpu":
             if spill_dir is not None:
@@ -155,7 +133,7 @@ class Spill:
     def free(self) -> int | None:
         """Bytes that may be spilled now; None: nowhere to spill to."""
         if self._device.type != "cpu":
-            return int(0.8 * available_memory(torch.device("cpu")))
+            return int(0.8 * available_memory(torch.device("cpu"))) + pinned_cache()
         if self.folder is None:
             return None
         status = os.statvfs(self.folder)
@@ -168,7 +146,8 @@ class Spill:
     def create(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Store:
         """A new map with arbitrary contents."""
         if self._device.type != "cpu":
-            return HostMap(shape, dtype)
+            self._copies = self._copies or SideStream(self._device)
+            return HostMap(shape, dtype, self._device, self._copies)
         assert self.folder is not None
         return SpilledMap(_unnamed_file(self.folder), shape, dtype)
 

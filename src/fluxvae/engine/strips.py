@@ -17,7 +17,7 @@ from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.norm import Affine
 from fluxvae.engine.storage import Store
 
-__all__ = ["ComputedRows", "Ring", "Scratch", "StoredRows", "Stream", "Window"]
+__all__ = ["Behind", "ComputedRows", "Ring", "Scratch", "StoredRows", "Stream", "Window"]
 
 Scratch = Callable[[tuple[int, ...]], torch.Tensor]
 """Carves a tensor of the compute dtype from the arena."""
@@ -145,3 +145,14 @@ class Ring:
             pieces.append((at, slice(done, done + n)))
             done += n
         return pieces
+
+
+class Behind:
+    """The second reader of a ring."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """See `Stream`."""
+        return self._ring.again(into)

@@ -16,10 +16,13 @@ from fluxvae.errors import InvalidOptionError
 if TYPE_CHECKING:
     import torch
 
-    from fluxvae.engine.network import Attention, Conv
-    from fluxvae.engine.norm import Affine, Partial
+    from fluxvae.engine.network import Attention, Conv, Norm
+    from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 
-__all__ = ["Kernels", "make_kernels"]
+__all__ = ["KERNELS", "Kernels", "make_kernels"]
+
+KERNELS = ("auto", "torch", "winograd", "cuda")
+_IN_WORDS = {"winograd": "Winograd", "cuda": "the CUDA kernels"}
 
 
 class Kernels(Costs, Protocol):
@@ -39,6 +42,9 @@ class Kernels(Costs, Protocol):
 
     def session(self) -> AbstractContextManager[None]:
         """Around a whole decode: what the kernels need of the process's threads meanwhile."""
+
+    def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """What ``norm`` amounts to on the map whose statistics ``moments`` has: `Moments.affine`, or as good."""
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights of ``conv`` as the calls of ``kind`` want them, in ``dtype``.
@@ -103,17 +109,25 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     """The kernel set called ``name``; ``"auto"`` is the fastest that runs on ``device``."""
     from fluxvae.engine.kernels.torch import TorchKernels
 
-    if name not in ("auto", "torch", "winograd"):
-        raise InvalidOptionError(f"kernels: got {name!r}, expected 'auto', 'torch' or 'winograd'")
-    if name == "torch" or (name == "auto" and device.type != "cpu"):
+    if name not in KERNELS:
+        raise InvalidOptionError(f"kernels: got {name!r}, expected {', '.join(map(repr, KERNELS))}")
+    asked = name != "auto"
+    if not asked:
+        name = "winograd" if device.type == "cpu" else "cuda"
+    if name == "torch":
         return TorchKernels(device)
-    if (reason := no_winograd(device)) is None:
+    reason = no_winograd(device) if name == "winograd" else no_cuda(device)
+    if reason is not None:
+        if asked:
+            raise InvalidOptionError(f"kernels: got {name!r}, but {reason}; use 'auto' or 'torch'")
+        return TorchKernels(device, instead=f"{_IN_WORDS[name]} would be faster, but {reason}")
+    if name == "winograd":
         from fluxvae.engine.kernels.winograd import WinogradKernels
 
         return WinogradKernels(device)
-    if name == "winograd":
-        raise InvalidOptionError(f"kernels: got 'winograd', but {reason}; use 'auto' or 'torch'")
-    return TorchKernels(device, instead=f"Winograd would be faster, but {reason}")
+    from fluxvae.engine.kernels.cuda import CudaKernels
+
+    return CudaKernels(device)
 
 
 def no_winograd(device: torch.device) -> str | None:
@@ -125,3 +139,20 @@ def no_winograd(device: torch.device) -> str | None:
     except ImportError as error:  # Numba has no build for this machine
         return f"Numba cannot be imported here ({error})"
     return supported()
+
+
+def no_cuda(device: torch.device) -> str | None:
+    """Why the CUDA kernels do not run on ``device``; None where they do."""
+    import torch
+
+    from fluxvae.engine.kernels.cudnn import available
+
+    if device.type != "cuda":
+        return f"those kernels are for an NVIDIA GPU, not {device}"
+    if not torch.cuda.is_available() or not available(device):
+        return "this PyTorch sees no NVIDIA GPU, or has no cuDNN"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:  # PyTorch brings it on Linux only
+        return f"the Triton language cannot be imported here ({error})"
+    return None

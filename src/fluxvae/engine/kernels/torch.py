@@ -17,15 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.network import Attention, Conv, parameters
-from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.kernels import cudnn
+from fluxvae.engine.network import Attention, Conv, Norm, parameters
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["TorchKernels", "computes_float16"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_float16"]
 
-
-_FUSE_CHUNK = 16
-"""Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+GPU_BLOCK_VALUES = 1 << 23
+"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
+more of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures."""
+CUBLAS_BYTES = 32 << 20
+"""cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
+ROUNDING_BYTES = 4 << 20
+"""PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
+workspace, a spilled map's rows on their way."""
 
 
 def computes_float16(device: torch.device) -> bool:
@@ -39,13 +45,36 @@ class TorchKernels:
 
     name = "torch"
     row_multiple = 1
+    fuse_chunk = 16
+    """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
 
     def __init__(self, device: torch.device, *, instead: str = "") -> None:
         """``instead``: why these serve where faster ones were meant to; plans print it."""
-        self.note = instead
+        self._note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
+        self._device = device
         self._float16 = computes_float16(device)
         self.channels_last = False
+
+    @property
+    def note(self) -> str:
+        """Why these serve where others were meant to; usually nothing."""
+        return self._note
+
+    @property
+    def block_values(self) -> int | None:
+        """Larger blocks on a GPU."""
+        return None if self._device.type == "cpu" else GPU_BLOCK_VALUES
+
+    @property
+    def stages_spills(self) -> bool:
+        """On a GPU; files are read into place."""
+        return self._device.type != "cpu"
+
+    @property
+    def runtime_bytes(self) -> int:
+        """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up."""
+        return 0 if self._device.type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
@@ -73,7 +102,7 @@ class TorchKernels:
         if call.kind == "conv3":
             return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
         if call.kind == "up":
-            summing = _FUSE_CHUNK * call.cin * 16 * 8
+            summing = self.fuse_chunk * call.cin * 16 * 8
             phases = call.rows * (call.width + 1) * 2 * call.cout
             return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
         if call.kind == "linear":
@@ -118,6 +147,10 @@ class TorchKernels:
     def session(self) -> AbstractContextManager[None]:
         """PyTorch's own threads serve."""
         return nullcontext()
+
+    def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """PyTorch's operations in float64."""
+        return moments.affine(norm, dtype, checks)
 
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""
@@ -245,14 +278,17 @@ class TorchKernels:
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
     ) -> torch.Tensor:
         """Rows to rows: zero padding left and right, none above and below."""
+        if cudnn.available(rows.device):
+            result = cudnn.convolve(rows, weight)
+            return result if bias is None else result.add_(bias)
         image = _image(rows)
         if not self._onednn or rows.dtype != torch.float32:
             return _pixels(F.conv2d(image, weight, bias, padding=(0, 1)))
         if not self.channels_last:
             image = _carve(work, image.shape, rows.dtype).copy_(image)
         # F.conv2d leaves oneDNN for small blocks when there is one thread: the same image would change its last bits.
-        result: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
-        return _pixels(result)
+        blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
+        return _pixels(blocked)
 
     def _weight(self, into: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The start of ``into`` as a (cout, cin, h, w) weight in the layout `_conv` wants."""
@@ -266,8 +302,8 @@ class TorchKernels:
         cout, cin = weight.shape[:2]
         shape = torch.Size((2 * cout, cin, 2, 2))
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
-        for start in range(0, cout, _FUSE_CHUNK):
-            part = weight[start : start + _FUSE_CHUNK].to(torch.float64)
+        for start in range(0, cout, self.fuse_chunk):
+            part = weight[start : start + self.fuse_chunk].to(torch.float64)
             for p, kernel in enumerate(kernels):
                 rows = _pair(part, p, 2)
                 for q in range(2):

@@ -1,0 +1,158 @@
+"""The parts of `gpu.py` below a whole decode: the card's floor, each kernel against plain PyTorch, attention."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fluxvae.engine.kernels import triton_attention, triton_loops
+from fluxvae.engine.network import Attention, Network, Resnet, Upsample
+
+Row = dict[str, Any]
+
+
+def timed(call: Callable[[], Any], device: torch.device, *, seconds: float = 1.0, most: int = 20) -> Row:
+    """Median and spread of ``call`` by CUDA events, after one call to warm up; on a CPU one call by the clock."""
+    call()
+    least, most = (3, most) if device.type == "cuda" else (1, 1)
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < least or (len(times) < most and time.perf_counter() - begun < seconds):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            at = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - at))
+    return {"ms": statistics.median(times), "ms_least": min(times), "ms_most": max(times), "runs": len(times)}
+
+
+def card(device: torch.device, small: bool) -> Row:
+    """What this card can do: products in bfloat16 and float32 (no TF32), a copy on the card, copies over the bus."""
+    rates: Row = {}
+    for name, dtype, n in (("bfloat16", torch.bfloat16, 8192), ("float32", torch.float32, 4096)):
+        n = 64 if small else n
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        ms = timed(lambda a=a, b=b: a @ b, device)["ms"]  # type: ignore[misc]
+        rates[f"tflops_{name}"] = 2 * n**3 / ms / 1e9
+    nbytes = 1 << (16 if small else 30)
+    source, target = (torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    rates["copy_gb_per_second"] = 2 * nbytes / timed(lambda: target.copy_(source), device)["ms"] / 1e6
+    host = torch.empty(nbytes // 4, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    part = source[: len(host)]
+    rates["to_host_gb_per_second"] = len(host) / timed(lambda: host.copy_(part, non_blocking=True), device)["ms"] / 1e6
+    rates["from_host_gb_per_second"] = (
+        len(host) / timed(lambda: part.copy_(host, non_blocking=True), device)["ms"] / 1e6
+    )
+    return rates
+
+
+def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
+    """Bytes a decode of these latents must move if every map is read and written once by each layer that has it."""
+    values = height * width * (network.conv_in.cin + network.conv_in.cout)
+    for layer in network.layers:
+        pixels = height * width
+        if isinstance(layer, Upsample):
+            values += pixels * layer.conv.cin + 4 * pixels * layer.conv.cout
+            height, width = 2 * height, 2 * width
+        elif isinstance(layer, Attention):
+            values += 3 * pixels * layer.q.cin
+        elif isinstance(layer, Resnet):  # conv1 reads and writes; conv2 reads that and the residual, and writes
+            values += pixels * (2 * layer.conv1.cin + 3 * layer.conv2.cout)
+    values += height * width * (network.conv_out.cin + network.conv_out.cout)
+    return values * itemsize
+
+
+def passes(device: torch.device, small: bool) -> Iterator[Row]:
+    """Each pass of `triton_loops` on a block of the last level against the same in plain PyTorch."""
+    rows, width, channels = (5, 6, 16) if small else (128, 1024, 128)
+    for dtype in (torch.bfloat16, torch.float32):
+        block = torch.randn(rows, width, channels, device=device).to(dtype)
+        residual, out = torch.randn_like(block), torch.empty_like(block)
+        bias = torch.randn(channels, device=device).to(dtype)
+        scale, shift = torch.randn(2, channels, device=device)
+        pixels = rows * width
+        parts = torch.empty(triton_loops.parts_bytes(2 * pixels, channels, 2) // 4, device=device)
+
+        def plain_prologue(x: torch.Tensor = block, a: torch.Tensor = scale, b: torch.Tensor = shift) -> torch.Tensor:
+            return F.silu(torch.addcmul(b, x.float(), a)).to(x.dtype)
+
+        def plain_finish(
+            x: torch.Tensor = block, b: torch.Tensor = bias, r: torch.Tensor = residual, n: int = channels
+        ) -> Any:
+            done = x + b + r
+            return done, torch.var_mean(done.view(-1, n).float(), 0)
+
+        def ours_finish(
+            x: torch.Tensor = block, b: torch.Tensor = bias, r: torch.Tensor = residual, o: torch.Tensor = out,
+            p: torch.Tensor = parts, n: int = pixels, c: int = channels,
+        ) -> None:  # fmt: skip
+            triton_loops.finish(x, b, r, 1.0, o, p)
+            triton_loops.combine(p, n, c)
+
+        phases = torch.randn(rows, width + 1, 2 * channels, device=device).to(dtype)
+        large = torch.empty(2 * rows, 2 * width, channels, dtype=dtype, device=device)
+
+        def plain_interleave(
+            x: torch.Tensor = phases, o: torch.Tensor = large, w: int = width, c: int = channels, n: int = rows
+        ) -> None:
+            view = o.view(n, 2, w, 2, c)
+            view[:, 0, :, 0].copy_(x[:, :w, :c])
+            view[:, 0, :, 1].copy_(x[:, 1:, c:])
+
+        name, size = str(dtype)[6:], block.numel() * dtype.itemsize
+        cases: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
+            ("prologue", lambda b=block, a=scale, s=shift, o=out: triton_loops.prologue(b, a, s, True, o),
+             plain_prologue, 2 * size),
+            ("finish", ours_finish, plain_finish, 3 * size),
+            ("interleave", lambda x=phases, b=bias, o=large, p=parts: triton_loops.interleave(x, b, 0, o, p),
+             plain_interleave, 4 * size),
+        ]  # fmt: skip
+        for what, ours, plain, nbytes in cases:
+            ms, theirs = timed(ours, device)["ms"], timed(plain, device)["ms"]
+            yield {"part": what, "dtype": name, "ms": ms, "plain_ms": theirs, "gb_per_second": nbytes / ms / 1e6}
+
+
+def attention(device: torch.device, small: bool) -> Iterator[Row]:
+    """Heads of 512: every cut of ours and what PyTorch picks, with the rate and the error against float64."""
+    for tokens in (20,) if small else (4096, 16384):
+        for dtype in (torch.bfloat16, torch.float32):
+            dim = 16 if small else 512
+            q, kv = (torch.randn(tokens, dim, device=device).to(dtype) for _ in range(2))
+            true = _true_attention(q[:64], kv)
+            ways: dict[str, Callable[[], torch.Tensor]] = {"PyTorch": lambda q=q, kv=kv: _pytorchs(q, kv)}
+            for cut in triton_attention.CUTS[dtype.itemsize]:
+                ways[f"ours {cut}"] = lambda q=q, kv=kv, cut=cut: _ours(q, kv, cut)
+            for name, call in ways.items():
+                row: Row = {"part": f"attention {tokens}", "dtype": str(dtype)[6:], "way": name}
+                try:
+                    error = float((call()[:64].double() - true).abs().max())
+                    row |= timed(call, device)
+                    yield row | {"error": error, "tflops": 4 * tokens**2 * dim / row["ms"] / 1e9}
+                except Exception as error_:  # a cut that this card has no room for, a kernel that does not compile
+                    yield row | {"failed": f"{type(error_).__name__}: {str(error_)[:200]}"}
+
+
+def _pytorchs(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q[None, None], kv[None, None], kv[None, None])[0, 0]
+
+
+def _ours(q: torch.Tensor, kv: torch.Tensor, cut: tuple[int, int, int, int]) -> torch.Tensor:
+    out = torch.empty_like(q)
+    triton_attention.attention(q, kv, q.shape[1] ** -0.5, out, cut)
+    return out
+
+
+def _true_attention(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    q, kv = q.double(), kv.double()
+    return (q @ kv.T * q.shape[1] ** -0.5).softmax(1) @ kv

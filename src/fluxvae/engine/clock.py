@@ -1,0 +1,45 @@
+"""Progress and cancellation of a decode, block by block.
+
+On a GPU a block counts when it has been asked for: the device is some blocks behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fluxvae.errors import DecodeCancelled
+
+__all__ = ["Cancel", "Clock", "Progress"]
+
+Progress = Callable[[int, int], None]
+Cancel = Callable[[], bool]
+
+
+class Clock:
+    """Progress and cancellation, block by block."""
+
+    def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
+        self._progress, self._cancel = progress, cancel
+        self._done = self._total = 0
+
+    def begin(self) -> None:
+        """Before the first block."""
+        self._ask()
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def attempt(self, total: int) -> None:
+        """So many blocks are to be done, whatever an earlier attempt did: done never goes back, the total grows."""
+        self._total = self._done + total
+
+    def tick(self) -> None:
+        """After a block."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+        if self._done < self._total:
+            self._ask()
+
+    def _ask(self) -> None:
+        if self._cancel is not None and self._cancel():
+            raise DecodeCancelled(f"decode: cancelled after {self._done} of {self._total} blocks, as its caller asked")

@@ -1,0 +1,255 @@
+"""Kernels for an NVIDIA GPU: cuDNN's convolutions, and one pass over memory between two of them.
+
+Per block of rows: `prologue` (affine, SiLU), cuDNN, then bias, residual, the upsample's interleaving and the block's
+statistics in one pass. Results stand in the arena, so that only cuDNN's own workspace is allocated beside it.
+
+Whether the passes and the attention written in the Triton language work on a card is tried before they are used
+(`cuda_checks`); what does not is done by `TorchKernels`, and `note` says so. So is what they do not cover: float64,
+and layers whose rows of channels are not whole 16 bytes (the last, of three): the order of a sum may depend on the
+alignment of what is summed, and a block of rows may begin anywhere.
+
+Never TF32. Roundings: cuDNN's sum once, then once more with bias and residual; diffusers' round the bias as well.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
+from fluxvae.engine.kernels.cudnn import convolve, workspace_bytes
+from fluxvae.engine.kernels.torch import ROUNDING_BYTES, TorchKernels
+from fluxvae.engine.network import Attention, Norm, parameters
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.plan import Call, aligned
+
+__all__ = ["CudaKernels"]
+
+
+class CudaKernels(TorchKernels):
+    """cuDNN and the Triton language. On a CPU only in that language's interpreter, for tests."""
+
+    name = "cuda"
+    fuse_chunk = 128  # launches cost more than the 13 MB of float64 that they take at 512 channels
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._onednn, self._float16 = False, True  # as on a GPU, also where the interpreter stands for one
+
+    @property
+    def note(self) -> str:
+        """What does not work on this card and is done by PyTorch instead."""
+        return cuda_checks.note(self._device)
+
+    @property
+    def runtime_bytes(self) -> int:
+        """No cuBLAS where every product is cuDNN's, whose workspace is `overhead`."""
+        whole = super().runtime_bytes
+        return min(whole, ROUNDING_BYTES) if cuda_checks.passes(self._device) else whole
+
+    # -- what the planner asks ---------------------------------------------------------------------------------
+
+    def loaded(self, call: Call) -> int:
+        """As `TorchKernels`; the projections always, in the layout that cuDNN wants."""
+        if call.kind == "attend" and self._covers(call):
+            return 4 * call.cin * call.cin * call.itemsize
+        return super().loaded(call)
+
+    def overhead(self, call: Call) -> int:
+        """Bytes outside the arena: cuDNN's workspace, measured; the summing of an upsample's kernels."""
+        if not self._covers(call):
+            return super().overhead(call)
+        n, width, cin, cout, size = call.rows, call.width, call.cin, call.cout, call.itemsize
+        if call.kind == "conv3":
+            return workspace_bytes(self._device, (n + 2, width, cin), (cout, 3, 3), size)
+        if call.kind == "up":
+            summing = min(self.fuse_chunk, cout) * cin * 24 * 8
+            return max(summing, workspace_bytes(self._device, (n + 1, width, cin), (2 * cout, 2, 2), size))
+        product = workspace_bytes(self._device, (n, width, cin), (cout, 1, 1), size)
+        if call.kind == "linear" or self._cut(cin, size) is not None:
+            return product
+        return max(product, n * width * cin * (size + 4))  # PyTorch's result and its float32 accumulator
+
+    def workspace(self, call: Call) -> int:
+        """Arena bytes during one call: cuDNN's result, and the statistics of every program."""
+        if not self._covers(call) or call.kind == "linear":
+            return super().workspace(call)
+        pixels = call.rows * call.width
+        if call.kind == "up":
+            result = call.rows * (call.width + 1) * 2 * call.cout * call.itemsize
+            return aligned(result) + triton_loops.parts_bytes(2 * pixels, call.cout, 2)
+        results = (2 if call.kind == "attend" else 1) * aligned(pixels * call.cout * call.itemsize)
+        return results + triton_loops.parts_bytes(pixels, call.cout)
+
+    # -- what the sweeps ask -----------------------------------------------------------------------------------
+
+    def prepare(self) -> float:
+        """Compile the passes and try each on a small map, once per process; seconds it took."""
+        return cuda_checks.prepare(self._device)
+
+    def session(self) -> AbstractContextManager[None]:
+        """The Triton language launches on the current device, whatever its arguments are on."""
+        return cuda_checks.on(self._device)
+
+    def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """One launch, where `Moments.affine` takes some thirty."""
+        counts = moments.counts
+        alike = all(count == counts[0] for count in counts[:-1])
+        weight, bias = parameters(norm.module) if norm.learned else (None, None)
+        if (
+            weight is None
+            or bias is None
+            or dtype != torch.float32
+            or not alike
+            or not cuda_checks.passes(self._device)
+        ):
+            return super().affine(moments, norm, dtype, checks)
+        means, m2s = moments.stacked()
+        scale, shift = triton_loops.affine(means, m2s, counts[0], counts[-1], norm.groups, norm.eps, weight, bias)
+        checks.require(scale, f"the input of {norm.name} holds NaN or Inf")
+        return Affine(scale, shift)
+
+    def prologue(
+        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+    ) -> None:
+        """Affine and SiLU in one pass, rounded once."""
+        if affine is None or out.dtype.itemsize > 4 or not cuda_checks.passes(self._device):
+            super().prologue(rows, affine, silu, out, work)
+        else:
+            triton_loops.prologue(rows, affine.scale, affine.shift, silu, out)
+
+    def conv3x3(
+        self,
+        padded: torch.Tensor,
+        weights: Any,
+        affine: Affine | None,
+        pad_rows: tuple[bool, bool],
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+        scale: float,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """cuDNN, then everything else in one pass."""
+        if not self._covers_channels(out.shape[-1], out.dtype):
+            return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
+        weight, bias = weights
+        result, work = _carve(work, out)
+        convolve(padded, weight, result)
+        return _finish(result, bias, residual, scale, out, statistics, work)
+
+    def upsample(
+        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
+    ) -> Partial | None:
+        """As `TorchKernels.upsample`; both column phases of a row phase are put in their places in one pass."""
+        if not self._covers_channels(out.shape[-1], out.dtype):
+            return super().upsample(padded, weights, out, statistics, work)
+        kernels, bias = weights
+        n, width, channels = padded.shape[0] - 2, padded.shape[1], out.shape[2]
+        result, work = _carve(work, out, (n, width + 1, 2 * channels))
+        pixels = 2 * n * width
+        parts = work[: triton_loops.parts_bytes(pixels, channels, 2)].view(torch.float32)
+        bias = _bias(bias, out)[:channels]
+        for phase, kernel in enumerate(kernels):
+            convolve(padded[phase : phase + n + 1], kernel, result)
+            triton_loops.interleave(result, bias, phase, out, parts)
+        if not statistics:
+            return None
+        return Partial(2 * pixels, *triton_loops.combine(parts, pixels, channels, 2))
+
+    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
+        """A 1x1 convolution by cuDNN: cuBLAS would ask the process whether TF32 is allowed."""
+        if not self._covers_channels(out.shape[-1], out.dtype):
+            super().linear(rows, weights, out)
+            return
+        weight, bias = weights
+        convolve(rows, weight[:, :, None, None], out)
+        if bias is not None:
+            out.add_(bias)
+
+    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """As `TorchKernels`; the keys' projection turned around, see `attend` there."""
+        weights = super().load_attention(layer, dtype, into)
+        if not self._covers_channels(layer.q.cin, dtype):
+            return weights
+        copies = into[: 4 * layer.q.cin**2 * dtype.itemsize].view(dtype).view(4, layer.q.cout, layer.q.cin)
+        for copy, (weight, _), turned in zip(copies, weights, (False, True, False, False), strict=True):
+            if copy.data_ptr() != weight.data_ptr():
+                copy.copy_(weight.t() if turned else weight)
+            elif turned:
+                copy.copy_(weight.t().clone())
+        return [(copy, bias) for copy, (_, bias) in zip(copies, weights, strict=True)]
+
+    def attend(
+        self,
+        layer: Attention,
+        weights: Any,
+        queries: torch.Tensor,
+        normed: torch.Tensor,
+        out: torch.Tensor,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Partial | None:
+        """As `TorchKernels.attend`, within two results of the arena."""
+        channels, dtype = out.shape[-1], out.dtype
+        if not self._covers_channels(channels, dtype):
+            return super().attend(layer, weights, queries, normed, out, statistics, work)
+        (wq, bq), (wk, _), (wv, bv), (wo, bo) = [(weight[:, :, None, None], bias) for weight, bias in weights]
+        first, work = _carve(work, out)
+        second, work = _carve(work, out)
+        convolve(queries, wq, first)
+        if bq is not None:
+            first.add_(bq)
+        convolve(first, wk, second)
+        flat, cut = second.view(-1, channels), self._cut(channels, dtype.itemsize)
+        if cut is not None:
+            triton_attention.attention(flat, normed, layer.softmax_scale, first.view(-1, channels), cut)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                flat[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
+            )
+            first.view(-1, channels).copy_(mixed[0, 0])
+        convolve(first, wv, second)
+        if bv is not None:
+            second.add_(bv)
+        convolve(second, wo, first)
+        return _finish(first, bo, out if layer.residual else None, layer.scale, out, statistics, work)
+
+    # -- what goes where ---------------------------------------------------------------------------------------
+
+    def _covers(self, call: Call) -> bool:
+        return call.itemsize <= 4 and call.cout * call.itemsize % 16 == 0 and cuda_checks.passes(self._device)
+
+    def _covers_channels(self, channels: int, dtype: torch.dtype) -> bool:
+        return dtype.itemsize <= 4 and channels * dtype.itemsize % 16 == 0 and cuda_checks.passes(self._device)
+
+    def _cut(self, dim: int, itemsize: int) -> tuple[int, int, int, int] | None:
+        """How our attention is cut; None: PyTorch's is used."""
+        return cuda_checks.attention_cut(self._device, dim, itemsize)
+
+
+def _carve(
+    work: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result of out's dtype at the start of the workspace, and what is left of it."""
+    shape = tuple(out.shape) if shape is None else shape
+    nbytes = torch.Size(shape).numel() * out.dtype.itemsize
+    return work[:nbytes].view(out.dtype).view(shape), work[aligned(nbytes) :]
+
+
+def _bias(bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(out.shape[-1], dtype=out.dtype, device=out.device) if bias is None else bias
+
+
+def _finish(
+    result: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, scale: float, out: torch.Tensor,
+    statistics: bool, work: torch.Tensor,
+) -> Partial | None:  # fmt: skip
+    channels = out.shape[-1]
+    pixels = out.numel() // channels
+    parts = work[: triton_loops.parts_bytes(pixels, channels)].view(torch.float32)
+    triton_loops.finish(result, _bias(bias, out), residual, scale, out, parts)
+    return Partial(pixels, *triton_loops.combine(parts, pixels, channels)) if statistics else None

@@ -1,0 +1,299 @@
+"""The CUDA kernels in the Triton language's interpreter, on the CPU: run by `test_cuda_kernels` in a child process.
+
+That interpreter replaces the language for a whole process and must be asked for before anything imports it, so these
+tests are not collected beside others. cuDNN's part is F.conv2d here. The interpreter drops the low bits when it rounds
+to bfloat16 (the hardware rounds to nearest), so bfloat16 is held to twice the tolerance.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_models import Shape, rms, true_decode
+from fluxvae.engine import exact
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
+from fluxvae.engine.kernels.cuda import CudaKernels
+from fluxvae.engine.network import Norm
+from fluxvae.engine.norm import FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.errors import NonFiniteOutputError
+from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_cuda_kernels.py"
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CPU = torch.device("cpu")
+
+dtypes = st.sampled_from(DTYPES)
+maps = st.tuples(
+    st.one_of(st.just(1), st.integers(1, 12)),
+    st.integers(1, 40),
+    st.one_of(st.sampled_from([16, 96, 128, 130, 256]), st.integers(1, 50)),
+)
+"""(rows, width, channels): also single rows and columns, and channels that are no power of two or no multiple of 8."""
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_kernels` refuses them here, so the engine gets them in its place; small heads go to our attention too."""
+    monkeypatch.setattr(exact, "make_kernels", lambda name, device: CudaKernels(device))
+    monkeypatch.setattr(cuda_checks, "PYTORCH_HEAD", 0)
+
+
+engine = partial(ExactEngine, block_values=3000)
+
+
+def draw(seed: int, dtype: torch.dtype, *shape: int, shift: float = 0.0) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + shift).to(dtype)
+
+
+def units(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error in units of the last place of the larger of 1 and the value itself."""
+    scale = torch.finfo(found.dtype).eps * expected.abs().clamp(min=1)
+    return float(((found.double() - expected).abs() / scale).max()) / (2 if found.dtype == torch.bfloat16 else 1)
+
+
+def assert_moments(moments: torch.Tensor, block: torch.Tensor) -> None:
+    flat = block.double().view(-1, block.shape[-1])
+    mean = flat.mean(0)
+    m2 = (flat - mean).square().sum(0)
+    largest = flat.abs().amax(0).clamp(min=1)
+    assert float(((moments[0] - mean).abs() / largest).max()) <= CUDA_STATISTICS.bound
+    assert float(((moments[1] - m2).abs() / (m2 + 1e-3 * len(flat))).max()) <= CUDA_STATISTICS.bound
+
+
+@settings(max_examples=15)
+@given(shape=maps, dtype=dtypes, silu=st.booleans(), in_place=st.booleans(), seed=st.integers(0, 99))
+def test_prologue(shape: tuple[int, int, int], dtype: torch.dtype, silu: bool, in_place: bool, seed: int) -> None:
+    rows = draw(seed, dtype, *shape)
+    scale, shift = draw(seed + 1, torch.float32, 2, shape[2])
+    expected = rows.double() * scale + shift
+    expected = F.silu(expected) if silu else expected
+    out = rows if in_place else torch.empty_like(rows)
+    triton_loops.prologue(rows, scale, shift, silu, out)
+    assert units(out, expected) <= CUDA_PASS.bound
+
+
+def test_prologue_of_large_values_is_what_silu_is() -> None:
+    rows = torch.tensor([-1e30, -200.0, -90.0, 90.0, 200.0, 1e30])[:, None]
+    out = torch.empty_like(rows)
+    triton_loops.prologue(rows, torch.ones(1), torch.zeros(1), True, out)
+    assert torch.equal(out, F.silu(rows))
+
+
+@settings(max_examples=15)
+@given(
+    shape=maps,
+    dtype=dtypes,
+    residual=st.sampled_from(["none", "own", "in place"]),
+    factor=st.sampled_from([1.0, 2.0**0.5]),
+    shift=st.sampled_from([0.0, 300.0]),
+    seed=st.integers(0, 99),
+)
+def test_finish(
+    shape: tuple[int, int, int], dtype: torch.dtype, residual: str, factor: float, shift: float, seed: int
+) -> None:
+    result, bias = draw(seed, dtype, *shape, shift=shift), draw(seed + 1, dtype, shape[2])
+    added = None if residual == "none" else draw(seed + 2, dtype, *shape)
+    expected = (result.double() + bias.double() + (0 if added is None else added.double())) / factor
+    out = added if added is not None and residual == "in place" else torch.empty_like(result)
+    pixels = shape[0] * shape[1]
+    parts = torch.full((triton_loops.parts_bytes(pixels, shape[2]) // 4,), torch.nan)
+    triton_loops.finish(result, bias, added, factor, out, parts)
+    assert units(out, expected) <= CUDA_PASS.bound
+    assert_moments(triton_loops.combine(parts, pixels, shape[2]), out)
+
+
+def test_statistics_of_many_programs() -> None:
+    """More than one round of `_combine`, the last program's part not full."""
+    result = draw(0, torch.float32, 1, 34 * triton_loops.parts_pixels(64) - 5, 64, shift=5.0)
+    out, pixels = torch.empty_like(result), result.shape[1]
+    parts = torch.full((triton_loops.parts_bytes(pixels, 64) // 4,), torch.nan)
+    triton_loops.finish(result, torch.zeros(64), None, 1.0, out, parts)
+    assert_moments(triton_loops.combine(parts, pixels, 64), out)
+
+
+@given(shape=maps, dtype=dtypes, seed=st.integers(0, 99))
+@settings(max_examples=12)
+def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) -> None:
+    n, width, channels = shape
+    bias, out = draw(seed, dtype, channels), torch.full((2 * n, 2 * width, channels), torch.nan, dtype=dtype)
+    expected = torch.empty(n, 2, width, 2, channels, dtype=torch.float64)
+    pixels = 2 * n * width
+    parts = torch.full((triton_loops.parts_bytes(pixels, channels, 2) // 4,), torch.nan)
+    for phase in range(2):
+        result = draw(seed + 1 + phase, dtype, n, width + 1, 2 * channels)
+        triton_loops.interleave(result, bias, phase, out, parts)
+        expected[:, phase, :, 0] = result[:, :width, :channels].double() + bias.double()
+        expected[:, phase, :, 1] = result[:, 1:, channels:].double() + bias.double()
+    assert units(out, expected.view(out.shape)) <= CUDA_PASS.bound
+    assert_moments(triton_loops.combine(parts, pixels, channels, 2), out)
+
+
+@given(
+    blocks=st.integers(1, 40),
+    width=st.integers(1, 9),
+    groups=st.sampled_from([1, 2, 5]),
+    each=st.integers(1, 50),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15)
+def test_affine(blocks: int, width: int, groups: int, each: int, data: st.DataObject, seed: int) -> None:
+    """As `Moments.affine`, which the exact engine's own tests hold to diffusers."""
+    channels, last = groups * width, data.draw(st.integers(1, each))
+    means, m2s = draw(seed, torch.float64, 2, blocks, channels, shift=3.0).abs()
+    module = torch.nn.GroupNorm(groups, channels)
+    torch.nn.init.normal_(module.weight)
+    torch.nn.init.normal_(module.bias)
+    moments = Moments()
+    for n, mean, m2 in zip([each] * (blocks - 1) + [last], means, m2s, strict=True):
+        moments.add(Partial(n, mean, m2))
+    norm = Norm("", channels, groups, 1e-6, True, module)
+    expected = moments.affine(norm, torch.float64, FiniteChecks(CPU))
+    found = CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+    assert units(found.scale, expected.scale) <= 1
+    assert units(found.shift, expected.shift) <= 1
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_affine_of_statistics_that_are_not_finite(value: float) -> None:
+    moments, norm = Moments(), Norm("its name", 8, 2, 1e-6, True, torch.nn.GroupNorm(2, 8))
+    m2 = torch.ones(8, dtype=torch.float64)
+    m2[5] = value
+    moments.add(Partial(10, torch.ones(8), m2))
+    with pytest.raises(NonFiniteMap, match="its name"):
+        CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+
+
+@given(
+    queries=st.integers(1, 20),
+    tokens=st.integers(1, 40),
+    dim=st.sampled_from([8, 24, 40]),
+    dtype=dtypes,
+    spread=st.sampled_from([1.0, 8.0]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20)
+def test_attention(queries: int, tokens: int, dim: int, dtype: torch.dtype, spread: float, seed: int) -> None:
+    """``spread``: also weights so unequal that the running maximum and the rescaling matter."""
+    q, kv = (spread * draw(seed, torch.float32, queries, dim)).to(dtype), draw(seed + 1, dtype, tokens, dim)
+    out = torch.full_like(q, torch.nan)
+    triton_attention.attention(q, kv, dim**-0.5, out, (16, 16, 4, 1))
+    expected = (q.double() @ kv.double().T * dim**-0.5).softmax(1) @ kv.double()
+    assert units(out, expected) <= CUDA_ATTENTION[str(dtype)[6:]].bound
+
+
+@pytest.mark.parametrize("cut", triton_attention.CUTS[2])
+def test_every_way_to_cut_attention(cut: tuple[int, int, int, int]) -> None:
+    cuda_checks._check_attention(CPU, 40, cut)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_whole_decode(dtype: torch.dtype) -> None:
+    """Channels of whole vectors and not; a shortcut; attention; the last rows of a map in a smaller block."""
+    shape = Shape(widths=(16, 20), groups=4, post_quant=True, height=5, width=3, batch=2)
+    vae, raw = shape.vae(dtype), shape.latents(dtype)
+    free = engine(vae)
+    image, truth = free.decode(raw), true_decode(vae, raw)
+    with torch.no_grad():
+        theirs = rms(vae.decode(raw).sample.double() - truth)
+    allowed = 1.5 * (2 if dtype == torch.bfloat16 else 1) * ENGINE_ERROR_RATIO[str(dtype)[6:]].bound
+    assert rms(image.double() - truth) <= allowed * theirs
+    tight = engine(vae, memory_limit=free.smallest_limit(5, 3))
+    assert tight.plan(5, 3).kernels == "cuda"
+    if dtype == torch.float32:
+        assert set(tight.plan(5, 3).rungs) != set(free.plan(5, 3).rungs)
+    assert torch.equal(tight.decode(raw[1:])[0], image[1]), "the same bits for any limit and batch"
+
+
+def test_a_float64_decode_is_left_to_pytorch() -> None:
+    shape = Shape(widths=(8, 8), groups=4, height=2, width=2)
+    vae, raw = shape.vae(torch.float64), shape.latents(torch.float64)
+    truth = true_decode(vae, raw)
+    assert rms(engine(vae).decode(raw) - truth) <= 1e-12 * rms(truth)
+
+
+def test_nan_in_the_weights_is_an_error() -> None:
+    shape = Shape(widths=(16, 16), height=2, width=2)
+    vae = shape.vae()
+    with torch.no_grad():
+        vae.decoder.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteOutputError, match="mid_block.resnets.0.norm2"):
+        engine(vae).decode(shape.latents())
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not tried the kernels yet."""
+    monkeypatch.setattr(cuda_checks, "_passes", {})
+    monkeypatch.setattr(cuda_checks, "_cuts", {})
+    monkeypatch.setattr(cuda_checks, "_DTYPES", (torch.float32,))
+
+
+def _fails(*_: object, **__: object) -> None:
+    raise RuntimeError("PTX was not understood\nand more")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("broken", ["affine", "prologue", "finish", "interleave", "combine"])
+def test_a_pass_that_fails_is_not_used_and_the_plan_says_so(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_loops, broken, _fails)
+    shape = Shape(widths=(16, 16), height=2, width=2)
+    vae, raw = shape.vae(), shape.latents()
+    plan = engine(vae).plan(2, 2)
+    assert plan.kernels_note.startswith("PyTorch's own operations serve")
+    assert "PTX was not understood" in str(plan)
+    truth = true_decode(vae, raw)
+    assert rms(engine(vae).decode(raw) - truth) <= 1e-5 * rms(truth)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("which", ["value", "statistics"])
+def test_a_pass_that_is_wrong_is_not_used(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = triton_loops.finish
+
+    def wrong(*given: torch.Tensor) -> None:
+        right(*given)  # type: ignore[arg-type]
+        if which == "value":
+            given[4][-1, -1, -1] += 0.01
+        else:
+            given[5][-1] *= 1.01
+
+    monkeypatch.setattr(triton_loops, "finish", wrong)
+    assert not cuda_checks.passes(CPU)
+    assert "is off by" in cuda_checks.note(CPU) or "are off by" in cuda_checks.note(CPU)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_attention_that_fails_is_pytorchs_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "attention", _fails)
+    shape = Shape(widths=(16, 16), height=2, width=2)
+    vae, raw = shape.vae(torch.float16), shape.latents(torch.float16)
+    assert "PyTorch's own attention serves for a head of 16: RuntimeError" in str(engine(vae).plan(2, 2))
+    truth = true_decode(vae, raw)
+    assert rms(engine(vae).decode(raw).double() - truth) <= 0.01 * rms(truth)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_smaller_cut_where_the_largest_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OutOfResources(Exception):
+        """As the language's own, of which the checks know the name."""
+
+    right = triton_attention.attention
+
+    def small_card(*given: object) -> None:
+        if given[4][0] * given[4][1] > 64 * 32:  # type: ignore[index]
+            raise OutOfResources("shared memory")
+        right(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(triton_attention, "attention", small_card)
+    assert cuda_checks.attention_cut(CPU, 24, 2) == triton_attention.CUTS[2][1]
+    assert cuda_checks.note(CPU) == ""

@@ -1,0 +1,194 @@
+"""The CUDA kernels without a GPU: run in the Triton language's interpreter, compiled for cards that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine_models import Shape
+from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.kernels import cudnn, make_kernels
+from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
+from fluxvae.errors import InvalidOptionError
+from fluxvae.images import _as_bytes, postprocess
+
+HERE = Path(__file__).parent
+
+triton = pytest.importorskip("triton", reason="PyTorch brings the Triton language on Linux only")
+
+
+@pytest.mark.timeout(600)
+def test_in_the_interpreter() -> None:
+    """`cuda_in_interpreter` in a process of its own, which the interpreter's variable cannot leak out of."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "cuda_in_interpreter.py")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert re.search(r"\d\d passed", child.stdout), child.stdout
+    assert "TRITON_INTERPRET" not in os.environ
+
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Of a block, by compute capability: A100, RTX 4090, H100."""
+
+
+@pytest.mark.parametrize(("capability", "cut"), [(90, 0), (90, 1), (80, 1), (89, 2)])
+def test_attention_compiles_for_cards_that_are_not_here(
+    capability: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way to machine code by the compiler's own ptxas; the first cut that fits each card."""
+    from fluxvae.engine.kernels import triton_attention
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    queries, tokens, warps, stages = triton_attention.CUTS[2][cut]
+    signature = {
+        "query": "*bf16",
+        "token": "*bf16",
+        "dst": "*bf16",
+        "queries": "i32",
+        "tokens": "i32",
+        "factor": "fp32",
+    }
+    constants = {"DIM": 512, "QUERIES": queries, "TOKENS": tokens, "BLOCK_D": 512, "WIDE": False}
+    kernel = compiled(
+        triton_attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
+    )
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    if capability == 90:
+        assert "wgmma" in kernel.asm["ptx"], "Hopper's own tensor core instructions"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxvae.engine.kernels import triton_loops
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    floats = dict.fromkeys(["result", "bias", "residual", "dst"], f"*{dtype}")
+    integers = dict.fromkeys(["pixels", "channels", "has_residual"], "i32")
+    signature = floats | {"parts": "*fp32"} | integers | {"factor": "fp32", "width": "i32", "phase": "i32"}
+    for up in (False, True):
+        constants = {"UP": up, "TILES": 8, "TILE": 32, "BLOCK_C": 128}
+        kernel = compiled(triton_loops._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
+        assert "ld.global.v4" in kernel.asm["ptx"]
+    signature = {"src": f"*{dtype}", "dst": f"*{dtype}", "scale": "*fp32", "shift": "*fp32", "pixels": "i32"}
+    constants = {"SILU": True, "TILE": 32, "BLOCK_C": 128}
+    kernel = compiled(triton_loops._prologue, signature | {"channels": "i32"}, constants, (0, 1, 2, 3, 5), 90)
+    assert "ld.global.v4" in kernel.asm["ptx"]
+    numbers = dict.fromkeys(["programs", "phases", "each", "pixels", "channels"], "i32")
+    signature = {"parts": "*fp32", "moments": "*fp64"} | numbers
+    kernel = compiled(triton_loops._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
+    assert "add.f64" in kernel.asm["ptx"] or "add.rn.f64" in kernel.asm["ptx"]
+    pointers = {"means": "*fp64", "m2s": "*fp64", "weight": f"*{dtype}", "bias": f"*{dtype}", "scale": "*fp32"}
+    numbers = {"shift": "*fp32", "blocks": "i32", "each": "i32", "last": "i32", "eps": "fp32", "channels": "i32"}
+    constants = {"WIDTH": 4, "BLOCKS": 32, "BLOCK_C": 4}
+    compiled(triton_loops._affine, pointers | numbers, constants, (0, 1, 2, 3, 4, 5, 10), 90)
+
+
+def compiled(
+    function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[int, ...], capability: int,
+    **options: int,
+) -> Any:  # fmt: skip
+    """``aligned``: arguments that are multiples of 16, as the language finds out for itself when it launches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    known = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants, known)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+# -- which kernels where ---------------------------------------------------------------------------------------------
+
+
+def test_cuda_kernels_on_a_cpu_are_refused() -> None:
+    with pytest.raises(
+        InvalidOptionError, match="kernels: got 'cuda', but those kernels are for an NVIDIA GPU, not cpu"
+    ):
+        make_kernels("cuda", torch.device("cpu"))
+    if not torch.cuda.is_available():
+        with pytest.raises(InvalidOptionError, match="kernels: got 'cuda'"):
+            ExactEngine(Shape().vae(), kernels="cuda")
+
+
+def test_auto_on_a_gpu_is_cuda_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    if not torch.cuda.is_available():
+        kernels = make_kernels("auto", gpu)
+        assert type(kernels) is TorchKernels
+        assert "the CUDA kernels would be faster, but this PyTorch sees no NVIDIA GPU" in kernels.note
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert make_kernels("auto", gpu).name == "cuda"
+    assert make_kernels("torch", gpu).name == "torch"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "the Triton language cannot be imported here" in make_kernels("auto", gpu).note
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["into", "made"])
+def test_cudnn_is_called_as_it_is_declared(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operator takes these arguments, and nothing but the GPU is missing."""
+    monkeypatch.setattr(cudnn, "available", lambda device: True)
+    rows, weight = torch.zeros(5, 6, 4), torch.zeros(8, 3, 3, 4).permute(0, 3, 1, 2)
+    out = torch.zeros(3, 6, 8) if given else None
+    with pytest.raises(NotImplementedError, match="aten::cudnn_convolution.*from the 'CPU' backend"):
+        cudnn.convolve(rows, weight, out)
+    image = cudnn._image(rows)
+    assert image.shape == (1, 4, 5, 6)
+    assert image.stride() == (120, 1, 24, 4), "PyTorch sees channels last"
+
+
+# -- what is not waited for on a GPU ---------------------------------------------------------------------------------
+
+
+def test_on_a_gpu_the_finite_checks_are_read_at_the_end() -> None:
+    checks = FiniteChecks(torch.device("cuda"))  # the values may be anywhere
+    checks.require(torch.ones(3), "first")
+    checks.require(torch.tensor([1.0, torch.nan]), "second")
+    checks.require(torch.tensor([torch.inf]), "third")
+    with pytest.raises(NonFiniteMap, match="second"):
+        checks.settle()
+    checks.settle()  # and are not read twice
+
+
+# -- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bytes_are_rounded_on_the_device_as_diffusers_rounds_them(dtype: torch.dtype) -> None:
+    """Every finite value of half precision; in float32 random ones, every boundary of two bytes and its neighbours."""
+    if dtype == torch.float32:
+        edges = (torch.arange(-3, 515, dtype=torch.float32) / 2 / 255 - 0.5) * 2
+        around = [torch.nextafter(edges, torch.tensor(side)) for side in (-9.0, 9.0)]
+        values = torch.cat([edges, *around, torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))])
+    else:
+        values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+        values = values[torch.isfinite(values)]
+    image = values[: len(values) // 3 * 3].view(3, 1, -1)
+    assert np.array_equal(_as_bytes(image).permute(1, 2, 0).numpy(), postprocess(image[None], "uint8")[0])
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_still_runs(tmp_path: Path) -> None:
+    """Tiny, on the CPU: every section but those that only a GPU has."""
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, str(HERE.parent / "benchmarks" / "gpu.py"), "--dry-run", "--out", str(out)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert child.returncode == 0, child.stdout + child.stderr
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert report == json.loads(out.read_text())
+    assert {row["section"] for row in report["rows"]} == {"card", "floor", "prepare", "decode", "parts"}
+    assert not [row for row in report["rows"] if "failed" in row]
+    assert report["skipped"] == report["wrong"] == []

@@ -1,0 +1,132 @@
+"""What only an NVIDIA GPU can show; skipped without one. `pytest -m gpu` on a machine that has one.
+
+FLUX's widths where they matter (the head of 512, cuDNN's choices), few pixels: the times are benchmarks/gpu.py's.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from engine_models import Shape, rms, true_decode
+from fluxvae.engine.exact import ExactEngine, OutOfMemoryWarning, PrecisionRetryWarning
+from fluxvae.errors import MemoryLimitError, NonFiniteOutputError
+from fluxvae.images import postprocess
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FLUX = Shape(widths=(128, 256, 512, 512), groups=32, layers_per_block=2, latent_channels=16, height=40, width=36)
+LEVELS = 6
+"""Limits tried between the smallest and the unlimited plan's peak."""
+
+
+def on_gpu(shape: Shape, dtype: torch.dtype) -> tuple[AutoencoderKL, torch.Tensor]:
+    vae = torch.nn.Module.to(shape.vae(dtype), "cuda", memory_format=torch.channels_last)
+    return vae, shape.latents(dtype).cuda()
+
+
+def test_every_kernel_is_used() -> None:
+    vae, _ = on_gpu(FLUX, torch.bfloat16)
+    engine = ExactEngine(vae)
+    engine.prepare()
+    plan = engine.plan(40, 36)
+    assert (plan.kernels, plan.kernels_note) == ("cuda", "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernels", ["cuda", "torch"])
+def test_error_is_no_larger_than_that_of_diffusers(dtype: torch.dtype, kernels: str) -> None:
+    """diffusers' own decode without TF32, which ours never uses."""
+    vae, raw = on_gpu(FLUX, dtype)
+    truth = true_decode(vae, raw)
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        theirs = rms(vae.decode(raw).sample.double() - truth)
+    ours = rms(ExactEngine(vae, kernels=kernels).decode(raw).double() - truth)
+    print(f"{dtype} {kernels}: ours {ours:.3e}, diffusers {theirs:.3e}")
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_values", [None, 1 << 20])
+def test_same_bits_for_any_limit_and_batch_and_no_peak_above_it(dtype: torch.dtype, block_values: int | None) -> None:
+    """From keeping everything to spilling to host memory."""
+    vae, one = on_gpu(FLUX, dtype)
+    raw = torch.cat([one, one.flip(2)])
+    free = ExactEngine(vae, block_values=block_values)
+    image = free.decode(raw)
+    low, high = free.smallest_limit(40, 36, 2), free.plan(40, 36, 2).peak_bytes
+    rungs = set()
+    for step in range(LEVELS + 1):
+        tight = ExactEngine(vae, block_values=block_values, memory_limit=low + (high - low) * step // LEVELS)
+        rungs |= {place for rung in tight.plan(40, 36, 2).rungs for place in rung.split("/")}
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        again = tight.decode(raw)
+        assert torch.cuda.max_memory_allocated() - before <= tight.memory_limit
+        assert torch.equal(again, image), tight.plan(40, 36, 2)
+        del again
+    assert torch.equal(free.decode(raw[1:])[0], image[1])
+    if block_values is not None:
+        assert "spill" in rungs
+
+
+def test_the_process_keeps_its_settings() -> None:
+    vae, raw = on_gpu(Shape(), torch.float32)
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    seen = []
+    ExactEngine(vae).decode(raw, progress=lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    assert set(seen) == {before[0]}, "during a decode too: other threads compute with them"
+    after = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
+    assert after == before
+
+
+def test_nan_and_overflow_are_never_a_picture() -> None:
+    vae, raw = on_gpu(Shape(widths=(32, 32)), torch.float16)
+    with torch.no_grad():
+        vae.decoder.up_blocks[0].upsamplers[0].conv.weight.mul_(2e4)
+    truth = true_decode(vae, raw)
+    with pytest.warns(PrecisionRetryWarning):
+        image = ExactEngine(vae).decode(raw)
+    assert rms(image.double() - truth) <= 0.01 * rms(truth)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight[0, 0, 0, 0] = torch.nan
+    with warnings.catch_warnings(), pytest.raises(NonFiniteOutputError):  # noqa: PT012
+        warnings.simplefilter("ignore")
+        ExactEngine(vae).decode(raw)
+
+
+def test_a_full_card_is_a_smaller_plan() -> None:
+    """PyTorch's own cap on this process stands for other processes."""
+    vae, raw = on_gpu(FLUX, torch.bfloat16)
+    engine = ExactEngine(vae, block_values=1 << 20)
+    image, most = engine.decode(raw), engine.plan(40, 36).peak_bytes
+    least = engine.smallest_limit(40, 36)
+    engine.memory_limit = most
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (least + most) // 2) / total)
+        with pytest.warns(OutOfMemoryWarning):
+            assert torch.equal(engine.decode(raw), image)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + least // 8) / total)
+        with warnings.catch_warnings(), pytest.raises(MemoryLimitError, match="memory left"):  # noqa: PT012
+            warnings.simplefilter("ignore")
+            engine.decode(raw)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes_are_those_of_the_same_values_on_a_cpu(dtype: torch.dtype) -> None:
+    image = torch.randn(2, 3, 65, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert np.array_equal(postprocess(image.cuda(), "uint8"), postprocess(image, "uint8"))
