@@ -21,7 +21,7 @@ from fluxvae.engine.plan import block_values as default_block_values
 from fluxvae.engine.planner import Planner
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.storage import Spill, available_memory
-from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -134,9 +134,10 @@ class ExactEngine:
             (B, 3, H, W), the same device and dtype, nominally [-1, 1], not clamped: ``vae.decode(raw).sample``.
 
         Raises:
-            MemoryLimitError: before any work, if the limit is too small for this size. If memory runs out although the
-                limit allows it (on a GPU that others use too), the decode is repeated within three quarters of what
-                was planned, with an `OutOfMemoryWarning`, until no smaller plan is left.
+            MemoryLimitError: before any work, if the limit is too small for this size.
+            UnavailableError: memory ran out although the limit allowed what was planned (on a GPU that others use
+                too), with the smallest plan as well: before that the decode is repeated within three quarters of what
+                was planned, with an `OutOfMemoryWarning` each time.
             NonFiniteOutputError: NaN or Inf in float32. Computed in half precision, the decode is repeated in float32
                 instead, with a `PrecisionRetryWarning`.
             DecodeCancelled: cancel() said so.
@@ -210,12 +211,18 @@ class ExactEngine:
         """A limit for the next attempt: others have taken the memory, or it is in too many pieces."""
         dtype = kernels.compute_dtype(raw.dtype)
         tried = self._plan_of(raw, kernels, spill, limit, source, dtype).peak_bytes
-        planner = self._planner((raw.shape[2], raw.shape[3]), raw.shape[0], dtype, raw.dtype, kernels)
-        smallest = planner.smallest_limit(spill.free())
-        limit, source = max(tried * 3 // 4, smallest if smallest < tried else 0), "memory left"
         self._planners.clear()  # what they know of cuDNN's workspaces was perhaps measured without room for them
         if raw.device.type == "cuda":
             torch.cuda.empty_cache()
+        planner = self._planner((raw.shape[2], raw.shape[3]), raw.shape[0], dtype, raw.dtype, kernels)
+        smallest = planner.smallest_limit(spill.free())
+        if smallest >= tried:
+            raise UnavailableError(
+                f"memory: {raw.device} ran out with the smallest plan for latents {tuple(raw.shape)}, "
+                f"{tried} bytes ({size_in_words(tried)}) above the weights; try again when more is free, or decode a "
+                "smaller size or batch"
+            )
+        limit, source = max(tried * 3 // 4, smallest), "memory left"
         warnings.warn(
             f"decode: {raw.device} ran out of memory with a plan for {size_in_words(tried)}; decoding again within "
             f"{size_in_words(limit)} (name a memory_limit that is there to avoid the first attempt)",
@@ -302,7 +309,7 @@ _RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
 """Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
 matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
 
-_NO_MEMORY = ("out of memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 _KEPT_PLANNERS = 32
 
 

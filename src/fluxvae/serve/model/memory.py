@@ -1,13 +1,9 @@
-"""What the memory plan allows a server: images that share a decode, outputs that fit, and what to do without memory."""
+"""What the memory plan allows a server: images that share a decode, outputs that fit."""
 
 from __future__ import annotations
 
-import gc
-import logging
-import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,13 +13,11 @@ from fluxvae.engine.plan import Plan
 from fluxvae.engine.preview import PreviewEngine
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import MemoryLimitError, UnavailableError
-from fluxvae.serve.model.answering import is_out_of_memory
 from fluxvae.serve.model.outputs import output_bytes
 from fluxvae.serve.model.requests import Job
 
 __all__ = ["MemoryBudget", "decode_jobs"]
 
-_log = logging.getLogger(__name__)
 _PLANS = 256
 
 
@@ -106,22 +100,19 @@ class MemoryBudget:
 
 
 def decode_jobs(decoder: Decoder, jobs: Sequence[Job], cancel: Callable[[], bool]) -> torch.Tensor:
-    """Decode jobs of one key together; out of memory, one job alone is tried again on smaller plans.
-
-    The pixels do not depend on the plan, so a second attempt gives the same image, later.
+    """Decode jobs of one key together.
 
     Returns:
         (rows of all jobs, 3, H, W), about [-1, 1].
 
     Raises:
-        UnavailableError: no plan fits what is free now.
+        UnavailableError: no plan fits what is free now, or memory ran out with the smallest plan as well.
         FluxVAEError: as ``decode_raw``. Whatever else it raises, out of memory included, is passed on.
     """
     first = jobs[0]
     asked = first.parameters
-
-    def attempt() -> torch.Tensor:
-        ids = [job.latent_ids for job in jobs if job.latent_ids is not None]  # of all or of none: they share a key
+    ids = [job.latent_ids for job in jobs if job.latent_ids is not None]  # of all or of none: they share a key
+    try:
         return decoder.decode_raw(
             first.latents if len(jobs) == 1 else torch.cat([job.latents for job in jobs]),
             height=first.height,
@@ -133,55 +124,7 @@ def decode_jobs(decoder: Decoder, jobs: Sequence[Job], cancel: Callable[[], bool
             raw=asked.raw,
             cancel=cancel,
         )
-
-    try:
-        return attempt()
     except MemoryLimitError as error:
         if decoder.memory_limit is not None:
             raise
         raise UnavailableError(f"{error}. Memory may be free again soon: try again") from error
-    except Exception as error:
-        if len(jobs) > 1 or not is_out_of_memory(error) or not isinstance(decoder.engine, ExactEngine):
-            raise  # several are decoded one by one first
-        lack = error
-    _let_go(lack)
-    for limit in _smaller_limits(decoder, first):
-        _log.warning("out of memory: decoding %dx%d again within %d bytes", first.height, first.width, limit)
-        try:
-            with _lowered(decoder.engine, limit):
-                return attempt()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            lack = error
-            _let_go(lack)
-    raise lack
-
-
-def _smaller_limits(decoder: Decoder, job: Job) -> Iterator[int]:
-    """Half of what the failed plan took, then the least that works."""
-    assert isinstance(decoder.engine, ExactEngine)
-    scale = decoder.format.vae_scale_factor
-    least = decoder.engine.smallest_limit(job.height // scale, job.width // scale, job.rows)
-    half = decoder.plan(job.height, job.width, job.rows).peak_bytes // 2
-    if half > least:
-        yield half
-    yield least
-
-
-@contextmanager
-def _lowered(engine: ExactEngine, limit: int) -> Iterator[None]:
-    before = engine.memory_limit
-    engine.memory_limit = limit
-    try:
-        yield
-    finally:
-        engine.memory_limit = before
-
-
-def _let_go(error: BaseException) -> None:
-    """Free what a failed decode had allocated: the frames of its traceback hold it."""
-    traceback.clear_frames(error.__traceback__)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
