@@ -48,7 +48,7 @@ def test_in_float64_it_is_the_same_function(shape: Shape, blocks: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.usefixtures("float16")
+@pytest.mark.usefixtures("half_precision")
 def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
     """Over architectures and sizes; each kind alone may lie a little above by chance of a few hundred values."""
     torch_dtype = getattr(torch, dtype)
@@ -231,21 +231,24 @@ def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() ->
 
 
 @pytest.fixture
-def float16(monkeypatch: pytest.MonkeyPatch) -> None:
+def half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed as such, whatever the processor."""
-    monkeypatch.setattr(torch_kernels, "computes_float16", lambda device: True)
+    monkeypatch.setattr(torch_kernels, "computes_directly", lambda dtype, device: True)
 
 
-def test_a_cpu_without_float16_arithmetic_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_kernels, "computes_float16", lambda device: False)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_without_arithmetic_for_a_dtype_computes_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_kernels, "computes_directly", lambda asked, device: asked != dtype)
     shape = Shape()
-    vae, raw = shape.vae(torch.float16), shape.latents(torch.float16)
+    vae, raw = shape.vae(dtype), shape.latents(dtype)
     image = direct(vae).decode(raw)
     torch.nn.Module.to(vae, torch.float32)
-    assert torch.equal(image, direct(vae).decode(raw.float()).half())
+    assert torch.equal(image, direct(vae).decode(raw.float()).to(dtype))
 
 
-@pytest.mark.usefixtures("float16")
+@pytest.mark.usefixtures("half_precision")
 def test_overflow_in_half_precision_is_decoded_again_in_float32() -> None:
     shape = Shape(height=3, width=3)
     vae = shape.vae()
@@ -280,7 +283,7 @@ def _overflow(vae: AutoencoderKL, factor: float) -> None:
             module.bias.mul_(factor)
 
 
-@pytest.mark.usefixtures("float16")
+@pytest.mark.usefixtures("half_precision")
 def test_the_float32_retry_keeps_the_limit_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "RUNTIME_BYTES", {2: 0, 4: 0})  # a few MB, which hide so small a network's
     shape = Shape(height=16, width=16)

@@ -222,11 +222,26 @@ def test_a_previews_bits_do_not_depend_on_its_batch_and_its_limit_is_kept() -> N
 
 
 def test_a_preview_takes_no_more_than_its_plan_says() -> None:
-    """TAEF1's own widths; the plan is what a limit is held against."""
-    cases = [{"size": [64, 64]}, {"size": [96, 80]}]
+    """TAEF1's own widths; the plan is what a limit is held against. Small maps are where glibc keeps what was freed."""
+    cases = [{"size": [64, 64]}, {"size": [96, 80]}, {"size": [32, 32]}, {"size": [16, 64]}, {"size": [32, 32]}]
     job = {"preview": True, "vae": {"latent_channels": 16}, "threads": 2, "cases": cases}
     for row in measure(job):
         assert 1 - PREVIEW_PEAK.bound <= row["measured"] / row["predicted"] <= 1, row
+
+
+def test_a_preview_leaves_the_module_as_it_was() -> None:
+    tiny = tiny_vae(16)
+    with pytest.warns(ApproximateWarning):
+        Decoder(tiny).decode_raw(torch.randn(1, 16, 8, 6))
+    assert not any(module._forward_pre_hooks for module in tiny.modules())
+
+
+def test_a_preview_is_refused_in_a_dtype_the_processor_has_no_arithmetic_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxvae.engine.preview.computes_directly", lambda dtype, device: dtype != torch.bfloat16)
+    tiny = tiny_vae(16)
+    torch.nn.Module.to(tiny, torch.bfloat16)
+    with pytest.raises(InvalidOptionError, match="dtype: got bfloat16 for a preview .* load it with dtype='float32'"):
+        Decoder(tiny)
 
 
 @pytest.mark.parametrize(

@@ -79,4 +79,4 @@ CUDA_ATTENTION = {
 
 PEAK_PREDICTION = Tolerance(0.10, 0.09, "how far a measured peak may lie below the predicted one, as a share of it")
 PEAK_PREDICTION_HALF = Tolerance(0.15, 0.12, "the same for direct kernels in half precision, whose runtime varies")
-PREVIEW_PEAK = Tolerance(0.30, 0.23, "the same for previews, whose convolutions are all PyTorch's")
+PREVIEW_PEAK = Tolerance(0.35, 0.30, "the same for previews: 256 pixels, where glibc may keep one map, or not")

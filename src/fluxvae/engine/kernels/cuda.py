@@ -37,7 +37,11 @@ class CudaKernels(TorchKernels):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._onednn, self._float16 = False, True  # as on a GPU, also where the interpreter stands for one
+        self._onednn = False  # as on a GPU, also where the interpreter stands for one
+
+    def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
+        """The weights' own."""
+        return stored
 
     @property
     def note(self) -> str:

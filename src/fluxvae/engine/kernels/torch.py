@@ -22,7 +22,7 @@ from fluxvae.engine.network import Attention, Conv, Norm, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.plan import Call
 
-__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_float16"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_directly"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
@@ -33,11 +33,18 @@ ROUNDING_BYTES = 4 << 20
 """PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
 workspace, a spilled map's rows on their way."""
 
+_ONEDNN_HAS = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
 
-def computes_float16(device: torch.device) -> bool:
-    """Whether PyTorch convolves float16 there directly: everywhere but on CPUs that oneDNN has no float16 code for."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
-    return device.type != "cpu" or (supported is not None and bool(supported()))
+
+def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch convolves this dtype there in its fast way: all but what oneDNN has no code for on this CPU.
+
+    float16 needs AVX512-FP16 or AMX, bfloat16 AVX-512. Without, a convolution takes over a hundred times as long.
+    """
+    if device.type != "cpu" or dtype not in _ONEDNN_HAS:
+        return True
+    supported = getattr(torch.ops.mkldnn, _ONEDNN_HAS[dtype], None)
+    return supported is not None and bool(supported())
 
 
 class TorchKernels:
@@ -53,7 +60,6 @@ class TorchKernels:
         self._note = instead
         self._onednn = device.type == "cpu" and torch._C._has_mkldnn
         self._device = device
-        self._float16 = computes_float16(device)
         self.channels_last = False
 
     @property
@@ -134,11 +140,11 @@ class TorchKernels:
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The weights' own; float32 for float16 where a CPU has no arithmetic for it.
+        """The weights' own; float32 for half precision where a CPU has no arithmetic for it.
 
         PyTorch's convolution would unfold every block then, ninefold, and take a hundred times as long.
         """
-        return stored if stored != torch.float16 or self._float16 else torch.float32
+        return stored if computes_directly(stored, self._device) else torch.float32
 
     def prepare(self) -> float:
         """Nothing to compile."""
