@@ -20,9 +20,9 @@ from engine_models import Shape, one_thread
 from engine_peaks import measure
 from fluxvae.engine import exact, heap, storage
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.plan import Geometry, Plan, parse_memory_limit
+from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
-from fluxvae.tolerances import PEAK_PREDICTION, PEAK_PREDICTION_HALF
+from fluxvae.tolerances import PEAK_PREDICTION
 from leftovers import nothing_left_behind
 
 __all__ = ["one_thread"]  # a fixture, found by its name
@@ -51,10 +51,12 @@ FLUX = WIDE | {
 }
 
 
-def assert_predicted(rows: list[dict[str, float]], bound: float = PEAK_PREDICTION.bound) -> None:
+def assert_predicted(rows: list[dict[str, float]], itemsize: int = 4) -> None:
+    """Never more than planned; nor much less, but for the allowance that the runtime may not need."""
     for row in rows:
-        ratio = row["measured"] / row["predicted"]
-        assert 1 - bound <= ratio <= 1, row
+        print({**row, "ratio": round(row["measured"] / row["predicted"], 3)})
+        assert row["measured"] <= row["predicted"], row
+        assert row["measured"] + RUNTIME_BYTES[itemsize] >= (1 - PEAK_PREDICTION.bound) * row["predicted"], row
         if row["limit"] is not None:
             assert row["measured"] <= row["limit"], row
 
@@ -85,7 +87,7 @@ def test_measured_peak_over_random_cases_of_the_full_architecture(kernels: str, 
         for _ in range(10)
     ]
     rows = measure({"vae": FLUX, "kernels": kernels, "dtype": dtype, "cases": cases})
-    assert_predicted(rows, (PEAK_PREDICTION_HALF if half else PEAK_PREDICTION).bound)
+    assert_predicted(rows, 2 if half else 4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (128, 128), (512, 512), (37, 200)])
