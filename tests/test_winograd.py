@@ -20,12 +20,14 @@ from numba.core.compiler import run_frontend
 from numba.core.postproc import PostProcessor
 from safetensors import safe_open
 
+from engine_models import rms
 from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoint import ASSETS
 from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import (
     cpu_threads,
+    few_outputs,
     make_kernels,
     row_tasks,
     vector_code,
@@ -41,7 +43,14 @@ from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.oracle import level_difference
-from fluxvae.tolerances import WINOGRAD_CHANGED, WINOGRAD_CONV, WINOGRAD_LEVELS, WINOGRAD_SILU, WINOGRAD_STATISTICS
+from fluxvae.tolerances import (
+    WINOGRAD_CHANGED,
+    WINOGRAD_CONV,
+    WINOGRAD_LAST,
+    WINOGRAD_LEVELS,
+    WINOGRAD_SILU,
+    WINOGRAD_STATISTICS,
+)
 from models import random_vae
 
 CPU = torch.device("cpu")
@@ -187,7 +196,66 @@ def test_linear(rows: int, cin: int, cout: int) -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize(("cin", "cout"), [(4, 32), (32, 3), (20, 20)])
+LAST = conv_layer(48, 3)
+
+
+def run_last(padded: torch.Tensor, conv: Conv = LAST) -> torch.Tensor:
+    out = torch.full((padded.shape[0] - 2, padded.shape[1], conv.cout), torch.nan)
+    none = KERNELS.conv3x3(
+        padded, load(conv, "conv3"), None, (True, True), out, None, 1.0, False, workspace(conv, "conv3", *out.shape[:2])
+    )
+    assert none is None
+    return out
+
+
+@given(
+    rows=st.integers(1, 9), width=st.integers(1, 30), cin=st.integers(1, 9).map(lambda n: n * 16),
+    seed=st.integers(0, 2**20),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_the_last_layer(rows: int, width: int, cin: int, seed: int) -> None:
+    conv = conv_layer(cin, 3, seed)
+    source = torch.randn(rows, width, cin)
+    out = run_last(pad(source), conv)
+    expected = direct(conv, source)
+    assert (out - expected).abs().max() <= WINOGRAD_LAST.bound
+    with_pytorch = F.conv2d(source.permute(2, 0, 1)[None], conv.module.weight, conv.module.bias, padding=1)
+    assert rms(out - expected) <= rms(with_pytorch[0].permute(1, 2, 0) - expected) + 1e-9
+
+
+def test_the_last_layer_alone_is_computed_so() -> None:
+    """What `few_outputs` cannot do goes to PyTorch, and what no last layer has is refused."""
+    for cin, cout in ((24, 3), (48, 4)):
+        conv = conv_layer(cin, cout)
+        source = torch.randn(4, 9, cin)
+        assert (run_last(pad(source), conv) - direct(conv, source)).abs().max() <= WINOGRAD_LAST.bound
+        assert isinstance(load(conv, "conv3"), tuple)
+        assert not hasattr(load(conv, "conv3"), "laid")
+    assert hasattr(load(LAST, "conv3"), "laid")
+    with pytest.raises(RuntimeError, match="which no last layer has"):
+        run_conv(LAST, pad(torch.randn(4, 9, 48)))
+
+
+def test_the_last_layers_bits_depend_on_no_thread_and_no_cut() -> None:
+    padded = pad(torch.randn(13, 29, 48))
+    torch.set_num_threads(1)
+    whole = run_last(padded)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        assert torch.equal(run_last(padded), whole)
+    for start, stop in ((0, 1), (1, 6), (6, 13)):
+        assert torch.equal(run_last(padded[start : stop + 2].contiguous()), whole[start:stop])
+
+
+def test_what_is_not_finite_shows_in_the_last_layer() -> None:
+    padded = pad(torch.randn(5, 20, 48))
+    padded[3, 7, 11] = torch.nan
+    out = run_last(padded)
+    assert not torch.isfinite(out[1:4, 6:9]).any()
+    assert torch.isfinite(out[:, 9:]).all()
+
+
+@pytest.mark.parametrize(("cin", "cout"), [(4, 32), (32, 4), (20, 20)])
 def test_other_widths_are_computed_directly(cin: int, cout: int) -> None:
     conv = conv_layer(cin, cout)
     x = torch.randn(8, 9, cin)
@@ -392,7 +460,7 @@ def test_numbas_cache_knows_the_vector_code() -> None:
     digest = hashlib.sha256()
     for module in (vector_code, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
-    for module in (winograd_tasks, row_tasks):
+    for module in (winograd_tasks, row_tasks, few_outputs):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
             f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
         )
@@ -427,7 +495,7 @@ def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
 
     assert addresses_taken(careless) == {"scratch": False}, "it would notice"
     held = {}
-    for module in (winograd_tasks, row_tasks):
+    for module in (winograd_tasks, row_tasks, few_outputs):
         for name, function in vars(module).items():
             if hasattr(function, "py_func"):
                 held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}

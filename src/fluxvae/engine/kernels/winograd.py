@@ -1,7 +1,8 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
 
 `winograd_loops` has the inner loops, `winograd_tasks` the order of work, `cpu_threads` the threads. What is not a
-float32 3x3 convolution of whole vectors of channels (the last layer's three, float64) goes to the direct kernels.
+float32 3x3 convolution of whole vectors of channels (float64, odd widths) goes to the direct kernels; `few_outputs` has
+the last layer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.few_outputs import OUTPUTS, FewJob, few_outputs_rows, few_outputs_weights
 from fluxvae.engine.kernels.row_tasks import AFFINE, COPY, SILU, LinearJob, RowsJob, affine_rows, linear_rows
 from fluxvae.engine.kernels.torch import TorchKernels
 from fluxvae.engine.kernels.torch import _moments as moments
@@ -69,6 +71,15 @@ class LinearWeights(NamedTuple):
     cout: int
 
 
+class FewWeights(NamedTuple):
+    """The last layer's, ready for `few_outputs`."""
+
+    laid: torch.Tensor
+    bias: torch.Tensor
+    """(OUTPUTS,) float32."""
+    cin: int
+
+
 class WinogradKernels(TorchKernels):
     """Winograd where it applies, PyTorch elsewhere."""
 
@@ -88,12 +99,16 @@ class WinogradKernels(TorchKernels):
         """Arena bytes of the transformed weights."""
         if call.kind in ("linear", "attend") and _vectors(call.cin, call.cout, call.itemsize):
             return (4 if call.kind == "attend" else 1) * _panel_bytes(call.cin, call.cout)
+        if _few(call.kind, call.cin, call.cout, call.itemsize):
+            return 9 * call.cin * OUTPUTS * 4
         if not _applies(call):
             return super().loaded(call)
         return transformed_bytes(call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
         """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        if _few(call.kind, call.cin, call.cout, call.itemsize):
+            return 9 * call.cin * OUTPUTS * 4 * call.cast
         if not _applies(call):
             return super().overhead(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -102,6 +117,8 @@ class WinogradKernels(TorchKernels):
 
     def workspace(self, call: Call) -> int:
         """Arena bytes: every thread's transformed tiles and products."""
+        if _few(call.kind, call.cin, call.cout, call.itemsize):
+            return 0
         if not _applies(call):
             return super().workspace(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -127,6 +144,7 @@ class WinogradKernels(TorchKernels):
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
+        few_outputs_rows(FewJob(*[1] * len(FewJob._fields)), done)
         _prepared = True
         seconds = time.perf_counter() - start
         if seconds > 1:
@@ -142,6 +160,10 @@ class WinogradKernels(TorchKernels):
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
         if kind == "linear" and _vectors(conv.cin, conv.cout, dtype.itemsize):
             return _linear_weights(*parameters(conv.module), into)
+        if _few(kind, conv.cin, conv.cout, dtype.itemsize):
+            weight, bias = parameters(conv.module)
+            laid = few_outputs_weights(weight.float(), into)
+            return FewWeights(laid, torch.zeros(conv.cout) if bias is None else bias.float(), conv.cin)
         planned = into.numel() >= transformed_bytes(conv.cin, conv.cout)
         if kind not in ("conv3", "up") or not planned or not _vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
@@ -188,7 +210,12 @@ class WinogradKernels(TorchKernels):
         statistics: bool,
         work: torch.Tensor,
     ) -> Partial | None:
-        """F(6, 3)."""
+        """F(6, 3); the last layer directly."""
+        if isinstance(weights, FewWeights):
+            if residual is not None or scale != 1.0 or statistics:
+                raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
+            _few_outputs(padded, weights, out)
+            return None
         if not isinstance(weights, Weights):
             with cpu_threads.pytorchs():
                 return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
@@ -263,6 +290,19 @@ def _applies(call: Call) -> bool:
     """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
     worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
     return call.kind in ("conv3", "up") and worthwhile and _vectors(call.cin, call.cout, call.itemsize)
+
+
+def _few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
+    """Whether this is a last layer that `few_outputs` computes."""
+    return kind == "conv3" and cout == OUTPUTS and cin % LANES == 0 and itemsize == 4
+
+
+def _few_outputs(padded: torch.Tensor, weights: FewWeights, out: torch.Tensor) -> None:
+    job = FewJob(
+        src=padded.data_ptr(), dst=out.data_ptr(), weights=weights.laid.data_ptr(), bias=weights.bias.data_ptr(),
+        rows=padded.shape[0] - 2, width=padded.shape[1], cin=weights.cin,
+    )  # fmt: skip
+    _share(few_outputs_rows, job, job.rows)
 
 
 def _vectors(cin: int, cout: int, itemsize: int) -> bool:

@@ -1,0 +1,135 @@
+"""The decoder's last layer: a 3x3 convolution from many channels to three, float32, channels last.
+
+Three outputs fill neither a panel of the Winograd kernels nor a vector of a direct convolution, so here the vectors lie
+along the input channels: each output is a vector of partial sums over the nine taps, added up at the end. It reads the
+map where it lies; PyTorch's copies it to channels first and leaves most of every vector empty.
+
+Compiled by Numba, without the GIL. Addresses and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from fluxvae.engine.kernels.vector_code import (
+    F32,
+    I32,
+    LANES,
+    REGISTERS,
+    VECTOR,
+    VECTOR_BYTES,
+    Code,
+    compiled,
+    fetch_add,
+    vector_function,
+)
+
+__all__ = ["OUTPUTS", "FewJob", "few_outputs_rows", "few_outputs_weights"]
+
+VECTOR_CODE = "6de1798d594d9772"
+"""As in `winograd_tasks`."""
+OUTPUTS = 3
+PIXELS = 6 if REGISTERS == 32 else 3
+"""Computed at once: 18 (9) accumulators, which the same weights serve."""
+
+
+def _pixels(count: int) -> Any:
+    """``f(src, row, pixel, weights, row_weights, vectors, bias, dst)``: ``count`` neighbours, three outputs each.
+
+    Of each of three rows, ``row`` bytes apart, ``vectors`` vectors are read from ``src`` on: the channels of the taps'
+    pixels, which lie side by side. The next output reads ``pixel`` bytes further. ``weights``: for every vector one for
+    each output, from the first tap that is read; ``row_weights`` bytes to those of the next row.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, row: ir.Value, pixel: ir.Value, weights: ir.Value, row_weights: ir.Value,
+        vectors: ir.Value, bias: ir.Value, dst: ir.Value,
+    ) -> None:  # fmt: skip
+        sums = x.locals(count * OUTPUTS)
+        for slot in sums:
+            x.b.store(x.const(0.0), slot)
+        starts = [x.b.mul(pixel, x.i(p)) for p in range(count)]
+
+        def taps(index: ir.Value) -> None:
+            top, kernel = x.at(src, x.b.mul(index, row)), x.at(weights, x.b.mul(index, row_weights))
+
+            def channels(vector: ir.Value) -> None:
+                left = x.at(top, x.b.mul(vector, x.i(VECTOR_BYTES)))
+                own = x.at(kernel, x.b.mul(vector, x.i(OUTPUTS * VECTOR_BYTES)))
+                factors = [x.load(x.at(own, o * VECTOR_BYTES)) for o in range(OUTPUTS)]
+                for p, start in enumerate(starts):
+                    value = x.load(x.at(left, start))
+                    for o, factor in enumerate(factors):
+                        slot = sums[OUTPUTS * p + o]
+                        x.b.store(x.fma(value, factor, x.b.load(slot)), slot)
+
+            x.loop(vectors, channels)
+
+        x.loop(x.i(3), taps)
+        for k, slot in enumerate(sums):
+            total = x.b.fadd(_added(x, x.b.load(slot)), x.load(x.at(bias, k % OUTPUTS * 4), F32))
+            x.store(total, x.at(dst, k * 4))
+
+    return vector_function(f"fluxvae_few_outputs_{count}", 8, emit)
+
+
+def _added(x: Code, vector: ir.Value) -> ir.Value:
+    """The sum of a vector's lanes, by halves."""
+    half = LANES
+    while half > 1:
+        half //= 2
+        order = [min(lane + half, LANES - 1) for lane in range(LANES)]
+        shuffled = x.b.shuffle_vector(
+            vector, ir.Constant(VECTOR, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), order)
+        )
+        vector = x.b.fadd(vector, shuffled)
+    return x.b.extract_element(vector, ir.Constant(I32, 0))
+
+
+_several, _one = _pixels(PIXELS), _pixels(1)
+
+
+class FewJob(NamedTuple):
+    """One call: padded rows (rows + 2, width, cin) to (rows, width, OUTPUTS); beyond the columns, zeros."""
+
+    src: int
+    dst: int
+    weights: int
+    """(3, 3, cin / LANES, OUTPUTS, LANES) float32."""
+    bias: int
+    rows: int
+    width: int
+    cin: int
+
+
+@compiled
+def few_outputs_rows(job: FewJob, counter: Any) -> None:
+    """Take rows until none is left."""
+    pixel = job.cin * 4
+    row, blocks, tap = job.width * pixel, job.cin // LANES, pixel * OUTPUTS
+    while True:
+        y = fetch_add(counter.ctypes.data)
+        if y >= job.rows:
+            return
+        src, dst = job.src + y * row, job.dst + y * job.width * OUTPUTS * 4
+        x = 0
+        while x < job.width:
+            first, last = max(x - 1, 0), min(x + 1, job.width - 1)
+            at, weights = src + first * pixel, job.weights + (first - x + 1) * tap
+            if first == x - 1 and x + PIXELS < job.width:
+                _several(at, row, pixel, weights, 3 * tap, 3 * blocks, job.bias, dst + x * OUTPUTS * 4)
+                x += PIXELS
+            else:
+                _one(at, row, pixel, weights, 3 * tap, (last - first + 1) * blocks, job.bias, dst + x * OUTPUTS * 4)
+                x += 1
+
+
+def few_outputs_weights(weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """(OUTPUTS, cin, 3, 3) as `FewJob.weights` has them; ``into``: flat uint8 of as many bytes or more."""
+    cin = weight.shape[1]
+    laid = into[: weight.numel() * 4].view(torch.float32).view(3, 3, cin // LANES, OUTPUTS, LANES)
+    laid.copy_(weight.view(OUTPUTS, cin // LANES, LANES, 3, 3).permute(3, 4, 1, 0, 2))
+    return laid
