@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
-from engine_models import one_thread, rms, true_decode
+from engine_models import error_ratio, one_thread, rms, true_decode
 from engine_peaks import measure
 from family_models import SMALL_DECODER, flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install
@@ -20,7 +20,7 @@ from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import vector_code
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.oracle import level_difference
-from fluxvae.tolerances import ENGINE_ERROR_RATIO, PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
+from fluxvae.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["one_thread"]  # a fixture, found by its name
@@ -69,7 +69,7 @@ def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
             ours = ExactEngine(vae, kernels="torch", block_values=20_000).decode(raw)
             ours_squared += (rms(ours.double() - truth) / rms(truth)) ** 2
     ratio = (ours_squared / theirs_squared) ** 0.5
-    assert ratio <= ENGINE_ERROR_RATIO[dtype].bound, ratio
+    assert ratio <= error_ratio(dtype), ratio
 
 
 @every_model

@@ -57,6 +57,7 @@ ENGINE_FLOAT64_ERROR = Tolerance(1e-11, 4e-14, "largest float64 difference to di
 
 ENGINE_ERROR_RATIO = {
     "float32": Tolerance(1.0, 0.943, "rms error against float64 with direct kernels, divided by diffusers' own"),
+    "float32 in small maps without AVX-512": Tolerance(1.4, 1.19, "there PyTorch convolves them by matrix products"),
     "bfloat16": Tolerance(1.0, 0.909, "the same in bfloat16"),
     "float16": Tolerance(1.05, 0.95, "the same in float16, over few pixels"),
 }

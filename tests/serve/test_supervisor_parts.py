@@ -444,7 +444,7 @@ def test_the_guardian_takes_away_what_is_left(tmp_path: Path) -> None:
     )
     try:
         wait_for(lambda: len(guardian._marked(f"{guardian.RUN_VARIABLE}={tag}".encode())) == 3, "three processes")
-        wait_for(lambda: ignores(watching.pid, signal.SIGHUP), "a guardian that has started")
+        wait_for(lambda: ignores(watching.pid, signal.SIGTERM), "a guardian that has started")
         watching.send_signal(signal.SIGTERM)
         watching.send_signal(signal.SIGINT)
         assert watching.poll() is None
