@@ -20,7 +20,7 @@ from fluxvae.engine.plan import Geometry, Plan, size_in_words
 from fluxvae.engine.plan import block_values as default_block_values
 from fluxvae.engine.planner import Planner
 from fluxvae.engine.runner import Runner
-from fluxvae.engine.storage import Spill, available_memory
+from fluxvae.engine.storage import Spill, available_memory, is_out_of_memory
 from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -150,8 +150,8 @@ class ExactEngine:
             while True:
                 try:
                     return self._decode(raw, kernels, spill, limit, source, clock)
-                except RuntimeError as error:
-                    if not _out_of_memory(error):
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
                         raise
                 # Outside of the handler: the error's traceback holds the maps whose room the next attempt needs.
                 limit, source = self._less(raw, kernels, spill, limit, source)
@@ -309,12 +309,7 @@ _RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
 """Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
 matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
 
-_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 _KEPT_PLANNERS = 32
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 
 def _checked(image: torch.Tensor, computed: torch.dtype) -> torch.Tensor:

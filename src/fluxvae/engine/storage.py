@@ -22,7 +22,7 @@ from fluxvae.engine.host_map import HostMap, SideStream, pinned_cache
 from fluxvae.engine.plan import ALIGN, aligned
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 
-__all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory"]
+__all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory", "is_out_of_memory"]
 
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
@@ -187,6 +187,16 @@ class Arena:
         if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:
             raise AssertionError(f"scratch of {self._cursor - self._maps[0]} bytes does not fit: the plan was wrong")
         return self._flat[start : start + nbytes].view(dtype).view(shape)
+
+
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no memory left; PyTorch's CPU allocator and cuDNN have no class for it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def available_memory(device: torch.device) -> int:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from fluxvae.engine.storage import is_out_of_memory
 from fluxvae.errors import DecodeCancelled, status_of
 from fluxvae.serve.model.requests import Job
 
-__all__ = ["Decode", "answer", "code_of", "group", "is_out_of_memory"]
+__all__ = ["Decode", "answer", "code_of", "group"]
 
 Decode = Callable[[Sequence[Job], Callable[[], bool]], torch.Tensor]
 """Jobs of one group, and ``cancel``, to (rows of all jobs, 3, H, W) in about [-1, 1]."""
@@ -95,11 +96,6 @@ def _answer_group(
         del outcome  # its traceback holds what the failed decode had allocated
         for job in jobs:
             _answer_group(decode, [job], deliver, cancelled)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the machine or the GPU had no memory left; PyTorch's CPU allocator has no class of its own for it."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def code_of(error: BaseException) -> str:

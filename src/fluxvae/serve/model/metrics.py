@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from fluxvae.engine.plan import Plan
+from fluxvae.engine.storage import is_out_of_memory
 from fluxvae.errors import FluxVAEError
-from fluxvae.serve.model.answering import is_out_of_memory
 
 __all__ = ["Metrics", "kind_of", "rung_of"]
 
