@@ -14,9 +14,6 @@ from fluxvae.engine.storage import Arena, MemoryMap, Spill, Store
 
 __all__ = ["Maps"]
 
-TRIM_EVERY = 4
-"""Blocks in half precision: the pages that a trim gives back have to be faulted in again."""
-
 
 class Maps:
     """Hands out what the plan has room for; holds the arena and the spilled maps until `close`."""
@@ -28,8 +25,6 @@ class Maps:
         self._open: list[Store] = []
         # Small decodes have nothing worth returning, and less time to do it in.
         self._trims = device.type == "cpu" and plan.peak_bytes > 32 << 20
-        self._creeps = self._trims and dtype.itemsize == 2
-        self._blocks = 0
 
     def begin(self) -> None:
         """A fresh arena for an image: what its last sweeps touched is not there during the first of the next."""
@@ -67,12 +62,6 @@ class Maps:
         """All scratch is free again."""
         self._arena.new_sweep()
         self._trim()
-
-    def block_done(self) -> None:
-        """In half precision oneDNN keeps small things of its own among the blocks, which creep through the heap."""
-        self._blocks += 1
-        if self._creeps and self._blocks % TRIM_EVERY == 0:
-            self._trim()
 
     def _trim(self) -> None:
         if self._trims:

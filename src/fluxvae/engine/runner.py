@@ -73,10 +73,6 @@ class Runner:
         self._store = None  # a view of the arena, which would outlive it into the next image
         self._checks.settle()
 
-    def _block_done(self) -> None:
-        self._maps.block_done()
-        self._tick()
-
     # -- what a sweep is made of -------------------------------------------------------------------------------
 
     def _call(self, conv: Conv, kind: str, size: tuple[int, int]) -> Call:
@@ -146,7 +142,7 @@ class Runner:
             self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._block_done()
+            self._tick()
         if out is None:
             self._pending = layer
         else:
@@ -164,7 +160,7 @@ class Runner:
         for start, stop in self._blocks(call):
             rows = normed.rows[start:stop]
             self._kernels.prologue(store.read(start, stop, rows), affine, False, rows, work)
-            self._block_done()
+            self._tick()
         weights = self._maps.load_attention(layer, call)
         staging = None
         if not isinstance(store, MemoryMap):
@@ -178,7 +174,7 @@ class Runner:
                 self._moments.add(partial)
             if staging is not None:
                 store.write(start, out)
-            self._block_done()
+            self._tick()
         self._maps.drop(normed, 1 - self._side)
 
     def _resnet(self, layer: Resnet, middle: Place, place: Place, statistics: bool) -> None:
@@ -254,7 +250,7 @@ class Runner:
             self._kernels.conv3x3(padded, weights, affine, window.pad_rows, rows, None, 1.0, False, work)
             self._checks.require(rows, f"the output of {network.conv_out.name} holds NaN or Inf")
             image[:, start:stop].copy_(rows.permute(2, 0, 1))
-            self._block_done()
+            self._tick()
 
     # -- sweeps ------------------------------------------------------------------------------------------------
 
@@ -335,7 +331,7 @@ class Runner:
                 self._moments.add(partial)
             if out is not None and block is not None:
                 out.write(start, rows)
-            self._block_done()
+            self._tick()
 
     def _blocks(self, call: Call) -> Iterator[tuple[int, int]]:
         for start in range(0, self._size[0], call.rows):
