@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import strategies as st
 
-from fluxvae.engine.kernels.torch import computes_directly
+from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.tolerances import ENGINE_ERROR_RATIO
 
 

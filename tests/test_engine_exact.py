@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from engine_models import Shape, error_ratio, one_thread, rms, shapes, true_decode
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
-from fluxvae.engine.kernels import torch as torch_kernels
+from fluxvae.engine.kernels import onednn
+from fluxvae.engine.network import Norm
+from fluxvae.engine.norm import MOST_BLOCKS, FiniteChecks, Moments, block_moments
 from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
@@ -243,19 +245,38 @@ def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() ->
 @pytest.fixture
 def half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed as such, whatever the processor."""
-    monkeypatch.setattr(torch_kernels, "computes_directly", lambda dtype, device: True)
+    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cpu_without_arithmetic_for_a_dtype_computes_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_kernels, "computes_directly", lambda asked, device: asked != dtype)
+    monkeypatch.setattr(onednn, "computes_directly", lambda asked, device: asked != dtype)
     shape = Shape()
     vae, raw = shape.vae(dtype), shape.latents(dtype)
     image = direct(vae).decode(raw)
     torch.nn.Module.to(vae, torch.float32)
     assert torch.equal(image, direct(vae).decode(raw.float()).to(dtype))
+
+
+@pytest.mark.parametrize("blocks", [1, 63, 64, 65, 400])
+def test_statistics_of_many_blocks_are_combined_on_the_way(blocks: int) -> None:
+    """They are in no plan: at 4096 pixels they were 10 MB."""
+    values = torch.randn(blocks, 6, 8, generator=torch.Generator().manual_seed(0)) + 3
+    moments = Moments()
+    kept = 0
+    for block in values:
+        moments.add(block_moments(block[None], torch.empty(6 * 8 * 4, dtype=torch.uint8)))
+        kept = max(kept, len(moments.counts))
+    assert kept < MOST_BLOCKS
+    assert sum(moments.counts) == 6 * blocks
+    norm = Norm("its name", 8, 2, 1e-6, True, torch.nn.GroupNorm(2, 8))
+    affine = moments.affine(norm, torch.float64, FiniteChecks(torch.device("cpu")))
+    grouped = values.double().view(-1, 2, 4).transpose(0, 1).reshape(2, -1)
+    scale = (grouped.var(1, correction=0) + 1e-6).rsqrt()
+    assert torch.allclose(affine.scale, scale.repeat_interleave(4), rtol=1e-6, atol=0)
+    assert torch.allclose(affine.shift, -(grouped.mean(1) * scale).repeat_interleave(4), rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("half_precision")

@@ -225,8 +225,10 @@ def test_a_preview_takes_no_more_than_its_plan_says() -> None:
     """TAEF1's own widths; the plan is what a limit is held against. Small maps are where glibc keeps what was freed."""
     cases = [{"size": [64, 64]}, {"size": [96, 80]}, {"size": [32, 32]}, {"size": [16, 64]}, {"size": [32, 32]}]
     job = {"preview": True, "vae": {"latent_channels": 16}, "threads": 2, "cases": cases}
-    for row in measure(job):
-        assert 1 - PREVIEW_PEAK.bound <= row["measured"] / row["predicted"] <= 1, row
+    for case, row in zip(cases, measure(job), strict=True):
+        assert row["measured"] <= row["predicted"], (case, row)
+        if min(case["size"]) >= 64:
+            assert row["measured"] >= (1 - PREVIEW_PEAK.bound) * row["predicted"], (case, row)
 
 
 def test_a_preview_leaves_the_module_as_it_was() -> None:

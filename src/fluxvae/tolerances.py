@@ -80,6 +80,6 @@ CUDA_ATTENTION = {
 }
 
 PEAK_PREDICTION = Tolerance(
-    0.10, 0.05, "how far a peak may lie below the predicted one, as a share of it, the runtime's allowance apart"
+    0.04, 0.022, "how far a peak may lie below the predicted one, as a share of it, the runtime's allowance apart"
 )
-PREVIEW_PEAK = Tolerance(0.35, 0.30, "the same for previews: 256 pixels, where glibc may keep one map, or not")
+PREVIEW_PEAK = Tolerance(0.15, 0.105, "how far a preview's peak may lie below the predicted one, from 512 pixels on")

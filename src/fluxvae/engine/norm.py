@@ -2,7 +2,8 @@
 
 Every block of rows gives, per channel, its count, its mean and its sum of squared deviations from that mean. The
 blocks are combined in float64 in block order (Chan, Golub and LeVeque 1979), so the result depends on how the image
-is cut into blocks (a function of layer and image size alone) and on nothing else.
+is cut into blocks (a function of layer and image size alone) and on nothing else. On a CPU 64 are combined into one as
+soon as they are there: a map of 4096 pixels has thousands, whose statistics would be megabytes outside of every plan.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 
 from fluxvae.engine.network import Norm, parameters
 
-__all__ = ["Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial"]
+__all__ = ["MOST_BLOCKS", "Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial", "block_moments"]
+
+MOST_BLOCKS = 64
+"""Whose statistics are kept apart, on a CPU. On a GPU all are: there combining is one launch at the end of a map."""
 
 
 class NonFiniteMap(ArithmeticError):
@@ -71,7 +75,7 @@ class Partial:
 
 
 class Moments:
-    """The statistics of one map while its blocks come in; 16 bytes per block and channel."""
+    """The statistics of one map while its blocks come in; 16 bytes per channel for each that is kept apart."""
 
     def __init__(self) -> None:
         self._counts: list[int] = []
@@ -81,8 +85,12 @@ class Moments:
     def add(self, partial: Partial) -> None:
         """Take the next block's; blocks come in order."""
         self._counts.append(partial.count)
-        self._means.append(partial.mean.to(torch.float64))
-        self._m2s.append(partial.m2.to(torch.float64))
+        # Copies: a view would keep what else it is a view of.
+        self._means.append(partial.mean.to(torch.float64, copy=True))
+        self._m2s.append(partial.m2.to(torch.float64, copy=True))
+        if len(self._counts) == MOST_BLOCKS and partial.mean.device.type == "cpu":
+            total, mean, m2 = self._combined()
+            self._counts, self._means, self._m2s = [total], [mean], [m2]
 
     @property
     def counts(self) -> list[int]:
@@ -93,12 +101,16 @@ class Moments:
         """(blocks, C) float64 each: the means, and the squared deviations from them."""
         return torch.stack(self._means), torch.stack(self._m2s)
 
-    def affine(self, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """Close the map: the affine that ``norm`` amounts to, in ``dtype``; ``checks`` is told if it is not finite."""
+    def _combined(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Count, mean and squared deviations of all blocks together."""
         means, m2s = self.stacked()
         counts, total = self._weights(means.device), sum(self._counts)
         mean = (means * counts).sum(0) / total
-        m2 = m2s.sum(0) + ((means - mean).square() * counts).sum(0)
+        return total, mean, m2s.sum(0) + ((means - mean).square() * counts).sum(0)
+
+    def affine(self, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
+        """Close the map: the affine that ``norm`` amounts to, in ``dtype``; ``checks`` is told if it is not finite."""
+        total, mean, m2 = self._combined()
         grouped, grouped_m2 = mean.view(norm.groups, -1), m2.view(norm.groups, -1)
         centre = grouped.mean(1, keepdim=True)
         variance = (grouped_m2.sum(1, keepdim=True) / total + (grouped - centre).square().sum(1, keepdim=True)) / (
@@ -122,3 +134,22 @@ class Moments:
         counts = torch.full((len(self._counts), 1), float(first), dtype=torch.float64, device=device)
         counts[-1:].fill_(last)
         return counts
+
+
+def block_moments(block: torch.Tensor, work: torch.Tensor) -> Partial:
+    """A block's (n, W, C), per channel: mean, then the squared deviations from it (two passes: no cancellation).
+
+    ``work``: flat uint8 scratch for the block once more, in float32 (float64 for a float64 block). PyTorch's sum over
+    the outer dimension adds pairwise, in an order that does not depend on the number of threads.
+    """
+    flat = block.view(-1, block.shape[-1])
+    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+    wide = work[: flat.numel() * dtype.itemsize].view(dtype).view(flat.shape)
+    if block.dtype == dtype:
+        mean = flat.sum(0) / len(flat)
+        torch.sub(flat, mean, out=wide)
+    else:
+        wide.copy_(flat)
+        mean = wide.sum(0) / len(flat)
+        wide.sub_(mean)
+    return Partial(len(flat), mean, wide.square_().sum(0))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluxvae.engine.heap import trim_heap
-from fluxvae.engine.kernels.torch import computes_directly
+from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
@@ -27,13 +27,16 @@ PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full V
 
 LIVE_MAPS = 4.25
 """Last-level maps that a decode takes at its peak: a block's input, a convolution's input and output, and the one that
-it adds them into. Measured from 256 to 1024 pixels: 4.00 to 4.13 in float32, two in bfloat16, which oneDNN convolves
+it adds them into. Measured in float32 from 512 to 1024 pixels: 4.00 to 4.02; two in bfloat16, which oneDNN convolves
 without a copy."""
 
+HOLES = 4
+"""Last-level maps that glibc may keep besides, where they are small enough to lie in its heap: it seldom puts an aligned
+block where one of the same size was freed. Measured from 64 to 384 pixels: none to three, not the same twice. Giving
+them back before every layer, and not only before every block, takes 80 % more time there."""
+
 MMAP_THRESHOLD = 32 << 20
-"""Bytes (glibc's DEFAULT_MMAP_THRESHOLD_MAX): smaller maps lie in the heap, where the place of one that was freed may
-stay resident while the next is made (5.14 maps at the most, seen in half of the decodes of 256 pixels); larger ones go
-back to the system at once."""
+"""Bytes (glibc's DEFAULT_MMAP_THRESHOLD_MAX): what is larger never lies in the heap."""
 
 
 class ApproximateWarning(UserWarning):
@@ -97,7 +100,7 @@ class PreviewEngine:
         latents = 2 * latent_height * latent_width * config["latent_channels"] * itemsize
         one = height * width * config["out_channels"] * itemsize
         last = height * width * channels * itemsize
-        live = int(LIVE_MAPS * last) + min(last, MMAP_THRESHOLD)
+        live = int((LIVE_MAPS + (HOLES if last <= MMAP_THRESHOLD else 0)) * last)
         macs = sum(
             module.weight.numel() * latent_height * latent_width * scale_of**2
             for module, scale_of in self._convolutions(config["upsampling_scaling_factor"])
@@ -133,15 +136,14 @@ class PreviewEngine:
 
     @contextlib.contextmanager
     def _trimmed(self) -> Iterator[None]:
-        """What a layer freed is given back before the next runs, or up to three maps' worth of holes stay resident.
+        """What one block freed is given back before the next, or it stays resident beside the next level's larger maps.
 
-        It costs a fifth of the time at 256 pixels, and nothing from 512 on, where maps are never part of the heap.
+        Takes 8 % of the time at 512 pixels, and a third at 256.
         """
         with contextlib.ExitStack() as hooks:
             if self._vae.device.type == "cpu":
-                for module in self._vae.decoder.layers.modules():
-                    if not any(module.children()):
-                        hooks.callback(module.register_forward_pre_hook(lambda *_: trim_heap()).remove)
+                for module in self._vae.decoder.layers:
+                    hooks.callback(module.register_forward_pre_hook(lambda *_: trim_heap()).remove)
             yield
 
     def decode(

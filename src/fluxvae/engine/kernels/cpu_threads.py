@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["alone", "count", "pytorchs", "run"]
+__all__ = ["alone", "count", "pytorchs", "run", "share"]
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -76,6 +78,12 @@ def run(function: Callable[[int], None], workers: int) -> None:
         waiting = [future for future in futures if not future.cancel()]
         for future in waiting:
             future.result()
+
+
+def share(function: Any, job: Any, tasks: int) -> None:
+    """Run a compiled ``function(job, counter)``, which takes its tasks from a counter."""
+    counter = np.zeros(1, np.int64)
+    run(lambda _: function(job, counter), min(count(), tasks))
 
 
 def _start(function: Callable[[int], None], helpers: int) -> list[Future[None]]:

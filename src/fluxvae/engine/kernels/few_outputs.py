@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
+from fluxvae.engine.kernels import cpu_threads
 from fluxvae.engine.kernels.vector_code import (
     F32,
     I32,
@@ -27,7 +28,7 @@ from fluxvae.engine.kernels.vector_code import (
     vector_function,
 )
 
-__all__ = ["OUTPUTS", "FewJob", "few_outputs_rows", "few_outputs_weights"]
+__all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
 VECTOR_CODE = "6de1798d594d9772"
 """As in `winograd_tasks`."""
@@ -127,9 +128,27 @@ def few_outputs_rows(job: FewJob, counter: Any) -> None:
                 x += 1
 
 
-def few_outputs_weights(weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-    """(OUTPUTS, cin, 3, 3) as `FewJob.weights` has them; ``into``: flat uint8 of as many bytes or more."""
+class FewWeights(NamedTuple):
+    """The last layer's, ready for `few_outputs`."""
+
+    laid: torch.Tensor
+    bias: torch.Tensor
+    """(OUTPUTS,) float32."""
+    cin: int
+
+
+def few_outputs_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> FewWeights:
+    """(OUTPUTS, cin, 3, 3) as `FewJob.weights` has them; ``into``: flat uint8, 4 bytes for each or more."""
     cin = weight.shape[1]
     laid = into[: weight.numel() * 4].view(torch.float32).view(3, 3, cin // LANES, OUTPUTS, LANES)
-    laid.copy_(weight.view(OUTPUTS, cin // LANES, LANES, 3, 3).permute(3, 4, 1, 0, 2))
-    return laid
+    laid.copy_(weight.reshape(OUTPUTS, cin // LANES, LANES, 3, 3).permute(3, 4, 1, 0, 2))
+    return FewWeights(laid, torch.zeros(OUTPUTS) if bias is None else bias.float(), cin)
+
+
+def few_outputs(padded: torch.Tensor, weights: FewWeights, out: torch.Tensor) -> None:
+    """(n + 2, W, cin) with its border rows to ``out`` (n, W, OUTPUTS), both contiguous float32."""
+    job = FewJob(
+        src=padded.data_ptr(), dst=out.data_ptr(), weights=weights.laid.data_ptr(), bias=weights.bias.data_ptr(),
+        rows=padded.shape[0] - 2, width=padded.shape[1], cin=weights.cin,
+    )  # fmt: skip
+    cpu_threads.share(few_outputs_rows, job, job.rows)

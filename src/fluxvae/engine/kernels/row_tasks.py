@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from fluxvae.engine.kernels import cpu_threads
 from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
+from fluxvae.engine.kernels.winograd_cut import MOST_RUN, rounded
 from fluxvae.engine.kernels.winograd_loops import (
     NR,
     THIRD,
@@ -24,7 +27,19 @@ from fluxvae.engine.kernels.winograd_loops import (
     products_3,
 )
 
-__all__ = ["AFFINE", "COPY", "SILU", "LinearJob", "RowsJob", "affine_rows", "linear_rows"]
+__all__ = [
+    "AFFINE",
+    "COPY",
+    "SILU",
+    "LinearJob",
+    "LinearWeights",
+    "RowsJob",
+    "affine_rows",
+    "linear",
+    "linear_rows",
+    "linear_weights",
+    "panel_bytes",
+]
 
 VECTOR_CODE = "6de1798d594d9772"
 """As in `winograd_tasks`."""
@@ -114,3 +129,39 @@ def linear_rows(job: LinearJob, counter: Any) -> None:
         for row in range(count):
             target = job.dst + (first + row) * job.cout * 4
             add_bias(out_at + row * NR * 4, panel_out, target, job.bias, job.cout // LANES)
+
+
+class LinearWeights(NamedTuple):
+    """A linear layer's, ready for `linear`."""
+
+    panels: torch.Tensor
+    bias: torch.Tensor
+    """(cout,) float32."""
+    cin: int
+    cout: int
+
+
+def panel_bytes(cin: int, cout: int) -> int:
+    """Bytes of a linear layer's weights in panels."""
+    return cin * -(-cout // NR) * NR * 4
+
+
+def linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> LinearWeights:
+    """(cout, cin) or (cout, cin, 1, 1) as (panels, cin, NR); beyond cout, arbitrary."""
+    cout, cin = weight.shape[:2]
+    panels = into[: panel_bytes(cin, cout)].view(torch.float32).view(-1, cin, NR)
+    for index, panel in enumerate(panels):
+        part = weight.reshape(cout, cin)[index * NR : (index + 1) * NR]
+        panel[:, : len(part)] = part.t()
+    return LinearWeights(panels, torch.zeros(cout) if bias is None else bias.float(), cin, cout)
+
+
+def linear(rows: torch.Tensor, weights: LinearWeights, out: torch.Tensor) -> None:
+    """(n, W, cin) to ``out`` (n, W, cout), both contiguous float32."""
+    count = rows.numel() // weights.cin
+    run = min(MOST_RUN, rounded(count))
+    job = LinearJob(
+        src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
+        rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
+    )  # fmt: skip
+    cpu_threads.share(linear_rows, job, job.tasks)

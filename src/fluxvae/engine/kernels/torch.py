@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.heap import trim_heap
-from fluxvae.engine.kernels import cudnn
+from fluxvae.engine.kernels import cudnn, onednn, subpixel
 from fluxvae.engine.network import Attention, Conv, Norm, parameters
-from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial, block_moments
 from fluxvae.engine.plan import Call
 
-__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels", "computes_directly"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "TorchKernels"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
@@ -33,24 +32,6 @@ CUBLAS_BYTES = 32 << 20
 ROUNDING_BYTES = 4 << 20
 """PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
 workspace, a spilled map's rows on their way."""
-
-HEAP_BYTES = 1 << 20
-"""A convolution of more than this, weights included, has the heap trimmed first, on a CPU. PyTorch asks for aligned
-memory, and glibc (before 2.38) often cannot put an aligned block where one of the same size was freed: what one call
-took stayed resident beside what the next took, 13 MB at the most. Costs 22 % of a decode's time, 10 % in bfloat16."""
-
-_ONEDNN_HAS = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
-
-
-def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch convolves this dtype there in its fast way: all but what oneDNN has no code for on this CPU.
-
-    float16 needs AVX512-FP16 or AMX, bfloat16 AVX-512. Without, a convolution takes over a hundred times as long.
-    """
-    if device.type != "cpu" or dtype not in _ONEDNN_HAS:
-        return True
-    supported = getattr(torch.ops.mkldnn, _ONEDNN_HAS[dtype], None)
-    return supported is not None and bool(supported())
 
 
 class TorchKernels:
@@ -150,7 +131,7 @@ class TorchKernels:
 
         PyTorch's convolution would unfold every block then, ninefold, and take a hundred times as long.
         """
-        return stored if computes_directly(stored, self._device) else torch.float32
+        return stored if onednn.computes_directly(stored, self._device) else torch.float32
 
     def prepare(self) -> float:
         """Nothing to compile."""
@@ -220,7 +201,7 @@ class TorchKernels:
         del result  # before anything small is allocated: that would take its place, and the next result another
         if scale != 1.0:
             out.div_(scale)
-        return _moments(out, work) if statistics else None
+        return block_moments(out, work) if statistics else None
 
     def upsample(
         self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
@@ -238,7 +219,7 @@ class TorchKernels:
             phases[:, p, :, 0].copy_(both[:, :width, :channels])
             phases[:, p, :, 1].copy_(both[:, 1:, channels:])
             del both
-        return _moments(out, work) if statistics else None
+        return block_moments(out, work) if statistics else None
 
     def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
         """A matrix product over pixels."""
@@ -284,7 +265,7 @@ class TorchKernels:
         del result, mixed  # as in conv3x3
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return _moments(out, work) if statistics else None
+        return block_moments(out, work) if statistics else None
 
     def _conv(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
@@ -294,15 +275,11 @@ class TorchKernels:
             result = cudnn.convolve(rows, weight)
             return result if bias is None else result.add_(bias)
         image = _image(rows)
-        if self._onednn and image.nbytes + weight.nbytes > HEAP_BYTES:
-            trim_heap()
-        if not self._onednn or rows.dtype != torch.float32:
+        if not self._onednn:
             return _pixels(F.conv2d(image, weight, bias, padding=(0, 1)))
-        if not self.channels_last:
+        if rows.dtype == torch.float32 and not self.channels_last:
             image = _carve(work, image.shape, rows.dtype).copy_(image)
-        # F.conv2d leaves oneDNN for small blocks when there is one thread: the same image would change its last bits.
-        blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
-        return _pixels(blocked)
+        return _pixels(onednn.convolve(image, weight, bias))
 
     def _weight(self, into: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The start of ``into`` as a (cout, cin, h, w) weight in the layout `_conv` wants."""
@@ -316,12 +293,7 @@ class TorchKernels:
         cout, cin = weight.shape[:2]
         shape = torch.Size((2 * cout, cin, 2, 2))
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
-        for start in range(0, cout, self.fuse_chunk):
-            part = weight[start : start + self.fuse_chunk].to(torch.float64)
-            for p, kernel in enumerate(kernels):
-                rows = _pair(part, p, 2)
-                for q in range(2):
-                    kernel[q * cout + start : q * cout + start + len(part)] = _pair(rows, q, 3).to(dtype)
+        subpixel.sum_kernels(weight, kernels, self.fuse_chunk)
         return kernels, None if bias is None else torch.cat([bias, bias])
 
 
@@ -338,27 +310,3 @@ def _pixels(image: torch.Tensor) -> torch.Tensor:
 def _carve(work: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """The start of the workspace as a tensor."""
     return work[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
-
-
-def _moments(block: torch.Tensor, work: torch.Tensor) -> Partial:
-    """Per channel: mean, then the squared deviations from it (two passes: no cancellation).
-
-    PyTorch's sum over the outer dimension adds pairwise, in an order that does not depend on the number of threads.
-    """
-    flat = block.view(-1, block.shape[-1])
-    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
-    wide = _carve(work, flat.shape, dtype)
-    if block.dtype == dtype:
-        mean = flat.sum(0) / len(flat)
-        torch.sub(flat, mean, out=wide)
-    else:
-        wide.copy_(flat)
-        mean = wide.sum(0) / len(flat)
-        wide.sub_(mean)
-    return Partial(len(flat), mean, wide.square_().sum(0))
-
-
-def _pair(taps: torch.Tensor, phase: int, dim: int) -> torch.Tensor:
-    """Three taps along ``dim`` on the large map as two on the small one."""
-    a, b, c = taps.unbind(dim)
-    return torch.stack((a, b + c) if phase == 0 else (a + b, c), dim)

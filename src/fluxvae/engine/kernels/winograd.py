@@ -1,6 +1,7 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
 
-`winograd_loops` has the inner loops, `winograd_tasks` the order of work, `cpu_threads` the threads. What is not a
+`winograd_loops` has the inner loops, `winograd_tasks` the order of work, `winograd_layer` one convolution's weights and
+job, `cpu_threads` the threads; `row_tasks` linear layers and passes over pixels. What is not a
 float32 3x3 convolution of whole vectors of channels (float64, odd widths) goes to the direct kernels; `few_outputs` has
 the last layer.
 """
@@ -10,37 +11,45 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.few_outputs import OUTPUTS, FewJob, few_outputs_rows, few_outputs_weights
-from fluxvae.engine.kernels.row_tasks import AFFINE, COPY, SILU, LinearJob, RowsJob, affine_rows, linear_rows
-from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.kernels.torch import _moments as moments
-from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd_cut import (
-    MOST_RUN,
-    cut_tasks,
-    enlargement,
-    longest_run,
-    position_bytes,
-    rounded,
-    scratch_bytes,
-    transformed_bytes,
+from fluxvae.engine.kernels import cpu_threads, winograd_layer
+from fluxvae.engine.kernels.few_outputs import (
+    OUTPUTS,
+    FewJob,
+    FewWeights,
+    few_outputs,
+    few_outputs_rows,
+    few_outputs_weights,
 )
+from fluxvae.engine.kernels.row_tasks import (
+    AFFINE,
+    COPY,
+    SILU,
+    LinearJob,
+    LinearWeights,
+    RowsJob,
+    affine_rows,
+    linear,
+    linear_rows,
+    linear_weights,
+    panel_bytes,
+)
+from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.kernels.vector_code import LANES
+from fluxvae.engine.kernels.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
+from fluxvae.engine.kernels.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.winograd_loops import NR
 from fluxvae.engine.kernels.winograd_tasks import POSITIONS, ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.network import Attention, Conv, parameters
-from fluxvae.engine.norm import Affine, Partial
+from fluxvae.engine.norm import Affine, Partial, block_moments
 from fluxvae.engine.plan import Call
 
 __all__ = ["WinogradKernels"]
-
-Array: TypeAlias = "np.ndarray[Any, Any]"
 
 _log = logging.getLogger(__name__)
 
@@ -49,35 +58,6 @@ LEAST_PIXELS = 1024
 _prepared = False
 PASS = 1 << 15
 """Values of a task that only passes over pixels."""
-
-
-class Weights(NamedTuple):
-    """One layer's, ready for `WinogradKernels`."""
-
-    transformed: torch.Tensor
-    factor_bias: Array
-    """(2, cout) float32: ones, and the bias."""
-    cin: int
-    cout: int
-
-
-class LinearWeights(NamedTuple):
-    """A linear layer's, ready for `WinogradKernels`."""
-
-    panels: torch.Tensor
-    bias: torch.Tensor
-    """(cout,) float32."""
-    cin: int
-    cout: int
-
-
-class FewWeights(NamedTuple):
-    """The last layer's, ready for `few_outputs`."""
-
-    laid: torch.Tensor
-    bias: torch.Tensor
-    """(OUTPUTS,) float32."""
-    cin: int
 
 
 class WinogradKernels(TorchKernels):
@@ -98,7 +78,7 @@ class WinogradKernels(TorchKernels):
     def loaded(self, call: Call) -> int:
         """Arena bytes of the transformed weights."""
         if call.kind in ("linear", "attend") and _vectors(call.cin, call.cout, call.itemsize):
-            return (4 if call.kind == "attend" else 1) * _panel_bytes(call.cin, call.cout)
+            return (4 if call.kind == "attend" else 1) * panel_bytes(call.cin, call.cout)
         if _few(call.kind, call.cin, call.cout, call.itemsize):
             return 9 * call.cin * OUTPUTS * 4
         if not _applies(call):
@@ -108,7 +88,7 @@ class WinogradKernels(TorchKernels):
     def overhead(self, call: Call) -> int:
         """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
         if _few(call.kind, call.cin, call.cout, call.itemsize):
-            return 9 * call.cin * OUTPUTS * 4 * call.cast
+            return 0
         if not _applies(call):
             return super().overhead(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -159,25 +139,13 @@ class WinogradKernels(TorchKernels):
         """The weights transformed in float64 and rounded once."""
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
         if kind == "linear" and _vectors(conv.cin, conv.cout, dtype.itemsize):
-            return _linear_weights(*parameters(conv.module), into)
+            return linear_weights(*parameters(conv.module), into)
         if _few(kind, conv.cin, conv.cout, dtype.itemsize):
-            weight, bias = parameters(conv.module)
-            laid = few_outputs_weights(weight.float(), into)
-            return FewWeights(laid, torch.zeros(conv.cout) if bias is None else bias.float(), conv.cin)
+            return few_outputs_weights(*parameters(conv.module), into)
         planned = into.numel() >= transformed_bytes(conv.cin, conv.cout)
         if kind not in ("conv3", "up") or not planned or not _vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
-        weight, bias = parameters(conv.module)
-        weight = weight.float()
-        kernel, channel, row, column = (4 * stride for stride in weight.stride())
-        job = WeightsJob(
-            src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
-            cin=conv.cin, cout=conv.cout, position=position_bytes(conv.cin, conv.cout),
-        )  # fmt: skip
-        _share(transform_weights, job, conv.cout // LANES)
-        factor_bias = np.ones((2, conv.cout), np.float32)
-        factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
-        return Weights(into, factor_bias, conv.cin, conv.cout)
+        return transformed(*parameters(conv.module), into)
 
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
@@ -196,7 +164,7 @@ class WinogradKernels(TorchKernels):
             src=rows.data_ptr(), dst=out.data_ptr(), scale=scale, shift=shift, pixels=pixels, channels=channels,
             run=run, what=COPY if affine is None else SILU if silu else AFFINE,
         )  # fmt: skip
-        _share(affine_rows, job, -(-pixels // run))
+        cpu_threads.share(affine_rows, job, -(-pixels // run))
 
     def conv3x3(
         self,
@@ -214,14 +182,14 @@ class WinogradKernels(TorchKernels):
         if isinstance(weights, FewWeights):
             if residual is not None or scale != 1.0 or statistics:
                 raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
-            _few_outputs(padded, weights, out)
+            few_outputs(padded, weights, out)
             return None
         if not isinstance(weights, Weights):
             with cpu_threads.pytorchs():
                 return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
         if scale != 1.0:
             weights = weights._replace(factor_bias=(weights.factor_bias / scale).astype(np.float32))
-        return _convolve("conv3", padded, weights, out, residual, statistics, work)
+        return winograd_layer.run("conv3", padded, weights, out, residual, statistics, work)
 
     def upsample(
         self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
@@ -229,20 +197,14 @@ class WinogradKernels(TorchKernels):
         """F(6, 3) on the large map, which is never built: see `winograd_loops.PIXELS_UP`."""
         if not isinstance(weights, Weights):
             return super().upsample(padded, weights, out, statistics, work)
-        return _convolve("up", padded, weights, out, None, statistics, work)
+        return winograd_layer.run("up", padded, weights, out, None, statistics, work)
 
     def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
         """Our products: MKL's, of few rows, depend on the number of threads."""
         if not isinstance(weights, LinearWeights):
             super().linear(rows, weights, out)
             return
-        count = rows.numel() // weights.cin
-        run = min(MOST_RUN, rounded(count))
-        job = LinearJob(
-            src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
-            rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
-        )  # fmt: skip
-        _share(linear_rows, job, job.tasks)
+        linear(rows, weights, out)
 
     def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The four projections; the keys' the other way round, see `attend`."""
@@ -250,7 +212,7 @@ class WinogradKernels(TorchKernels):
             return super().load_attention(layer, dtype, into)
         weights = [parameters(conv.module) for conv in (layer.q, layer.k, layer.v, layer.out)]
         weights[1] = (weights[1][0].reshape(layer.k.cout, layer.k.cin).t(), None)
-        return [_linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
+        return [linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
 
     def attend(
         self,
@@ -283,7 +245,7 @@ class WinogradKernels(TorchKernels):
             out.copy_(result)
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return moments(out, work) if statistics else None
+        return block_moments(out, work) if statistics else None
 
 
 def _applies(call: Call) -> bool:
@@ -297,73 +259,6 @@ def _few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
     return kind == "conv3" and cout == OUTPUTS and cin % LANES == 0 and itemsize == 4
 
 
-def _few_outputs(padded: torch.Tensor, weights: FewWeights, out: torch.Tensor) -> None:
-    job = FewJob(
-        src=padded.data_ptr(), dst=out.data_ptr(), weights=weights.laid.data_ptr(), bias=weights.bias.data_ptr(),
-        rows=padded.shape[0] - 2, width=padded.shape[1], cin=weights.cin,
-    )  # fmt: skip
-    _share(few_outputs_rows, job, job.rows)
-
-
 def _vectors(cin: int, cout: int, itemsize: int) -> bool:
     """float32, and whole vectors of channels."""
     return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0
-
-
-def _panel_bytes(cin: int, cout: int) -> int:
-    """Bytes of a linear layer's weights in panels."""
-    return cin * -(-cout // NR) * NR * 4
-
-
-def _linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> LinearWeights:
-    """(cout, cin) or (cout, cin, 1, 1) as (panels, cin, NR); beyond cout, arbitrary."""
-    cout, cin = weight.shape[:2]
-    panels = into[: _panel_bytes(cin, cout)].view(torch.float32).view(-1, cin, NR)
-    for index, panel in enumerate(panels):
-        part = weight.reshape(cout, cin)[index * NR : (index + 1) * NR]
-        panel[:, : len(part)] = part.t()
-    return LinearWeights(panels, torch.zeros(cout) if bias is None else bias.float(), cin, cout)
-
-
-def _convolve(
-    kind: str,
-    padded: torch.Tensor,
-    weights: Weights,
-    out: torch.Tensor,
-    residual: torch.Tensor | None,
-    statistics: bool,
-    work: torch.Tensor,
-) -> Partial | None:
-    rows, width = padded.shape[0] - 2, padded.shape[1]
-    cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
-    cut = cut_tasks(kind, cin, cout, rows, width)
-    row = out.shape[1] * cout * 4
-    # Threads that the work was not planned for, or that were added since, have no scratch.
-    scratch = scratch_bytes(cut.run, cin, cut.panels)
-    workers = min(cut.workers, work.numel() // scratch)
-    if workers < 1:
-        raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
-    job = ConvJob(
-        src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
-        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=rows * enlarge, columns=width * enlarge,
-        cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
-        weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
-        panels=cut.panels, slices=cut.slices,
-        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, tasks=cut.units * cut.slices,
-        position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
-        scratch_bytes=scratch,
-    )  # fmt: skip
-    stats = np.empty((3, cut.units, cout))
-    counter = np.zeros(1, np.int64)
-    cpu_threads.run(lambda worker: convolve(job, weights.factor_bias, stats, counter, worker), workers)
-    if not statistics:
-        return None
-    merged = torch.empty(3, cout, dtype=torch.float64)
-    merge(stats, merged.numpy())
-    return Partial(rows * width * enlarge**2, merged[1], merged[2])
-
-
-def _share(function: Any, job: Any, tasks: int) -> None:
-    """Run a compiled function that takes its tasks from a counter."""
-    counter = np.zeros(1, np.int64)
-    cpu_threads.run(lambda _: function(job, counter), min(cpu_threads.count(), tasks))

@@ -1,0 +1,85 @@
+"""One convolution by Winograd's F(6, 3): its weights, transformed, and the job that the tasks do."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.vector_code import LANES
+from fluxvae.engine.kernels.winograd_cut import cut_tasks, enlargement, position_bytes, scratch_bytes
+from fluxvae.engine.kernels.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.norm import Partial
+
+__all__ = ["Weights", "run", "transformed"]
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+class Weights(NamedTuple):
+    """One layer's, ready for `run`."""
+
+    transformed: torch.Tensor
+    factor_bias: Array
+    """(2, cout) float32: ones, and the bias."""
+    cin: int
+    cout: int
+
+
+def transformed(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> Weights:
+    """(cout, cin, 3, 3) transformed in float64 and rounded once; ``into``: `transformed_bytes` of uint8."""
+    cout, cin = weight.shape[:2]
+    weight = weight.float()
+    kernel, channel, row, column = (4 * stride for stride in weight.stride())
+    job = WeightsJob(
+        src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
+        cin=cin, cout=cout, position=position_bytes(cin, cout),
+    )  # fmt: skip
+    cpu_threads.share(transform_weights, job, cout // LANES)
+    factor_bias = np.ones((2, cout), np.float32)
+    factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
+    return Weights(into, factor_bias, cin, cout)
+
+
+def run(
+    kind: str,
+    padded: torch.Tensor,
+    weights: Weights,
+    out: torch.Tensor,
+    residual: torch.Tensor | None,
+    statistics: bool,
+    work: torch.Tensor,
+) -> Partial | None:
+    """``out = (conv(padded) + bias + residual) * factor`` and its statistics: see `Kernels.conv3x3` and `upsample`.
+
+    ``kind``: ``"conv3"`` or ``"up"``. ``work``: every thread's scratch.
+    """
+    rows, width = padded.shape[0] - 2, padded.shape[1]
+    cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
+    cut = cut_tasks(kind, cin, cout, rows, width)
+    row = out.shape[1] * cout * 4
+    # Threads that the work was not planned for, or that were added since, have no scratch.
+    scratch = scratch_bytes(cut.run, cin, cut.panels)
+    workers = min(cut.workers, work.numel() // scratch)
+    if workers < 1:
+        raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
+    job = ConvJob(
+        src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
+        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=rows * enlarge, columns=width * enlarge,
+        cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
+        weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
+        panels=cut.panels, slices=cut.slices,
+        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, tasks=cut.units * cut.slices,
+        position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
+        scratch_bytes=scratch,
+    )  # fmt: skip
+    stats = np.empty((3, cut.units, cout))
+    counter = np.zeros(1, np.int64)
+    cpu_threads.run(lambda worker: convolve(job, weights.factor_bias, stats, counter, worker), workers)
+    if not statistics:
+        return None
+    merged = torch.empty(3, cout, dtype=torch.float64)
+    merge(stats, merged.numpy())
+    return Partial(rows * width * enlarge**2, merged[1], merged[2])
