@@ -260,6 +260,19 @@ def test_a_cpu_without_arithmetic_for_a_dtype_computes_in_float32(
     assert torch.equal(image, direct(vae).decode(raw.float()).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_convolutions_find_a_trimmed_heap(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What glibc keeps differs from run to run: `-m slow` measures peaks, this sees that it is done at all."""
+    trimmed: list[int] = []
+    monkeypatch.setattr(onednn, "trim_heap", lambda: trimmed.append(1))
+    for cin, times in ((8, 0), (256, 1)):
+        weight, bias = torch.randn(cin, cin, 3, 3, dtype=dtype), torch.randn(cin, dtype=dtype)
+        image = torch.randn(1, cin, 3, 4, dtype=dtype)
+        out = onednn.convolve(image, weight, bias)
+        assert out.shape == (1, cin, 1, 4)
+        assert len(trimmed) == times
+
+
 @pytest.mark.parametrize("blocks", [1, 63, 64, 65, 400])
 def test_statistics_of_many_blocks_are_combined_on_the_way(blocks: int) -> None:
     """They are in no plan: at 4096 pixels they were 10 MB."""

@@ -231,10 +231,15 @@ def test_a_preview_takes_no_more_than_its_plan_says() -> None:
             assert row["measured"] >= (1 - PREVIEW_PEAK.bound) * row["predicted"], (case, row)
 
 
-def test_a_preview_leaves_the_module_as_it_was() -> None:
-    tiny = tiny_vae(16)
+def test_a_preview_trims_the_heap_before_every_block_and_leaves_the_module_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What glibc keeps differs from run to run, so whether the peak would be kept without is chance."""
+    tiny, trimmed = tiny_vae(16), []
+    monkeypatch.setattr("fluxvae.engine.preview.trim_heap", lambda: trimmed.append(1))
     with pytest.warns(ApproximateWarning):
         Decoder(tiny).decode_raw(torch.randn(1, 16, 8, 6))
+    assert len(trimmed) == len(tiny.decoder.layers) > 5
     assert not any(module._forward_pre_hooks for module in tiny.modules())
 
 

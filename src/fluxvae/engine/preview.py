@@ -31,9 +31,9 @@ it adds them into. Measured in float32 from 512 to 1024 pixels: 4.00 to 4.02; tw
 without a copy."""
 
 HOLES = 4
-"""Last-level maps that glibc may keep besides, where they are small enough to lie in its heap: it seldom puts an aligned
-block where one of the same size was freed. Measured from 64 to 384 pixels: none to three, not the same twice. Giving
-them back before every layer, and not only before every block, takes 80 % more time there."""
+"""Last-level maps that glibc may keep besides, where they are small enough to lie in its heap: it seldom puts an
+aligned block where one of the same size was freed. Measured from 64 to 384 pixels: none to three, not the same twice.
+Giving them back before every layer, and not only before every block, takes 80 % more time there."""
 
 MMAP_THRESHOLD = 32 << 20
 """Bytes (glibc's DEFAULT_MMAP_THRESHOLD_MAX): what is larger never lies in the heap."""
