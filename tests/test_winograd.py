@@ -26,6 +26,7 @@ from fluxvae.checkpoint import ASSETS
 from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import (
+    cpu_attention,
     cpu_threads,
     few_outputs,
     make_kernels,
@@ -467,7 +468,7 @@ def test_numbas_cache_knows_the_vector_code() -> None:
     digest = hashlib.sha256()
     for module in (vector_code, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
-    for module in (winograd_tasks, row_tasks, few_outputs):
+    for module in (winograd_tasks, row_tasks, few_outputs, cpu_attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
             f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
         )
@@ -502,7 +503,7 @@ def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
 
     assert addresses_taken(careless) == {"scratch": False}, "it would notice"
     held = {}
-    for module in (winograd_tasks, row_tasks, few_outputs):
+    for module in (winograd_tasks, row_tasks, few_outputs, cpu_attention):
         for name, function in vars(module).items():
             if hasattr(function, "py_func"):
                 held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}

@@ -19,6 +19,7 @@ __all__ = [
     "EXACT_VS_REFERENCE_LEVELS",
     "PEAK_PREDICTION",
     "PREVIEW_PEAK",
+    "WINOGRAD_ATTENTION",
     "WINOGRAD_CHANGED",
     "WINOGRAD_CONV",
     "WINOGRAD_LAST",
@@ -64,6 +65,7 @@ ENGINE_ERROR_RATIO = {
 
 WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
 WINOGRAD_LAST = Tolerance(2e-6, 4e-7, "the same of the last layer, which is a direct convolution")
+WINOGRAD_ATTENTION = Tolerance(4e-6, 1e-6, "largest error of attention, relative to the largest value it averages")
 WINOGRAD_STATISTICS = Tolerance(1e-5, 1.3e-6, "error of a block's mean, and relative error of its squared deviations")
 WINOGRAD_SILU = Tolerance(4, 2.61, "error of SiLU in units of 2**-24 of its value")
 WINOGRAD_CHANGED = Tolerance(1e-3, 4.1e-4, "share of uint8 values that Winograd kernels change from a float64 decode")

@@ -1,9 +1,8 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
 
 `winograd_loops` has the inner loops, `winograd_tasks` the order of work, `winograd_layer` one convolution's weights and
-job, `cpu_threads` the threads; `row_tasks` linear layers and passes over pixels. What is not a
-float32 3x3 convolution of whole vectors of channels (float64, odd widths) goes to the direct kernels; `few_outputs` has
-the last layer.
+job, `cpu_threads` the threads; `row_tasks` linear layers and passes over pixels, `cpu_attention` attention,
+`few_outputs` the last layer. What is not float32 or has no whole vectors of channels goes to the direct kernels.
 """
 
 from __future__ import annotations
@@ -15,9 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from fluxvae.engine.kernels import cpu_threads, winograd_layer
+from fluxvae.engine.kernels.cpu_attention import (
+    AttentionJob,
+    attention,
+    attention_bytes,
+    attention_tasks,
+    padded_queries,
+)
 from fluxvae.engine.kernels.few_outputs import (
     OUTPUTS,
     FewJob,
@@ -77,8 +82,10 @@ class WinogradKernels(TorchKernels):
 
     def loaded(self, call: Call) -> int:
         """Arena bytes of the transformed weights."""
-        if call.kind in ("linear", "attend") and _vectors(call.cin, call.cout, call.itemsize):
-            return (4 if call.kind == "attend" else 1) * panel_bytes(call.cin, call.cout)
+        if _attends(call):
+            return 4 * panel_bytes(call.cin, call.cout)
+        if call.kind == "linear" and _vectors(call.cin, call.cout, call.itemsize):
+            return panel_bytes(call.cin, call.cout)
         if _few(call.kind, call.cin, call.cout, call.itemsize):
             return 9 * call.cin * OUTPUTS * 4
         if not _applies(call):
@@ -86,9 +93,11 @@ class WinogradKernels(TorchKernels):
         return transformed_bytes(call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        """Bytes outside the arena: weights cast to float32; statistics, the threads' small buffers; two results."""
         if _few(call.kind, call.cin, call.cout, call.itemsize):
             return 0
+        if _attends(call):
+            return 2 * padded_queries(call.rows * call.width) * call.cin * 4
         if not _applies(call):
             return super().overhead(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -96,9 +105,11 @@ class WinogradKernels(TorchKernels):
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
 
     def workspace(self, call: Call) -> int:
-        """Arena bytes: every thread's transformed tiles and products."""
+        """Arena bytes: every thread's transformed tiles and products, or sums and scores."""
         if _few(call.kind, call.cin, call.cout, call.itemsize):
             return 0
+        if _attends(call):
+            return max(super().workspace(call), attention_bytes(call.rows * call.width, call.cin))
         if not _applies(call):
             return super().workspace(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -124,6 +135,7 @@ class WinogradKernels(TorchKernels):
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
+        attention_tasks(AttentionJob(*[1] * len(AttentionJob._fields)), done, 0)
         few_outputs_rows(FewJob(*[1] * len(FewJob._fields)), done)
         _prepared = True
         seconds = time.perf_counter() - start
@@ -224,21 +236,18 @@ class WinogradKernels(TorchKernels):
         statistics: bool,
         work: torch.Tensor,
     ) -> Partial | None:
-        """As `TorchKernels.attend`, with our own products around PyTorch's fused attention."""
+        """As `TorchKernels.attend`, with our own products and softmax."""
         if not isinstance(weights[0], LinearWeights):
             return super().attend(layer, weights, queries, normed, out, statistics, work)
         q, k, v, o = weights
-        flat = queries.view(-1, queries.shape[-1])
-        first, second = torch.empty_like(flat), torch.empty_like(flat)
-        self.linear(flat, q, first)
-        self.linear(first, k, second)
-        with cpu_threads.pytorchs():
-            mixed = F.scaled_dot_product_attention(
-                second[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
-            )
-        self.linear(mixed.contiguous(), v, first)
-        self.linear(first, o, second)
-        result = second.view_as(out)
+        count, channels = queries.numel() // normed.shape[1], normed.shape[1]
+        one, other = torch.empty(2, padded_queries(count), channels)
+        self.linear(queries, q, one[:count])
+        self.linear(one[:count], k, other[:count])
+        attention(other, normed, layer.softmax_scale, one, work)
+        self.linear(one[:count], v, other[:count])
+        self.linear(other[:count], o, one[:count])
+        result = one[:count].view_as(out)
         if layer.residual:
             out.add_(result)
         else:
@@ -252,6 +261,11 @@ def _applies(call: Call) -> bool:
     """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
     worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
     return call.kind in ("conv3", "up") and worthwhile and _vectors(call.cin, call.cout, call.itemsize)
+
+
+def _attends(call: Call) -> bool:
+    """Whether this is attention that `cpu_attention` computes."""
+    return call.kind == "attend" and _vectors(call.cin, call.cout, call.itemsize)
 
 
 def _few(kind: str, cin: int, cout: int, itemsize: int) -> bool:

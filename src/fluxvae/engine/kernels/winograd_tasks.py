@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "6de1798d594d9772"
+VECTOR_CODE = "35f160bd38ba3b81"
 """Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
 STEP = 6
 """Outputs of a tile, in each direction."""

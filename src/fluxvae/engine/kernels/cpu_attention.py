@@ -1,0 +1,285 @@
+"""Exact attention of one wide head on a CPU: float32, softmax online, the scores never stored beyond a few keys.
+
+Keys and values are the same rows here, the normalised map (`TorchKernels.attend` says why), and both products read it
+where it lies. Everything is transposed: vectors lie along the queries, NR of them in a panel, so a softmax over keys
+goes from row to row and no vector is ever summed up or shuffled. The result of a query is one chain of operations in a
+fixed order, whoever computes it and whatever other queries there are.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
+Compiled by Numba, without the GIL. Addresses and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from fluxvae.engine.kernels import cpu_threads
+from fluxvae.engine.kernels.vector_code import F32, LANES, VECTOR_BYTES, Code, compiled, fetch_add, vector_function
+from fluxvae.engine.kernels.winograd_loops import NR, THIRD, TILES
+
+__all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
+
+VECTOR_CODE = "35f160bd38ba3b81"
+"""As in `winograd_tasks`."""
+PANELS = 2
+"""Panels of queries in a task. More read the map less often, but leave L2: four are as fast, one is a tenth slower."""
+KEYS = 384
+"""Between two corrections of the sums for a new maximum: rounding errors grow with the square root of their number."""
+CHAIN = 64
+"""Products of a score added one after the other, see `winograd_loops.CHAIN`."""
+ROW = NR * 4
+"""Bytes of a panel's row."""
+
+
+def _products(tiles: int, onto: bool) -> Any:
+    """``f(left, tile, step, right, steps, out, factors)``: (tiles x K) times (K x NR), K = steps, to ``out``.
+
+    ``left``: value (t, k) at left + t * tile + k * step. ``right``: (K, NR) contiguous. ``out``: (tiles, NR)
+    contiguous. ``onto``: out * factors is added, ``factors`` being NR values (unused otherwise).
+    """
+    chain_length = KEYS if onto else CHAIN
+
+    def emit(
+        x: Code, left: ir.Value, tile: ir.Value, step: ir.Value, right: ir.Value, steps: ir.Value, out: ir.Value,
+        factors: ir.Value,
+    ) -> None:  # fmt: skip
+        sums = x.locals(tiles * 2)
+        starts = [x.b.mul(tile, x.i(t)) for t in range(tiles)]
+
+        def chain(index: ir.Value) -> None:
+            first = x.b.mul(index, x.i(chain_length))
+            top, panel = x.at(left, x.b.mul(first, step)), x.at(right, x.b.mul(first, x.i(ROW)))
+            for slot in sums:
+                x.b.store(x.const(0.0), slot)
+
+            def one(k: ir.Value) -> None:
+                row, column = x.at(panel, x.b.mul(k, x.i(ROW))), x.at(top, x.b.mul(k, step))
+                vectors = [x.load(x.at(row, w * VECTOR_BYTES)) for w in range(2)]
+                for t, start in enumerate(starts):
+                    scalar = x.splat(x.load(x.at(column, start), F32))
+                    for w in range(2):
+                        slot = sums[2 * t + w]
+                        x.b.store(x.fma(scalar, vectors[w], x.b.load(slot)), slot)
+
+            rest, whole = x.b.sub(steps, first), x.i(chain_length)
+            x.loop(x.b.select(x.b.icmp_signed("<", rest, whole), rest, whole), one)
+            with x.b.if_else(x.b.icmp_signed("==", index, x.i(0))) as (start, later):
+                with start:
+                    scales = [x.load(x.at(factors, w * VECTOR_BYTES)) for w in range(2)] if onto else []
+                    for k, slot in enumerate(sums):
+                        where, value = x.at(out, k * VECTOR_BYTES), x.b.load(slot)
+                        x.store(x.fma(x.load(where), scales[k % 2], value) if onto else value, where)
+                with later:
+                    for k, slot in enumerate(sums):
+                        where = x.at(out, k * VECTOR_BYTES)
+                        x.store(x.b.fadd(x.load(where), x.b.load(slot)), where)
+
+        x.loop(x.b.sdiv(x.b.add(steps, x.i(chain_length - 1)), x.i(chain_length)), chain)
+
+    return vector_function(f"fluxvae_attention_{'mix' if onto else 'scores'}_{tiles}", 7, emit)
+
+
+_scores_many, _scores_few, _scores_one = (_products(tiles, onto=False) for tiles in (TILES, THIRD, 1))
+_mix_many, _mix_few = (_products(tiles, onto=True) for tiles in (TILES, THIRD))
+
+
+def _softmax() -> Any:
+    """``softmax(scores, keys, state)``: (keys, NR) scores become exp(score - maximum), in place.
+
+    ``state``, NR values each: the maximum so far, the sum of exponentials so far, and, written, what a sum over
+    earlier keys must be multiplied by now.
+    """
+
+    def emit(x: Code, scores: ir.Value, keys: ir.Value, state: ir.Value) -> None:
+        most, total = x.locals(2)
+
+        def vector(w: ir.Value) -> None:
+            offset = x.b.mul(w, x.i(VECTOR_BYTES))
+            column, own = x.at(scores, offset), x.at(state, offset)
+            before = x.load(own)
+            x.b.store(before, most)
+            x.b.store(x.const(0.0), total)
+
+            def larger(k: ir.Value) -> None:
+                value, best = x.load(x.at(column, x.b.mul(k, x.i(ROW)))), x.b.load(most)
+                x.b.store(x.b.select(x.b.fcmp_ordered(">", value, best), value, best), most)
+
+            x.loop(keys, larger)
+            now = x.b.load(most)
+
+            def weight(k: ir.Value) -> None:
+                where = x.at(column, x.b.mul(k, x.i(ROW)))
+                value = x.exp(x.b.fsub(x.load(where), now))
+                x.store(value, where)
+                x.b.store(x.b.fadd(x.b.load(total), value), total)
+
+            x.loop(keys, weight)
+            factor = x.exp(x.b.fsub(before, now))
+            x.store(now, own)
+            x.store(x.fma(x.load(x.at(own, ROW)), factor, x.b.load(total)), x.at(own, ROW))
+            x.store(factor, x.at(own, 2 * ROW))
+
+        x.loop(x.i(2), vector)
+
+    return vector_function("fluxvae_attention_softmax", 3, emit)
+
+
+def _start() -> Any:
+    """``start(src, row, channels, scale, dst, sums, state)``: a panel's queries, its sums and its softmax.
+
+    ``src``: NR rows of ``channels`` values, ``row`` bytes apart. ``dst``: (channels, NR), times the float32 at
+    ``scale``; ``sums``, as large: zeros; ``state`` as `_softmax` has it.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, row: ir.Value, channels: ir.Value, scale: ir.Value, dst: ir.Value, sums: ir.Value,
+        state: ir.Value,
+    ) -> None:  # fmt: skip
+        scales = x.splat(x.load(scale, F32))
+
+        def channel(c: ir.Value) -> None:
+            source, target = x.at(src, x.b.mul(c, x.i(4))), x.b.mul(c, x.i(ROW))
+            for w in range(2):
+                queries = x.gather(x.at(source, x.b.mul(row, x.i(w * LANES))), row)
+                x.store(x.b.fmul(queries, scales), x.at(dst, target, w * VECTOR_BYTES))
+                x.store(x.const(0.0), x.at(sums, target, w * VECTOR_BYTES))
+
+        x.loop(channels, channel)
+        for w in range(2):
+            x.store(x.const(float("-inf")), x.at(state, w * VECTOR_BYTES))
+            x.store(x.const(0.0), x.at(state, ROW + w * VECTOR_BYTES))
+
+    return vector_function("fluxvae_attention_start", 7, emit)
+
+
+def _finish() -> Any:
+    """``finish(sums, state, blocks, dst, row)``: sums (blocks * LANES, NR) over the exponentials', back to NR rows."""
+
+    def emit(x: Code, sums: ir.Value, state: ir.Value, blocks: ir.Value, dst: ir.Value, row: ir.Value) -> None:
+        def query(q: ir.Value) -> None:
+            column, target = x.at(sums, x.b.mul(q, x.i(4))), x.at(dst, x.b.mul(q, row))
+            total = x.splat(x.load(x.at(state, ROW, x.b.mul(q, x.i(4))), F32))
+
+            def channels(k: ir.Value) -> None:
+                value = x.gather(x.at(column, x.b.mul(k, x.i(LANES * ROW))), x.i(ROW))
+                x.store(x.b.fdiv(value, total), x.at(target, x.b.mul(k, x.i(VECTOR_BYTES))))
+
+            x.loop(blocks, channels)
+
+        x.loop(x.i(NR), query)
+
+    return vector_function("fluxvae_attention_finish", 5, emit)
+
+
+_softmax_panel, _start_panel, _finish_panel = _softmax(), _start(), _finish()
+
+
+class AttentionJob(NamedTuple):
+    """One call: whole panels of queries against all tokens."""
+
+    queries: int
+    """(panels * NR, channels) float32."""
+    tokens: int
+    """(keys, channels) float32."""
+    dst: int
+    """As ``queries``; may be the same."""
+    scale: int
+    """Address of one float32."""
+    panels: int
+    keys: int
+    channels: int
+    scratch: int
+    scratch_bytes: int
+    """Of one thread."""
+
+
+@compiled
+def attention_tasks(job: AttentionJob, counter: Any, worker: int) -> None:
+    """Take panels of queries until none is left."""
+    channels, row, size = job.channels, job.channels * 4, job.channels * ROW
+    queries = job.scratch + worker * job.scratch_bytes
+    sums = queries + PANELS * size
+    scores, state = sums + PANELS * size, sums + PANELS * (size + KEYS * ROW)
+    while True:
+        first = fetch_add(counter.ctypes.data) * PANELS
+        if first >= job.panels:
+            return
+        panels = min(PANELS, job.panels - first)
+        src, dst = job.queries + first * NR * row, job.dst + first * NR * row
+        for p in range(panels):
+            own = state + p * 3 * ROW
+            _start_panel(src + p * NR * row, row, channels, job.scale, queries + p * size, sums + p * size, own)
+        done = 0
+        while done < job.keys:
+            tokens, keys = job.tokens + done * row, min(KEYS, job.keys - done)
+            for p in range(panels):
+                right, out = queries + p * size, scores + p * KEYS * ROW
+                key = 0
+                while key < keys:
+                    if keys - key >= TILES:
+                        _scores_many(tokens + key * row, row, 4, right, channels, out + key * ROW, 0)
+                        key += TILES
+                    elif keys - key >= THIRD:
+                        _scores_few(tokens + key * row, row, 4, right, channels, out + key * ROW, 0)
+                        key += THIRD
+                    else:
+                        _scores_one(tokens + key * row, row, 4, right, channels, out + key * ROW, 0)
+                        key += 1
+                _softmax_panel(out, keys, state + p * 3 * ROW)
+            for p in range(panels):
+                right, out, factors = scores + p * KEYS * ROW, sums + p * size, state + (p * 3 + 2) * ROW
+                c = 0
+                while c < channels:
+                    if channels - c >= TILES:
+                        _mix_many(tokens + c * 4, 4, row, right, keys, out + c * ROW, factors)
+                        c += TILES
+                    else:
+                        _mix_few(tokens + c * 4, 4, row, right, keys, out + c * ROW, factors)
+                        c += THIRD
+            done += keys
+        for p in range(panels):
+            _finish_panel(sums + p * size, state + p * 3 * ROW, channels // LANES, dst + p * NR * row, row)
+
+
+def padded_queries(count: int) -> int:
+    """Up to whole panels."""
+    return -(-count // NR) * NR
+
+
+def attention_bytes(count: int, channels: int) -> int:
+    """Bytes of `attention`'s workspace for so many queries: 0.36 MB at 512 channels for each thread that finds work."""
+    return _workers(padded_queries(count) // NR) * _scratch_bytes(channels)
+
+
+def _workers(panels: int) -> int:
+    return min(cpu_threads.count(), -(-panels // PANELS))
+
+
+def _scratch_bytes(channels: int) -> int:
+    """A thread's: queries, sums, scores and the softmax's state of its panels."""
+    return PANELS * (2 * channels + KEYS + 3) * ROW
+
+
+def attention(queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: torch.Tensor, work: torch.Tensor) -> None:
+    """``out = softmax(scale * queries tokens^T) tokens``, contiguous float32, whole vectors of channels.
+
+    ``queries``, ``out`` (n, channels), n as `padded_queries` has it, the padding arbitrary; ``tokens`` (keys,
+    channels); ``work``: flat uint8, `attention_bytes`. Not a number where a score is none, or infinite.
+    """
+    count, channels = queries.shape
+    factor = np.full(1, scale, np.float32)
+    # Threads added since the work was planned have no scratch.
+    workers = min(_workers(count // NR), work.numel() // _scratch_bytes(channels))
+    if workers < 1:
+        raise RuntimeError(f"attention: got a workspace of {work.numel()} bytes, too small: the plan was wrong")
+    job = AttentionJob(
+        queries=queries.data_ptr(), tokens=tokens.data_ptr(), dst=out.data_ptr(), scale=factor.ctypes.data,
+        panels=count // NR, keys=tokens.shape[0], channels=channels, scratch=work.data_ptr(),
+        scratch_bytes=_scratch_bytes(channels),
+    )  # fmt: skip
+    counter = np.zeros(1, np.int64)
+    cpu_threads.run(lambda worker: attention_tasks(job, counter, worker), workers)
