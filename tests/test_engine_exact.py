@@ -273,6 +273,15 @@ def test_large_convolutions_find_a_trimmed_heap(dtype: torch.dtype, monkeypatch:
         assert len(trimmed) == times
 
 
+def test_attention_finds_a_trimmed_heap_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr("fluxvae.engine.kernels.torch.trim_heap", lambda: trimmed.append(1))
+    shape = Shape(height=20, width=9)
+    # A block of attention's has 2 * 9 * 32 values a row: 7 rows at once, so three blocks.
+    direct(shape.vae(), block_values=2 * 9 * 32 * 7).decode(shape.latents())
+    assert len(trimmed) == 3
+
+
 @pytest.mark.parametrize("blocks", [1, 63, 64, 65, 400])
 def test_statistics_of_many_blocks_are_combined_on_the_way(blocks: int) -> None:
     """They are in no plan: at 4096 pixels they were 10 MB."""

@@ -105,3 +105,11 @@ def test_refused(arguments: list[str], message: str) -> None:
     refused = decode(*arguments)
     assert isinstance(refused.exception, InvalidOptionError)
     assert message in str(refused.exception)
+
+
+def test_a_refused_job_leaves_no_folder(tmp_path: Path, demo: Decoder) -> None:
+    for out in ("made/for/it", "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(InvalidOptionError, match="nothing at"):
+            decode_files(Job(inputs=("nothing/here",), out=str(tmp_path / out)), decoder=demo)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

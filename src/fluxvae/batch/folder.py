@@ -86,6 +86,8 @@ def write_record(store: Store, record: dict[str, Any]) -> None:
 def lock(store: Store) -> Iterator[None]:
     """Hold a local output folder for one job of this machine; it goes with the process, however that ends.
 
+    A folder that was made for this and is empty in the end, after a refusal, goes too.
+
     Raises:
         InvalidOptionError: another job is writing there.
     """
@@ -93,6 +95,7 @@ def lock(store: Store) -> Iterator[None]:
         yield
         return
     path = Path(store.root) / _LOCK
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
@@ -111,6 +114,9 @@ def lock(store: Store) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is held
+            with contextlib.suppress(OSError):  # it is not empty
+                for folder in made:
+                    folder.rmdir()
     finally:
         os.close(descriptor)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels import cudnn, onednn, subpixel
 from fluxvae.engine.network import Attention, Conv, Norm, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial, block_moments
@@ -251,6 +252,8 @@ class TorchKernels:
         sum to one, so sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
         """
         (wq, bq), (wk, _), (wv, bv), (wo, bo) = weights
+        if self._device.type == "cpu":
+            trim_heap()  # else results may come to lie beside the last call's, as in `onednn.HEAP_BYTES`
         flat = queries.view(1, -1, queries.shape[-1])
         q = F.linear(F.linear(flat, wq, bq), wk.t())
         mixed = F.scaled_dot_product_attention(

@@ -93,11 +93,9 @@ class WinogradKernels(TorchKernels):
         return transformed_bytes(call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: weights cast to float32; statistics, the threads' small buffers; two results."""
-        if _few(call.kind, call.cin, call.cout, call.itemsize):
+        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        if _few(call.kind, call.cin, call.cout, call.itemsize) or _attends(call):
             return 0
-        if _attends(call):
-            return 2 * padded_queries(call.rows * call.width) * call.cin * 4
         if not _applies(call):
             return super().overhead(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -105,11 +103,13 @@ class WinogradKernels(TorchKernels):
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
 
     def workspace(self, call: Call) -> int:
-        """Arena bytes: every thread's transformed tiles and products, or sums and scores."""
+        """Arena bytes: every thread's transformed tiles and products; attention's results, sums and scores."""
         if _few(call.kind, call.cin, call.cout, call.itemsize):
             return 0
         if _attends(call):
-            return max(super().workspace(call), attention_bytes(call.rows * call.width, call.cin))
+            count = call.rows * call.width
+            results = 2 * padded_queries(count) * call.cin * 4
+            return max(super().workspace(call), results + attention_bytes(count, call.cin))
         if not _applies(call):
             return super().workspace(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -241,10 +241,11 @@ class WinogradKernels(TorchKernels):
             return super().attend(layer, weights, queries, normed, out, statistics, work)
         q, k, v, o = weights
         count, channels = queries.numel() // normed.shape[1], normed.shape[1]
-        one, other = torch.empty(2, padded_queries(count), channels)
+        results = 2 * padded_queries(count) * channels * 4
+        one, other = work[:results].view(torch.float32).view(2, -1, channels)
         self.linear(queries, q, one[:count])
         self.linear(one[:count], k, other[:count])
-        attention(other, normed, layer.softmax_scale, one, work)
+        attention(other, normed, layer.softmax_scale, one, work[results:])
         self.linear(one[:count], v, other[:count])
         self.linear(other[:count], o, one[:count])
         result = one[:count].view_as(out)

@@ -36,8 +36,9 @@ class Cut(NamedTuple):
     across: int
     tiles: int
     run: int
+    """Tiles of the longest."""
     units: int
-    """Runs of tiles."""
+    """Runs of tiles, as equal as whole blocks of products allow: else the last would be short, and threads idle."""
     slices: int
     """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
     panels: int
@@ -66,8 +67,9 @@ def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
     """``rows`` and ``width`` of the input."""
     across = -(-width * enlargement(kind) // STEP)
     tiles = across * -(-rows * enlargement(kind) // STEP)
-    run = rounded(-(-tiles // -(-tiles // longest_run(cin))))
-    units = -(-tiles // run)
+    thirds = -(-tiles // THIRD)
+    units = -(-thirds * THIRD // longest_run(cin))
+    run = -(-thirds // units) * THIRD
     threads, total = cpu_threads.count(), -(-cout // NR)
 
     def cost(slices: int) -> float:

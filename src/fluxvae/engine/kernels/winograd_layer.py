@@ -71,7 +71,7 @@ def run(
         cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
         weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
         panels=cut.panels, slices=cut.slices,
-        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, tasks=cut.units * cut.slices,
+        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, units=cut.units, tasks=cut.units * cut.slices,
         position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
         scratch_bytes=scratch,
     )  # fmt: skip

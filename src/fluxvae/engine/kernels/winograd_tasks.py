@@ -73,7 +73,9 @@ class ConvJob(NamedTuple):
     tiles_across: int
     tiles: int
     run: int
-    """Tiles of one task."""
+    """Tiles of a task at most: as many THIRDs as the others, or one more."""
+    units: int
+    """Runs of tiles."""
     tasks: int
     position_in: int
     """Bytes between two positions of the transformed tiles."""
@@ -116,6 +118,8 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     transformed = job.scratch + worker * job.scratch_bytes
     multiplied = transformed + POSITIONS * job.position_in
     blocks = job.cin // LANES
+    thirds = (job.tiles + THIRD - 1) // THIRD
+    whole, longer = thirds // job.units, thirds % job.units
     block_bytes = job.run * lane_bytes
     panel_out = job.run * NR * 4
     panel_weights = job.cin * NR * 4
@@ -134,8 +138,8 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
             return
         part = task % job.slices
         unit = task // job.slices
-        first = unit * job.run
-        count = min(job.run, job.tiles - first)
+        first = (unit * whole + min(unit, longer)) * THIRD
+        count = min((whole + (unit < longer)) * THIRD, job.tiles - first)
 
         for t in range(count):
             tile = first + t
