@@ -51,12 +51,15 @@ FLUX = WIDE | {
 }
 
 
-def assert_predicted(rows: list[dict[str, float]], itemsize: int = 4) -> None:
-    """Never more than planned; nor much less, but for the allowance that the runtime may not need."""
+def assert_predicted(rows: list[dict[str, float]], itemsize: int = 4, output: int = 0) -> None:
+    """Never more than planned; nor much less, but for the allowance that the runtime may not need.
+
+    ``output``: bytes of an image that is large beside a tight limit; its pages are touched by the last layer only.
+    """
     for row in rows:
         print({**row, "ratio": round(row["measured"] / row["predicted"], 3)})
         assert row["measured"] <= row["predicted"], row
-        assert row["measured"] + RUNTIME_BYTES[itemsize] >= (1 - PEAK_PREDICTION.bound) * row["predicted"], row
+        assert row["measured"] + output + RUNTIME_BYTES[itemsize] >= (1 - PEAK_PREDICTION.bound) * row["predicted"], row
         if row["limit"] is not None:
             assert row["measured"] <= row["limit"], row
 
@@ -88,6 +91,15 @@ def test_measured_peak_over_random_cases_of_the_full_architecture(kernels: str, 
     ]
     rows = measure({"vae": FLUX, "kernels": kernels, "dtype": dtype, "cases": cases})
     assert_predicted(rows, 2 if half else 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kernels", ["torch", "winograd"])
+def test_measured_peak_where_attention_has_many_blocks(kernels: str) -> None:
+    """Within the least memory the peak is attention's: what every block left behind would lie above it."""
+    rows = measure({"vae": FLUX, "kernels": kernels, "cases": [{"size": [160, 160], "fraction": 0.0}]})
+    assert_predicted(rows, output=3 * 1280 * 1280 * 4)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (128, 128), (512, 512), (37, 200)])
