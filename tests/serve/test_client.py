@@ -162,7 +162,7 @@ def test_async(serving: Serving, protocol: str, nothing_left: None) -> None:
 @pytest.mark.parametrize("protocol", ["grpc", "shared_memory"])
 @pytest.mark.parametrize("how", ["deadline", "cancelled task"])
 def test_a_decode_nobody_waits_for_stops(serving: Serving, protocol: str, how: str, nothing_left: None) -> None:
-    latents = packed(0, 1024, 1024)
+    latents = packed(0, 2048, 2048)
 
     def cancellations() -> float:
         return metric(serving.server, "fluxvae_errors_total", model="vae_decoder", kind="DecodeCancelled")
@@ -176,12 +176,12 @@ def test_a_decode_nobody_waits_for_stops(serving: Serving, protocol: str, how: s
             Client(serving.server.grpc_url, protocol=protocol) as client,
             pytest.raises(DeadlineExceededError, match="0.5 s"),
         ):
-            client.decode(latents, height=1024, width=1024, timeout_s=0.5)
+            client.decode(latents, height=2048, width=2048, timeout_s=0.5)
     else:
 
         async def main() -> None:
             async with AsyncClient(serving.server.grpc_url, protocol=protocol) as client:
-                task = asyncio.create_task(client.decode(latents, height=1024, width=1024))
+                task = asyncio.create_task(client.decode(latents, height=2048, width=2048))
                 await asyncio.to_thread(wait_for, lambda: in_flight() > 0, "the decode to begin")
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):

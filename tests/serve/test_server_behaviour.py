@@ -27,7 +27,7 @@ from serve.conftest import copy_model
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 SLOW = "slow_queue"
-LONG = 1024  # pixels each way: seconds with the tiny checkpoint, hundreds of blocks
+LONG = 2048  # pixels each way: six seconds with the tiny checkpoint, hundreds of blocks
 QUEUE = 3
 
 
@@ -186,7 +186,8 @@ def test_a_decode_stops_within_a_strip_of_its_cancellation(pressed: Serving, how
     decoded = metric(pressed.server, "fluxvae_decodes_total", model=SLOW)
     options = {"client_timeout": 0.7} if how == "deadline" else {}
     asked = Asked(pressed, long_request(), f"gone-by-{how}", **options)
-    wait_for(lambda: running(pressed), "the decode to begin")
+    # Requests are in flight from before their latents are read: the decode has begun some time later.
+    wait_for(lambda: running(pressed) and time.monotonic() - asked.started > 0.5, "the decode to be under way")
     if how == "cancel":
         asked.context.cancel()
     asked.wait()
