@@ -1,6 +1,8 @@
-"""Shared fixtures: Hypothesis profiles and small models."""
+"""Shared fixtures: Hypothesis profiles, small models, the number of threads."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +23,14 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("default")
+
+
+@pytest.fixture
+def threads_kept() -> Iterator[None]:
+    """The number of threads is as it was, whatever the test sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

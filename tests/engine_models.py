@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import strategies as st
 
+from fluxvae.engine.kernels import vector_code
 from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.tolerances import ENGINE_ERROR_RATIO
 
@@ -73,13 +73,14 @@ def error_ratio(dtype: str) -> float:
     return ENGINE_ERROR_RATIO[dtype if avx512 or dtype != "float32" else small].bound
 
 
+needs_vector_code = pytest.mark.skipif(vector_code.supported() is not None, reason=str(vector_code.supported()))
+"""For what calls the compiled CPU kernels: they run on every x86-64 with AVX2, and on Arm."""
+
+
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(threads_kept: None) -> None:
     """Tiny operations on a busy machine wait for each other's threads longer than they compute."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rms(values: torch.Tensor) -> float:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine_models import rms
-from fluxvae.engine.kernels import cpu_attention, vector_code
+from engine_models import needs_vector_code, rms
 from fluxvae.engine.kernels.cpu_attention import KEYS, PANELS, attention, attention_bytes, padded_queries
 from fluxvae.engine.kernels.vector_code import LANES
 from fluxvae.engine.kernels.winograd import WinogradKernels
@@ -21,14 +18,7 @@ from fluxvae.engine.plan import Call
 from fluxvae.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 
-pytestmark = pytest.mark.skipif(vector_code.supported() is not None, reason=str(vector_code.supported()))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = [needs_vector_code, pytest.mark.usefixtures("threads_kept")]
 
 
 def run(queries: torch.Tensor, tokens: torch.Tensor, scale: float) -> torch.Tensor:
@@ -161,6 +151,11 @@ def test_its_results_lie_in_the_workspace() -> None:
     assert 0 < most < out.nbytes / 8
 
 
-def test_its_workspace_is_small() -> None:
-    torch.set_num_threads(1)
-    assert attention_bytes(2048, 512) == cpu_attention._scratch_bytes(512) < 1 << 20
+def test_its_workspace_grows_with_the_threads_that_find_work_and_with_nothing_else() -> None:
+    needed = {}
+    for threads in (1, 2, 8):
+        torch.set_num_threads(threads)
+        needed[threads] = [attention_bytes(count, 512) for count in (1, 2 * PANELS * NR, 2048)]
+    one = needed[1][0]
+    assert one < 0.4e6
+    assert needed == {1: [one] * 3, 2: [one, 2 * one, 2 * one], 8: [one, 2 * one, 8 * one]}

@@ -284,7 +284,7 @@ def test_attention_finds_a_trimmed_heap_for_every_block(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("blocks", [1, 63, 64, 65, 400])
 def test_statistics_of_many_blocks_are_combined_on_the_way(blocks: int) -> None:
-    """They are in no plan: at 4096 pixels they were 10 MB."""
+    """They are in no plan, and a large map has hundreds of blocks."""
     values = torch.randn(blocks, 6, 8, generator=torch.Generator().manual_seed(0)) + 3
     moments = Moments()
     kept = 0

@@ -12,12 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
-from engine_models import error_ratio, one_thread, rms, true_decode
+from engine_models import error_ratio, needs_vector_code, one_thread, rms, true_decode
 from engine_peaks import measure
 from family_models import SMALL_DECODER, flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.kernels import vector_code
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.oracle import level_difference
 from fluxvae.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
@@ -33,7 +32,7 @@ MODELS = {
 }
 KERNELS = [
     "torch",
-    pytest.param("winograd", marks=pytest.mark.skipif(vector_code.supported() is not None, reason="no vector code")),
+    pytest.param("winograd", marks=needs_vector_code),
 ]
 every_model = pytest.mark.parametrize("model", MODELS)
 
@@ -73,7 +72,7 @@ def test_error_is_no_larger_than_that_of_diffusers(dtype: str) -> None:
 
 
 @every_model
-@pytest.mark.skipif(vector_code.supported() is not None, reason=str(vector_code.supported()))
+@needs_vector_code
 def test_winograd_changes_hardly_a_byte(model: str) -> None:
     """32 pixels each way is where Winograd begins."""
     vae, raw = build(model), latents(40, 36)

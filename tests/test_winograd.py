@@ -20,7 +20,7 @@ from numba.core.compiler import run_frontend
 from numba.core.postproc import PostProcessor
 from safetensors import safe_open
 
-from engine_models import rms
+from engine_models import needs_vector_code, rms
 from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoint import ASSETS
 from fluxvae.engine import kernels as kernel_sets
@@ -57,14 +57,7 @@ from models import random_vae
 CPU = torch.device("cpu")
 KERNELS = WinogradKernels(CPU)
 THREADS = (1, 2, 3)
-pytestmark = pytest.mark.skipif(vector_code.supported() is not None, reason=str(vector_code.supported()))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = [needs_vector_code, pytest.mark.usefixtures("threads_kept")]
 
 
 def conv_layer(cin: int, cout: int, seed: int = 0) -> Conv:

@@ -186,9 +186,10 @@ def test_a_decode_stops_within_a_strip_of_its_cancellation(pressed: Serving, how
     decoded = metric(pressed.server, "fluxvae_decodes_total", model=SLOW)
     options = {"client_timeout": 0.7} if how == "deadline" else {}
     asked = Asked(pressed, long_request(), f"gone-by-{how}", **options)
-    # Requests are in flight from before their latents are read: the decode has begun some time later.
-    wait_for(lambda: running(pressed) and time.monotonic() - asked.started > 0.5, "the decode to be under way")
+    wait_for(lambda: running(pressed), "the model to take the request")
     if how == "cancel":
+        # Its latents are read and checked before its decode begins: as late as the deadline, that has long been so.
+        wait_for(lambda: time.monotonic() - asked.started > 0.7, "the decode to be under way")
         asked.context.cancel()
     asked.wait()
     assert asked.error is not None

@@ -186,7 +186,7 @@ class AttentionJob(NamedTuple):
     tokens: int
     """(keys, channels) float32."""
     dst: int
-    """As ``queries``; may be the same."""
+    """As ``queries``."""
     scale: int
     """Address of one float32."""
     panels: int

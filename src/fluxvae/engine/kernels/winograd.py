@@ -108,8 +108,7 @@ class WinogradKernels(TorchKernels):
             return 0
         if _attends(call):
             count = call.rows * call.width
-            results = 2 * padded_queries(count) * call.cin * 4
-            return max(super().workspace(call), results + attention_bytes(count, call.cin))
+            return max(super().workspace(call), _attention_results(count, call.cin) + attention_bytes(count, call.cin))
         if not _applies(call):
             return super().workspace(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -241,7 +240,7 @@ class WinogradKernels(TorchKernels):
             return super().attend(layer, weights, queries, normed, out, statistics, work)
         q, k, v, o = weights
         count, channels = queries.numel() // normed.shape[1], normed.shape[1]
-        results = 2 * padded_queries(count) * channels * 4
+        results = _attention_results(count, channels)
         one, other = work[:results].view(torch.float32).view(2, -1, channels)
         self.linear(queries, q, one[:count])
         self.linear(one[:count], k, other[:count])
@@ -267,6 +266,11 @@ def _applies(call: Call) -> bool:
 def _attends(call: Call) -> bool:
     """Whether this is attention that `cpu_attention` computes."""
     return call.kind == "attend" and _vectors(call.cin, call.cout, call.itemsize)
+
+
+def _attention_results(count: int, channels: int) -> int:
+    """Bytes of the two buffers that a block of attention's queries go through, back and forth."""
+    return 2 * padded_queries(count) * channels * 4
 
 
 def _few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
