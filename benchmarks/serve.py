@@ -64,7 +64,8 @@ def main() -> int:
     console = Console()
     decoder = Decoder.from_pretrained(args.checkpoint, device="cpu")
     result: dict[str, Any] = {"benchmark": "serve", "checkpoint": args.checkpoint, **machine()}
-    with TritonServer(TRITON_MODELS, models=[MODEL], env={"FLUXVAE_CHECKPOINT": args.checkpoint}) as server:
+    env, open_apis = {"FLUXVAE_CHECKPOINT": args.checkpoint}, ["shared-memory", "statistics"]
+    with TritonServer(TRITON_MODELS, models=[MODEL], open_apis=open_apis, env=env) as server:
         if args.only != "load":
             result["overhead"] = overhead(server, decoder, args.size, args.rounds)
             print_overhead(console, result["overhead"], args.size)

@@ -9,9 +9,21 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
+import time
 from pathlib import Path
+from types import FrameType
 
 from fluxvae.serve.triton.server import TritonServer
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """Leave the ``with`` below, which stops Triton, whether it is starting or serving; once is enough."""
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(0)
 
 
 def main() -> None:
@@ -22,12 +34,17 @@ def main() -> None:
     parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
     args = parser.parse_args()
+    for number in _SIGNALS:
+        signal.signal(number, end)
     print("starting Triton and loading the checkpoint ...", flush=True)
     with TritonServer(args.models, models=args.load, http_port=args.http_port, grpc_port=args.grpc_port) as server:
         print(
-            f"{', '.join(args.load)}: served at http://{server.http_url} and grpc://{server.grpc_url}; Ctrl-C stops it"
+            f"{', '.join(args.load)}: served at http://{server.http_url} and grpc://{server.grpc_url}; Ctrl-C stops it",
+            flush=True,
         )
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        while server.running:
+            time.sleep(0.5)
+    sys.exit(f"Triton ended. {server.log_tail()}")
 
 
 if __name__ == "__main__":

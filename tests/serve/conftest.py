@@ -62,7 +62,10 @@ def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, lib
     copy_model(repository, GATHER, **{"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"})
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with TritonServer(
-        repository, env={"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}, log_path=log
+        repository,
+        open_apis=["shared-memory", "statistics"],
+        env={"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"},
+        log_path=log,
     ) as server:
         yield Serving(server, library)
 
@@ -70,7 +73,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, lib
 @pytest.fixture(scope="session")
 def gateways(serving: Serving) -> Iterator[Gateways]:
     """Starts gateways in front of the shared server."""
-    started = Gateways(serving.server.grpc_url, serving.server.metrics_url)
+    started = Gateways(serving.server.grpc_url, serving.server.metrics_url, serving.server.config_key)
     yield started
     started.stop()
 

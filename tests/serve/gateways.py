@@ -33,6 +33,7 @@ class Gateways:
 
     grpc_url: str
     metrics_url: str
+    config_key: str
     _servers: dict[str, uvicorn.Server] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -43,7 +44,11 @@ class Gateways:
 
     def start(self, **settings: Any) -> str:
         """A new gateway; returns its address, without a slash at the end."""
-        usual = {"triton_grpc_url": self.grpc_url, "triton_metrics_url": self.metrics_url}
+        usual = {
+            "triton_grpc_url": self.grpc_url,
+            "triton_metrics_url": self.metrics_url,
+            "triton_config_key": self.config_key,
+        }
         app = make_app(GatewaySettings(**{**usual, **settings}))
         config = uvicorn.Config(app, port=0, lifespan="on", access_log=False, log_config=None)
         server = uvicorn.Server(config)

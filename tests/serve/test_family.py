@@ -71,13 +71,13 @@ def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
     repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
     library = {name: Decoder.from_pretrained(checkpoint, device="cpu") for name, checkpoint in checkpoints.items()}
-    with TritonServer(repository, env={"OMP_NUM_THREADS": "1"}) as server:
+    with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
         yield Family(server, library)
 
 
 @pytest.fixture(scope="module")
 def gateway(family: Family) -> Iterator[str]:
-    gateways = Gateways(family.server.grpc_url, family.server.metrics_url)
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url, family.server.config_key)
     yield gateways.start(models=tuple(MODELS))
     gateways.stop()
 
@@ -340,7 +340,7 @@ def test_what_the_gateway_says_of_itself(gateway: str) -> None:
 
 
 def test_not_ready_while_one_of_them_is_not_there(family: Family) -> None:
-    gateways = Gateways(family.server.grpc_url, family.server.metrics_url)
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url, family.server.config_key)
     try:
         answer = ask(gateways.start(models=(FLUX2, "absent")), path="/readyz")
     finally:

@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> I
     repository = tmp_path_factory.mktemp("load")
     (repository / MODEL).symlink_to(TRITON_MODELS / MODEL)
     environment = {"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
-    with TritonServer(repository, env=environment) as server:
+    with TritonServer(repository, open_apis=["shared-memory", "statistics"], env=environment) as server:
         yield server
 
 

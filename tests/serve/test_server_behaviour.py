@@ -63,7 +63,7 @@ def pressed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, lib
     )
     log = tmp_path_factory.mktemp("pressed_log") / "triton.log"
     environment = {"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
-    with TritonServer(repository, env=environment, log_path=log) as server:
+    with TritonServer(repository, open_apis=["statistics"], env=environment, log_path=log) as server:
         yield Serving(server, library)
 
 

@@ -24,13 +24,14 @@ from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
 from fluxvae.serve.models import MODELS, read_memory_limits, read_models
-from fluxvae.serve.supervisor import checks, command, guardian, services, supervisor
+from fluxvae.serve.supervisor import checks, command, services, supervisor
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
 from fluxvae.serve.supervisor.keeper import Keeper
 from fluxvae.serve.supervisor.services import GatewayService
 from fluxvae.serve.supervisor.settings import ServeSettings
+from fluxvae.serve.triton import guardian
 from fluxvae.serve.triton.installation import Installation, TritonServerError
 from fluxvae.serve.triton.processes import cpu_seconds, exited, how_it_ended, in_group, is_running
 from fluxvae.serve.triton.repository import model_folder, write_repository

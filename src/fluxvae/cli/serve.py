@@ -34,6 +34,10 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="Of Triton's gRPC.", min=0, max=65535)] = 8001,
     http_port: Annotated[int, typer.Option(help="Of Triton's HTTP.", min=0, max=65535)] = 8000,
     metrics_port: Annotated[int, typer.Option(help="Of Triton's metrics.", min=0, max=65535)] = 8002,
+    allow_client_shm: Annotated[
+        bool,
+        typer.Option("--allow-client-shm", help="Let clients on this machine pass tensors in shared memory."),
+    ] = False,
     device: Device = "auto",
     dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
     engine: Annotated[
@@ -100,6 +104,7 @@ def serve(
         http_port=http_port,
         grpc_port=grpc_port,
         metrics_port=metrics_port,
+        allow_client_shm=allow_client_shm,
         models=read_models(model or [], checkpoint),
         revision=revision,
         device=device,

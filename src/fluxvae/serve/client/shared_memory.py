@@ -12,7 +12,7 @@ import tritonclient.grpc as triton
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
-from fluxvae.errors import FluxVAEError, UnavailableError
+from fluxvae.errors import FluxVAEError, InvalidOptionError, UnavailableError
 from fluxvae.serve.client.transports import TYPES, Call, Grpc
 from fluxvae.serve.client.wire import Request, Unsent
 
@@ -25,7 +25,7 @@ class SharedMemoryGrpc(Grpc):
     A region is made for each request that is in flight and used again by later ones. One whose request ended without
     an answer is not, nor taken back from the server, which may still read or write it: its memory is given back by
     ``close`` here, and there when the server ends. Triton before 25.07 guards its memory badly, so this is for servers
-    you trust; from 26.05 it must be started with ``--allow-client-shm=true``.
+    you trust, and the server must allow it: ``fluxvae serve --allow-client-shm``.
     """
 
     def __init__(self, url: str, model: str) -> None:
@@ -82,6 +82,12 @@ class SharedMemoryGrpc(Grpc):
             )
         except InferenceServerException as error:
             _free(region)
+            if "restricted" in (error.message() or ""):
+                raise InvalidOptionError(
+                    "protocol: got 'shared_memory', but this server has shared memory of clients switched off; start "
+                    "it with fluxvae serve --allow-client-shm (TritonServer(open_apis=['shared-memory'])), or leave "
+                    "protocol out: gRPC then carries the tensors"
+                ) from error
             translated = super()._translate(error, request, timeout_s)
             if isinstance(translated, UnavailableError):
                 raise translated from error

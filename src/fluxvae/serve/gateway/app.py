@@ -39,6 +39,7 @@ from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
 from fluxvae.serve.gateway.remote_decode import Limits
 from fluxvae.serve.models import MODEL
+from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 
 __all__ = ["GatewaySettings", "main", "make_app"]
 
@@ -59,6 +60,8 @@ class GatewaySettings:
     """``host:port``."""
     triton_metrics_url: str | None = None
     """The whole address; None leaves Triton's metrics out of ``/metrics``."""
+    triton_config_key: str | None = None
+    """Opens the models' configuration at a Triton that guards it; None: it does not."""
     models: Sequence[str] = (MODEL,)
     """Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
     token: str | None = None
@@ -96,7 +99,9 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
-        models = {name: TritonModel(settings.triton_grpc_url, name) for name in settings.models}
+        models = {
+            name: TritonModel(settings.triton_grpc_url, name, settings.triton_config_key) for name in settings.models
+        }
         readiness = [Readiness(model) for model in models.values()]
         decode = DecodeEndpoint(
             models,
@@ -234,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = GatewaySettings(
             triton_grpc_url=args.triton,
             triton_metrics_url=args.metrics,
+            triton_config_key=os.environ.get(CONFIG_KEY_VARIABLE),
             models=args.model or defaults.models,
             token=os.environ.get("FLUXVAE_TOKEN"),
             max_request_bytes=args.max_request_bytes,

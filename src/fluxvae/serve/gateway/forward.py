@@ -20,6 +20,7 @@ from fluxvae.errors import DeadlineExceededError, FluxVAEError, UnavailableError
 from fluxvae.serve.gateway.errors import BadGateway, InvalidRequest, ServerError
 from fluxvae.serve.gateway.remote_decode import Asked, Latents
 from fluxvae.serve.models import vae_class_of
+from fluxvae.serve.triton.controls import CONFIG_HEADER
 
 __all__ = ["Readiness", "TritonModel", "read_metrics"]
 
@@ -53,10 +54,12 @@ class TritonModel:
     Args:
         url: ``host:port`` of Triton's gRPC endpoint.
         name: of the model.
+        config_key: opens the model's configuration, where Triton guards it (`fluxvae.serve.triton.controls`).
     """
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, config_key: str | None = None) -> None:
         self.url = url
+        self._headers = {} if config_key is None else {f"triton-grpc-protocol-{CONFIG_HEADER}": config_key}
         self.name = name
         self.approximate = vae_class_of(name) == "AutoencoderTiny"
         """Its pictures are previews."""
@@ -117,7 +120,9 @@ class TritonModel:
         """
         try:
             server = await self._client.get_server_metadata(as_json=True, client_timeout=_FACTS_TIMEOUT_S)
-            answer = await self._client.get_model_config(self.name, as_json=True, client_timeout=_FACTS_TIMEOUT_S)
+            answer = await self._client.get_model_config(
+                self.name, as_json=True, headers=self._headers, client_timeout=_FACTS_TIMEOUT_S
+            )
         except InferenceServerException as error:
             raise self._translate(error) from error
         config = answer["config"]

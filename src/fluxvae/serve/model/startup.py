@@ -79,8 +79,8 @@ class Settings:
         if values.get("vae_class") in _CHECKPOINTS and "checkpoint" not in values:
             raise CheckpointError(
                 f"checkpoint: none is set, and none for {values['vae_class']} ships; set the parameter checkpoint in "
-                f"config.pbtxt or {variables['checkpoint']}, or load other models only (--model-control-mode=explicit "
-                "--load-model=vae_decoder)"
+                f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
+                "repository that does not hold this one"
             )
         if "approximate" in values:
             values["approximate"] = _flag("approximate", values["approximate"])

@@ -45,6 +45,8 @@ class ServeSettings:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    allow_client_shm: bool = False
+    """Clients on this machine may have Triton read and write shared memory of theirs."""
     models: Mapping[str, str] = field(default_factory=lambda: {MODEL: "demo"})
     """Checkpoint by name, of `fluxvae.serve.models.MODELS`; the first is the one the gateway's page decodes with."""
     revision: str | None = None

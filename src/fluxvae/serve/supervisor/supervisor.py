@@ -8,16 +8,14 @@
 
 A thread for each child launches it, waits until it serves, and watches it; whatever goes wrong then is reported, the
 child is killed (what it was doing fails at once, its clients get UNAVAILABLE), and started again after a growing
-delay. What a supervisor that was itself killed leaves behind is taken away by `fluxvae.serve.supervisor.guardian`.
+delay. What a supervisor that was itself killed leaves behind is taken away by `fluxvae.serve.triton.guardian`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,12 +25,13 @@ from functools import partial
 from pathlib import Path
 
 from fluxvae.errors import InvalidOptionError
-from fluxvae.serve.supervisor import guardian
 from fluxvae.serve.supervisor.checks import check_numpy, check_shared_memory, choose_ports
 from fluxvae.serve.supervisor.health import Answer, get
 from fluxvae.serve.supervisor.keeper import Keeper
 from fluxvae.serve.supervisor.services import GatewayService, TritonService
 from fluxvae.serve.supervisor.settings import ServeSettings
+from fluxvae.serve.triton import guardian
+from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 from fluxvae.serve.triton.installation import find_tritonserver
 from fluxvae.serve.triton.ports import url_host
 from fluxvae.serve.triton.repository import write_repository
@@ -87,6 +86,7 @@ class Supervisor:
             grpc_port=ports["--grpc-port"],
             metrics_port=ports["--metrics-port"],
             host=s.triton_host,
+            open_apis=["shared-memory"] if s.allow_client_shm else [],
             log_path=self.triton_log,
             env={guardian.RUN_VARIABLE: self._tag, **s.without_our_variables()},
             stop_timeout_s=s.drain_s,
@@ -95,6 +95,7 @@ class Supervisor:
         )
         self.triton = TritonService(self.server, list(s.models), patience_s=s.patience_s, busy_limit_s=s.busy_limit_s)
         environment = {**os.environ, guardian.RUN_VARIABLE: self._tag, "FLUXVAE_TOKEN": s.token or ""}
+        environment[CONFIG_KEY_VARIABLE] = self.server.config_key
         if s.token is None:
             del environment["FLUXVAE_TOKEN"]
         self.server.http_port, self.server.grpc_port, self.server.metrics_port = ports.values()
@@ -170,10 +171,7 @@ class Supervisor:
             keeper.service.stop(partial(_no_more_time, known_dead, deadline, hurry))
         self._keepers = []
         if self._guardian is not None:
-            assert self._guardian.stdin is not None
-            self._guardian.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._guardian.wait(10)
+            guardian.end(self._guardian)
             self._guardian = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -186,15 +184,7 @@ class Supervisor:
         return f"fluxvae_{os.getpid()}_{self._tag[:8]}_"
 
     def _start_guardian(self) -> None:
-        command = [sys.executable, "-I", "-S", guardian.__file__, self._tag, self._shm_prefix, str(self._folder)]
-        self._guardian = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
+        self._guardian = guardian.start(self._tag, self._shm_prefix, str(self._folder))
 
 
 def _writable(log: Path) -> Path:

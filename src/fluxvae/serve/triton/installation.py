@@ -6,6 +6,7 @@ import ctypes.util
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -59,6 +60,17 @@ class Installation(NamedTuple):
         libraries.append(environment.get("LD_LIBRARY_PATH"))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(library for library in libraries if library)
         return [f"--backend-directory={_link_backends(self.wheel, folder / 'backends')}"]
+
+    def needs_leave_for_shared_memory(self, environment: dict[str, str]) -> bool:
+        """Whether this server takes shared memory of clients only where its command line says so: from 26.05 on.
+
+        Args:
+            environment: in which it is run, as `prepare` left it.
+        """
+        described = subprocess.run(
+            [self.binary, "--help"], env=environment, capture_output=True, timeout=60, check=False
+        )
+        return b"--allow-client-shm" in described.stdout + described.stderr
 
 
 def find_tritonserver() -> Installation:

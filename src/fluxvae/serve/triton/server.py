@@ -3,6 +3,9 @@
     with TritonServer("triton_models", models=["vae_decoder"]) as server:
         client = tritonclient.http.InferenceServerClient(server.http_url)
 
+When the process that launched it ends without stopping it, however that was, a guardian ends it
+(`fluxvae.serve.triton.guardian`).
+
 The server is the ``tritonserver`` on the PATH (NVIDIA's container has one), else the one inside the
 ``nvidia-pytriton`` wheel, which is meant for tests and local use: see docs/triton.md.
 
@@ -16,6 +19,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,11 +31,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from fluxvae.errors import InvalidOptionError
+from fluxvae.serve.triton import guardian
+from fluxvae.serve.triton.controls import APIS, restrictions
 from fluxvae.serve.triton.installation import Installation, TritonServerError, find_tritonserver
 from fluxvae.serve.triton.ports import free_ports, url_host
 from fluxvae.serve.triton.processes import exited, in_group, until
 
-__all__ = ["Installation", "TritonServer", "TritonServerError", "find_tritonserver"]
+__all__ = ["APIS", "Installation", "TritonServer", "TritonServerError", "find_tritonserver"]
 
 _log = logging.getLogger(__name__)
 _SHM = Path("/dev/shm")
@@ -51,16 +58,24 @@ class TritonServer:
 
     Args:
         model_repository: the folder that holds one folder per model.
-        models: the folders to load; none named: all.
+        models: the folders to serve; none named: all. Which they are is settled at the start: no client can load
+            another model, nor unload one.
+        open_apis: groups of Triton's controls (`fluxvae.serve.triton.controls.APIS`) that any client may use beside
+            inference, health and metadata, such as ``"shared-memory"``; all others are closed.
         http_port, grpc_port, metrics_port: 0 picks a free one.
         host: the address all three bind to.
         log_path: append the server's log to this file; by default it goes when the server stops.
-        env: variables for the server and its models, over this process's own.
-        arguments: further command-line arguments for ``tritonserver``.
+        env: variables for the server and its models, over this process's own. With ``FLUXVAE_RUN`` among them the
+            caller has a guardian of its own; else the server gets one.
+        arguments: further command-line arguments for ``tritonserver``, but none about which models it serves.
         ready_timeout_s: how long loading all models may take.
         stop_timeout_s: how long in-flight requests get to finish; after it and a short grace, SIGKILL.
         shm_prefix: of the names of its shared-memory regions; by default one of its own.
         folder: where its temporary folder is made; by default the system's place.
+
+    Raises:
+        TritonServerError: no such repository, or it lacks one of the models.
+        InvalidOptionError: an unknown group of controls, or an argument that would open the choice of models.
 
     Raises (from ``start``):
         TritonServerError: with the last lines of the log, and what to do.
@@ -71,6 +86,7 @@ class TritonServer:
         model_repository: str | os.PathLike[str],
         *,
         models: Sequence[str] = (),
+        open_apis: Sequence[str] = (),
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
@@ -88,6 +104,22 @@ class TritonServer:
         if not self.model_repository.is_dir():
             raise TritonServerError(f"model repository {self.model_repository}: no such folder")
         self._models = list(models)
+        for name in self._models:
+            if "/" in name or not (self.model_repository / name).is_dir():
+                has = ", ".join(sorted(path.name for path in self.model_repository.iterdir() if path.is_dir()))
+                raise TritonServerError(
+                    f"models: got {name!r}, but {self.model_repository} holds no such folder; it has {has or 'none'}"
+                )
+        for argument in arguments:
+            if argument.lstrip("-").startswith(("model-control-mode", "load-model", "model-repo", "model-store")):
+                raise InvalidOptionError(
+                    f"arguments: got {argument!r}, but what is served is settled by model_repository and models: with "
+                    "model control any client could run code of its own here"
+                )
+        self._open_apis = list(open_apis)
+        self.config_key = secrets.token_hex(16)
+        """Opens Triton's model configuration to who sends it: the gateway does."""
+        self._restrictions = restrictions(self._open_apis, self.config_key)
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self.shm_prefix = shm_prefix or f"fluxvae_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
@@ -98,6 +130,7 @@ class TritonServer:
         self._ready_timeout_s = ready_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._parent = folder
         self._folder: Path | None = None
         self._log_start = 0
@@ -120,10 +153,15 @@ class TritonServer:
         """The whole address of the Prometheus page."""
         return f"http://{self._url(self.metrics_port)}/metrics"
 
-    def _model_control(self) -> list[str]:
+    def _served(self, folder: Path) -> Path:
+        """The repository that holds exactly the models to be served; made of links where that is not all there are."""
         if not self._models:
-            return ["--model-control-mode=none"]
-        return ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self._models)]
+            return self.model_repository
+        into = folder / "models"
+        into.mkdir()
+        for name in self._models:
+            (into / name).symlink_to(self.model_repository / name)
+        return into
 
     def _url(self, port: int) -> str:
         return f"{url_host(self.host)}:{port}"
@@ -190,8 +228,9 @@ class TritonServer:
         self._folder = Path(tempfile.mkdtemp(prefix="fluxvae-triton-", dir=self._parent))
         command = [
             str(self.installation.binary),
-            f"--model-repository={self.model_repository}",
-            *self._model_control(),
+            f"--model-repository={self._served(self._folder)}",
+            "--model-control-mode=none",  # with model control a client's request could bring a model.py of its own
+            *self._restrictions,
             "--disable-auto-complete-config",  # it would run the model in an interpreter without our packages
             f"--http-address={self.host}",
             f"--grpc-address={self.host}",
@@ -203,7 +242,12 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
         ]
         environment = {**os.environ, **self._env}
+        if guardian.RUN_VARIABLE not in self._env:
+            environment[guardian.RUN_VARIABLE] = tag = uuid.uuid4().hex
+            self._guardian = guardian.start(tag, self.shm_prefix, str(self._folder))
         command += self.installation.prepare(self._folder, environment)
+        if "shared-memory" in self._open_apis and self.installation.needs_leave_for_shared_memory(environment):
+            command.append("--allow-client-shm=true")
         log_path = self._current_log()
         assert log_path is not None
         with log_path.open("ab") as log:
@@ -264,6 +308,9 @@ class TritonServer:
             self._last_log = self.log()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        if self._guardian is not None:
+            guardian.end(self._guardian)
+            self._guardian = None
 
     def __enter__(self) -> TritonServer:
         self.start()

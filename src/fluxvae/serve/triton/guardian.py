@@ -2,8 +2,8 @@
 
     python -I -S guardian.py TAG SHM_PREFIX FOLDER < PIPE
 
-The supervisor holds the pipe's other end, and nobody else does: it closes when the supervisor ends, however that was,
-SIGKILL included. What belongs to the supervisor is found by FLUXVAE_RUN=TAG in its environment, which children of
+Who started the server holds the pipe's other end, and nobody else does: it closes when that process ends, however that
+was, SIGKILL included. What belongs to it is found by FLUXVAE_RUN=TAG in its environment, which children of
 children inherit. Standard library only, so that it starts in milliseconds and stays small.
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,9 +21,35 @@ from pathlib import Path
 RUN_VARIABLE = "FLUXVAE_RUN"
 
 
+def start(tag: str, shm_prefix: str, folder: str) -> subprocess.Popen[bytes]:
+    """Have this process guarded; `end` it once nothing is left to take away.
+
+    Args:
+        tag: what ``FLUXVAE_RUN`` is in the environment of all that is to be ended.
+        shm_prefix: of the shared memory to be removed.
+        folder: to be removed.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, tag, shm_prefix, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def end(guardian: subprocess.Popen[bytes]) -> None:
+    """Let a guardian go."""
+    assert guardian.stdin is not None
+    guardian.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        guardian.wait(10)
+
+
 def main(tag: str, shm_prefix: str, folder: str) -> None:
-    """Wait for the end of the supervisor, then clean up; a clean stop leaves nothing to do."""
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are the supervisor's to act on
+    """Wait for the end of who started the server, then clean up; a clean stop leaves nothing to do."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are the other process's to act on
         signal.signal(ignored, signal.SIG_IGN)
     sys.stdin.buffer.read()
     mark = f"{RUN_VARIABLE}={tag}".encode()
