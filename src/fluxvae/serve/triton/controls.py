@@ -2,9 +2,9 @@
 
 Triton guards groups of its endpoints by a header of one's choice (``--http-restricted-api``,
 ``--grpc-restricted-protocol``). Its command line, with that header, can be read by every user of the machine
-(``/proc/PID/cmdline``), so a secret alone would keep out the network but not the neighbours. What nobody needs is therefore
-closed by a value that no HTTP header can carry: it ends in a line feed. The one group that the gateway asks for, the
-configuration of models, is opened by a secret of its own; it lets nobody change anything.
+(``/proc/PID/cmdline``), so a secret alone would keep out the network but not the neighbours. What nobody needs is
+therefore closed by a value that no header can carry: it ends in a line feed. The one group that the gateway asks for,
+the configuration of models, is opened by a secret of its own; it lets nobody change anything.
 """
 
 from __future__ import annotations
