@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError, Decoder, InvalidOptionError
-from fluxvae.checkpoint import ASSETS, WEIGHTS_NAME, load_vae
-from fluxvae.preview_files import add_pools
+from fluxvae.checkpoints import ASSETS, load_vae
+from fluxvae.checkpoints.previews import add_pools
 from models import flux_pipeline, random_vae
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LATENTS = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -152,7 +153,10 @@ def test_missing_weights(broken: Path) -> None:
 def test_truncated_weights(broken: Path, keep: int) -> None:
     weights = broken / WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME} is not a whole safetensors file.*download it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{WEIGHTS_NAME} is (not a whole safetensors file: it is truncated|empty).*download it again",
+    ):
         load_vae(broken)
 
 
@@ -181,7 +185,7 @@ def test_weights_that_lack_a_tensor(broken: Path) -> None:
     weights = load_file(broken / WEIGHTS_NAME)
     del weights["decoder.conv_in.weight"]
     save_file(weights, broken / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"lack 1 of the decoder's tensors.*decoder.conv_in.weight"):
+    with pytest.raises(CheckpointError, match=r"no decoder.conv_in.weight"):
         load_vae(broken)
 
 
@@ -189,7 +193,7 @@ def test_weights_of_another_width(broken: Path) -> None:
     random_vae(widths=(32, 32, 32, 64)).save_pretrained(broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 32, 32, 32]}))
-    with pytest.raises(CheckpointError, match="another model than config.json says"):
+    with pytest.raises(CheckpointError, match=r"in other shapes than config.json has.*do not belong together"):
         load_vae(broken)
 
 
@@ -197,26 +201,23 @@ def test_single_file_that_lacks_a_tensor(tmp_path: Path, vae: AutoencoderKL) -> 
     weights = bfl_state_dict(vae)
     del weights["decoder.mid.attn_1.q.weight"]
     save_file(weights, tmp_path / "ae.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 .*to_q.weight"):
         load_vae(tmp_path / "ae.safetensors")
 
 
-def test_foreign_single_files(tmp_path: Path, folder: Path) -> None:
+def test_foreign_single_files(tmp_path: Path) -> None:
     save_file({"transformer.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="holds 1 tensors, but not decoder.up.0"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 1 tensors \(transformer.weight, ...\), but no decoder.conv_in.weight"
+    ):
         load_vae(tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="a diffusers VAE is loaded by its folder"):
-        load_vae(folder / WEIGHTS_NAME)
     shallow = {
         "decoder.conv_in.weight": torch.zeros(8, 32, 3, 3),
         "decoder.up.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3),
     }
     save_file(shallow, tmp_path / "flux2.safetensors")
-    with pytest.raises(CheckpointError, match="32 latent channels, as FLUX.2's has"):
+    with pytest.raises(CheckpointError, match="32 latent channels, as FLUX.2's has, but without its statistics"):
         load_vae(tmp_path / "flux2.safetensors")
-    (tmp_path / "ae.ckpt").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"\.ckpt file; expected \.safetensors"):
-        load_vae(tmp_path / "ae.ckpt")
 
 
 def test_options_that_mean_nothing_are_refused(folder: Path) -> None:
@@ -256,7 +257,7 @@ def test_flux2_weights_without_their_statistics_are_refused(tmp_path: Path) -> N
     weights = load_file(tmp_path / WEIGHTS_NAME)
     del weights["bn.running_var"]
     save_file(weights, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"lack 1 .*bn.running_var"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 .*bn.running_var"):
         load_vae(tmp_path)
 
 
@@ -295,7 +296,9 @@ def test_flux2_single_file_that_lacks_a_tensor(tmp_path: Path, lost: str) -> Non
     weights = flux2_bfl_state_dict(flux2_vae())
     del weights[lost]
     save_file(weights, tmp_path / "ae.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks 1|cannot be read as FLUX.2|not its bn.running_mean"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1|without its statistics bn.running_mean|without post_quant_conv"
+    ):
         load_vae(tmp_path / "ae.safetensors")
 
 
@@ -373,7 +376,7 @@ def test_preview_whose_tensors_do_not_fit(tmp_path: Path, change: str) -> None:
         weights["decoder.layers.18.bias"] = torch.zeros(4)
     save_file(weights, tmp_path / WEIGHTS_NAME)
     for source in (tmp_path, tmp_path / WEIGHTS_NAME):
-        with pytest.raises(CheckpointError, match=r"1 of the decoder's tensors differ, decoder.layers.1[89].*: got"):
+        with pytest.raises(CheckpointError, match=r"1 of the decoder's tensors.* decoder.layers.1[89].* among them"):
             load_vae(source)
 
 
@@ -381,7 +384,9 @@ def test_tensors_of_the_decoder_without_a_place_are_refused(tmp_path: Path) -> N
     random_vae().save_pretrained(tmp_path)
     weights = load_file(tmp_path / WEIGHTS_NAME)
     save_file(weights | {"decoder.extra.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"has no place for 1 of the decoder's tensors .* decoder.extra.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 1 of the decoder's tensors, decoder.extra.weight among them.*has no place"
+    ):
         load_vae(tmp_path)
     save_file(weights | {"loss.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
     load_vae(tmp_path)
