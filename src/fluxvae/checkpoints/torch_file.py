@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -49,7 +51,12 @@ class TorchFile:
 
         zipped = self._check_zip()
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
+            with warnings.catch_warnings():  # of what a refusal says better
+                warnings.simplefilter("ignore")
+                if self.path.suffix == ".safetensors":  # a wrong suffix, by which torch.load would go
+                    with self.path.open("rb") as file:
+                        return torch.load(file, map_location="cpu", weights_only=True)
+                return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             if "truncated" in str(error):
                 raise self._truncated(first_line(error)) from error
@@ -57,14 +64,14 @@ class TorchFile:
                 f"checkpoint: {self.path} holds more than tensors, and PyTorch's safe reading refuses it "
                 f"({_reason(error)}). {_CONVERT}"
             ) from error
-        except EOFError as error:
-            raise self._truncated("it ends within its tensors") from error
-        except (RuntimeError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            if any(word in str(error) for word in ("unexpected EOF", "TorchScript")):
-                if "TorchScript" in str(error):
-                    raise CheckpointError(
-                        f"checkpoint: {self.path} is a TorchScript archive, a program rather than weights. {_CONVERT}"
-                    ) from error
+        except (EOFError, struct.error) as error:
+            raise self._truncated("it ends within the list of its tensors") from error
+        except Exception as error:  # on damaged bytes its reader raises whatever its instructions lead to
+            if "TorchScript" in str(error):
+                raise CheckpointError(
+                    f"checkpoint: {self.path} is a TorchScript archive, a program rather than weights. {_CONVERT}"
+                ) from error
+            if "unexpected EOF" in str(error):
                 raise self._truncated(first_line(error)) from error
             raise CheckpointError(
                 f"checkpoint: {self.path} cannot be read by torch.load: {first_line(error)}; it is damaged or another "

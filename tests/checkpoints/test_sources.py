@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
+from checkpoint_files import bfl_state_dict, flux2_bfl_state_dict
 from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError, Decoder, InvalidOptionError
 from fluxvae.checkpoints import ASSETS, load_vae
@@ -58,31 +58,6 @@ def test_the_encoder_is_not_kept(folder: Path) -> None:
 def test_dtype_is_the_one_asked_for(folder: Path) -> None:
     decoder = Decoder.from_pretrained(folder, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in decoder.vae.parameters()} == {torch.bfloat16}
-
-
-def bfl_state_dict(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
-    """``vae``'s weights under BFL's key names, written from BFL's module layout (``modules/autoencoder.py``)."""
-    levels = len(vae.config.block_out_channels)
-    rules = [
-        (r"\.resnets\.(\d+)\.conv_shortcut\.", r".block.\1.nin_shortcut."),
-        (r"mid_block\.resnets\.(\d+)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
-        (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
-        (r"mid_block\.attentions\.0\.to_(q|k|v)\.", r"mid.attn_1.\1."),
-        (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
-        (r"\.resnets\.(\d+)\.", r".block.\1."),
-        (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
-        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample."),
-        (r"down_blocks\.(\d+)\.", r"down.\1."),
-        (r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}."),
-        (r"conv_norm_out\.", "norm_out."),
-    ]
-    result = {}
-    for key, tensor in vae.state_dict().items():
-        linear = "attentions.0.to_" in key and key.endswith("weight")
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        result[key] = (tensor[:, :, None, None] if linear else tensor).contiguous().clone()
-    return result
 
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
@@ -259,16 +234,6 @@ def test_flux2_weights_without_their_statistics_are_refused(tmp_path: Path) -> N
     save_file(weights, tmp_path / WEIGHTS_NAME)
     with pytest.raises(CheckpointError, match=r"lacks 1 .*bn.running_var"):
         load_vae(tmp_path)
-
-
-def flux2_bfl_state_dict(vae: AutoencoderKLFlux2) -> dict[str, torch.Tensor]:
-    """As `bfl_state_dict`; BFL's FLUX.2 has its quantisation convolutions inside encoder and decoder."""
-    inside = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
-    result = {}
-    for key, tensor in bfl_state_dict(vae).items():
-        start = next((start for start in inside if key.startswith(start)), "")
-        result[inside.get(start, "") + key.removeprefix(start)] = tensor
-    return result
 
 
 @pytest.mark.parametrize("decoder_widths", [None, (32, 32, 64, 64)], ids=["FLUX.2", "small decoder"])
