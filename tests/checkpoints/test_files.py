@@ -21,6 +21,7 @@ from checkpoint_files import bfl_state_dict, flux2_bfl_state_dict, old_names, sd
 from checkpoints.test_folders import same
 from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError
+from fluxvae import checkpoints as checkpoints_package
 from fluxvae.checkpoints import load_vae, open_checkpoint
 from models import random_vae
 
@@ -229,16 +230,18 @@ STRANGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "absurd sizes": (lambda: header({"decoder.conv_in.weight": HUGE}), "truncated: its header lists tensors up to"),
     "absurd header": (lambda: struct.pack("<Q", 2**62) + b"{", "claims a header of 46.* bytes"),
     "shape and bytes": (
-        lambda: header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"), "has 4 bytes by its header",
+        lambda: header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}}, b"1234"),
+        "has 4 bytes by its header",
     ),
     "overlap": (
-        lambda: header({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"1234"), "is said to begin",
+        lambda: header({k: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}, b"1234"),
+        "is said to begin",
     ),
     "not JSON": (lambda: struct.pack("<Q", 4) + b"{abc", "its header is not JSON"),
     "truncated zip": (lambda: saved(whole())[:-5000], "is truncated"),
     "truncated legacy": (lambda: saved(whole(), _use_new_zipfile_serialization=False)[:-5000], "is truncated"),
     "cut pickle": (lambda: saved(whole(), _use_new_zipfile_serialization=False)[:700], "is truncated"),
-    "an object": (lambda: saved({"state_dict": whole(), "callback": Foreign()}), r"refuses it .*convert it where you trust"),
+    "an object": (lambda: saved({"state_dict": whole(), "callback": Foreign()}), r"refuses it .*convert it where"),
     "plain pickle": (lambda: pickle.dumps({"a": Foreign()}), "refuses it|cannot be read by torch.load"),
     "expanded": (
         lambda: saved({"decoder.conv_in.weight": torch.zeros(1).expand(1000, 1000, 3, 3)}), "of which the file holds",
@@ -339,10 +342,19 @@ def test_nothing_ambient_changes_what_is_loaded(tmp_path: Path) -> None:
     assert done.stdout + done.stderr == ""
 
 
+LIGHT = """
+import sys, types
+package = types.ModuleType("fluxvae")  # the package itself may import what it likes
+package.__path__ = [sys.argv[1]]
+sys.modules["fluxvae"] = package
+import fluxvae.checkpoints
+print([name for name in ("torch", "diffusers", "huggingface_hub", "safetensors") if name in sys.modules])
+"""
+
+
 def test_importing_it_is_light() -> None:
-    code = "import sys, fluxvae.errors, fluxvae.checkpoints as c; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
-    package = f"import sys, types; p = types.ModuleType('fluxvae'); p.__path__ = [{str(Path(__file__).parents[2] / 'src/fluxvae')!r}]; sys.modules['fluxvae'] = p; "
+    folder = Path(checkpoints_package.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", package + code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", LIGHT, str(folder)], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "[]"

@@ -80,7 +80,7 @@ def test_single_file_in_bfl_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert name in weights
     file = tmp_path / "ae.safetensors"
     save_file({prefix + key: tensor for key, tensor in weights.items()}, file)
-    decoder = Decoder.from_pretrained(file, engine="diffusers", device="cpu")
+    decoder = Decoder.from_pretrained(file, engine="diffusers", device="cpu", family="flux1")
     assert (decoder.format.scaling_factor, decoder.format.shift_factor) == (0.3611, 0.1159)
     assert_same_decode(decoder, vae)
 
@@ -248,7 +248,7 @@ def test_flux2_single_file_in_bfl_layout(tmp_path: Path, decoder_widths: tuple[i
     ):
         assert name in weights
     save_file(weights, tmp_path / "ae.safetensors")
-    decoder = Decoder.from_pretrained(tmp_path / "ae.safetensors", engine="diffusers", device="cpu")
+    decoder = Decoder.from_pretrained(tmp_path / "ae.safetensors", engine="diffusers", device="cpu", family="flux2")
     assert decoder.format.batch_norm is not None
     assert decoder.format.batch_norm.eps == 1e-4
     assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(vae, engine="diffusers")))

@@ -53,10 +53,13 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
     }
     if flux2 and vae.encoder_widths is not None and vae.encoder_widths != widths:
         config |= {"block_out_channels": list(vae.encoder_widths), "decoder_block_out_channels": list(widths)}
+    attention = config["mid_block_add_attention"]  # CogView's and GLM-Image's, else like FLUX.1's, have none
     fitting = [
         family
         for family in FAMILIES.values()
-        if family.channels == channels
+        if attention
+        and config["out_channels"] == 3
+        and family.channels == channels
         and (family.batch_norm_eps is not None) == flux2
         and family.post_quant_conv == post_quant
         and family.levels == len(widths)
@@ -75,7 +78,9 @@ def describe(vae: Vae) -> str:
         words += ", as FLUX.2's has, but without its statistics bn.running_mean and bn.running_var"
     post_quant = "post_quant_conv.weight" in shapes
     levels = len({name.split(".")[2] for name in shapes if name.startswith("decoder.up_blocks.")})
-    return f"{words}, {'with' if post_quant else 'without'} post_quant_conv, {levels} levels"
+    attention = any(name.startswith("decoder.mid_block.attentions.") for name in shapes)
+    words += f", {'with' if post_quant else 'without'} post_quant_conv, {levels} levels"
+    return words if attention else f"{words}, no attention"
 
 
 def fits(config: Mapping[str, Any], vae: Vae) -> bool:

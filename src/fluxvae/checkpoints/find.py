@@ -6,6 +6,7 @@ pipeline folder; a folder with one VAE's file; a single file; the folder of a re
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def find(
         CheckpointError: nothing there, no VAE or several in it, or out of reach.
         InvalidOptionError: subfolder, revision or variant given where it means nothing.
     """
-    path = ASSETS / "demo" if source == "demo" else Path(source).expanduser()
+    path = ASSETS / "demo" if source == "demo" else Path(os.path.expanduser(source))
     is_cache = path.name.startswith("models--") and (path / "snapshots").is_dir()
     if revision is not None and (path.exists() or source == "demo") and not is_cache:
         raise InvalidOptionError(f"revision: got {revision!r} for {source}, which is local; it is for hub ids only")

@@ -93,8 +93,9 @@ class Checkpoint:
 
     def warn(self, stacklevel: int = 2) -> None:
         """Say what was assumed, once for these files in this process."""
-        if self.assumed and self.files not in _warned:
-            _warned.add(self.files)
+        files = tuple(path.resolve() for path in self.files)
+        if self.assumed and files not in _warned:
+            _warned.add(files)
             warnings.warn(f"checkpoint: {self.assumed}", AssumedFamilyWarning, stacklevel=stacklevel + 1)
 
     def load(self, dtype: torch.dtype | None = None) -> VAE:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from fluxvae.cli.options import AsJson, Family, Variant, busy, print_facts, print_json
 
@@ -79,11 +80,11 @@ def info(
         Console(highlight=False),
         {
             "checkpoint": f"{checkpoint} ({facts['model']})",
-            "weights": shards + (f", variant {found.variant}" if found.variant else ""),
-            "names": f"{found.layout}" + (f", behind {found.prefix!r}" if found.prefix else ""),
+            "weights": escape(shards + (f", variant {found.variant}" if found.variant else "")),
+            "names": escape(found.layout + (f", behind {found.prefix!r}" if found.prefix else "")),
             **({"approximate": "a preview, not the image the full VAE decodes"} if latents.preview else {}),
             "family": f"{found.family or 'none named'}, by {found.told_by}",
-            **({"assumed": f"[yellow]{found.assumed}[/yellow]"} if found.assumed else {}),
+            **({"assumed": f"[yellow]{escape(found.assumed)}[/yellow]"} if found.assumed else {}),
             "latents": f"{latents.channels} channels, {f} pixels each way for one latent",
             "packed": f"{latents.packed_features} features for {2 * f} x {2 * f} pixels",
             "raw latents": str(latents),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxvae.checkpoints.files import SUFFIXES
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import CheckpointError, InvalidOptionError
 from fluxvae.serve.models import MODEL, MODELS
@@ -101,11 +102,11 @@ class ServeSettings:
                 )
         self._memory_limits()
         for checkpoint in self.models.values():
-            looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.endswith(".safetensors")
+            looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).suffix in SUFFIXES
             if looks_local and not Path(checkpoint).expanduser().exists():
                 raise CheckpointError(
                     f"checkpoint: nothing at {checkpoint}; expected 'demo', a diffusers VAE folder, a pipeline folder "
-                    "with vae/, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
+                    "with vae/, a file such as ae.safetensors, or a hub id such as black-forest-labs/FLUX.1-schnell"
                 )
 
     def check_exposure(self, installation: Installation) -> list[str]:
