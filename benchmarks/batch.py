@@ -43,7 +43,7 @@ from fluxvae.batch.run import look
 from fluxvae.batch.sources import Library
 from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import checkpoint_sha256
-from fluxvae.checkpoint import ASSETS, load_vae
+from fluxvae.checkpoints import ASSETS, load_vae
 from fluxvae.demo import read_latents
 from fluxvae.images import postprocess
 from fluxvae.oracle import flux_pipeline_tail_raw, level_difference

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from fluxvae import unpack_latents
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.checkpoint import load_vae
+from fluxvae.checkpoints import load_vae
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import parse_memory_limit
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents

@@ -148,7 +148,7 @@ def test_errors_are_one_message_and_a_status(
 def test_an_error_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only fluxvae's own errors are messages; a bug keeps its traceback."""
     monkeypatch.setattr(sys, "argv", ["fluxvae", "info", "demo"])
-    monkeypatch.setattr("fluxvae.checkpoint.load_vae", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("fluxvae.checkpoints.open_checkpoint", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 
 from fluxvae import Decoder, pack_latents, unpack_latents
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from demo_pictures import held_out, open_picture, psnr, to_tensor

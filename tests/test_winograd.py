@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from engine_models import needs_vector_code, rms
 from fluxvae import Decoder, unpack_latents
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 from fluxvae.engine import kernels as kernel_sets
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import (

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors.torch import save_file
 
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 from fluxvae.demo import read_latents
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"

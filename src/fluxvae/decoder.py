@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
-from fluxvae.checkpoint import load_vae
+from fluxvae.checkpoints import open_checkpoint
 from fluxvae.decoder_options import VAE, check_engine_options, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Plan, parse_memory_limit
@@ -86,6 +87,8 @@ class Decoder:
         self._rescale_dtype = None if rescale_dtype == "auto" else resolve_dtype(rescale_dtype, where, "rescale_dtype")
         self.format = LatentFormat.from_vae(vae)
         """How latents become raw latents: read from the checkpoint."""
+        self.assumed = ""
+        """What `from_pretrained` had to assume about a single file; empty: nothing. Plans print it."""
         self.vae = vae
         self.memory_limit = None if memory_limit is None else parse_memory_limit(memory_limit)
         """Bytes a decode may add above the loaded weights; None: what is free."""
@@ -104,6 +107,11 @@ class Decoder:
         *,
         subfolder: str | None = None,
         revision: str | None = None,
+        variant: str | None = None,
+        family: str | None = None,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         **options: Any,
@@ -111,22 +119,47 @@ class Decoder:
         """Load a VAE and make a decoder of it.
 
         Args:
-            source: ``"demo"`` (ships in the package), a diffusers VAE folder, a pipeline folder that holds ``vae/``,
-                a single ``.safetensors`` file with BFL's key names (FLUX.1's or FLUX.2's), or a hub id.
-            subfolder: of the folder or repository.
+            source: ``"demo"`` (ships in the package); a diffusers VAE folder, or its ``config.json`` or weights file;
+                a pipeline folder that holds ``vae/``; a single file with diffusers' or BFL's names of tensors, behind
+                any prefix, of a VAE or of everything: safetensors, or ``.pt``, ``.ckpt``, ``.bin`` that hold tensors
+                only; 8-bit floats, scaled or not; a folder that holds one such file; a hub id (docs/models.md).
+            subfolder: of the folder or repository; found by itself where it is ``vae``.
             revision: of the hub id: branch, tag or commit.
+            variant: of the folder or repository: ``"fp16"``, ``"bf16"``. Left out, the weights without a variant, or
+                the only one there.
+            family: whose VAE a single file holds: ``"flux1"``, ``"sd3"``, ``"sd"``, ``"sdxl"``, ``"playground-v2.5"``,
+                ``"sd-x4-upscaler"``, ``"flux2"``, ``"ernie"``. No tensor tells FLUX.1's from SD3's, SD's from SDXL's
+                or FLUX.2's from ERNIE's; left out, the first of each pair is assumed with an
+                `AssumedFamilyWarning`, and a plan says so. Of a folder: instead of what its config says.
+            scaling_factor, shift_factor, batch_norm_eps: of the checkpoint's latents, instead of its family's or its
+                config's; both factors (of SD's kind: the first) settle a single file too.
             device: ``"auto"`` is CUDA where there is a GPU, else the CPU.
             dtype: ``"auto"`` is bfloat16 on CUDA, float32 on a CPU.
             options: as for `Decoder`.
 
         Raises:
             CheckpointError: the weights are missing, damaged, foreign or out of reach.
-            InvalidOptionError: an option that is unknown or that the engine cannot honour.
+            InvalidOptionError: an option that is unknown or that the engine cannot honour, or a family that does not
+                fit the tensors.
         """
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
-        vae = load_vae(source, subfolder=subfolder, revision=revision, dtype=precision)
-        return cls(vae, device=where, dtype=precision, **options)
+        checkpoint = open_checkpoint(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            variant=variant,
+            family=family,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+        )
+        checkpoint.warn()
+        # Module's own method: that of diffusers logs a line about dtypes, which are settled here.
+        vae = torch.nn.Module.to(checkpoint.load(precision), device=where)
+        decoder = cls(vae, **options)
+        decoder.assumed = checkpoint.assumed
+        return decoder
 
     @property
     def device(self) -> torch.device:
@@ -294,4 +327,6 @@ class Decoder:
             multiple = 1 if name == "batch" else scale
             if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
                 raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
-        return self.engine.plan(height // scale, width // scale, batch)
+        plan = self.engine.plan(height // scale, width // scale, batch)
+        notes = "; ".join(note for note in (plan.kernels_note, self.assumed) if note)
+        return dataclasses.replace(plan, kernels_note=notes)

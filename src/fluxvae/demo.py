@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
 from fluxvae.images import postprocess

@@ -24,7 +24,7 @@ __all__ = ["FAILURES", "RECORD", "FailureLog", "left_to_do", "lock", "record_of"
 RECORD = "job.json"
 FAILURES = "failures.jsonl"
 _LOCK = ".fluxvae-lock"
-_MUST_AGREE = ("checkpoint_sha256", "engine", "dtype", "raw", "format", "quality")
+_MUST_AGREE = ("checkpoint_sha256", "raw_latents", "engine", "dtype", "raw", "format", "quality")
 _FLUSH_S = 5.0
 
 
@@ -38,6 +38,7 @@ def record_of(job: Job, checkpoint_sha256: str, decoder: Decoder, dtype: str | N
         "fluxvae": __version__,
         "checkpoint": job.checkpoint,
         "checkpoint_sha256": checkpoint_sha256,
+        "raw_latents": str(decoder.format),
         "engine": decoder.engine.name,
         "approximate": decoder.approximate,
         "dtype": dtype or str(decoder.dtype).removeprefix("torch."),

@@ -76,7 +76,7 @@ def decode_files_on_ray(
         _connect(ray, address)
     try:
         shape = _shape(ray, job, workers, threads)
-        here = Decoder.from_pretrained(job.checkpoint, revision=job.revision, device="cpu", dtype="float32")
+        here = Decoder.from_pretrained(job.checkpoint, **job.decoder_options() | {"device": "cpu", "dtype": "float32"})
         device = "cuda" if shape.gpu else "cpu"
         dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if shape.gpu else "float32")
         job_id = secrets.token_hex(4)

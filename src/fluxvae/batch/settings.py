@@ -31,6 +31,10 @@ class Job:
     checkpoint: str = "demo"
     revision: str | None = None
     """Of a hub id."""
+    variant: str | None = None
+    """Of a folder's or repository's weights, such as fp16."""
+    family: str | None = None
+    """Whose VAE a single file holds, as for `Decoder.from_pretrained`."""
     device: str = "auto"
     dtype: str = "auto"
     memory_limit: int | str | None = None
@@ -77,6 +81,8 @@ class Job:
         """For ``Decoder.from_pretrained``, the source beside."""
         return {
             "revision": self.revision,
+            "variant": self.variant,
+            "family": self.family,
             "device": self.device,
             "dtype": self.dtype,
             "memory_limit": self.memory_limit,

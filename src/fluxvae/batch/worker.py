@@ -14,7 +14,7 @@ from fluxvae.batch.pipeline import Timing, run_pipeline
 from fluxvae.batch.settings import Job
 from fluxvae.batch.sources import Library
 from fluxvae.batch.store import Store
-from fluxvae.checkpoint import weights_file
+from fluxvae.checkpoints import weights_files
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError
 
@@ -67,9 +67,10 @@ class Worker:
 
 
 def checkpoint_sha256(job: Job) -> str:
-    """Of the file that holds the weights: what ``sha256sum`` prints."""
+    """Of the file that holds the weights, or of its shards one after another: what ``cat FILES | sha256sum`` prints."""
     digest = hashlib.sha256()
-    with open(weights_file(job.checkpoint, revision=job.revision), "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    for path in weights_files(job.checkpoint, revision=job.revision, variant=job.variant):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
     return digest.hexdigest()

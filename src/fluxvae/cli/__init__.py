@@ -39,7 +39,8 @@ ae.safetensors stands for your model's weights. Without --checkpoint it is
 
 Tab completes in your shell after: fluxvae --install-completion
 
-Environment: FLUXVAE_CHECKPOINT, FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT, FLUXVAE_TOKEN. Options win over it.
+Environment: FLUXVAE_CHECKPOINT, FLUXVAE_FAMILY, FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT, FLUXVAE_TOKEN.
+Options win over it.
 """
 
 app = typer.Typer(

@@ -9,7 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, print_facts, print_json
+from fluxvae.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Family,
+    MemoryLimit,
+    Variant,
+    busy,
+    print_facts,
+    print_json,
+)
 from fluxvae.errors import InvalidOptionError
 
 
@@ -18,6 +29,8 @@ def bench(
         str, typer.Option(help="Pixels each way, multiples of 8, between commas.", metavar="N,N")
     ] = "512,1024",
     checkpoint: Checkpoint = "demo",
+    family: Family = None,
+    variant: Variant = None,
     rounds: Annotated[int, typer.Option(help="Timed decodes of each size.", min=1, metavar="N")] = 3,
     diffusers: Annotated[bool, typer.Option("--diffusers", help="Beside diffusers' own decode.")] = False,
     memory_limit: MemoryLimit = None,
@@ -41,7 +54,9 @@ def bench(
         from fluxvae.bench import run
         from fluxvae.engine.plan import size_in_words
 
-        decoder = Decoder.from_pretrained(checkpoint, device=device, dtype=dtype, memory_limit=memory_limit)
+        decoder = Decoder.from_pretrained(
+            checkpoint, family=family, variant=variant, device=device, dtype=dtype, memory_limit=memory_limit
+        )
         kernels = decoder.plan(int(wanted[0]), int(wanted[0])).kernels
     with busy("decoding"):
         rows = list(run(decoder, [int(word) for word in wanted], rounds=rounds, diffusers=diffusers))

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
-from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, errors, print_json
+from fluxvae.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Family,
+    MemoryLimit,
+    Variant,
+    busy,
+    errors,
+    print_json,
+)
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -55,6 +66,8 @@ def decode(
     out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.", metavar="DIR")],
     checkpoint: Checkpoint = "demo",
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.", metavar="NAME")] = None,  # noqa: UP045
+    variant: Variant = None,
+    family: Family = None,
     image_format: Annotated[
         str, typer.Option("--format", help="png, jpeg, webp, npy or safetensors.", metavar="NAME")
     ] = "png",
@@ -120,6 +133,8 @@ def decode(
         out=out,
         checkpoint=checkpoint,
         revision=revision,
+        variant=variant,
+        family=family,
         device=device,
         dtype=dtype,
         memory_limit=memory_limit,

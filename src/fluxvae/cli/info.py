@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from fluxvae.cli.options import AsJson, busy, print_facts, print_json
+from fluxvae.cli.options import AsJson, Family, Variant, busy, print_facts, print_json
 
 
 def info(
     checkpoint: Annotated[
-        str, typer.Argument(help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.", metavar="CHECKPOINT")
+        str,
+        typer.Argument(
+            help="'demo', a VAE or pipeline folder, a file such as ae.safetensors, or a hub id.", metavar="CHECKPOINT"
+        ),
     ],
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id: branch, tag or commit.", metavar="NAME")] = None,  # noqa: UP045
     subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE lies in it.", metavar="DIR")] = None,  # noqa: UP045
+    variant: Variant = None,
+    family: Family = None,
     as_json: AsJson = False,
 ) -> None:
     """What a checkpoint holds: its family, its latents, its size. A damaged or foreign one is an error that says how.
+
+    The headers of its files are read, not the weights.
 
     Examples:
 
     \b
       fluxvae info demo
       fluxvae info black-forest-labs/FLUX.1-schnell --json
+      fluxvae info sd3_vae.safetensors --family sd3
     """
     with busy(f"reading {checkpoint}"):
-        from fluxvae.checkpoint import load_vae
+        from fluxvae.checkpoints import open_checkpoint
         from fluxvae.engine.plan import size_in_words
-        from fluxvae.latents import LatentFormat
 
-        vae = load_vae(checkpoint, revision=revision, subfolder=subfolder)
-    latents = LatentFormat.from_vae(vae)
-    config = vae.config
+        found = open_checkpoint(checkpoint, revision=revision, subfolder=subfolder, variant=variant, family=family)
+        latents = found.format
+    config = found.config
     widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
-    decoder = list(vae.decoder.parameters())
+    parameters = sum(math.prod(shape) for shape in found.decoder_shapes.values())
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
-        "model": type(vae).__name__,
+        "files": [str(path) for path in found.files],
+        "variant": found.variant,
+        "model": found.model,
+        "layout": found.layout,
+        "prefix": found.prefix,
+        "family": found.family,
+        "told_by": found.told_by,
+        "assumed": found.assumed or None,
         "approximate": latents.preview,
         "latent_channels": latents.channels,
         "packed_features": latents.packed_features,
@@ -48,25 +64,33 @@ def info(
         "batch_norm_eps": latents.batch_norm.eps if latents.batch_norm else None,
         "block_out_channels": list(widths),
         "layers_per_block": config.get("layers_per_block"),
-        "decoder_parameters": sum(parameter.numel() for parameter in decoder),
-        "decoder_bytes": sum(parameter.numel() * parameter.itemsize for parameter in decoder),
-        "dtype": str(vae.dtype).removeprefix("torch."),
+        "decoder_parameters": parameters,
+        "decoder_bytes": found.decoder_bytes,
+        "dtype": found.stored_dtypes[0] if len(found.stored_dtypes) == 1 else ", ".join(found.stored_dtypes),
+        "scaled": found.scaled,
     }
     if as_json:
         print_json(facts)
         return
     f = latents.vae_scale_factor
+    shards = (
+        f"{len(found.files)} shards, {found.files[0].name} the first" if len(found.files) > 1 else found.files[0].name
+    )
     print_facts(
         Console(highlight=False),
         {
             "checkpoint": f"{checkpoint} ({facts['model']})",
+            "weights": escape(shards + (f", variant {found.variant}" if found.variant else "")),
+            "names": escape(found.layout + (f", behind {found.prefix!r}" if found.prefix else "")),
             **({"approximate": "a preview, not the image the full VAE decodes"} if latents.preview else {}),
+            "family": f"{found.family or 'none named'}, by {found.told_by}",
+            **({"assumed": f"[yellow]{escape(found.assumed)}[/yellow]"} if found.assumed else {}),
             "latents": f"{latents.channels} channels, {f} pixels each way for one latent",
             "packed": f"{latents.packed_features} features for {2 * f} x {2 * f} pixels",
             "raw latents": str(latents),
-            "decoder": f"{facts['decoder_parameters'] / 1e6:.1f} million parameters, "
-            f"{size_in_words(facts['decoder_bytes'])} as stored ({facts['dtype']})",
-            "channels": " ".join(map(str, facts["block_out_channels"]))
+            "decoder": f"{parameters / 1e6:.1f} million parameters, {size_in_words(found.decoder_bytes)} as stored "
+            f"({facts['dtype']}{', scaled' if found.scaled else ''})",
+            "channels": " ".join(map(str, widths))
             + (f", {facts['layers_per_block'] + 1} residual blocks on each level" if facts["layers_per_block"] else ""),
         },
     )

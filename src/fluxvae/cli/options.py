@@ -17,7 +17,9 @@ __all__ = [
     "Checkpoint",
     "Device",
     "Dtype",
+    "Family",
     "MemoryLimit",
+    "Variant",
     "busy",
     "errors",
     "print_facts",
@@ -32,6 +34,18 @@ Checkpoint = Annotated[
         help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.",
         metavar="SOURCE",
     ),
+]
+Family = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        envvar="FLUXVAE_FAMILY",
+        help="Whose VAE a single file holds, such as flux1, sd3, sd, sdxl or flux2: some cannot be told apart.",
+        metavar="NAME",
+    ),
+]
+Variant = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Of a folder's or repository's weights, such as fp16.", metavar="NAME"),
 ]
 Device = Annotated[str, typer.Option(envvar="FLUXVAE_DEVICE", help="auto, cpu, cuda or cuda:N.", metavar="NAME")]
 MemoryLimit = Annotated[

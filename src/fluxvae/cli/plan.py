@@ -8,7 +8,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.cli.options import AsJson, Checkpoint, Device, Dtype, MemoryLimit, busy, print_facts, print_json
+from fluxvae.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    Dtype,
+    Family,
+    MemoryLimit,
+    Variant,
+    busy,
+    print_facts,
+    print_json,
+)
 
 _LEGEND = (
     "map: rows x columns x channels of what a layer makes. middle, result: where the maps within and after it go: "
@@ -20,6 +31,8 @@ def plan(
     height: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="HEIGHT")],
     width: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="WIDTH")],
     checkpoint: Checkpoint = "demo",
+    family: Family = None,
+    variant: Variant = None,
     batch: Annotated[int, typer.Option(help="Images in one decode.", min=1, metavar="N")] = 1,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
@@ -42,7 +55,13 @@ def plan(
 
     with busy(f"reading {checkpoint}"):
         decoder = Decoder.from_pretrained(
-            checkpoint, device=device, dtype=dtype, kernels=kernels, memory_limit=memory_limit
+            checkpoint,
+            family=family,
+            variant=variant,
+            device=device,
+            dtype=dtype,
+            kernels=kernels,
+            memory_limit=memory_limit,
         )
     found = decoder.plan(height, width, batch)
     smallest = decoder.engine.smallest_limit(height // 8, width // 8, batch)  # type: ignore[union-attr]
@@ -55,6 +74,7 @@ def plan(
         "dtype": str(decoder.dtype).removeprefix("torch."),
         "kernels": found.kernels,
         "approximate": decoder.approximate,
+        "assumed": decoder.assumed or None,
         "limit_bytes": found.limit,
         "peak_bytes": found.peak_bytes,
         "smallest_limit_bytes": smallest,

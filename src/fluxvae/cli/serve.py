@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxvae.cli.options import Device
+from fluxvae.cli.options import Device, Family, Variant
 
 
 def serve(
@@ -28,6 +28,8 @@ def serve(
         ),
     ] = None,
     revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
+    variant: Variant = None,
+    family: Family = None,
     host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Of the gateway. Any port may be 0: a free one.", min=0, max=65535)] = 8080,
     triton_host: Annotated[str, typer.Option(help="Address of Triton's own endpoints (no token).")] = "127.0.0.1",
@@ -107,6 +109,8 @@ def serve(
         allow_client_shm=allow_client_shm,
         models=read_models(model or [], checkpoint),
         revision=revision,
+        variant=variant,
+        family=family,
         device=device,
         dtype=dtype,
         engine=engine,

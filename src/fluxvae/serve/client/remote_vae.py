@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from fluxvae.checkpoint import ASSETS
+from fluxvae.checkpoints import ASSETS
 from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.client.clients import Client
 

@@ -18,11 +18,8 @@ from fluxvae.serve.models import MODELS
 __all__ = ["Settings", "check_tensor_exchange", "warm_up"]
 
 _ENVIRONMENT = {"device": "FLUXVAE_DEVICE", "memory_limit": "FLUXVAE_MEMORY_LIMIT"}
-_CHECKPOINTS = {
-    "AutoencoderKLFlux2": "FLUXVAE_FLUX2_CHECKPOINT",
-    "AutoencoderTiny": "FLUXVAE_PREVIEW_CHECKPOINT",
-}
-"""By ``vae_class``: one environment serves several models; of any other class it is FLUXVAE_CHECKPOINT."""
+_OWN_VARIABLES = {"AutoencoderKLFlux2": "FLUXVAE_FLUX2_", "AutoencoderTiny": "FLUXVAE_PREVIEW_"}
+"""By ``vae_class``, what is before CHECKPOINT and FAMILY, as one environment serves several models; else FLUXVAE_."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,8 @@ class Settings:
     approximate: bool = False
     """Pictures may be previews: without it no ``AutoencoderTiny`` is served."""
     revision: str | None = None
+    variant: str | None = None
+    family: str | None = None
     device: str = "auto"
     dtype: str | None = None
     engine: str | None = None
@@ -57,8 +56,8 @@ class Settings:
 
         Args:
             parameters: ``model_config["parameters"]``. An empty value is the default.
-            environ: its FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file, and so does its FLUXVAE_CHECKPOINT,
-                or what `_CHECKPOINTS` has in its place.
+            environ: its FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file, and so do its FLUXVAE_CHECKPOINT and
+                FLUXVAE_FAMILY, or what `_OWN_VARIABLES` has in their place.
             kind, device_id: of the instance. An automatic device is the one Triton gave to the instance.
 
         Raises:
@@ -73,10 +72,11 @@ class Settings:
             raise InvalidOptionError(
                 f"config.pbtxt: unknown parameter {unknown[0]!r}, expected one of {', '.join(cls.__dataclass_fields__)}"
             )
-        variables = {"checkpoint": _CHECKPOINTS.get(given.get("vae_class", ""), "FLUXVAE_CHECKPOINT"), **_ENVIRONMENT}
+        own = _OWN_VARIABLES.get(given.get("vae_class", ""), "FLUXVAE_")
+        variables = {"checkpoint": f"{own}CHECKPOINT", "family": f"{own}FAMILY", **_ENVIRONMENT}
         given |= {name: environ[variable] for name, variable in variables.items() if environ.get(variable)}
         values: dict[str, Any] = {name: text for name, text in given.items() if text}
-        if values.get("vae_class") in _CHECKPOINTS and "checkpoint" not in values:
+        if values.get("vae_class") in _OWN_VARIABLES and "checkpoint" not in values:
             raise CheckpointError(
                 f"checkpoint: none is set, and none for {values['vae_class']} ships; set the parameter checkpoint in "
                 f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
@@ -93,9 +93,9 @@ class Settings:
             values["device"] = "cpu"
         return cls(**values)
 
-    def decoder_options(self) -> dict[str, str]:
+    def decoder_options(self) -> dict[str, Any]:
         """Keywords for ``Decoder.from_pretrained``: those that were set."""
-        names = ("revision", "device", "dtype", "engine", "memory_limit")
+        names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self, decoder: Decoder) -> None:

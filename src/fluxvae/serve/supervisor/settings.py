@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fluxvae.checkpoints.files import SUFFIXES
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import CheckpointError, InvalidOptionError
 from fluxvae.serve.models import MODEL, MODELS
@@ -20,6 +21,9 @@ _OUR_VARIABLES = (
     "FLUXVAE_CHECKPOINT",
     "FLUXVAE_FLUX2_CHECKPOINT",
     "FLUXVAE_PREVIEW_CHECKPOINT",
+    "FLUXVAE_FAMILY",
+    "FLUXVAE_FLUX2_FAMILY",
+    "FLUXVAE_PREVIEW_FAMILY",
     "FLUXVAE_DEVICE",
     "FLUXVAE_MEMORY_LIMIT",
     "FLUXVAE_TOKEN",
@@ -31,8 +35,8 @@ class ServeSettings:
     """Of one Triton server and one gateway.
 
     Raises:
-        InvalidOptionError: a number that must be above 0, an empty token, a revision for several models, a memory
-            limit that cannot be read, is of no model served, or leaves nothing for another.
+        InvalidOptionError: a number that must be above 0, an empty token, a revision, variant or family for several
+            models, a memory limit that cannot be read, is of no model served, or leaves nothing for another.
         CheckpointError: a checkpoint that looks like a path where there is nothing.
     """
 
@@ -50,6 +54,9 @@ class ServeSettings:
     models: Mapping[str, str] = field(default_factory=lambda: {MODEL: "demo"})
     """Checkpoint by name, of `fluxvae.serve.models.MODELS`; the first is the one the gateway's page decodes with."""
     revision: str | None = None
+    variant: str | None = None
+    family: str | None = None
+    """Whose VAE a single file holds, as for `Decoder.from_pretrained`."""
     device: str = "auto"
     dtype: str | None = None
     engine: str | None = None
@@ -89,18 +96,19 @@ class ServeSettings:
             )
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; expected a secret, or none at all")
-        if self.revision is not None and len(self.models) > 1:
-            raise InvalidOptionError(
-                f"--revision: got {self.revision!r} for {len(self.models)} models, {' and '.join(self.models)}; "
-                "expected one model: download the others and pass their folders"
-            )
+        for name in ("revision", "variant", "family"):
+            if getattr(self, name) is not None and len(self.models) > 1:
+                raise InvalidOptionError(
+                    f"--{name}: got {getattr(self, name)!r} for {len(self.models)} models, "
+                    f"{' and '.join(self.models)}; expected one model: download the others and pass their folders"
+                )
         self._memory_limits()
         for checkpoint in self.models.values():
-            looks_local = checkpoint.startswith((".", "/", "~")) or checkpoint.endswith(".safetensors")
+            looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).suffix in SUFFIXES
             if looks_local and not Path(checkpoint).expanduser().exists():
                 raise CheckpointError(
                     f"checkpoint: nothing at {checkpoint}; expected 'demo', a diffusers VAE folder, a pipeline folder "
-                    "with vae/, a .safetensors file, or a hub id such as black-forest-labs/FLUX.1-schnell"
+                    "with vae/, a file such as ae.safetensors, or a hub id such as black-forest-labs/FLUX.1-schnell"
                 )
 
     def check_exposure(self, installation: Installation) -> list[str]:
@@ -171,6 +179,8 @@ class ServeSettings:
         values = {
             "checkpoint": str(path.resolve()) if checkpoint != "demo" and path.exists() else checkpoint,
             "revision": self.revision,
+            "variant": self.variant,
+            "family": self.family,
             "device": None if self.device == "auto" else self.device,
             "dtype": self.dtype,
             "engine": None if MODELS[model] == "AutoencoderTiny" else self.engine,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
+from checkpoint_files import bfl_state_dict, flux2_bfl_state_dict
 from family_models import flux2_vae, tiny_vae
 from fluxvae import CheckpointError, Decoder, InvalidOptionError
-from fluxvae.checkpoint import ASSETS, WEIGHTS_NAME, load_vae
-from fluxvae.preview_files import add_pools
+from fluxvae.checkpoints import ASSETS, load_vae
+from fluxvae.checkpoints.previews import add_pools
 from models import flux_pipeline, random_vae
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LATENTS = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
 
 
@@ -59,31 +60,6 @@ def test_dtype_is_the_one_asked_for(folder: Path) -> None:
     assert {p.dtype for p in decoder.vae.parameters()} == {torch.bfloat16}
 
 
-def bfl_state_dict(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
-    """``vae``'s weights under BFL's key names, written from BFL's module layout (``modules/autoencoder.py``)."""
-    levels = len(vae.config.block_out_channels)
-    rules = [
-        (r"\.resnets\.(\d+)\.conv_shortcut\.", r".block.\1.nin_shortcut."),
-        (r"mid_block\.resnets\.(\d+)\.", lambda m: f"mid.block_{int(m[1]) + 1}."),
-        (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
-        (r"mid_block\.attentions\.0\.to_(q|k|v)\.", r"mid.attn_1.\1."),
-        (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
-        (r"\.resnets\.(\d+)\.", r".block.\1."),
-        (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
-        (r"up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up.{levels - 1 - int(m[1])}.upsample."),
-        (r"down_blocks\.(\d+)\.", r"down.\1."),
-        (r"up_blocks\.(\d+)\.", lambda m: f"up.{levels - 1 - int(m[1])}."),
-        (r"conv_norm_out\.", "norm_out."),
-    ]
-    result = {}
-    for key, tensor in vae.state_dict().items():
-        linear = "attentions.0.to_" in key and key.endswith("weight")
-        for pattern, replacement in rules:
-            key = re.sub(pattern, replacement, key)
-        result[key] = (tensor[:, :, None, None] if linear else tensor).contiguous().clone()
-    return result
-
-
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
 def test_single_file_in_bfl_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     def no_network(*_: object, **__: object) -> None:
@@ -104,7 +80,7 @@ def test_single_file_in_bfl_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert name in weights
     file = tmp_path / "ae.safetensors"
     save_file({prefix + key: tensor for key, tensor in weights.items()}, file)
-    decoder = Decoder.from_pretrained(file, engine="diffusers", device="cpu")
+    decoder = Decoder.from_pretrained(file, engine="diffusers", device="cpu", family="flux1")
     assert (decoder.format.scaling_factor, decoder.format.shift_factor) == (0.3611, 0.1159)
     assert_same_decode(decoder, vae)
 
@@ -152,7 +128,10 @@ def test_missing_weights(broken: Path) -> None:
 def test_truncated_weights(broken: Path, keep: int) -> None:
     weights = broken / WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=f"{WEIGHTS_NAME} is not a whole safetensors file.*download it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"{WEIGHTS_NAME} is (not a whole safetensors file: it is truncated|empty).*download it again",
+    ):
         load_vae(broken)
 
 
@@ -181,7 +160,7 @@ def test_weights_that_lack_a_tensor(broken: Path) -> None:
     weights = load_file(broken / WEIGHTS_NAME)
     del weights["decoder.conv_in.weight"]
     save_file(weights, broken / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"lack 1 of the decoder's tensors.*decoder.conv_in.weight"):
+    with pytest.raises(CheckpointError, match=r"no decoder.conv_in.weight"):
         load_vae(broken)
 
 
@@ -189,7 +168,7 @@ def test_weights_of_another_width(broken: Path) -> None:
     random_vae(widths=(32, 32, 32, 64)).save_pretrained(broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 32, 32, 32]}))
-    with pytest.raises(CheckpointError, match="another model than config.json says"):
+    with pytest.raises(CheckpointError, match=r"in other shapes than config.json has.*do not belong together"):
         load_vae(broken)
 
 
@@ -197,26 +176,23 @@ def test_single_file_that_lacks_a_tensor(tmp_path: Path, vae: AutoencoderKL) -> 
     weights = bfl_state_dict(vae)
     del weights["decoder.mid.attn_1.q.weight"]
     save_file(weights, tmp_path / "ae.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks|cannot be read"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 .*to_q.weight"):
         load_vae(tmp_path / "ae.safetensors")
 
 
-def test_foreign_single_files(tmp_path: Path, folder: Path) -> None:
+def test_foreign_single_files(tmp_path: Path) -> None:
     save_file({"transformer.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="holds 1 tensors, but not decoder.up.0"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 1 tensors \(transformer.weight, ...\), but no decoder.conv_in.weight"
+    ):
         load_vae(tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="a diffusers VAE is loaded by its folder"):
-        load_vae(folder / WEIGHTS_NAME)
     shallow = {
         "decoder.conv_in.weight": torch.zeros(8, 32, 3, 3),
         "decoder.up.0.block.0.conv1.weight": torch.zeros(8, 8, 3, 3),
     }
     save_file(shallow, tmp_path / "flux2.safetensors")
-    with pytest.raises(CheckpointError, match="32 latent channels, as FLUX.2's has"):
+    with pytest.raises(CheckpointError, match="32 latent channels, as FLUX.2's has, but without its statistics"):
         load_vae(tmp_path / "flux2.safetensors")
-    (tmp_path / "ae.ckpt").write_bytes(b"pickle")
-    with pytest.raises(CheckpointError, match=r"\.ckpt file; expected \.safetensors"):
-        load_vae(tmp_path / "ae.ckpt")
 
 
 def test_options_that_mean_nothing_are_refused(folder: Path) -> None:
@@ -256,18 +232,8 @@ def test_flux2_weights_without_their_statistics_are_refused(tmp_path: Path) -> N
     weights = load_file(tmp_path / WEIGHTS_NAME)
     del weights["bn.running_var"]
     save_file(weights, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"lack 1 .*bn.running_var"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 .*bn.running_var"):
         load_vae(tmp_path)
-
-
-def flux2_bfl_state_dict(vae: AutoencoderKLFlux2) -> dict[str, torch.Tensor]:
-    """As `bfl_state_dict`; BFL's FLUX.2 has its quantisation convolutions inside encoder and decoder."""
-    inside = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
-    result = {}
-    for key, tensor in bfl_state_dict(vae).items():
-        start = next((start for start in inside if key.startswith(start)), "")
-        result[inside.get(start, "") + key.removeprefix(start)] = tensor
-    return result
 
 
 @pytest.mark.parametrize("decoder_widths", [None, (32, 32, 64, 64)], ids=["FLUX.2", "small decoder"])
@@ -282,7 +248,7 @@ def test_flux2_single_file_in_bfl_layout(tmp_path: Path, decoder_widths: tuple[i
     ):
         assert name in weights
     save_file(weights, tmp_path / "ae.safetensors")
-    decoder = Decoder.from_pretrained(tmp_path / "ae.safetensors", engine="diffusers", device="cpu")
+    decoder = Decoder.from_pretrained(tmp_path / "ae.safetensors", engine="diffusers", device="cpu", family="flux2")
     assert decoder.format.batch_norm is not None
     assert decoder.format.batch_norm.eps == 1e-4
     assert torch.equal(decode_flux2(decoder), decode_flux2(Decoder(vae, engine="diffusers")))
@@ -295,7 +261,9 @@ def test_flux2_single_file_that_lacks_a_tensor(tmp_path: Path, lost: str) -> Non
     weights = flux2_bfl_state_dict(flux2_vae())
     del weights[lost]
     save_file(weights, tmp_path / "ae.safetensors")
-    with pytest.raises(CheckpointError, match=r"lacks 1|cannot be read as FLUX.2|not its bn.running_mean"):
+    with pytest.raises(
+        CheckpointError, match=r"lacks 1|without its statistics bn.running_mean|without post_quant_conv"
+    ):
         load_vae(tmp_path / "ae.safetensors")
 
 
@@ -373,7 +341,7 @@ def test_preview_whose_tensors_do_not_fit(tmp_path: Path, change: str) -> None:
         weights["decoder.layers.18.bias"] = torch.zeros(4)
     save_file(weights, tmp_path / WEIGHTS_NAME)
     for source in (tmp_path, tmp_path / WEIGHTS_NAME):
-        with pytest.raises(CheckpointError, match=r"1 of the decoder's tensors differ, decoder.layers.1[89].*: got"):
+        with pytest.raises(CheckpointError, match=r"1 of the decoder's tensors.* decoder.layers.1[89].* among them"):
             load_vae(source)
 
 
@@ -381,7 +349,9 @@ def test_tensors_of_the_decoder_without_a_place_are_refused(tmp_path: Path) -> N
     random_vae().save_pretrained(tmp_path)
     weights = load_file(tmp_path / WEIGHTS_NAME)
     save_file(weights | {"decoder.extra.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(CheckpointError, match=r"has no place for 1 of the decoder's tensors .* decoder.extra.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 1 of the decoder's tensors, decoder.extra.weight among them.*has no place"
+    ):
         load_vae(tmp_path)
     save_file(weights | {"loss.weight": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
     load_vae(tmp_path)

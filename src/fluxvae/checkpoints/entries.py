@@ -1,0 +1,36 @@
+"""What is known of a tensor before it is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["DTYPES", "Entry", "first_line", "itemsize"]
+
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "BOOL": ("bool", 1),
+}  # fmt: skip
+"""By safetensors' names: PyTorch's, and bytes of one value."""
+
+
+class Entry(NamedTuple):
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """PyTorch's name for it, such as ``"bfloat16"``; the file's own where PyTorch has none."""
+    path: Path
+    """The file it is in."""
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one value of a dtype by PyTorch's name; 0 of one that is not known."""
+    return next((size for name, size in DTYPES.values() if name == dtype), 0)
+
+
+def first_line(error: BaseException | None) -> str:
+    """Of an error's message, for one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

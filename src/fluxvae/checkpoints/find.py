@@ -1,0 +1,190 @@
+"""From a source to the files that are there: which file holds the weights, and which config describes them.
+
+What a caller may pass: ``"demo"``; a diffusers VAE folder, or its ``config.json``, its weights file or its index; a
+pipeline folder; a folder with one VAE's file; a single file; the folder of a repository in the hub's cache; a hub id.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxvae.checkpoints.files import SUFFIXES
+from fluxvae.checkpoints.folders import INDEX, STANDARD_NAME, WEIGHTS, choose_weights, read_index, read_json
+from fluxvae.errors import CheckpointError, InvalidOptionError
+
+__all__ = ["ASSETS", "CLASSES", "Found", "check_config", "find"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
+"""diffusers' classes that are decoded with."""
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source is on disk."""
+
+    files: tuple[Path, ...]
+    """One file, or all shards."""
+    config: dict[str, Any] | None = None
+    """Of the ``config.json`` that belongs to the weights; None: a single file."""
+    beside: dict[str, Any] | None = None
+    """Of a ``config.json`` that lies beside a single file and may describe it, or another one."""
+    variant: str | None = None
+    index: Path | None = None
+    """Of shards."""
+
+    @property
+    def name(self) -> Path:
+        """What messages call it."""
+        return self.files[0] if self.config is None else self.files[0].parent
+
+
+def find(
+    source: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Found:
+    """Find the files of a source; a hub id's are downloaded into the hub's cache unless they are there.
+
+    Raises:
+        CheckpointError: nothing there, no VAE or several in it, or out of reach.
+        InvalidOptionError: subfolder, revision or variant given where it means nothing.
+    """
+    path = ASSETS / "demo" if source == "demo" else Path(os.path.expanduser(source))
+    is_cache = path.name.startswith("models--") and (path / "snapshots").is_dir()
+    if revision is not None and (path.exists() or source == "demo") and not is_cache:
+        raise InvalidOptionError(f"revision: got {revision!r} for {source}, which is local; it is for hub ids only")
+    if path.is_file():
+        return _file(path, subfolder, variant)
+    if is_cache:
+        from fluxvae.checkpoints.hub import cached_snapshot
+
+        path = cached_snapshot(path, revision)
+    if path.is_dir():
+        return _folder(path, subfolder, variant)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
+        from fluxvae.checkpoints.hub import snapshot
+
+        folder = snapshot(source, subfolder=subfolder, revision=revision, variant=variant)
+        return _diffusers_folder(folder, variant)
+    raise CheckpointError(
+        f"checkpoint: nothing at {source}; expected 'demo', a diffusers VAE folder, a pipeline folder with vae/, "
+        "a file of weights such as ae.safetensors, or a hub id such as black-forest-labs/FLUX.1-schnell"
+    )
+
+
+def _file(path: Path, subfolder: str | None, variant: str | None) -> Found:
+    if subfolder is not None:
+        raise InvalidOptionError(f"subfolder: got {subfolder!r} for the single file {path}; it is for folders")
+    config = path.parent / "config.json"
+    named = WEIGHTS.fullmatch(path.name) or INDEX.fullmatch(path.name)
+    if path.name == "config.json":
+        return _diffusers_folder(path.parent, variant)
+    if path.name == "model_index.json":
+        return _folder(path.parent, None, variant)
+    if named is not None and (config.is_file() or named.re is INDEX):
+        own = named["before"] or named["after"]
+        if variant not in (None, own):
+            raise InvalidOptionError(
+                f"variant: got {variant!r} for {path}, which is {own or 'no variant'}; leave it out"
+            )
+        return _diffusers_folder(path.parent, own, only=named["kind"], exact=True)
+    if variant is not None:
+        raise InvalidOptionError(f"variant: got {variant!r} for the single file {path}; it is for folders and hub ids")
+    return Found((path,), beside=_read_config(config) if config.is_file() else None)
+
+
+def _folder(path: Path, subfolder: str | None, variant: str | None) -> Found:
+    """The VAE's folder in this one, or the one file in it that holds a VAE."""
+    candidates = [path / subfolder] if subfolder is not None else [path, path / "vae"]
+    with_config = [folder for folder in candidates if (folder / "config.json").is_file()]
+    for folder in with_config:
+        if folder is with_config[-1] or (_read_config(folder / "config.json") or {}).get("_class_name") in CLASSES:
+            return _diffusers_folder(folder, variant)
+    for folder in candidates:
+        if folder.is_dir() and (files := _weights_in(folder)):
+            return _lone_file(folder, files, variant)
+    looked = " or ".join(str(folder / "config.json") for folder in candidates)
+    raise CheckpointError(
+        f"checkpoint: no VAE in {path}: looked for {looked}, and for a file of weights; pass the folder that holds "
+        f"config.json and {STANDARD_NAME}, or the file itself"
+    )
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+
+
+def _lone_file(folder: Path, files: list[Path], variant: str | None) -> Found:
+    """Take the one file, or the one of several that holds a VAE: what others hold, their headers say."""
+    from fluxvae.checkpoints.files import is_safetensors, open_weights
+    from fluxvae.checkpoints.layouts import holds_vae
+
+    if variant is not None:
+        raise InvalidOptionError(
+            f"variant: got {variant!r} for {folder}, which holds single files; it is for folders with a config.json"
+        )
+    if len(files) > 1:
+        files = [path for path in files if not is_safetensors(path) or holds_vae(open_weights([path]).entries)] or files
+    if len(files) > 1:
+        raise CheckpointError(
+            f"checkpoint: {folder} holds no config.json but {len(files)} files that may be a VAE: "
+            f"{', '.join(path.name for path in files)}; pass the path of one of them"
+        )
+    return Found((files[0],))
+
+
+def _diffusers_folder(folder: Path, variant: str | None, only: str | None = None, exact: bool = False) -> Found:
+    config = check_config(folder / "config.json")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    chosen = choose_weights(names, variant, str(folder), only=only, exact=exact)
+    if chosen is None:
+        others = [path for path in _weights_in(folder) if WEIGHTS.fullmatch(path.name) is None]
+        if others and variant is None:
+            found = _lone_file(folder, others, None)
+            return Found(found.files, beside=config)
+        raise CheckpointError(
+            f"checkpoint: {folder / STANDARD_NAME} is missing beside its config.json, and so is every other file of "
+            f"weights (there: {', '.join(sorted(names))}); download or export the VAE again (save_pretrained writes "
+            "both)"
+        )
+    shards = chosen.shards if chosen.index is None else read_index(folder / chosen.index)
+    if lost := [name for name in shards if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"checkpoint: {folder} lacks {len(lost)} of the {len(shards)} shards of its weights, {lost[0]} among them; "
+            "download them again"
+        )
+    index = None if chosen.index is None else folder / chosen.index
+    return Found(tuple(folder / name for name in shards), config=config, variant=chosen.variant, index=index)
+
+
+def check_config(path: Path) -> dict[str, Any]:
+    """Read ``config.json`` of one of `CLASSES`.
+
+    Raises:
+        CheckpointError: unreadable, or another component's.
+    """
+    config = read_json(path)
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found not in CLASSES:
+        raise CheckpointError(
+            f"checkpoint: {path} describes {found or 'no diffusers model'}, expected {', '.join(CLASSES)}; pass the "
+            "VAE's folder, not another component's"
+        )
+    assert isinstance(config, dict)
+    return config
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    """A config of unknown origin: None unless it is one of `CLASSES`'."""
+    try:
+        return check_config(path)
+    except CheckpointError:
+        return None

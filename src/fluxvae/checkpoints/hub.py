@@ -1,0 +1,203 @@
+"""Hub ids: which files of a repository are needed, from the hub's cache or from the hub, in a time that is bounded.
+
+The hub's library tries again for most of a minute where there is no network. Here the hub is asked once, for what the
+repository holds, and has `_PATIENCE_S` seconds to answer (or HF_HUB_ETAG_TIMEOUT, where that is set); without an answer
+the cached files are used if they are complete.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fluxvae.checkpoints.entries import first_line
+from fluxvae.checkpoints.find import CLASSES, check_config
+from fluxvae.checkpoints.folders import STANDARD_NAME, choose_weights, read_index
+from fluxvae.errors import CheckpointError
+
+__all__ = ["cached_snapshot", "snapshot"]
+
+_PATIENCE_S = 3.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def snapshot(source: str, *, subfolder: str | None, revision: str | None, variant: str | None) -> Path:
+    """The folder in the hub's cache that holds the VAE of a repository, complete.
+
+    Raises:
+        CheckpointError: no such repository or revision, no VAE in it, no access; or not cached and out of reach.
+    """
+    from huggingface_hub import constants
+
+    where = f"{source}@{revision}" if revision else source
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(repository, where, subfolder, revision, variant, "HF_HUB_OFFLINE is set")
+    if revision is not None and _COMMIT.fullmatch(revision):
+        try:  # a commit never changes: what is there is what the hub has
+            return _from_cache(repository, where, subfolder, revision, variant, "")
+        except CheckpointError:
+            pass
+    try:
+        names = _listing(source, revision)
+    except Exception as error:
+        _refuse(where, error)
+        return _from_cache(repository, where, subfolder, revision, variant, first_line(error), error)
+    try:
+        return _download(source, where, names, subfolder, revision, variant)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        _refuse(where, error)
+        raise CheckpointError(
+            f"checkpoint: {where} cannot be downloaded: {first_line(error)}; check the connection, or pass a local "
+            "folder or file"
+        ) from error
+
+
+def cached_snapshot(repository: Path, revision: str | None) -> Path:
+    """The snapshot of a revision in a repository's folder of the hub's cache, ``models--owner--name``.
+
+    Raises:
+        CheckpointError: no such revision is cached.
+    """
+    snapshots = repository / "snapshots"
+    reference = repository / "refs" / (revision or "main")
+    if reference.is_file():
+        folder = snapshots / reference.read_text().strip()
+    elif revision is not None:
+        folder = snapshots / revision
+    else:
+        found = sorted(snapshots.iterdir()) if snapshots.is_dir() else []
+        if len(found) > 1:
+            raise CheckpointError(
+                f"checkpoint: {repository} holds the snapshots {', '.join(path.name for path in found)} and no "
+                "refs/main that says which is meant; pass the path of one of them, or revision="
+            )
+        folder = found[0] if found else snapshots / "main"
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint: {repository} holds no snapshot of {revision or 'main'}; download it again")
+    return folder
+
+
+def _from_cache(
+    repository: Path,
+    where: str,
+    subfolder: str | None,
+    revision: str | None,
+    variant: str | None,
+    reason: str,
+    cause: Exception | None = None,
+) -> Path:
+    from fluxvae.checkpoints.find import find
+
+    unreachable = (
+        f"checkpoint: {where} is not in the hub's cache{{what}} and the hub cannot be reached ({reason}); check the "
+        "connection, or pass a local folder or file"
+    )
+    try:
+        folder = cached_snapshot(repository, revision)
+    except CheckpointError as error:
+        raise CheckpointError(unreachable.format(what="")) from (cause or error)
+    try:
+        return find(folder, subfolder=subfolder, variant=variant).files[0].parent
+    except CheckpointError as error:
+        what = " as a whole (" + str(error).removeprefix("checkpoint: ").split("; ")[0] + ")"
+        raise CheckpointError(unreachable.replace("{what}", what.replace("{", "(").replace("}", ")"))) from error
+
+
+def _listing(source: str, revision: str | None) -> set[str]:
+    """Names of the files in the repository; within `_PATIENCE_S`, also where resolving the hub's name hangs."""
+    from huggingface_hub import HfApi, constants
+
+    seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _PATIENCE_S
+    answer: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answer.put((HfApi().model_info(source, revision=revision, timeout=seconds), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=ask, daemon=True, name="fluxvae-hub").start()
+    try:
+        info, error = answer.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(
+            f"{constants.ENDPOINT} gave no answer within {seconds:g} seconds; HF_HUB_ETAG_TIMEOUT allows more"
+        ) from None
+    if error is not None:
+        raise error
+    return {sibling.rfilename for sibling in info.siblings or ()}
+
+
+def _download(
+    source: str, where: str, names: set[str], subfolder: str | None, revision: str | None, variant: str | None
+) -> Path:
+    """Fetch config and weights, those that are not cached, and return their folder."""
+    from huggingface_hub import hf_hub_download
+
+    def fetch(name: str, of: str | None) -> Path:
+        return Path(hf_hub_download(source, name, subfolder=folder or None, revision=of))
+
+    candidates = [subfolder.strip("/")] if subfolder is not None else ["", "vae"]
+    candidates = [folder for folder in candidates if _in(folder, "config.json") in names]
+    for folder in candidates:
+        config = fetch("config.json", revision)
+        if folder != candidates[-1] and not _is_vae(config):
+            continue
+        check_config(config)
+        inside = {name.removeprefix(_in(folder, "")) for name in names if name.startswith(_in(folder, ""))}
+        chosen = choose_weights(inside, variant, where)
+        if chosen is None:
+            break
+        commit = config.parent.name if not folder else config.parents[len(Path(folder).parts)].name
+        listed = [] if chosen.index is None else read_index(fetch(chosen.index, commit))
+        for name in listed or chosen.shards:
+            fetch(name, commit)
+        return config.parent
+    files = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".sft")))
+    single = f"; it has {', '.join(files[:5])}: download the VAE's file and pass its path" if files else ""
+    raise CheckpointError(
+        f"checkpoint: {where} holds no VAE: no config.json with {STANDARD_NAME} in it or in its vae/; name the folder "
+        f"with subfolder={single}"
+    )
+
+
+def _in(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _is_vae(config: Path) -> bool:
+    try:
+        return check_config(config)["_class_name"] in CLASSES
+    except CheckpointError:
+        return False
+
+
+def _refuse(where: str, error: Exception) -> None:
+    """Raise for what trying again would not change; return for what the cache may make up for."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    messages: list[tuple[type[Exception], Callable[[], str]]] = [
+        (GatedRepoError, lambda: "is gated; accept its licence on its page and log in with `hf auth login`"),
+        (
+            RepositoryNotFoundError,
+            lambda: "is no repository of the hub, or it is private; check the name, or log in with `hf auth login`",
+        ),
+        (RevisionNotFoundError, lambda: "has no such revision; expected a branch, tag or commit of the repository"),
+        (HFValidationError, lambda: f"is no hub id: {first_line(error)}; expected owner/name"),
+    ]
+    for kind, message in messages:
+        if isinstance(error, kind):
+            raise CheckpointError(f"checkpoint: {where} {message()}") from error

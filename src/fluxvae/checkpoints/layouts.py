@@ -1,0 +1,219 @@
+"""Names of tensors to diffusers' names: whatever stands before them, BFL's layout, diffusers' old names, previews.
+
+`find_vae` looks for the one tensor that each kind of decoder begins with, so any prefix is found, and everything else
+in the file (a transformer, text encoders, an encoder) stays unread. `diffusers_name` converts the names of both halves;
+`find_vae` keeps the decoder's.
+
+Sources of the names: BFL's ``flux/modules/autoencoder.py`` (SD's, SDXL's and SD3's are the same) and
+``flux2/autoencoder.py``, whose quantisation convolutions lie inside encoder and decoder; diffusers'
+``_fix_state_dict_keys_on_load`` for the old names of attention; madebyollin's ``taesd.py`` for previews.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fluxvae.checkpoints.entries import Entry
+from fluxvae.errors import CheckpointError
+
+__all__ = ["MOST_LEVELS", "Vae", "diffusers_name", "find_vae", "holds_vae", "linear_shape"]
+
+MOST_LEVELS = 8
+"""Of any autoencoder there is; a file that claims more is damaged."""
+_FIRST = {
+    "full": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv_in\.weight"),
+    "preview": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.layers\.0\.weight"),
+    "taesd": re.compile(r"(?P<prefix>(?:.*\.)?taesd_decoder\.)1\.weight"),
+}
+_HALVES = ("decoder.", "post_quant_conv.", "bn.")
+"""What decoding needs; the other half is ``encoder.`` and ``quant_conv.``."""
+_ATTENTION = {
+    "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
+    "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
+}  # fmt: skip
+_LINEAR = re.compile(r".*\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
+
+
+@dataclass(frozen=True)
+class Vae:
+    """One decoder in a file: where its tensors are and what they are called in diffusers."""
+
+    prefix: str
+    preview: bool
+    layout: str
+    """In words, for people."""
+    names: Mapping[str, str]
+    """diffusers' names of the decoder's tensors to the file's."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """By diffusers' names, as diffusers has them."""
+    encoder_widths: tuple[int, ...] | None
+    """Of the encoder's levels, where the file holds one."""
+
+
+def holds_vae(entries: Mapping[str, Entry]) -> bool:
+    """Whether there is a decoder among these tensors."""
+    return bool(_decoders(entries))
+
+
+def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
+    """Find the one decoder among these tensors.
+
+    Args:
+        where: for messages.
+
+    Raises:
+        CheckpointError: there is none, or there are several; or two tensors claim one place.
+    """
+    found = _decoders(entries)
+    if not found:
+        raise CheckpointError(_no_vae(entries, where))
+    if len(found) > 1:
+        places = ", ".join(f"{prefix}decoder" if kind != "taesd" else prefix.rstrip(".") for kind, prefix in found)
+        raise CheckpointError(
+            f"checkpoint: {where} holds {len(found)} VAE decoders, {places}; expected one: write the one that is meant "
+            "to a file of its own, with safetensors.torch.save_file"
+        )
+    kind, prefix = found[0]
+    inside = {name.removeprefix(prefix): name for name in entries if name.startswith(prefix)}
+    if kind == "taesd":
+        layers = {_taesd_name(name): whole for name, whole in inside.items() if re.match(r"\d+\.", name)}
+        return _vae(prefix, True, "taesd.py's", layers, entries)
+    if kind == "bare":
+        inside = {f"decoder.{name}": whole for name, whole in inside.items()}
+    if kind == "preview":
+        return _vae(prefix, True, "diffusers'", _decoder_half(inside), entries)
+    levels = _count(r"decoder\.up\.(\d+)\.", inside, where)
+    names: dict[str, str] = {}
+    for name, whole in inside.items():
+        place = diffusers_name(name, levels)
+        if place in names and place.startswith(_HALVES):
+            raise CheckpointError(
+                f"checkpoint: {where} holds both {names[place]} and {whole}, which are one tensor of the VAE, "
+                f"{place}; expected one of them: write the file again"
+            )
+        names[place] = whole
+    layout = "diffusers'"
+    if levels:
+        layout = "BFL's"
+    elif any(re.search(r"\.attentions\.0\.(query|proj_attn)\.", name) for name in inside):
+        layout = "diffusers', with its old names of attention"
+    if kind == "bare":
+        layout += ", the decoder by itself"
+    widths = [
+        entries[names[key]].shape[0]
+        for level in range(MOST_LEVELS)
+        if (key := f"encoder.down_blocks.{level}.resnets.0.conv1.weight") in names
+    ]
+    return _vae(prefix, False, layout, _decoder_half(names), entries, tuple(widths) or None)
+
+
+def diffusers_name(name: str, levels: int) -> str:
+    """diffusers' name of a tensor of either half, for a name without its prefix; its own name if it is that already.
+
+    Args:
+        levels: of the decoder, which BFL counts from the other end.
+    """
+
+    def upwards(match: re.Match[str]) -> str:
+        return f"decoder.up_blocks.{levels - 1 - int(match[1])}."
+
+    name = re.sub(r"^(?:encoder|decoder)\.((?:post_)?quant_conv)\.", r"\1.", name)
+    if not name.startswith(("encoder.", "decoder.")):
+        return name
+    name = re.sub(r"^decoder\.up\.(\d+)\.", upwards, name)
+    name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
+    name = re.sub(r"_blocks\.(\d+)\.block\.(\d+)\.", r"_blocks.\1.resnets.\2.", name)
+    name = re.sub(r"^decoder\.up_blocks\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0.", name)
+    name = re.sub(r"^encoder\.down_blocks\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0.", name)
+    name = re.sub(r"\.mid\.block_([12])\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}.", name)
+    name = re.sub(r"\.mid\.attn_1\.", ".mid_block.attentions.0.", name)
+    name = re.sub(r"\.nin_shortcut\.", ".conv_shortcut.", name)
+    name = re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
+    return re.sub(
+        rf"(\.mid_block\.attentions\.0)\.({'|'.join(_ATTENTION)})\.",
+        lambda match: f"{match[1]}.{_ATTENTION[match[2]]}.",
+        name,
+    )
+
+
+def linear_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that diffusers has for a tensor of this name: attention's 1x1 convolutions are linear layers there."""
+    if _LINEAR.fullmatch(name) and len(shape) > 2 and all(length == 1 for length in shape[2:]):
+        return shape[:2]
+    return shape
+
+
+def _decoders(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
+    """Kind and prefix of each decoder."""
+    found = [
+        (kind, match["prefix"])
+        for name in entries
+        for kind, pattern in _FIRST.items()
+        if (match := pattern.fullmatch(name)) is not None and len(entries[name].shape) == 4
+    ]
+    if found:
+        return found
+    for name in entries:  # the state of a decoder without its VAE
+        prefix = name.removesuffix("conv_in.weight")
+        if name == f"{prefix}conv_in.weight" and len(entries[name].shape) == 4 and not prefix.endswith("encoder."):
+            rest = {other.removeprefix(prefix).split(".")[0] for other in entries if other.startswith(prefix)}
+            # A UNet has a conv_in too, and what a decoder lacks.
+            if rest & {"up", "up_blocks"} and not rest & {"down", "down_blocks", "time_embedding", "temb"}:
+                found.append(("bare", prefix))
+        prefix = name.removesuffix("1.weight")
+        if name == f"{prefix}1.weight" and f"{prefix}3.conv.0.weight" in entries and f"{prefix}0.weight" not in entries:
+            found.append(("taesd", prefix))
+    return found
+
+
+def _no_vae(entries: Mapping[str, Entry], where: str) -> str:
+    expected = (
+        "expected a VAE with diffusers' or BFL's names, such as FLUX.1's ae.safetensors, or a preview such as "
+        "taef2.safetensors: pass the VAE's file, or the folder of the pipeline"
+    )
+    named = ", ".join(list(entries)[:3]) or "none"
+    video = [name for name, entry in entries.items() if len(entry.shape) == 5]
+    kind = ""
+    if any("decoder" in name or name.startswith("conv") for name in video):
+        kind = f" {video[0]} is a convolution over time: a video VAE's, as Qwen-Image's and Wan's, is not decoded here."
+    elif any(name.startswith(("encoder.", "vae.encoder.", "first_stage_model.encoder.")) for name in entries):
+        kind = " It holds an encoder only."
+    return (
+        f"checkpoint: {where} holds {len(entries)} tensors ({named}, ...), but no decoder.conv_in.weight, whatever "
+        f"stands before it.{kind} {expected[0].upper()}{expected[1:]}"
+    )
+
+
+def _taesd_name(name: str) -> str:
+    """taesd.py's decoder begins with a clamp, which diffusers does not count as a layer."""
+    index, _, rest = name.partition(".")
+    return f"decoder.layers.{int(index) - 1}.{rest}"
+
+
+def _count(pattern: str, names: Iterable[str], where: str) -> int:
+    """How many levels there are, which must be numbered from 0 without a gap."""
+    found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    if found != set(range(len(found))) or len(found) > MOST_LEVELS:
+        raise CheckpointError(
+            f"checkpoint: {where} numbers the decoder's levels {sorted(found)[:9]}; expected 0, 1, 2 and so on, at "
+            f"most {MOST_LEVELS} of them: it is damaged or another model's"
+        )
+    return len(found)
+
+
+def _decoder_half(names: Mapping[str, str]) -> dict[str, str]:
+    return {name: whole for name, whole in names.items() if name.startswith(_HALVES)}
+
+
+def _vae(
+    prefix: str,
+    preview: bool,
+    layout: str,
+    names: Mapping[str, str],
+    entries: Mapping[str, Entry],
+    encoder_widths: tuple[int, ...] | None = None,
+) -> Vae:
+    shapes = {name: linear_shape(name, entries[whole].shape) for name, whole in names.items()}
+    return Vae(prefix, preview, layout, names, shapes, encoder_widths)

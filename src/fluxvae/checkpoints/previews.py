@@ -1,0 +1,42 @@
+"""TAEF2's own blocks, which diffusers' ``AutoencoderTiny`` lacks.
+
+In TAEF2's blocks below the first upsampling, a branch over the whole map is added before the convolutions. diffusers
+would load the rest and drop the branch without an error.
+
+Source of the architecture and the key names: madebyollin's ``taesd.py`` (``use_midblock_gn``), and the model card of
+``madebyollin/taef2``.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderTiny
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+
+__all__ = ["PooledBlock", "add_pools"]
+
+
+class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
+    """``block(x + pool(x))``; the pool's GroupNorm sees the whole map."""
+
+    def __init__(self, channels: int, act_fn: str) -> None:
+        super().__init__(channels, channels, act_fn)
+        wide = 4 * channels
+        self.pool = torch.nn.Sequential(
+            torch.nn.Conv2d(channels, wide, 1, bias=False),
+            torch.nn.GroupNorm(4, wide),
+            torch.nn.ReLU(inplace=True),
+            torch.nn.Conv2d(wide, channels, 1, bias=False),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, channels, H, W) to the same."""
+        result: torch.Tensor = super().forward(x + self.pool(x))
+        return result
+
+
+def add_pools(vae: AutoencoderTiny) -> None:
+    """Make the decoder TAEF2's: new `PooledBlock`\\ s in place of the blocks below the first upsampling."""
+    channels, act_fn = vae.config["decoder_block_out_channels"][0], vae.config["act_fn"]
+    for index in range(2, 2 + vae.config["num_decoder_blocks"][0]):
+        vae.decoder.layers[index] = PooledBlock(channels, act_fn)
