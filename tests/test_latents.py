@@ -86,8 +86,8 @@ NAN = TOKENS.clone()
 NAN[0, 2, 5] = float("nan")
 BAD = {
     "array": (TOKENS.numpy(), 32, 32, "torch.Tensor"),
-    "rank 2": (TOKENS[0], 32, 32, r"2 dimensions, shape \(4, 64\)"),
-    "rank 5": (TOKENS[None, None], 32, 32, "5 dimensions"),
+    "rank 1": (TOKENS[0, 0], 32, 32, r"1 dimensions, shape \(64,\)"),
+    "rank 6": (TOKENS[None, None, None], 32, 32, "6 dimensions"),
     "FLUX.2 features": (torch.zeros(1, 4, 128), 32, 32, "128 features per token, which looks like FLUX.2.*expected 64"),
     "odd features": (torch.zeros(1, 4, 60), 32, 32, "60 features"),
     "no height": (TOKENS, None, 32, "height=None"),
@@ -270,6 +270,23 @@ def test_sdxls_mean_and_deviation_are_its_pipelines() -> None:
     for wrong in ({"latents_mean": mean[:3]}, {"shift_factor": 0.1}):
         with pytest.raises(CheckpointError, match="latents_mean"):
             LatentFormat.from_config(config | {"latents_mean": mean, "latents_std": std} | wrong)
+
+
+def test_arithmetic_is_the_same_whatever_the_processs_defaults_are() -> None:
+    """The default dtype, the default device and autocast are nobody's business here."""
+    sdxl = LatentFormat(4, 8, 0.13025, None, latents_mean=(0.1, -0.2, 0.3, 0.4), latents_std=(0.9, 1.1, 1.2, 0.8))
+    for dtype in (torch.float32, torch.bfloat16):
+        for format, shape in ((sdxl, (1, 4, 2, 2)), (FORMAT, (1, 16, 2, 2)), (FLUX2, (1, 128, 2, 2))):
+            latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            expected = format.to_raw(latents)
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+                    found = format.to_raw(latents)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert found.dtype == dtype
+            assert torch.equal(found, expected)
 
 
 def test_what_previews_expect() -> None:

@@ -207,12 +207,15 @@ class Decoder:
         Args:
             latents: packed (B, gh*gw, 4*C) with height and width, or unpacked (B, C, lh, lw); C is 16 for FLUX.1 and
                 32 for FLUX.2, whose latents may also come in patches (B, 128, gh, gw); float32, bfloat16 or float16;
-                finite; scaled, as the transformer leaves them.
+                finite; scaled, as the transformer leaves them. Unpacked ones may be one frame, (B, C, 1, lh, lw) or
+                (C, 1, lh, lw); one image may come without its batch, (C, lh, lw) or (gh*gw, 4*C): what comes out has
+                a batch of 1. ``(C, n, 4*C)`` may be C packed images or one image: height and width tell which.
             height, width: pixels. A size that is not a multiple of 16 is floored, as FluxPipeline does, with a
                 `SizeFlooredWarning`. Height and width exchanged cannot be noticed where both give the same number of
                 patches: 512x1024 latents decode as 1024x512 without an error, to a scrambled picture.
             latent_ids: (B, gh*gw, 4), of FLUX.2's packed latents in any other order than row by row: where each token
                 belongs, as its pipelines make them; every place exactly once. Height and width may be left out then.
+                (gh*gw, 4) does for one image's (gh*gw, 4*C).
             output_type: ``"pil"``: list of pictures; ``"np"``: (B, H, W, 3) float32 in [0, 1]; ``"pt"``: (B, 3, H, W)
                 in [0, 1], the VAE's dtype; ``"uint8"``: (B, H, W, 3) uint8 array, the bytes of ``"pil"``.
             scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own; refused where it has none
@@ -222,6 +225,9 @@ class Decoder:
             progress: called with (done, total).
             cancel: asked as the work goes on; true stops it.
 
+        Returns:
+            The images, always with their batch, whether or not the latents had one.
+
         Raises:
             InvalidLatentsError, InvalidOptionError: before any work.
             NonFiniteOutputError: the pixels would hold NaN or Inf.
@@ -230,7 +236,8 @@ class Decoder:
         check_output_type(output_type)
         if self.memory_limit is not None:
             size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
-            self._check_output(output_type, latents.shape[0], *size)
+            batched, _ = self.format.with_batch(latents, *size, latent_ids)
+            self._check_output(output_type, batched.shape[0], *size)
         image = self.decode_raw(
             latents,
             height=height,
@@ -266,12 +273,14 @@ class Decoder:
         """As `decode`, without post-processing: for callers that need several output types of one decode.
 
         Returns:
-            (B, 3, H, W), the VAE's dtype, on its device, nominally [-1, 1], not clamped.
+            (B, 3, H, W), the VAE's dtype, on its device, nominally [-1, 1], not clamped; B is 1 for one image
+            without its batch.
         """
         if self.approximate:
             warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
         self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
         height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
+        latents, latent_ids = self.format.with_batch(latents, height, width, latent_ids)
         # Cast first: a pipeline's latents are in this dtype when it rescales them.
         rescale_dtype = self.dtype if raw or self._rescale_dtype is None else self._rescale_dtype
         latents = latents.to(device=self.device, dtype=rescale_dtype)
@@ -301,7 +310,7 @@ class Decoder:
         latent_ids: torch.Tensor | None = None,
         raw: bool | None = None,
     ) -> tuple[int, int]:
-        """Validate one request without decoding it.
+        """Validate one request without decoding it: arguments as `decode`.
 
         Returns:
             (height, width) in pixels that `decode` would give.

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.packing import floor_size, pixels, token_positions
+from fluxvae.latent_layout import other_family, read_layout, unpacked_shape
+from fluxvae.packing import floor_size, token_positions
 
 if TYPE_CHECKING:
     from fluxvae.latents import LatentFormat
@@ -19,17 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["DTYPES", "check_latents", "check_options"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FAMILIES = {
-    4: "SD or SDXL (4 latent channels)",
-    16: "FLUX.1, one of its borrowers, or SD3 (16 latent channels)",
-    32: "FLUX.2 (32 latent channels)",
-    128: "FLUX.2 in 2x2 patches (32 latent channels)",
-}
-_PACKED_FAMILIES = {
-    64: "FLUX.1 (16 latent channels)",
-    128: "FLUX.2 (32 latent channels)",
-    16: "SD or SDXL (4 latent channels)",
-}
 
 
 def check_latents(
@@ -45,11 +35,13 @@ def check_latents(
 
     Args:
         latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
-            ``(B, 4*C, gh, gw)``; float32, bfloat16 or float16; finite. On the ``meta`` device
+            ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
+            batch (`latent_layout`); float32, bfloat16 or float16; finite. On the ``meta`` device
             there are no values: the shape alone is checked.
         height, width: pixels. Needed for packed latents without ids, floored to multiples of 16 (with a
-            `SizeFlooredWarning`). For others they may be left out; if given they must agree.
-        latent_ids: of FLUX.2's packed latents: (B, N, 4), where each token belongs.
+            `SizeFlooredWarning`), and where they alone tell C packed images from one image without its batch. For
+            others they may be left out; if given they must agree.
+        latent_ids: of FLUX.2's packed latents: (B, N, 4), where each token belongs; (N, 4) with one image's (N, 4*C).
         raw: as for `Decoder.decode`.
 
     Returns:
@@ -61,55 +53,60 @@ def check_latents(
     """
     _check_raw(format, raw)
     if not isinstance(latents, torch.Tensor):
-        raise InvalidLatentsError(
-            f"latents: got {type(latents).__name__}, expected a torch.Tensor; "
-            "torch.from_numpy(array) turns a NumPy array into one"
-        )
-    if latents.ndim not in (3, 4):
-        raise InvalidLatentsError(
-            f"latents: got {latents.ndim} dimensions, shape {tuple(latents.shape)}; expected packed latents "
-            f"(batch, patches, {format.packed_features}) or unpacked ones {_unpacked(format)}"
-        )
+        raise InvalidLatentsError(_no_tensor(format, latents))
     if latents.dtype not in DTYPES:
         raise InvalidLatentsError(
             f"latents: got dtype {latents.dtype}, expected float32, bfloat16 or float16; convert with latents.float()"
         )
+    shape = tuple(latents.shape)
     if latents.numel() == 0:
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(latents.shape)}, which holds no values; every dimension, the batch "
-            "included, must be at least 1"
+            f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
+            "1"
         )
-    if latent_ids is not None and (latents.ndim != 3 or not format.flux2):
-        wanted = "packed latents only" if format.flux2 else "FLUX.2's latents only, and this checkpoint is another's"
+    if latent_ids is not None and not format.flux2:
         raise InvalidLatentsError(
-            f"latent_ids: got ids with latents of shape {tuple(latents.shape)}; they are for {wanted}: leave them out"
+            f"latent_ids: got ids with latents of shape {shape}; they are for FLUX.2's latents only, and this "
+            "checkpoint is another's: leave them out"
         )
-    if latents.ndim == 3:
-        size = _check_packed(format, latents, height, width, latent_ids)
+    layout = read_layout(shape, (format,), height, width, with_ids=latent_ids is not None)
+    if layout.size is None:
+        batch, patches, _ = layout.shape
+        if latents.ndim == 2 and isinstance(latent_ids, torch.Tensor) and latent_ids.ndim == 2:
+            latent_ids = latent_ids[None]
+        size = _check_packed(format, shape, batch, patches, height, width, latent_ids)
     else:
-        size = _check_unpacked(format, latents, height, width, raw)
+        size = layout.size
+        _check_unpacked(format, shape, layout.shape, raw)
     if not latents.is_meta:
         _check_finite(latents)
     return size
 
 
-def _unpacked(format: LatentFormat) -> str:
-    scale = format.vae_scale_factor
-    patches = f", or in patches (batch, {4 * format.channels}, height/{2 * scale}, width/{2 * scale})"
-    return f"(batch, {format.channels}, height/{scale}, width/{scale})" + (patches if format.flux2 else "")
+def _no_tensor(format: LatentFormat, latents: object) -> str:
+    if isinstance(latents, (list, tuple)):
+        shapes = sorted({tuple(one.shape) for one in latents if isinstance(one, torch.Tensor)})
+        of = f" of tensors of shape {', '.join(map(str, shapes[:3]))}" if shapes else ""
+        return (
+            f"latents: got a {type(latents).__name__} of {len(latents)}{of}, expected one torch.Tensor: packed (batch, "
+            f"patches, {format.packed_features}) or unpacked {unpacked_shape(format)}; torch.stack(latents) makes one "
+            "of images without a batch, torch.cat(latents) of those with one, where all have one size"
+        )
+    return (
+        f"latents: got {type(latents).__name__}, expected a torch.Tensor; "
+        "torch.from_numpy(array) turns a NumPy array into one"
+    )
 
 
 def _check_packed(
-    format: LatentFormat, latents: torch.Tensor, height: object, width: object, latent_ids: object
+    format: LatentFormat,
+    shape: tuple[int, ...],
+    batch: int,
+    patches: int,
+    height: object,
+    width: object,
+    latent_ids: object,
 ) -> tuple[int, int]:
-    batch, patches, features = latents.shape
-    if features != format.packed_features:
-        looks = f", which looks like {_PACKED_FAMILIES[features]}" if features in _PACKED_FAMILIES else ""
-        ours = f", {_PACKED_FAMILIES[format.packed_features]}" if format.packed_features in _PACKED_FAMILIES else ""
-        raise InvalidLatentsError(
-            f"latents: got {features} features per token{looks}; expected {format.packed_features} for this "
-            f"checkpoint{ours}; use the checkpoint of the model that made the latents"
-        )
     multiple = format.packed_multiple
     if height is None and width is None and latent_ids is not None:
         _, (gh, gw) = token_positions(latent_ids, batch, patches)
@@ -118,45 +115,31 @@ def _check_packed(
         ids = ", or latent_ids, which tell it" if format.flux2 else ""
         raise InvalidLatentsError(
             f"height and width: got height={height}, width={width}; packed latents need both, in pixels{ids}: the "
-            f"shape {tuple(latents.shape)} alone does not tell a wide image from a tall one"
+            f"shape {shape} alone does not tell a wide image from a tall one"
         )
-    size = floor_size(height, width, patches, multiple)
+    try:
+        size = floor_size(height, width, patches, multiple)
+    except InvalidLatentsError as error:
+        raise InvalidLatentsError(f"{error}{other_family(shape, format, packed=True)}") from None
     if latent_ids is not None:
         token_positions(latent_ids, batch, patches, (size[0] // multiple, size[1] // multiple))
     return size
 
 
-def _check_unpacked(
-    format: LatentFormat, latents: torch.Tensor, height: object, width: object, raw: bool | None
-) -> tuple[int, int]:
-    channels, rows, columns = latents.shape[1:]
-    in_patches = format.flux2 and channels == 4 * format.channels
-    if channels != format.channels and not in_patches:
-        looks = f", which looks like {_FAMILIES[channels]}" if channels in _FAMILIES else ""
-        raise InvalidLatentsError(
-            f"latents: got {channels} channels, shape {tuple(latents.shape)}{looks}; expected {_unpacked(format)} "
-            "for this checkpoint; use the checkpoint of the model that made the latents"
-        )
+def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[int, ...], raw: bool | None) -> None:
+    _, channels, rows, columns = images
+    in_patches = channels != format.channels
     if format.flux2 and not in_patches and raw is None:
         # Both exist: Flux2KleinPipeline's output_type="latent" is raw, BriaFibo2Pipeline's is normalised.
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(latents.shape)}, which may be raw latents (output_type='latent' of "
+            f"latents: got shape {shape}, which may be raw latents (output_type='latent' of "
             "Flux2KleinPipeline) or normalised ones (the transformer's, unpatchified); say raw=True or raw=False"
         )
     if format.batch_norm is not None and not in_patches and not raw and (rows % 2 or columns % 2):
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(latents.shape)}; normalised latents come in 2x2 patches, so expected an "
+            f"latents: got shape {shape}; normalised latents come in 2x2 patches, so expected an "
             "even height/8 and width/8"
         )
-    scale = format.packed_multiple if in_patches else format.vae_scale_factor
-    size = (rows * scale, columns * scale)
-    for name, given, actual in (("height", height, size[0]), ("width", width, size[1])):
-        if given is not None and pixels(name, given) != actual:
-            raise InvalidLatentsError(
-                f"{name}: got {given}, but unpacked latents of shape {tuple(latents.shape)} decode to "
-                f"{size[0]}x{size[1]} (height x width); leave {name} out or pass {actual}"
-            )
-    return size
 
 
 def check_options(

@@ -20,6 +20,7 @@ import torch
 
 from fluxvae.errors import CheckpointError
 from fluxvae.latent_checks import DTYPES, check_latents, check_options
+from fluxvae.latent_layout import read_layout
 from fluxvae.packing import (
     SizeFlooredWarning,
     pack_latents,
@@ -173,6 +174,22 @@ class LatentFormat:
 
     # -- arithmetic --------------------------------------------------------------------------------------------
 
+    def with_batch(
+        self, latents: torch.Tensor, height: int, width: int, latent_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents and ids, checked, with their batch and without frames.
+
+        Args:
+            height, width: what `check` gave for them.
+
+        Returns:
+            (B, N, 4*C), (B, C, lh, lw) or (B, 4*C, gh, gw), a view where the memory allows; ids (B, N, 4) or None.
+        """
+        layout = read_layout(tuple(latents.shape), (self,), height, width, with_ids=latent_ids is not None)
+        if latent_ids is not None and latent_ids.ndim == 2:
+            latent_ids = latent_ids[None]
+        return latents.reshape(layout.shape), latent_ids
+
     def unpack(self, latents: torch.Tensor, height: int, width: int, latent_ids: torch.Tensor | None) -> torch.Tensor:
         """Packed latents (B, N, 4*C), checked, to (B, C, lh, lw)."""
         if latent_ids is not None:
@@ -223,4 +240,6 @@ class LatentFormat:
 
 
 def _by_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values).view(1, -1, 1, 1).to(like.device, like.dtype)
+    # Rounded from float32, as the pipelines' own torch.tensor(...) is, whatever the process's default dtype.
+    factors = torch.tensor(values, dtype=torch.float32, device="cpu")
+    return factors.view(1, -1, 1, 1).to(like.device, like.dtype)

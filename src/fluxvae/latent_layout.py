@@ -1,0 +1,222 @@
+"""Whether latents are packed or images, and whether they come with their batch: read from their shape, in one place.
+
+    (B, N, 4*C)                       packed: tokens of B images              (N, 4*C): of one image
+    (B, C, lh, lw)                    B images                                (C, lh, lw): one image
+    (B, C, 1, lh, lw)                 one frame of each, as video VAEs shape it   (C, 1, lh, lw): of one image
+    with 4*C channels for C           FLUX.2's images in 2x2 patches, half as high and wide
+
+Every door asks `read_layout`: the library, the Triton model, the gateway and the client. The number of channels or
+features decides. Only three dimensions can be read in two ways, ``(C, n, 4*C)``: C packed images of n tokens, or one
+image of n x 4*C latents. Position ids mean packed ones; else height and width decide, which can only fit one reading:
+the image is ``s*n`` by ``s*4*C`` pixels (s pixels per latent), where packed latents would have ``(n//2) * 2*C``
+tokens, and that is never n for two channels or more. Without both sizes such latents are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from fluxvae.errors import InvalidLatentsError
+from fluxvae.packing import pixels
+
+if TYPE_CHECKING:
+    from fluxvae.latents import LatentFormat
+
+__all__ = ["Layout", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
+
+_FAMILIES = {
+    4: "SD or SDXL (4 latent channels)",
+    16: "FLUX.1, one of its borrowers, or SD3 (16 latent channels)",
+    32: "FLUX.2 (32 latent channels)",
+    128: "FLUX.2 in 2x2 patches (32 latent channels)",
+}
+_PACKED_FAMILIES = {
+    64: "FLUX.1 (16 latent channels)",
+    128: "FLUX.2 (32 latent channels)",
+    16: "SD or SDXL (4 latent channels)",
+}
+
+
+class Layout(NamedTuple):
+    """How latents are to be read."""
+
+    format: LatentFormat
+    """Of the formats that were possible, the one they are in."""
+    packed: bool
+    shape: tuple[int, ...]
+    """With the batch and without frames: packed (B, N, 4*C), or images (B, C, lh, lw) or (B, 4*C, gh, gw). The latents
+    reshaped to it hold the same values in the same order."""
+    size: tuple[int, int] | None
+    """(height, width) in pixels that images decode to; None for packed ones, whose shape does not tell it."""
+
+    @property
+    def batch(self) -> int:
+        """Images."""
+        return self.shape[0]
+
+
+def possible_layouts(shape: tuple[int, ...], formats: Sequence[LatentFormat]) -> list[Layout]:
+    """Every reading that the numbers of channels and features allow: none, one, or two (packed first)."""
+    found: dict[tuple[bool, tuple[int, ...]], Layout] = {}
+    for format in formats:
+        if len(shape) in (2, 3) and shape[-1] == format.packed_features:
+            packed = shape if len(shape) == 3 else (1, *shape)
+            found.setdefault((True, packed), Layout(format, True, packed, None))
+    for format in formats:
+        if (images := _as_images(shape, format)) is not None:
+            in_patches = images[1] != format.channels
+            scale = format.packed_multiple if in_patches else format.vae_scale_factor
+            size = (images[2] * scale, images[3] * scale)
+            found.setdefault((False, images), Layout(format, False, images, size))
+    return list(found.values())
+
+
+def read_layout(
+    shape: tuple[int, ...],
+    formats: Sequence[LatentFormat],
+    height: object = None,
+    width: object = None,
+    *,
+    with_ids: bool = False,
+) -> Layout:
+    """The one reading of latents of this shape.
+
+    Args:
+        shape: of the latents, no dimension 0.
+        formats: what they may be: one where the checkpoint is known; of several, the first is named in errors.
+        height, width: in pixels, where they are known. Images must have them exactly. What packed latents need of them
+            is for `latent_checks` to say, except where they must tell two readings apart.
+        with_ids: position ids came with them.
+
+    Raises:
+        InvalidLatentsError: no reading; two, and nothing that decides; a video; a height or width that is not the
+            image's.
+    """
+    found = possible_layouts(shape, formats)
+    if with_ids and found and not (found := [layout for layout in found if layout.packed]):
+        raise InvalidLatentsError(
+            f"latent_ids: got ids with latents of shape {shape}; they are for packed latents only: leave them out"
+        )
+    if not found:
+        raise InvalidLatentsError(_none(shape, formats[0]))
+    layout = found[0] if len(found) == 1 else _decide(shape, found, height, width)
+    if layout.size is not None:
+        _check_size(shape, layout, height, width)
+    return layout
+
+
+def unpacked_shape(format: LatentFormat) -> str:
+    """The shape of a format's unpacked latents, in words."""
+    scale = format.vae_scale_factor
+    patches = f", or in patches (batch, {4 * format.channels}, height/{2 * scale}, width/{2 * scale})"
+    return f"(batch, {format.channels}, height/{scale}, width/{scale})" + (patches if format.flux2 else "")
+
+
+def other_family(shape: tuple[int, ...], format: LatentFormat, *, packed: bool) -> str:
+    """For errors about the size of three dimensions: what they look like when read the other way, if anything."""
+    if len(shape) != 3:
+        return ""
+    if packed and shape[0] in _FAMILIES and shape[0] != format.channels:
+        return f". As one image without its batch they have {shape[0]} channels, which look like {_FAMILIES[shape[0]]}"
+    if not packed and shape[2] in _PACKED_FAMILIES and shape[2] != format.packed_features:
+        return f". As packed latents they have {shape[2]} features, which look like {_PACKED_FAMILIES[shape[2]]}"
+    return ""
+
+
+def _takes(channels: int, format: LatentFormat) -> bool:
+    return channels == format.channels or (format.flux2 and channels == 4 * format.channels)
+
+
+def _as_images(shape: tuple[int, ...], format: LatentFormat) -> tuple[int, int, int, int] | None:
+    """(B, C, rows, columns), where the shape can be read so.
+
+    (C, 1, lh, lw) is one frame of one image: no model's latents have one channel, so it is no batch of C images.
+    """
+    match shape:
+        case (batch, channels, 1, rows, columns) if _takes(channels, format):
+            return batch, channels, rows, columns
+        case (batch, channels, rows, columns) if _takes(channels, format):
+            return batch, channels, rows, columns
+        case (channels, 1, rows, columns) if _takes(channels, format):
+            return 1, channels, rows, columns
+        case (channels, rows, columns) if _takes(channels, format):
+            return 1, channels, rows, columns
+    return None
+
+
+def _decide(shape: tuple[int, ...], found: list[Layout], height: object, width: object) -> Layout:
+    """The one of two readings, packed and image, that height and width fit."""
+    packed, image = found
+    assert packed.packed
+    assert image.size is not None
+    multiple = packed.format.packed_multiple
+    both = (
+        f"{shape[0]} packed images of {shape[1]} patches each, or one image of {image.size[0]}x{image.size[1]} "
+        "(height x width) without its batch"
+    )
+    if height is None or width is None:
+        raise InvalidLatentsError(
+            f"latents: got shape {shape} with height={height}, width={width}, which may be {both}; pass height and "
+            f"width, which tell the two apart, or the one image with its batch: {image.shape}"
+        )
+    size = (pixels("height", height), pixels("width", width))
+    fits = [size[0] // multiple * (size[1] // multiple) == shape[1], size == image.size]
+    if fits.count(True) != 1:
+        raise InvalidLatentsError(
+            f"height and width: got {size[0]}x{size[1]} (height x width) for latents of shape {shape}, which may be "
+            f"{both}; they fit {'both' if all(fits) else 'neither'}: packed images of {shape[1]} patches need a height "
+            f"and width of which (height // {multiple}) * (width // {multiple}) is {shape[1]}. Pass the size that the "
+            f"latents were made for, or the one image with its batch: {image.shape}"
+        )
+    return packed if fits[0] else image
+
+
+def _check_size(shape: tuple[int, ...], layout: Layout, height: object, width: object) -> None:
+    assert layout.size is not None
+    for name, given, actual in zip(("height", "width"), (height, width), layout.size, strict=True):
+        if given is not None and pixels(name, given) != actual:
+            raise InvalidLatentsError(
+                f"{name}: got {given}, but unpacked latents of shape {shape} decode to "
+                f"{layout.size[0]}x{layout.size[1]} (height x width); leave {name} out or pass {actual}"
+                + other_family(shape, layout.format, packed=False)
+            )
+
+
+def _none(shape: tuple[int, ...], format: LatentFormat) -> str:
+    """Why latents of this shape have no reading."""
+    maker = "use the checkpoint of the model that made the latents"
+    if len(shape) in (2, 3):
+        features = shape[-1]
+        looks = f", which looks like {_PACKED_FAMILIES[features]}" if features in _PACKED_FAMILIES else ""
+        ours = f", {_PACKED_FAMILIES[format.packed_features]}" if format.packed_features in _PACKED_FAMILIES else ""
+        message = (
+            f"latents: got {features} features per token{looks}, shape {shape}; expected {format.packed_features} for "
+            f"this checkpoint{ours}"
+        )
+        if len(shape) == 3:
+            looks = f", which look like {_FAMILIES[shape[0]]}" if shape[0] in _FAMILIES else ""
+            ours = unpacked_shape(format).replace("batch, ", "")
+            message += f". Read as one image without its batch they have {shape[0]} channels{looks}; expected {ours}"
+        return f"{message}; {maker}"
+    if len(shape) in (4, 5):
+        channels = shape[1]
+        frames = f"{'batch, ' if len(shape) == 5 else ''}channels, frames, height/8, width/8"
+        if len(shape) == 5 and _takes(channels, format):
+            return (
+                f"latents: got shape {shape}, a video of {shape[2]} frames ({frames}); expected one frame: videos are "
+                "not decoded here"
+            )
+        looks = f", which looks like {_FAMILIES[channels]}" if channels in _FAMILIES else ""
+        message = (
+            f"latents: got {channels} channels, shape {shape}{looks}; expected {unpacked_shape(format)} for this "
+            f"checkpoint; {maker}"
+        )
+        if len(shape) == 4 and _takes(shape[0], format):
+            message += f". If it is a video of {channels} frames ({frames}): videos are not decoded here"
+        return message
+    return (
+        f"latents: got {len(shape)} dimensions, shape {shape}; expected packed latents "
+        f"(batch, patches, {format.packed_features}) or unpacked ones {unpacked_shape(format)}; one image may come "
+        "without its batch"
+    )
