@@ -106,7 +106,7 @@ def one_after_another(folder: Path, out: Path) -> dict[str, Any]:
     """Its steps, each waiting for the one before."""
     decoder, job = warm_decoder(), job_of(folder, out, IMAGES)
     record = record_of(job, checkpoint_sha256(job), decoder)
-    store, library = open_store(job.out, "serial"), Library()
+    store, library = open_store(job.out, "serial"), Library(job.expected(decoder.format))
     items = look(job, decoder, record, store).items
     decoding = 0.0
     start = time.perf_counter()

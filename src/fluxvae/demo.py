@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from fluxvae.checkpoints import ASSETS
+from fluxvae.claims import MAX_PIXELS, check_pixels
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
 from fluxvae.images import postprocess
@@ -97,13 +98,16 @@ def read_latents(path: Path, height: int | None = None, width: int | None = None
         height, width: pixels; win over the metadata.
 
     Raises:
-        InvalidLatentsError: no such file, no such tensor, or no size.
+        InvalidLatentsError: no such file, no such tensor, or no size; or its header claims an image larger than
+            `claims.MAX_PIXELS`.
     """
     try:
         with safe_open(path, framework="pt") as file:
             if "latents" not in file.keys():  # noqa: SIM118
                 raise InvalidLatentsError(f"latents: {path} holds {list(file.keys())}, expected a tensor 'latents'")
             metadata = file.metadata() or {}
+            shape = tuple(file.get_slice("latents").get_shape())
+            check_pixels(str(path), (1, *shape[1:]), 16, 8, MAX_PIXELS, "the demo takes no larger one")
             latents: torch.Tensor = file.get_tensor("latents")
     except (OSError, SafetensorError) as error:
         raise InvalidLatentsError(f"latents: {path} cannot be read as safetensors: {error}") from error

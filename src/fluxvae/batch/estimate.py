@@ -64,6 +64,7 @@ class Estimate:
             "out": self.out,
             "to_decode": len(self.outlook.items),
             "present": self.outlook.present,
+            "skipped": self.outlook.skipped,
             "failures": [failure.as_dict() for failure in self.outlook.failures],
             "megapixels": self.outlook.pixels / 1e6,
             "estimated_seconds": self.seconds,
@@ -104,7 +105,7 @@ def _rate(decoder: Decoder) -> float:
     """Multiply-adds per second of this decoder, on this machine as busy as it is now."""
     decoder.prepare()
     format = decoder.format
-    latents = torch.zeros(1, format.channels, _SAMPLE, _SAMPLE)
+    latents = torch.zeros(1, format.channels, _SAMPLE, _SAMPLE, dtype=torch.float32, device="cpu")
     side = _SAMPLE * format.vae_scale_factor
     plan: Plan = decoder.plan(side, side)
     raw = not decoder.approximate  # a preview takes none

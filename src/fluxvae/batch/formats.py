@@ -1,41 +1,58 @@
-"""Files of latents: safetensors, npy, npz, pt. What they hold, read from their headers where they have one, and rows.
+"""Files of latents: safetensors (also as ``.latent``), npy, npz, pt. What they hold, by their headers, and rows.
 
-In every one of them the latents are a tensor ``(B, N, 4C)`` or ``(B, C, lh, lw)`` (or one image without its batch axis
-where that is unambiguous: ``(N, 4C)``), named ``latents`` where things have names, or the only one there. Beside it are
-``height``, ``width`` and ``raw`` (FLUX.2: nothing is to be rescaled), one for all rows or one for each, and, also of
-FLUX.2, ``latent_ids`` ``(N, 4)`` or ``(B, N, 4)``. Nothing here runs code that a file brings along.
+Latents are a tensor ``(B, N, 4C)`` or ``(B, C, lh, lw)``, or one image without its batch axis (`readings`), named
+``latents`` where things have names, or the only one there. Beside it are ``height``, ``width`` and ``raw`` (FLUX.2:
+nothing is to be rescaled), one for all rows or one for each, and, also of FLUX.2, ``latent_ids`` ``(N, 4)`` or
+``(B, N, 4)``. Files of other programs are known by their own names (`caches`). Nothing here runs code that a file
+brings along, and nothing is read but headers until a row is asked for; a header that claims too much is refused.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
+import math
+import mmap
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fluxvae.batch.caches import Contents, Picture, pictures_of
 from fluxvae.batch.items import Entry, Latents
+from fluxvae.batch.readings import Expected, Reading, read_shape
+from fluxvae.batch.tensors import Lazy, Npz, open_npy, unzipped
+from fluxvae.claims import check_member, check_packing, check_rows
 from fluxvae.errors import InvalidLatentsError
 
 __all__ = ["FILE_SUFFIXES", "Source", "open_file", "unreadable"]
 
 # What libraries raise for files that are damaged or of another kind.
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, SafetensorError, zipfile.BadZipFile)
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    SafetensorError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 
 
 class Source(Protocol):
     """One open file of latents."""
 
     def entries(self) -> list[Entry]:
-        """What it holds, row by row.
+        """What it holds, image by image; nothing where it is known to be of another kind, as a text encoder's cache.
 
         Raises:
-            InvalidLatentsError: not what its suffix says, or without latents.
+            InvalidLatentsError: not what its suffix says, without latents, or it claims more than it may.
         """
 
     def load(self, row: int) -> Latents:
@@ -43,23 +60,19 @@ class Source(Protocol):
 
 
 class TensorSource:
-    """A file that is one tensor with, perhaps, its size and ids."""
+    """A file of tensors, some of which are latents with, perhaps, their sizes and ids."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, expected: Expected) -> None:
+        self._name = path.name
         try:
             with open(path, "rb"):
                 pass  # safetensors calls every file that it may not read missing
         except OSError as error:
             raise InvalidLatentsError(unreadable(path.name, error)) from error
         try:
-            self._held = _READERS[path.suffix.lower()](path)
-        except pickle.UnpicklingError as error:
-            raise InvalidLatentsError(
-                f"{path.name}: refused, for it holds a pickle of more than tensors, which could run code when it is "
-                f"read ({_first_line(error)}); save the latents alone: torch.save({{'latents': tensor, 'height': 1024, "
-                "'width': 1024}, path), or as safetensors"
-            ) from error
+            held = _READERS[path.suffix.lower()](path)
+            found = pictures_of(held, expected)
+            self._pictures = [_plain(held)] if found is None else found
         except InvalidLatentsError:
             raise
         except _DAMAGE as error:
@@ -67,38 +80,61 @@ class TensorSource:
                 f"{path.name}: cannot be read as {path.suffix[1:]}: {_first_line(error)}; it is damaged, truncated or "
                 "another kind of file: make it again"
             ) from error
+        self._readings = [self._read(picture, expected, path.stat().st_size) for picture in self._pictures]
+        check_rows(path.name, sum(reading.rows for reading in self._readings))
+
+    def _read(self, picture: Picture, expected: Expected, stored: int) -> Reading:
+        tensor = picture.tensor
+        itemsize = getattr(getattr(torch, tensor.dtype, None), "itemsize", 1)
+        check_packing(self._name, math.prod(tensor.shape) * itemsize, stored)
+        height, width = (
+            picture.height if expected.height is None else expected.height,
+            picture.width if expected.width is None else expected.width,
+        )
+        ids = picture.ids is not None
+        return read_shape(expected.format, tensor.shape, height, width, ids=ids, one=picture.one)
 
     def entries(self) -> list[Entry]:
-        """Rows of the tensor, with their size where the file tells it."""
-        held = self._held
-        shape, dtype = held.tensor.shape, held.tensor.dtype
-        if len(shape) == 2:
-            shape = (1, *shape)
-        if len(shape) not in (3, 4) or not shape[0]:
-            raise InvalidLatentsError(
-                f"{self._path.name}: latents: got shape {tuple(held.tensor.shape)}, expected (batch, patches, "
-                "features) or (batch, channels, height/8, width/8)"
-            )
-        rows = shape[0]
-        heights, widths = _per_row("height", held.height, rows), _per_row("width", held.width, rows)
-        raws = _per_row("raw", held.raw, rows)
-        if held.ids is not None and (len(held.ids.shape) not in (2, 3) or held.ids.shape[:-2] not in ((), (rows,))):
-            raise InvalidLatentsError(
-                f"{self._path.name}: latent_ids: got shape {held.ids.shape} for {rows} latents; expected (patches, 4), "
-                f"or ({rows}, patches, 4)"
-            )
+        """Images of its pictures, with their size where the file tells it."""
+        found: list[Entry] = []
+        for picture, reading in zip(self._pictures, self._readings, strict=True):
+            found += self._entries(picture, reading, len(found))
+        return found
+
+    def _entries(self, picture: Picture, reading: Reading, first: int) -> list[Entry]:
+        rows = reading.rows
+        heights, widths = _per_row("height", picture.height, rows), _per_row("width", picture.width, rows)
+        raws = _per_row("raw", picture.raw, rows)
+        if picture.ids is not None:
+            _check_ids(self._name, picture.ids.shape, reading)
         sized = [heights[row] is not None and widths[row] is not None for row in range(rows)]
-        ids = [None if held.ids is None or sized[row] else held.ids.row(row) for row in range(rows)]
-        one = (1, *shape[1:])
-        return [Entry(row, one, dtype, heights[row], widths[row], raw=raws[row], ids=ids[row]) for row in range(rows)]
+        ids = [None if picture.ids is None or sized[row] else _ids_of(picture.ids, row) for row in range(rows)]
+        return [
+            Entry(
+                first + row,
+                reading.shape,
+                picture.tensor.dtype,
+                heights[row],
+                widths[row],
+                raw=raws[row],
+                ids=ids[row],
+                label=picture.label,
+                ask=picture.ask,
+            )
+            for row in range(rows)
+        ]
 
     def load(self, row: int) -> Latents:
-        """One row; from safetensors and npy without reading the others."""
+        """One row; the others are not read."""
         try:
-            ids = None if self._held.ids is None else self._held.ids.row(row)
-            return Latents(self._held.tensor.row(row), ids)
-        except _DAMAGE as error:
-            raise InvalidLatentsError(f"{self._path.name}: row {row} cannot be read: {_first_line(error)}") from error
+            for picture, reading in zip(self._pictures, self._readings, strict=True):
+                if row < reading.rows:
+                    ids = None if picture.ids is None else _ids_of(picture.ids, row)
+                    return Latents(reading.row(picture.tensor, row), ids)
+                row -= reading.rows
+            raise IndexError("it is not there")
+        except (*_DAMAGE, IndexError) as error:
+            raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
 
 
 def unreadable(name: str, error: OSError) -> str:
@@ -106,131 +142,192 @@ def unreadable(name: str, error: OSError) -> str:
     return f"{name}: cannot be read: {error.strerror or error}; see that it is there and may be read"
 
 
-def open_file(path: Path) -> Source:
+def open_file(path: Path, expected: Expected) -> Source:
     """Open a local file by its suffix, one of `FILE_SUFFIXES`.
+
+    Args:
+        expected: what the job takes its inputs for.
 
     Raises:
         InvalidLatentsError: damaged, refused, or without latents.
     """
-    return TensorSource(path)
+    return TensorSource(path, expected)
 
 
-# -- tensors whose rows are read when asked for ----------------------------------------------------------------------
+# -- headers -----------------------------------------------------------------------------------------------------------
 
-
-class _Lazy:
-    """A tensor of a file: its shape now, its rows later."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: str, take: Any) -> None:
-        self.shape, self.dtype, self._take = shape, dtype, take
-
-    def row(self, row: int) -> torch.Tensor:
-        if len(self.shape) == 2:
-            return self._tensor(self._take[:]).unsqueeze(0)
-        return self._tensor(self._take[row : row + 1])
-
-    @staticmethod
-    def _tensor(value: Any) -> torch.Tensor:
-        return value.clone() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-
-
-def _lazy(value: Any, name: str) -> _Lazy:
-    if isinstance(value, torch.Tensor):
-        return _Lazy(tuple(value.shape), str(value.dtype).removeprefix("torch."), value)
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        return _Lazy(value.shape, str(value.dtype), value)
-    raise InvalidLatentsError(f"{name}: latents: got {type(value).__name__}, expected a tensor")
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What one file holds."""
-
-    tensor: _Lazy
-    height: Any = None
-    width: Any = None
-    raw: Any = None
-    ids: _Lazy | None = None
-
-
-_BESIDE = ("height", "width", "raw", "latent_ids")
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+_LARGEST_PICKLE = 64 * 2**20
+"""Of names and shapes: tensors are beside it."""
 
 
-def _safetensors(path: Path) -> _Held:
+def _safetensors(path: Path) -> Contents:
     file: Any = safe_open(path, framework="pt")
-    keys, metadata = list(file.keys()), file.metadata() or {}
 
-    def lazy(key: str) -> _Lazy:
+    def lazy(key: str) -> Lazy:
         taken = file.get_slice(key)
-        return _Lazy(tuple(taken.get_shape()), _SAFETENSORS_DTYPES.get(taken.get_dtype(), taken.get_dtype()), taken)
+        dtype = _SAFETENSORS_DTYPES.get(taken.get_dtype(), taken.get_dtype())
+        # A slice of a scalar is refused by safetensors; nothing here needs one.
+        return Lazy(tuple(taken.get_shape()), dtype, taken.__getitem__)
 
-    return _Held(
-        lazy(_only("latents", [key for key in keys if key not in _BESIDE], path)),
-        _number(metadata.get("height")),
-        _number(metadata.get("width")),
-        _truth(metadata.get("raw")),
-        lazy("latent_ids") if "latent_ids" in keys else None,
-    )
+    return Contents(path.name, {key: lazy(key) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
-def _npy(path: Path) -> _Held:
-    return _Held(_lazy(np.load(path, mmap_mode="r", allow_pickle=False), path.name))
+def _npy(path: Path) -> Contents:
+    return Contents(path.name, {"": open_npy(path)}, {})
 
 
-def _npz(path: Path) -> _Held:
-    with np.load(path, allow_pickle=False) as file:
-        held = {key: file[key] for key in file.files}
-    return _from_mapping(held, path)
+def _npz(path: Path) -> Contents:
+    return Contents(path.name, Npz(path), {})
 
 
-def _pt(path: Path) -> _Held:
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    return _from_mapping(held, path) if isinstance(held, Mapping) else _Held(_lazy(held, path.name))
+def _pt(path: Path) -> Contents:
+    with open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":  # SimpleTuner, told to compress its cache
+            file.seek(0)
+            with gzip.open(file) as packed:
+                held = _unpickle(path.name, unzipped(path, packed))
+        else:
+            held = _unpickle(path.name, file)
+    if isinstance(held, torch.Tensor):
+        held = {"": held}
+    if isinstance(held, (list, tuple)) and held and all(isinstance(part, Mapping) for part in held):
+        return Contents(path.name, {}, {}, tuple(held))
+    if not isinstance(held, Mapping):
+        raise InvalidLatentsError(f"{path.name}: latents: got {type(held).__name__}, expected a tensor")
+    tensors: dict[str, Lazy] = {}
+    values: dict[str, Any] = {}
+    for key, value in held.items():
+        lazy = Lazy.of(value)
+        if lazy is not None:
+            tensors[str(key)] = lazy
+        elif isinstance(value, torch.Tensor):
+            raise InvalidLatentsError(
+                f"{path.name}: {key}: got a tensor that is sparse or has no values: save it dense"
+            )
+        else:
+            values[str(key)] = value
+    return Contents(path.name, tensors, values)
 
 
-def _from_mapping(held: Mapping[str, Any], path: Path) -> _Held:
-    key = _only("latents", [key for key in held if key not in _BESIDE], path)
-    ids = _lazy(held["latent_ids"], path.name) if held.get("latent_ids") is not None else None
-    return _Held(_lazy(held[key], path.name), held.get("height"), held.get("width"), held.get("raw"), ids)
+def _unpickle(name: str, source: IO[bytes]) -> Any:
+    """What ``torch.load`` gives of tensors and plain values; mapped from a zip archive in a file."""
+    source.seek(0)
+    archive = source.read(4) == b"PK\x03\x04"
+    pickles = _pickles(name, source) if archive else [_bytes_of(source)]
+    if any(data.find(b"\nbytearray\n") >= 0 for data in pickles):
+        # The one thing that PyTorch allows in a pickle and that takes memory by a number alone.
+        raise InvalidLatentsError(f"{name}: refused, for it holds a bytearray; save the latents alone, as tensors")
+    source.seek(0)
+    mapped = archive and isinstance(source, io.BufferedReader)
+    try:
+        return torch.load(source.name if mapped else source, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        told = str(error.__context__ or error)
+        if "GLOBAL" not in told and "class" not in told.lower():
+            raise ValueError(told) from error
+        named = told.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in told else "one of a class of its own"
+        raise InvalidLatentsError(
+            f"{name}: refused, for it holds a pickle of more than tensors ({named}), which could run code when it is "
+            "read; save the latents alone: torch.save({'latents': tensor, 'height': 1024, 'width': 1024}, path), or "
+            "as safetensors"
+        ) from error
 
 
-_READERS = {".safetensors": _safetensors, ".npy": _npy, ".npz": _npz, ".pt": _pt, ".pth": _pt}
+def _pickles(name: str, source: IO[bytes]) -> list[bytes]:
+    """Those of an archive, in which nothing claims more than can be."""
+    with zipfile.ZipFile(source) as archive:
+        for member in archive.infolist():
+            check_member(name, member)
+        members = [member for member in archive.infolist() if member.filename.endswith(".pkl")]
+        for member in members:
+            if member.file_size > _LARGEST_PICKLE:
+                raise InvalidLatentsError(
+                    f"{name}: {member.filename} claims {member.file_size} bytes besides the tensors, more than the "
+                    f"{_LARGEST_PICKLE} that names and shapes may take; save the latents alone"
+                )
+        return [archive.read(member) for member in members]
+
+
+def _bytes_of(source: IO[bytes]) -> bytes | mmap.mmap:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()
+    if not source.seek(0, io.SEEK_END):
+        return b""
+    return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+_READERS = {
+    ".safetensors": _safetensors,
+    ".latent": _safetensors,
+    ".npy": _npy,
+    ".npz": _npz,
+    ".pt": _pt,
+    ".pth": _pt,
+}
 FILE_SUFFIXES = tuple(_READERS)
 
 
-def _only(wanted: str, keys: list[str], path: Path) -> str:
-    if wanted in keys:
-        return wanted
-    if len(keys) == 1:
-        return keys[0]
-    raise InvalidLatentsError(
-        f"{path.name}: holds {', '.join(map(str, sorted(keys)[:5])) or 'nothing'}; expected a tensor named {wanted!r}, "
-        "or one tensor only"
+# -- the layout that is fluxvae's own ----------------------------------------------------------------------------------
+
+_BESIDE = ("height", "width", "raw", "latent_ids")
+
+
+def _plain(held: Contents) -> Picture:
+    names = [name for name in held.tensors if name not in _BESIDE]
+    if "latents" not in names and len(names) != 1:
+        raise InvalidLatentsError(
+            f"{held.name}: holds {', '.join(sorted(names)[:5]) or 'nothing'}; expected a tensor named 'latents', or "
+            "one tensor only"
+        )
+    return Picture(
+        held.tensors["latents" if "latents" in names else names[0]],
+        height=_number(_beside(held, "height")),
+        width=_number(_beside(held, "width")),
+        raw=_truth(_beside(held, "raw")),
+        ids=held.tensors.get("latent_ids"),
     )
 
 
-def _number(text: str | None) -> object:
-    """A number of safetensors' metadata, which are texts; left as it is where it is none, for the check to name."""
-    return int(text) if text is not None and text.strip().isascii() and text.strip().isdigit() else text
+def _beside(held: Contents, name: str) -> Any:
+    if name not in held.tensors:
+        return held.values.get(name)
+    tensor = held.tensors[name]
+    check_rows(f"{held.name}: {name}", math.prod(tensor.shape))
+    return tensor.whole().tolist()
 
 
-def _truth(text: str | None) -> object:
-    """``true`` or ``false`` of safetensors' metadata; left as it is where it is neither, for the check to name."""
-    return {"true": True, "false": False}.get(text.strip().lower(), text) if text is not None else None
+def _number(value: Any) -> object:
+    """A number, also of metadata, which are texts; left as it is where it is none, for the check to name."""
+    return int(value) if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() else value
+
+
+def _truth(value: Any) -> object:
+    """``true`` or ``false``, also of metadata; left as it is where it is neither, for the check to name."""
+    return {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
     """One value for each row, of one for all or one for each."""
-    array = value.numpy() if isinstance(value, torch.Tensor) else value
-    values = array.tolist() if isinstance(array, np.ndarray) else array
-    if not isinstance(values, (list, tuple)):
-        return [values] * rows
-    if len(values) != rows:
+    if not isinstance(value, (list, tuple)):
+        return [value] * rows
+    if len(value) != rows:
+        raise InvalidLatentsError(f"{name}: got {len(value)} of them for {rows} latents; expected one, or one for each")
+    return list(value)
+
+
+def _check_ids(name: str, shape: tuple[int, ...], reading: Reading) -> None:
+    wanted = ((), (reading.rows,))
+    if len(shape) not in (2, 3) or shape[:-2] not in wanted or shape[-2] != reading.shape[1] or shape[-1] != 4:
         raise InvalidLatentsError(
-            f"{name}: got {len(values)} of them for {rows} latents; expected one, or one for each"
+            f"{name}: latent_ids: got shape {shape} for {reading.rows} latents of {reading.shape[1]} patches; expected "
+            f"({reading.shape[1]}, 4), or ({reading.rows}, {reading.shape[1]}, 4)"
         )
-    return list(values)
+
+
+def _ids_of(ids: Lazy, row: int) -> torch.Tensor:
+    """(1, N, 4)."""
+    return ids.whole().unsqueeze(0) if len(ids.shape) == 2 else ids.rows(row)
 
 
 def _first_line(error: BaseException) -> str:

@@ -40,6 +40,10 @@ class Entry:
     """As the file says, unchecked: the latents are raw already; None: it says nothing."""
     ids: torch.Tensor | None = None
     """As `Latents.ids`; read where only they tell the size."""
+    label: str = ""
+    """What tells it from the other pictures of its file, for the output's name; with it, the row says nothing."""
+    ask: str | None = None
+    """Why the caller has to say whether the latents are raw; None: ``raw`` says it, or nothing need be said."""
 
 
 @dataclass(frozen=True)

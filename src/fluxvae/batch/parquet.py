@@ -3,10 +3,12 @@
 
 ``latents`` is one of
 
-- nested lists, (N, 4C) packed or (C, lh, lw) unpacked, or Arrow's fixed-shape tensors of that shape;
+- nested lists, (N, 4C) packed or (C, lh, lw) unpacked (also (C, 1, lh, lw), one frame), or Arrow's fixed-shape tensors
+  of that shape;
 - a flat list, or bytes, with a column ``shape``; bytes also with ``dtype`` unless they are float32.
 
-Columns of sizes and names are read to know a job; latents are read a row group at a time when their turn comes.
+Columns of sizes and names are read to know a job; latents are read a row group at a time when their turn comes. A row
+group that claims far more than is stored of it is refused by the file's metadata.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ import torch
 
 from fluxvae.batch.formats import unreadable
 from fluxvae.batch.items import Entry, Latents
+from fluxvae.batch.readings import Expected, read_shape
+from fluxvae.claims import check_packing, check_rows
 from fluxvae.errors import InvalidLatentsError
 
 __all__ = ["ParquetSource"]
 
+_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "FIXED_LEN_BYTE_ARRAY": 2}
+"""Bytes of one value once it is read, at least."""
 _BYTES_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)
 
@@ -37,12 +43,13 @@ class ParquetSource:
         name: for messages.
         path: of the file, in ``filesystem``.
         filesystem: any of fsspec's; only the row groups and columns asked for are read from it.
+        expected: what the job takes its inputs for.
     """
 
-    def __init__(self, name: str, path: str, filesystem: Any) -> None:
-        self._name = name
+    def __init__(self, name: str, path: str, filesystem: Any, expected: Expected) -> None:
+        self._name, self._expected = name, expected
         try:
-            self._file = pq.ParquetFile(path, filesystem=filesystem)
+            self._file = _open(path, filesystem)
         except (PermissionError, FileNotFoundError) as error:
             raise InvalidLatentsError(unreadable(name, error)) from error
         except _DAMAGE as error:
@@ -55,7 +62,9 @@ class ParquetSource:
             raise InvalidLatentsError(
                 f"{name}: has the columns {', '.join(sorted(self._columns)[:8])}; expected one named 'latents'"
             )
-        self._type = self._file.schema_arrow.field("latents").type
+        check_rows(name, self._file.metadata.num_rows)
+        type = self._file.schema_arrow.field("latents").type
+        self._type = type.value_type if pa.types.is_dictionary(type) else type
         self._lock = threading.Lock()  # one row group at a time, whoever asks
         self._group: tuple[int, pa.Table] | None = None
         ends = np.cumsum([self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)])
@@ -67,24 +76,41 @@ class ParquetSource:
         wanted = [name for name in small if name in self._columns]
         if "latent_ids" in self._columns and not {"height", "width"} <= self._columns:
             wanted.append("latent_ids")  # only they tell the size
-        rows = self._file.read(columns=wanted).to_pylist() if wanted else [{}] * self._file.metadata.num_rows
+        for group in range(self._file.num_row_groups):
+            self._check(group, wanted)
+        count = self._file.metadata.num_rows
+        columns = {name: _listed(column) for name, column in zip(wanted, self._file.read(columns=wanted), strict=True)}
+        rows = [{name: column[index] for name, column in columns.items()} for index in range(count)]
         fixed = tuple(self._type.shape) if isinstance(self._type, pa.FixedShapeTensorType) else None
-        entries = []
-        for index, row in enumerate(rows):
-            shape = row.get("shape") if fixed is None else fixed
-            entries.append(
-                Entry(
-                    index,
-                    None if shape is None else (1, *shape),
-                    row.get("dtype") or "float32",
-                    row.get("height"),
-                    row.get("width"),
-                    row.get("name"),
-                    row.get("raw"),
-                    _ids(row.get("latent_ids")),
-                )
+        return [
+            Entry(
+                index,
+                self._image(row.get("shape") if fixed is None else fixed),
+                row.get("dtype") or "float32",
+                row.get("height"),
+                row.get("width"),
+                row.get("name"),
+                row.get("raw"),
+                _ids(row.get("latent_ids")),
             )
-        return entries
+            for index, row in enumerate(rows)
+        ]
+
+    def _image(self, shape: Any) -> tuple[int, ...] | None:
+        """Of one row, which is one image: with a batch axis. None: only its values tell."""
+        if not shape or not all(isinstance(side, int) for side in shape):
+            return None
+        return read_shape(self._expected.format, tuple(shape), one=True).shape
+
+    def _check(self, group: int, columns: list[str]) -> None:
+        """Refuse a row group of which these columns claim far more than is stored, before it is read."""
+        stored = self._file.metadata.row_group(group)
+        for index in range(stored.num_columns):
+            column = stored.column(index)
+            if column.path_in_schema.partition(".")[0] in columns:
+                claimed = max(column.total_uncompressed_size, column.num_values * _WIDTHS.get(column.physical_type, 0))
+                name = f"{self._name}: row group {group} of {column.path_in_schema}"
+                check_packing(name, claimed, column.total_compressed_size)
 
     def load(self, row: int) -> Latents:
         """One row."""
@@ -94,10 +120,12 @@ class ParquetSource:
             with self._lock:
                 if self._group is None or self._group[0] != group:
                     columns = [name for name in ("latents", "shape", "dtype", "latent_ids") if name in self._columns]
+                    self._check(group, columns)
                     self._group = (group, self._file.read_row_group(group, columns=columns))
                 table = self._group[1]
             ids = table["latent_ids"][row - first].as_py() if "latent_ids" in self._columns else None
-            return Latents(self._tensor(table, row - first).unsqueeze(0), _ids(ids))
+            tensor = self._tensor(table, row - first)
+            return Latents(tensor.reshape(self._image(tuple(tensor.shape)) or tensor.shape), _ids(ids))
         except _DAMAGE as error:
             raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
 
@@ -136,12 +164,38 @@ class ParquetSource:
         return tuple(shape)
 
 
+def _open(path: str, filesystem: Any) -> pq.ParquetFile:
+    """Bytes and texts that are the same in many rows stay one, so that a small file cannot claim them once for each."""
+    file = pq.ParquetFile(path, filesystem=filesystem)
+    schema = file.schema
+    texts = [
+        column.path
+        for column in (schema.column(index) for index in range(len(schema)))
+        if column.physical_type == "BYTE_ARRAY" and column.path in ("latents", "name", "dtype")
+    ]
+    if not texts:
+        return file
+    file.close()
+    return pq.ParquetFile(path, filesystem=filesystem, read_dictionary=texts)
+
+
+def _listed(column: pa.ChunkedArray) -> list[Any]:
+    """A column's values; those of a dictionary are shared."""
+    if not pa.types.is_dictionary(column.type):
+        return list(column.to_pylist())
+    found: list[Any] = []
+    for chunk in column.chunks:
+        values = chunk.dictionary.to_pylist()
+        found += [None if index is None else values[index] for index in chunk.indices.to_pylist()]
+    return found
+
+
 def _ids(value: Any) -> torch.Tensor | None:
     """(1, N, 4), or as it comes, for the check to name; None: row by row."""
     if value is None:
         return None
     try:
-        ids = torch.tensor(value, dtype=torch.int64)
+        ids = torch.tensor(value, dtype=torch.int64, device="cpu")
     except (TypeError, ValueError) as error:
         raise InvalidLatentsError("latent_ids: expected lists of four whole numbers, of equal lengths") from error
     return ids.unsqueeze(0)

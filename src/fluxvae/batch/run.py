@@ -35,6 +35,8 @@ class Outlook:
     """Images whose size was floored to a multiple of 16."""
     approximate: bool
     """The checkpoint is a preview's: what it makes is not the full VAE's image."""
+    skipped: int = 0
+    """Files that are known to hold no latents, such as a text encoder's cache."""
 
     @property
     def pixels(self) -> int:
@@ -57,6 +59,8 @@ class Report:
     decoded: int = 0
     present: int = 0
     failures: list[Failure] = field(default_factory=list)
+    skipped: int = 0
+    """As `Outlook.skipped`."""
     left: int = 0
     """Not begun, for the job was stopped."""
     pixels: int = 0
@@ -81,6 +85,7 @@ class Report:
             "decoded": self.decoded,
             "present": self.present,
             "failed": len(self.failures),
+            "skipped": self.skipped,
             "left": self.left,
             "seconds": self.seconds,
             "images_per_second": self.decoded * rate,
@@ -109,7 +114,7 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
     """
     decoder.format.check_options(raw=job.raw)
     found = find(job.inputs)
-    scanned = scan(found, decoder.format, job.suffix, job.height, job.width, job.raw)
+    scanned = scan(found, job.suffix, job.expected(decoder.format))
     sources = {one.url for one in found}
     prefix = store.root.rstrip("/")
     for item in scanned.items:
@@ -119,7 +124,12 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
             )
     left = left_to_do(scanned.items, store, job, record)
     return Outlook(
-        tuple(left), len(scanned.items) - len(left), tuple(scanned.failures), scanned.floored, decoder.approximate
+        tuple(left),
+        len(scanned.items) - len(left),
+        tuple(scanned.failures),
+        scanned.floored,
+        decoder.approximate,
+        scanned.skipped,
     )
 
 
@@ -167,7 +177,7 @@ def finish(
     with lock(store):
         outlook = looked()
         store.clean()
-        report = Report(store.root, present=outlook.present, approximate=outlook.approximate)
+        report = Report(store.root, present=outlook.present, skipped=outlook.skipped, approximate=outlook.approximate)
         log = FailureLog(store)
         for failure in outlook.failures:
             log.add(failure)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from fluxvae.batch.readings import Expected
+from fluxvae.claims import MAX_PIXELS
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
 from fluxvae.images import FORMATS, check_format
+from fluxvae.latents import LatentFormat
 
 __all__ = ["OUTPUT_FORMATS", "Existing", "Job"]
 
@@ -47,6 +50,8 @@ class Job:
     width: int | None = None
     raw: bool | None = None
     """Instead of the files' own: the latents are raw, or are not, as for `Decoder.decode`."""
+    max_pixels: int = MAX_PIXELS
+    """Of one image: a file that claims a larger one is refused by its header."""
     batch: int = 4
     """Images of one size in one decode, at most; fewer where the memory limit has no room."""
     existing: Existing = "refuse"
@@ -63,7 +68,7 @@ class Job:
             raise InvalidOptionError(f"quality: got {self.quality!r} with format {self.format}, which is lossless")
         if self.existing not in get_args(Existing):
             raise InvalidOptionError(f"existing: got {self.existing!r}, expected {', '.join(get_args(Existing))}")
-        for name in ("height", "width", "batch"):
+        for name in ("height", "width", "max_pixels", "batch"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidOptionError(f"{name}: got {value!r}, expected a whole number above 0")
@@ -76,6 +81,10 @@ class Job:
     def suffix(self) -> str:
         """Of the outputs, with its dot."""
         return _SUFFIXES.get(self.format, f".{self.format}")
+
+    def expected(self, format: LatentFormat) -> Expected:
+        """What its inputs are taken for, with a checkpoint of this format."""
+        return Expected(format=format, height=self.height, width=self.width, raw=self.raw, max_pixels=self.max_pixels)
 
     def decoder_options(self) -> dict[str, Any]:
         """For ``Decoder.from_pretrained``, the source beside."""

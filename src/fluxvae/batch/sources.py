@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import warnings
@@ -19,8 +20,10 @@ from fsspec.implementations.local import LocalFileSystem
 from fluxvae.batch.formats import FILE_SUFFIXES, Source, open_file
 from fluxvae.batch.items import Entry, Failure, Item
 from fluxvae.batch.names import output_name, stem, with_row
+from fluxvae.batch.readings import Expected
+from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.latents import LatentFormat, SizeFlooredWarning
+from fluxvae.latents import SizeFlooredWarning
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 
@@ -48,6 +51,8 @@ class Scan:
     failures: list[Failure] = field(default_factory=list)
     floored: int = 0
     """Items whose size is not a multiple of 16 and was floored, as FluxPipeline does."""
+    skipped: int = 0
+    """Files that are known to hold no latents, such as what text encoders gave, which trainers keep beside them."""
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
@@ -112,9 +117,13 @@ class Library:
 
     Files that are not local are fetched whole into a temporary file, except Parquet, of which only the row groups and
     columns that are asked for are read.
+
+    Args:
+        expected: what the job takes its inputs for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Expected) -> None:
+        self._expected = expected
         self._open: OrderedDict[str, Source] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -128,7 +137,7 @@ class Library:
             if url in self._open:
                 self._open.move_to_end(url)
                 return self._open[url]
-        source = _open(url)
+        source = _open(url, self._expected)
         with self._lock:
             self._open[url] = source
             while len(self._open) > _OPEN_SOURCES:
@@ -136,69 +145,72 @@ class Library:
         return source
 
 
-def _open(url: str) -> Source:
+def _open(url: str, expected: Expected) -> Source:
     filesystem, path = filesystem_of(url)
     name = path.rpartition("/")[2]
     try:
         if path.lower().endswith(".parquet"):
-            return _parquet(name, path, filesystem)
+            return _parquet(name, path, filesystem, expected)
         if isinstance(filesystem, LocalFileSystem):
-            return open_file(Path(path))
+            return open_file(Path(path), expected)
         with tempfile.TemporaryDirectory(prefix="fluxvae-") as folder:
             local = Path(folder) / name
+            _check_room(name, filesystem.size(path), folder)
             filesystem.get_file(path, str(local))
-            return open_file(local)  # what is mapped of it stays when its name goes
+            return open_file(local, expected)  # what is mapped of it stays when its name goes
     except FluxVAEError:
         raise
     except Exception as error:  # every filesystem has errors of its own
         raise InvalidLatentsError(f"{name}: cannot be read: {error}") from error
 
 
-def _parquet(name: str, path: str, filesystem: Any) -> Source:
+def _check_room(name: str, size: int | None, folder: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if size is not None and size > free:
+        raise InvalidLatentsError(
+            f"{name}: got {size} bytes to fetch, more than the {free} that are free in {folder}; make room there, or "
+            "set TMPDIR to a larger place"
+        )
+
+
+def _parquet(name: str, path: str, filesystem: Any, expected: Expected) -> Source:
     try:
         from fluxvae.batch.parquet import ParquetSource
     except ImportError as error:
         raise InvalidOptionError(
             f"input: {name}: Parquet needs pyarrow ({error}); pip install 'fluxvae[batch]'"
         ) from error
-    return ParquetSource(name, path, filesystem)
+    return ParquetSource(name, path, filesystem, expected)
 
 
-def scan(
-    found: Sequence[Found],
-    format: LatentFormat,
-    suffix: str,
-    height: int | None = None,
-    width: int | None = None,
-    raw: bool | None = None,
-) -> Scan:
+def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
     """Every image there is to make, and everything that is wrong with the inputs as far as their metadata tell.
 
     Args:
         found: by `find`.
-        format: of the checkpoint; shapes are checked against it.
         suffix: of the outputs, with its dot.
-        height, width: pixels, instead of the files' own.
-        raw: instead of the files' own.
+        expected: what the job takes its inputs for; shapes are checked against the checkpoint's format.
     """
     result = Scan()
     taken: dict[str, str] = {}
     with ThreadPoolExecutor(_SCANNERS) as threads:
-        for one, entries in zip(found, threads.map(_entries, found), strict=True):
+        for one, entries in zip(found, threads.map(lambda one: _entries(one, expected), found), strict=True):
             if isinstance(entries, FluxVAEError):
                 result.failures.append(Failure.of(entries, one.url))
                 continue
+            result.skipped += not entries
+            plain = sum(not entry.label for entry in entries)
             for entry in entries:
                 name = None
                 try:
-                    wanted = with_row(one.name, entry.row, len(entries)) if entry.name is None else str(entry.name)
+                    wanted = str(entry.name) if entry.name is not None else _named(one.name, entry, plain)
                     name = output_name(wanted, suffix)
                     if name in taken:
                         raise InvalidLatentsError(
                             f"name: {name}{suffix} is also the output of {taken[name]}; rename one of them, or decode "
                             "them into folders of their own"
                         )
-                    size, is_raw, floored = _size(entry, format, height, width, raw)
+                    size, is_raw, floored = _size(one.name, entry, expected)
                 except FluxVAEError as error:
                     result.failures.append(Failure.of(error, one.url, entry.row, name))
                     continue
@@ -208,22 +220,28 @@ def scan(
     return result
 
 
-def _entries(found: Found) -> list[Entry] | FluxVAEError:
+def _named(name: str, entry: Entry, plain: int) -> str:
+    """The output's name: the file's, with what tells an entry from the others of its file."""
+    return f"{name}_{entry.label}" if entry.label else with_row(name, entry.row, plain)
+
+
+def _entries(found: Found, expected: Expected) -> list[Entry] | FluxVAEError:
     try:
-        return _open(found.url).entries()
+        return _open(found.url, expected).entries()
     except FluxVAEError as error:
         return error
     except Exception as error:  # a bad file must not stop the others, whatever a library makes of it
         return InvalidLatentsError(f"{found.name}: cannot be read: {type(error).__name__}: {error}")
 
 
-def _size(
-    entry: Entry, format: LatentFormat, height: int | None, width: int | None, raw: bool | None
-) -> tuple[tuple[int, int], bool | None, bool]:
+def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int], bool | None, bool]:
     """What the entry decodes to, whether it is raw, and whether the size is not the one that was asked for."""
-    h = entry.height if height is None else height
-    w = entry.width if width is None else width
-    is_raw = entry.raw if raw is None else raw
+    format = expected.format
+    h = entry.height if expected.height is None else expected.height
+    w = entry.width if expected.width is None else expected.width
+    is_raw = entry.raw if expected.raw is None else expected.raw
+    if is_raw is None and entry.ask is not None:
+        raise InvalidLatentsError(f"raw: {entry.ask}: pass --raw or --no-raw")
     if is_raw is not None and not isinstance(is_raw, bool):
         raise InvalidLatentsError(f"raw: got {is_raw!r}, expected true or false, or nothing")
     unpacked = entry.shape is not None and len(entry.shape) == 4
@@ -241,6 +259,9 @@ def _size(
         multiple = format.packed_multiple
         patches = (_whole("height", h) // multiple) * (_whole("width", w) // multiple)
         shape = (1, patches, format.packed_features)
+    check_pixels(
+        name, shape, format.channels, format.vae_scale_factor, expected.max_pixels, "pass --max-pixels if it is meant"
+    )
     if unpacked and format.flux2 and is_raw is None and shape[1] == format.channels:
         raise InvalidLatentsError(
             f"latents: got shape {shape}, which may be raw latents (Flux2KleinPipeline's output_type='latent') or "

@@ -36,7 +36,7 @@ class Worker:
 
     def __init__(self, job: Job, decoder: Decoder, store: Store, record: dict[str, Any]) -> None:
         self._job, self._decoder, self._store, self._record = job, decoder, store, record
-        self._library = Library()
+        self._library = Library(job.expected(decoder.format))
         self.timing = Timing()
 
     def run(self, items: Sequence[Item], stop: threading.Event) -> Iterator[Result]:

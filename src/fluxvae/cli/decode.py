@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand
 
+from fluxvae.claims import MAX_PIXELS
 from fluxvae.cli.options import (
     AsJson,
     Checkpoint,
@@ -61,7 +62,11 @@ def _is_address(word: str) -> bool:
 def decode(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="safetensors, npy, npz, pt or Parquet: files, folders, globs, URLs.", metavar="INPUT"),
+        typer.Argument(
+            help="Latents in safetensors, npy, npz, pt or Parquet, ComfyUI's .latent, or caches of trainers: "
+            "files, folders, globs, URLs.",
+            metavar="INPUT",
+        ),
     ],
     out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.", metavar="DIR")],
     checkpoint: Checkpoint = "demo",
@@ -85,8 +90,20 @@ def decode(
     ] = None,
     raw: Annotated[
         Optional[bool],  # noqa: UP045
-        typer.Option("--raw/--no-raw", help="FLUX.2: latents are raw already, or are not.", show_default=False),
+        typer.Option(
+            "--raw/--no-raw",
+            help="Latents are as the VAE decodes them, or as a transformer leaves them; instead of what the files say.",
+            show_default=False,
+        ),
     ] = None,
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            help="Of one image. A file that claims more is refused by its header, before it is read.",
+            min=1,
+            metavar="N",
+        ),
+    ] = MAX_PIXELS,
     batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1, metavar="N")] = 4,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
@@ -111,14 +128,21 @@ def decode(
     """Decode many latents to images: a job that can be stopped, resumed and spread over machines.
 
     The size is read beside the latents (height and width in safetensors metadata, npz or pt keys, Parquet columns), or
-    given here. Names are kept. What cannot be decoded is listed in failures.jsonl, and the exit status is 6.
-    docs/batch.md has more.
+    given here. Names are kept.
+
+    ComfyUI's .latent and the latent caches of sd-scripts, musubi-tuner, ai-toolkit, SimpleTuner and OneTrainer are
+    known by what is in them, and may lie in one folder with the others. What a file does not tell, such as whether its
+    latents are raw, is asked for and never guessed. A file that claims more than a decode may take is refused by its
+    header.
+
+    What cannot be decoded is listed in failures.jsonl, and the exit status is 6. docs/batch.md has more.
 
     Examples:
 
     \b
       fluxvae decode latents/ --out images/ --checkpoint ae.safetensors
       fluxvae decode 'run-*/*.npz' -o images/ --format webp --resume
+      fluxvae decode ComfyUI/output/latents -o images/ --checkpoint ae.safetensors
       fluxvae decode set.parquet -o s3://bucket/images --ray
     """
     if resume and overwrite:
@@ -143,6 +167,7 @@ def decode(
         height=height,
         width=width,
         raw=raw,
+        max_pixels=max_pixels,
         batch=batch,
         existing="resume" if resume else "overwrite" if overwrite else "refuse",
     )

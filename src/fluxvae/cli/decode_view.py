@@ -53,6 +53,8 @@ class ProgressView:
             self._console.print(f"[yellow]{DEMO_NOTE}[/yellow]")
         if outlook.approximate:
             self._console.print(f"[yellow]every image is an {PREVIEW_NOTE}[/yellow]")
+        if outlook.skipped:
+            self._console.print(skipped_in_words(outlook.skipped), soft_wrap=True)
         if outlook.floored:
             self._console.print(f"{outlook.floored} sizes are no multiples of 16: floored, as FluxPipeline does")
         if self._total and self._console.is_terminal:
@@ -106,6 +108,11 @@ def print_report(report: Report) -> None:
     print_facts(console, facts)
 
 
+def skipped_in_words(files: int) -> str:
+    """Why so many files give no image although nothing is wrong with them."""
+    return f"{files} files skipped: they hold what a text encoder gave, or a trainer's lists, and no latents"
+
+
 def print_failures(console: Console, report: Report) -> None:
     """The first failures in full; all of them, where failures.jsonl could not take them."""
     shown = report.failures if report.log_problem else report.failures[:_FAILURES_SHOWN]
@@ -130,6 +137,7 @@ def print_outlook(found: Estimate) -> None:
     outlook = found.outlook
     counts = [f"{len(outlook.items)} to decode, {outlook.pixels / 1e6:.1f} megapixels"]
     counts += [f"{outlook.present} are there"] if outlook.present else []
+    counts += [f"{outlook.skipped} files skipped: no latents"] if outlook.skipped else []
     counts += [f"[red]{len(outlook.failures)} cannot be decoded[/red]"] if outlook.failures else []
     print_facts(
         console,
