@@ -1,4 +1,4 @@
-"""Hub ids: from a hub on loopback, from the cache without a network, and an answer in seconds where there is neither."""
+"""Hub ids: from a hub on loopback, from the cache without a network, and a quick answer where there is neither."""
 
 from __future__ import annotations
 
