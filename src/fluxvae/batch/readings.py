@@ -129,7 +129,7 @@ def _by_size(
                 f"{format.packed_multiple} pixels each way, if it is {shape[0]} images in packed form"
             )
     raise InvalidLatentsError(
-        f"latents: got shape {shape}, perhaps one image of {size[0]}x{size[1]} pixels (channels, rows, columns)"
-        f", or {shape[0]} images in packed form (batch, patches, features): pass --height and --width, or save it with its "
-        "batch axis, latents.unsqueeze(0)"
+        f"latents: got shape {shape}, which may be one image of {size[0]}x{size[1]} pixels (channels, rows, columns) "
+        f"or {shape[0]} packed images (batch, patches, features): pass --height and --width, or save it with its batch "
+        "axis, latents.unsqueeze(0)"
     )

@@ -20,6 +20,7 @@ from fluxvae.engine.plan import Geometry, Plan, size_in_words
 from fluxvae.engine.plan import block_values as default_block_values
 from fluxvae.engine.planner import Planner
 from fluxvae.engine.runner import Runner
+from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import Spill, available_memory, is_out_of_memory
 from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
 
@@ -143,7 +144,7 @@ class ExactEngine:
             DecodeCancelled: cancel() said so.
         """
         self._check(raw)
-        with self._lock, torch.no_grad():
+        with self._lock, set_aside(raw.device):
             kernels, spill = self._kernels(raw.device), Spill(raw.device, self._spill_dir)
             limit, source = self._limit(raw.device)
             clock = Clock(progress, cancel)

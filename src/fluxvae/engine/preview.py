@@ -15,6 +15,7 @@ import torch
 from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
+from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 
@@ -169,7 +170,7 @@ class PreviewEngine:
         if self._vae.use_tiling:
             raise InvalidOptionError("use_tiling: got True; call vae.disable_tiling() before a preview")
         batch = raw.shape[0]
-        with self._lock, torch.inference_mode():
+        with self._lock, set_aside(raw.device):
             plan = self.plan(raw.shape[2], raw.shape[3], batch)
             image = torch.empty(
                 (batch, self._vae.config["out_channels"], plan.height, plan.width), dtype=raw.dtype, device=raw.device

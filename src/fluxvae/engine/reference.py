@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from diffusers import AutoencoderKL
 
+from fluxvae.engine.settings import set_aside
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
 
 __all__ = ["ReferenceEngine"]
@@ -63,13 +64,12 @@ class ReferenceEngine:
             DecodeCancelled: cancel() said so.
             NonFiniteOutputError: the pixels hold NaN or Inf.
         """
-        with self._lock, self._options():
+        with self._lock, self._options(), set_aside(raw.device):
             if cancel is not None and cancel():
                 raise DecodeCancelled("decode: cancelled before it started, as its caller asked")
             if progress is not None:
                 progress(0, 1)
-            with torch.inference_mode():
-                image: torch.Tensor = self._vae.decode(raw, return_dict=False)[0]
+            image: torch.Tensor = self._vae.decode(raw, return_dict=False)[0]
             if progress is not None:
                 progress(1, 1)
         if not bool(torch.isfinite(image).all()):

@@ -142,7 +142,9 @@ def few_outputs_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: t
     cin = weight.shape[1]
     laid = into[: weight.numel() * 4].view(torch.float32).view(3, 3, cin // LANES, OUTPUTS, LANES)
     laid.copy_(weight.reshape(OUTPUTS, cin // LANES, LANES, 3, 3).permute(3, 4, 1, 0, 2))
-    return FewWeights(laid, torch.zeros(OUTPUTS) if bias is None else bias.float(), cin)
+    if bias is None:
+        bias = torch.zeros(OUTPUTS, dtype=torch.float32, device=weight.device)
+    return FewWeights(laid, bias.float(), cin)
 
 
 def few_outputs(padded: torch.Tensor, weights: FewWeights, out: torch.Tensor) -> None:

@@ -153,7 +153,9 @@ def linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.
     for index, panel in enumerate(panels):
         part = weight.reshape(cout, cin)[index * NR : (index + 1) * NR]
         panel[:, : len(part)] = part.t()
-    return LinearWeights(panels, torch.zeros(cout) if bias is None else bias.float(), cin, cout)
+    if bias is None:
+        bias = torch.zeros(cout, dtype=torch.float32, device=weight.device)
+    return LinearWeights(panels, bias.float(), cin, cout)
 
 
 def linear(rows: torch.Tensor, weights: LinearWeights, out: torch.Tensor) -> None:

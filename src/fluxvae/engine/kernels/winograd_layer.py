@@ -80,6 +80,6 @@ def run(
     cpu_threads.run(lambda worker: convolve(job, weights.factor_bias, stats, counter, worker), workers)
     if not statistics:
         return None
-    merged = torch.empty(3, cout, dtype=torch.float64)
+    merged = torch.empty(3, cout, dtype=torch.float64, device="cpu")
     merge(stats, merged.numpy())
     return Partial(rows * width * enlarge**2, merged[1], merged[2])
