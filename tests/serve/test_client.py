@@ -271,8 +271,8 @@ def test_only_what_was_refused_before_any_work_is_retried(
 )
 def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -> None:
     request = make_request(
-        packed(0, 16, 16), height=16, width=16, output_type="pil", latent_ids=None, scaling_factor=None,
-        shift_factor=None, batch_norm_eps=None, raw=None, priority=None, request_id="it",
+        packed(0, 16, 16), model="vae_decoder", height=16, width=16, output_type="pil", latent_ids=None,
+        scaling_factor=None, shift_factor=None, batch_norm_eps=None, raw=None, priority=None, request_id="it",
     )  # fmt: skip
     assert type(error_of(status, message, request, model="m", timeout_s=1.0)) is kind
 
@@ -283,7 +283,12 @@ def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -
         (packed(0, 32, 32), {}, "height: got None"),
         (packed(0, 32, 32), {"height": 32, "width": 32.0}, "width: got 32.0"),
         (packed(0, 32, 32).double(), {"height": 32, "width": 32}, "latents: got torch.float64"),
-        (packed(0, 32, 32)[0], {"height": 32, "width": 32}, "latents: got shape"),
+        (packed(0, 32, 32)[0, 0], {"height": 32, "width": 32}, "latents: got 1 dimensions"),
+        (torch.zeros(16, 4, 64), {"width": 512}, "16 packed images.*one image of 32x512.*pass height and width"),
+        (torch.zeros(4, 6, 64), {}, "4 packed images.*one image of 48x512"),
+        (torch.zeros(1, 16, 3, 4, 4), {}, "video of 3 frames"),
+        (torch.zeros(0, 16, 4, 4), {}, "holds no values"),
+        ([torch.zeros(16, 4, 4)], {}, "latents: got list"),
         (torch.zeros(1, 16, 4, 4), {"height": 48}, "height: got 48, but unpacked latents"),
         (packed(0, 32, 32), {"height": 32, "width": 32, "output_type": "jpeg"}, "output_type: got 'jpeg'"),
         (packed(0, 32, 32), {"height": 32, "width": 32, "priority": 0}, "priority: got 0"),

@@ -68,7 +68,8 @@ def queries(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         query |= {"shape": [batch, rows * columns, 64], "height": 16 * rows, "width": 16 * columns}
     else:
-        query["shape"] = [batch, 16, rows, columns]
+        front = draw(st.sampled_from([[batch, 16], [16], [16, 1], [batch, 16, 1]]))  # with and without batch and frame
+        query["shape"] = [*front, rows, columns]
     for name, parameter in PARAMETERS.items():
         if name not in query and name not in ("height", "width") and draw(st.integers(0, 3)) == 0:
             query[name] = draw(SANE.get(name, by_schema(parameter["schema"])))

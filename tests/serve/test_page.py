@@ -164,6 +164,30 @@ def test_unpacked_latents_of_an_odd_size(page: Page, gateway: str, serving: Serv
     assert_same_pixels(np.stack(pixels(page)), expected(serving, latents), exact=serving.exact)
 
 
+@pytest.mark.parametrize("size", [(5, 7), (4, 64)], ids=["by its channels", "by its size"])
+def test_one_image_without_its_batch(
+    page: Page, gateway: str, serving: Serving, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """(16, 4, 64) may also be 16 packed images: the size in the file tells, or the page asks for it."""
+    latents = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
+    pixel_size = {"height": 8 * size[0], "width": 8 * size[1]}
+    told = {name: str(side) for name, side in pixel_size.items()}
+    page.goto(gateway)
+    for number, (metadata, tensor) in enumerate(((told, latents), ({}, latents), ({}, latents[:, None]))):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"latents": tensor.contiguous()}, path, metadata)
+        choose(page, path)
+        if tensor.ndim == 3 and size[1] == 64 and not metadata:
+            expect(page.locator("#size-note")).to_contain_text("16 packed images or one image without its batch")
+            for side, value in told.items():
+                page.get_by_label(f"{side.capitalize()}, pixels").fill(value)
+            page.keyboard.press("Enter")
+        expect(page.locator("figcaption a")).to_have_count(1)
+        expect(page.locator("#facts")).to_contain_text(f"{told['height']} × {told['width']} pixels")
+        expect(page.locator("figcaption a")).to_have_text(f"Save {number}.png")
+        assert_same_pixels(np.stack(pixels(page)), expected(serving, latents, **pixel_size), exact=serving.exact)
+
+
 def test_files_that_are_no_latents(page: Page, gateway: str, tmp_path: Path) -> None:
     page.goto(gateway)
     good = tmp_path / "good.safetensors"
@@ -174,7 +198,7 @@ def test_files_that_are_no_latents(page: Page, gateway: str, tmp_path: Path) -> 
         (b"PK\x03\x04 an archive of some sort", "no safetensors"),
         (len(b"{not json}").to_bytes(8, "little") + b"{not json}", "no safetensors"),
         (good.read_bytes()[:-1], "cut short"),
-        (saved({"latents": torch.zeros(4, 64)}, tmp_path), "got shape (4,64)"),
+        (saved({"latents": torch.zeros(64)}, tmp_path), "got shape (64)"),
         (saved({"latents": torch.zeros(1, 4, 64, dtype=torch.int32)}, tmp_path), "got I32 values"),
         (saved({"a": torch.zeros(1, 4, 64), "b": torch.zeros(1)}, tmp_path), 'holds "a", "b"'),
         (with_header({**header, "latents": {**header["latents"], "data_offsets": [0, 99]}}), "cut short"),

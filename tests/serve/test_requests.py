@@ -284,6 +284,34 @@ def test_a_job_refused(decoder: Decoder, batch: int, heights: object, widths: ob
 
 
 @pytest.mark.parametrize(
+    ("shape", "size", "layout"),
+    [
+        ((16, 2, 64), (16, 512), "packed"),
+        ((16, 2, 6), (16, 48), "packed"),
+        ((16, 1, 6), (16, 24), "unpacked"),
+    ],
+    ids=["ambiguous without its size", "by its channels", "one frame"],
+)
+def test_rows_that_are_the_channels_of_one_image_are_refused(
+    decoder: Decoder, shape: tuple[int, ...], size: tuple[int, int], layout: str
+) -> None:
+    """The library decodes these shapes to one image; here the first dimension has a height and width for each row."""
+    column = (shape[0], 1)
+    with pytest.raises(
+        InvalidLatentsError, match=r"one image \(1, 16, .*send it as \(1, 16, \d+\) with layout unpacked"
+    ):
+        read_job(
+            0,
+            np.zeros(shape, np.float32),
+            np.full(column, size[0], np.int32),
+            np.full(column, size[1], np.int32),
+            json.dumps({"layout": layout}),
+            decoder=decoder,
+            max_pixels=10**6,
+        )
+
+
+@pytest.mark.parametrize(
     ("error", "code"),
     [
         (InvalidLatentsError("x"), "INVALID_ARG"),

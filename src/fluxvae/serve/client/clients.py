@@ -61,6 +61,7 @@ class _Base:
         if retries < 0:
             raise InvalidOptionError(f"retries: got {retries!r}, expected 0 or more")
         self.url = url
+        self.model = model
         self._timeout_s = timeout_s
         self._retries = retries
         self._transport = _make_transport(protocol, url, model)
@@ -101,8 +102,11 @@ class Client(_Base):
 
         Args:
             latents: packed (B, patches, 64) with height and width, or unpacked (B, 16, lh, lw), scaled; any device.
-                FLUX.2's and previews' are as for ``Decoder.decode``.
-            height, width: pixels.
+                FLUX.2's and previews', one frame, and one image without its batch are as for ``Decoder.decode``. What
+                comes out always has its batch.
+            height, width: pixels. As the client does not know the server's checkpoint, but only the class its model's
+                name stands for, they are also needed where an image of one family would be another's packed ones:
+                (4, n, 64) to ``"vae_decoder"``.
             output_type: as for ``Decoder.decode``: ``"pil"``, ``"np"``, ``"pt"``, ``"uint8"``; or ``"raw"``:
                 (B, 3, H, W) nominally in [-1, 1], not clamped. Tensors come as float32 on the CPU.
             latent_ids, raw: of FLUX.2's latents, as for ``Decoder.decode``.
@@ -119,6 +123,7 @@ class Client(_Base):
         """
         request = make_request(
             latents,
+            model=self.model,
             height=height,
             width=width,
             output_type=output_type,
@@ -181,6 +186,7 @@ class AsyncClient(_Base):
         """As `Client.decode`."""
         request = make_request(
             latents,
+            model=self.model,
             height=height,
             width=width,
             output_type=output_type,

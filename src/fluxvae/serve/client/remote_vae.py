@@ -11,7 +11,9 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from fluxvae.checkpoints import ASSETS
-from fluxvae.errors import InvalidOptionError
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.latent_layout import read_layout, unpacked_shape
+from fluxvae.latents import LatentFormat
 from fluxvae.serve.client.clients import Client
 
 __all__ = ["Installed", "RemoteVAE", "install"]
@@ -47,7 +49,7 @@ class RemoteVAE(torch.nn.Module):
         """What pipelines read: scale, shift, block widths."""
         # Without weights; moved and cast with the pipeline, it tells where and in what dtype latents are expected.
         self._where: torch.Tensor
-        self.register_buffer("_where", torch.empty(0), persistent=False)
+        self.register_buffer("_where", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -60,12 +62,33 @@ class RemoteVAE(torch.nn.Module):
         return self._where.dtype
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: object = None) -> Any:
-        """As ``AutoencoderKL.decode``: raw latents (B, C, lh, lw) to (B, 3, H, W) in their dtype, on their device."""
+        """As ``AutoencoderKL.decode``: raw latents (B, C, lh, lw) to (B, 3, H, W) in their dtype, on their device.
+
+        One frame, (B, C, 1, lh, lw), and one image without its batch, (C, lh, lw), are taken too.
+
+        Raises:
+            InvalidLatentsError: other shapes: packed latents are not raw.
+        """
         flux2 = "batch_norm_eps" in self.config
+        z = z.reshape(self._images(z))
         raw: dict[str, Any] = {"raw": True} if flux2 else {"scaling_factor": 1.0, "shift_factor": 0.0}
         parts = [self.client.decode(one[None], output_type="raw", **raw) for one in z]
         sample = torch.cat(parts).to(device=z.device, dtype=z.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _images(self, z: torch.Tensor) -> tuple[int, ...]:
+        """The shape of raw latents with their batch and without frames."""
+        format = LatentFormat(channels=self.config["latent_channels"])  # raw ones are never in patches
+        shape, scale = tuple(z.shape), format.vae_scale_factor
+        # A VAE is given images: theirs is the size that tells (C, n, 4*C) from packed latents.
+        size = (shape[-2] * scale, shape[-1] * scale) if len(shape) > 2 else ()
+        layout = read_layout(shape, (format,), *size)
+        if layout.packed:
+            raise InvalidLatentsError(
+                f"z: got shape {shape}, which are packed latents; expected raw ones {unpacked_shape(format)}, which "
+                "AutoencoderKL.decode takes: unpack and rescale them first, or pass them to Client.decode"
+            )
+        return layout.shape
 
     def encode(self, *_: object, **__: object) -> Any:
         """Refused: only decoding is remote."""

@@ -26,8 +26,10 @@ from fluxvae.errors import (
     NonFiniteOutputError,
     UnavailableError,
 )
-from fluxvae.latents import DTYPES, SizeFlooredWarning
+from fluxvae.latent_layout import Layout, possible_layouts, read_layout
+from fluxvae.latents import DTYPES, LatentFormat, SizeFlooredWarning
 from fluxvae.packing import token_positions
+from fluxvae.serve.families import formats_of_model
 
 __all__ = ["Request", "Unsent", "error_of", "make_request", "read_answer", "refused_before_work"]
 
@@ -39,7 +41,6 @@ _OUTPUTS = {
     "raw": ("images_raw", np.float32),
 }
 _SCALE = 8  # pixels per latent, each way: every VAE of the FLUX family
-_PATCH_CHANNELS = 128  # of unpacked latents in FLUX.2's 2x2 patches
 _OPTIONS = frozenset(
     {
         "batch_norm_eps",
@@ -105,6 +106,7 @@ class Unsent(UnavailableError):
 def make_request(
     latents: torch.Tensor | NDArray[Any],
     *,
+    model: str,
     height: int | None,
     width: int | None,
     output_type: str,
@@ -116,7 +118,9 @@ def make_request(
     priority: int | None,
     request_id: str | None,
 ) -> Request:
-    """The request for these arguments of ``decode``. Values are checked by the server; shape and types here.
+    """The request for these arguments of ``decode`` to this model.
+
+    Types are checked here, and the shape as far as it must be read; the rest by the server.
 
     Raises:
         InvalidLatentsError, InvalidOptionError: what cannot be put on the wire.
@@ -129,32 +133,24 @@ def make_request(
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
         kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise InvalidLatentsError(f"latents: got {kind}, expected a float32, bfloat16 or float16 tensor or array")
-    if tensor.ndim not in (3, 4) or tensor.numel() == 0:
+    if tensor.numel() == 0:
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(tensor.shape)}, expected packed latents (batch, patches, 64, FLUX.2: 128) or "
-            "unpacked ones (batch, 16, height/8, width/8, FLUX.2: 32, or 128 in patches), none of them 0"
+            f"latents: got shape {tuple(tensor.shape)}, which holds no values; every dimension, the batch included, "
+            "must be at least 1"
         )
+    layout = _layout(tuple(tensor.shape), model, height, width, with_ids=latent_ids is not None)
+    one_image, tensor = tensor.ndim == 2, tensor.reshape(layout.shape)
     parameters: dict[str, Any] = {}
     ids: torch.Tensor | None = None
     if latent_ids is not None:
         ids = torch.from_numpy(latent_ids) if isinstance(latent_ids, np.ndarray) else latent_ids
-        if tensor.ndim != 3:
-            raise InvalidLatentsError(
-                f"latent_ids: got ids with latents of shape {tuple(tensor.shape)}; they are for packed latents only"
-            )
+        if one_image and isinstance(ids, torch.Tensor) and ids.ndim == 2:
+            ids = ids[None]
         _, (gh, gw) = token_positions(ids, tensor.shape[0], tensor.shape[1])
         if height is None and width is None:
             height, width = 2 * _SCALE * gh, 2 * _SCALE * gw
-    if tensor.ndim == 4:
-        scale = 2 * _SCALE if tensor.shape[1] == _PATCH_CHANNELS else _SCALE
-        actual = (scale * tensor.shape[2], scale * tensor.shape[3])
-        for name, given, real in zip(("height", "width"), (height, width), actual, strict=True):
-            if given is not None and given != real:
-                raise InvalidLatentsError(
-                    f"{name}: got {given}, but unpacked latents of shape {tuple(tensor.shape)} decode to "
-                    f"{actual[0]}x{actual[1]} (height x width); leave {name} out or pass {real}"
-                )
-        height, width = actual
+    if layout.size is not None:
+        height, width = layout.size
         tensor = tensor.flatten(2)
         parameters["layout"] = "unpacked"
     for name, value in (("height", height), ("width", width)):
@@ -180,6 +176,15 @@ def make_request(
         id=request_id or uuid.uuid4().hex,
         latent_ids=None if ids is None else ids.detach().cpu().long().contiguous().numpy(),
     )
+
+
+def _layout(shape: tuple[int, ...], model: str, height: object, width: object, *, with_ids: bool) -> Layout:
+    formats = formats_of_model(model)
+    if len(shape) in (3, 4) and not possible_layouts(shape, formats):
+        # Channels of no such model: with their batch, as ever, and the server says what it takes.
+        channels = shape[1] if len(shape) == 4 else shape[2] // 4
+        formats = (LatentFormat(channels=channels),) if len(shape) == 4 or shape[2] % 4 == 0 else formats
+    return read_layout(shape, formats, height, width, with_ids=with_ids)
 
 
 def read_answer(request: Request, array: NDArray[Any]) -> Any:

@@ -18,11 +18,12 @@ from starlette.responses import Response
 
 from fluxvae.engine.preview import PREVIEW_NOTE
 from fluxvae.errors import InvalidLatentsError, UnavailableError
+from fluxvae.latent_layout import Layout
+from fluxvae.serve.families import families_of
 from fluxvae.serve.gateway.errors import RequestTimeout, UnsupportedMedia
-from fluxvae.serve.gateway.families import family_of
 from fluxvae.serve.gateway.forward import TritonModel
 from fluxvae.serve.gateway.http import CLIENT_GONE, GatewayMetrics, request_id_of
-from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, wrong_length
+from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, read_shape, wrong_length
 from fluxvae.serve.models import vae_class_of
 
 __all__ = ["DecodeEndpoint", "decode_path"]
@@ -69,14 +70,14 @@ class DecodeEndpoint:
 
     async def __call__(self, request: Request, name: str) -> Response:
         """Answer one request to the model of this name; errors are raised, for the app's handlers."""
-        asked = self._read_head(request, vae_class_of(name))
+        asked, layout = self._read_head(request, vae_class_of(name))
         with self._counted():
             try:
-                return await self._decode(request, asked, self._models[name])
+                return await self._decode(request, asked, layout, self._models[name])
             except _ClientGone:
                 return Response(status_code=CLIENT_GONE)
 
-    def _read_head(self, request: Request, vae_class: str) -> Asked:
+    def _read_head(self, request: Request, vae_class: str) -> tuple[Asked, Layout]:
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() not in _BODY_TYPES:
             raise UnsupportedMedia(
@@ -87,20 +88,21 @@ class DecodeEndpoint:
                 f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are"
             )
         asked = parse(request.query_params.multi_items(), request.headers.get("accept", ""), self._limits, vae_class)
+        try:
+            layout = read_shape(asked, self._limits)
+        except InvalidLatentsError as error:
+            raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
         announced = request.headers.get("content-length")
         if announced is not None and announced != str(asked.nbytes):
             raise wrong_length(f"a Content-Length of {announced[:20]}", asked)
-        return asked
+        return asked, layout
 
-    async def _decode(self, request: Request, asked: Asked, model: TritonModel) -> Response:
+    async def _decode(self, request: Request, asked: Asked, layout: Layout, model: TritonModel) -> Response:
         start = time.perf_counter()
         body = await self._read_body(request, asked, start + self._timeout_s)
         received = time.perf_counter()
         # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
-        try:
-            latents = await asyncio.to_thread(read_latents, asked, body)
-        except InvalidLatentsError as error:
-            raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
+        latents = await asyncio.to_thread(read_latents, asked, layout, body)
         checked = time.perf_counter()
         remaining = start + self._timeout_s - checked
         decode = model.decode(asked, latents, request_id=request_id_of(request), timeout_s=max(remaining, 1e-3))
@@ -113,10 +115,10 @@ class DecodeEndpoint:
 
     def _elsewhere(self, asked: Asked) -> str:
         """Which address decodes latents of this shape, where it is another model's."""
-        family = family_of(asked.shape)
-        if family is None or asked.vae_class in (family, "AutoencoderTiny"):
+        families = families_of(asked.shape)
+        if asked.vae_class in (*families, "AutoencoderTiny"):
             return ""
-        paths = [decode_path(name) for name in self._models if vae_class_of(name) == family]
+        paths = [decode_path(name) for name in self._models if vae_class_of(name) in families]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
 
     async def _read_body(self, request: Request, asked: Asked, deadline: float) -> bytearray:

@@ -1,7 +1,7 @@
 """The wire protocol of diffusers' ``remote_decode`` (``diffusers.utils.remote_utils``), as pure functions.
 
-A request is a query string, a few headers and the latents' raw little-endian bytes; `parse` reads the former and
-`read_latents` the latter. Nothing here knows HTTP or Triton. What a model expects
+A request is a query string, a few headers and the latents' raw little-endian bytes; `parse` and `read_shape` read the
+former and `read_latents` the latter. Nothing here knows HTTP or Triton. What a model expects
 of the latents follows from the class of its checkpoint (`fluxvae.serve.models`).
 
 What the query cannot say is read from ``Accept``, as the client means it: with ``output_type=pil``, ``image/png`` and
@@ -22,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.latent_layout import Layout, read_layout
 from fluxvae.latents import SizeFlooredWarning
+from fluxvae.serve.families import formats_of, has_factors, read_raw
 from fluxvae.serve.gateway.errors import TooLarge
-from fluxvae.serve.gateway.families import PATCH_CHANNELS, format_of, has_factors, read_raw
 
-__all__ = ["DTYPES", "PARAMETERS", "Asked", "Latents", "Limits", "Parameter", "parse", "read_latents"]
+__all__ = ["DTYPES", "PARAMETERS", "Asked", "Latents", "Limits", "Parameter", "parse", "read_latents", "read_shape"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_PIXELS_PER_LATENT = 64
-_PIXELS_PER_PATCH = 256
+_DIMENSIONS = range(2, 6)
 _LARGEST_RAW = 65504.0  # float16's; latents of any model stay below 100
 _LARGEST_SCALING = 1e6  # beyond it, and below its inverse, float32 loses the latents
 _DIGITS = 12
@@ -48,14 +48,19 @@ class Parameter(NamedTuple):
 
 PARAMETERS: dict[str, Parameter] = {
     "shape": Parameter(
-        {"type": "array", "items": _WHOLE, "minItems": 3, "maxItems": 4},
+        {"type": "array", "items": _WHOLE, "minItems": _DIMENSIONS[0], "maxItems": _DIMENSIONS[-1]},
         "Of the latents, repeated once for each dimension: packed (batch, patches, 64) or unpacked "
         "(batch, 16, height/8, width/8); FLUX.2's are (batch, patches, 128), (batch, 128, height/16, width/16) or "
-        "(batch, 32, height/8, width/8).",
+        "(batch, 32, height/8, width/8). One image may leave its batch out, and unpacked latents may have a dimension "
+        "of one frame after the channels.",
         required=True,
     ),
     "dtype": Parameter({"enum": list(DTYPES)}, "Of the latents.", required=True),
-    "height": Parameter(_WHOLE, "Pixels. Needed for packed latents; for unpacked ones 8 times theirs, or left out."),
+    "height": Parameter(
+        _WHOLE,
+        "Pixels. Needed for packed latents; for unpacked ones 8 times theirs, or left out. With width it tells one "
+        "image (16, n, 64) without its batch from 16 packed ones.",
+    ),
     "width": Parameter(_WHOLE, "As height."),
     "output_type": Parameter(
         {"enum": ["pil", "pt"], "default": "pil"},
@@ -119,17 +124,12 @@ class Asked:
         """Bytes the body must have."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-    @property
-    def packed(self) -> bool:
-        """Whether the latents are packed: three dimensions."""
-        return len(self.shape) == 3
-
 
 class Latents(NamedTuple):
     """Latents as the Triton model takes them, and what they will decode to."""
 
     array: NDArray[np.float32]
-    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); of FLUX.2 with 128, and 32 or 128."""
+    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); of FLUX.2 with 128, and 32 or 128. Always with its batch."""
     height: int
     """Pixels: of the image for unpacked latents, as asked for packed ones (the model floors them)."""
     width: int
@@ -174,54 +174,80 @@ def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits, vae_cla
         shift_factor=shift_factor,
         raw=raw,
     )
-    _check_limits(asked, limits)
-    if asked.output == "images_encoded" and asked.shape[0] != 1:
-        raise InvalidOptionError(
-            f"output_type: got 'pil' for a batch of {asked.shape[0]}, but an encoded answer holds one picture; send "
-            "the images one by one, or use output_type='pt' with partial_postprocess=True, which carries a batch"
-        )
-    if asked.packed and (asked.height is None or asked.width is None):
-        raise InvalidLatentsError(
-            f"height and width: got height={asked.height}, width={asked.width}; packed latents need both, in pixels: "
-            f"the shape {asked.shape} alone does not tell a wide image from a tall one"
+    if asked.nbytes > limits.max_request_bytes:
+        raise TooLarge(
+            f"shape: got {asked.shape} of {asked.dtype}, which are {asked.nbytes} bytes, more than the "
+            f"{limits.max_request_bytes} this gateway takes; send fewer images in a request, or 16-bit latents"
         )
     return asked
 
 
-def read_latents(asked: Asked, body: bytearray) -> Latents:
+def read_shape(asked: Asked, limits: Limits) -> Layout:
+    """How the latents are to be read, checked as far as their shape goes: before the body is.
+
+    Raises:
+        InvalidLatentsError: no latents of the model have this shape, the size does not fit it, or nothing tells which
+            of two readings is meant.
+        InvalidOptionError: a batch where one encoded picture is asked for.
+        TooLarge: more than ``limits``.
+    """
+    layout = read_layout(asked.shape, formats_of(asked.vae_class), asked.height, asked.width)
+    if layout.size is None:
+        pixels = layout.batch * layout.shape[1] * layout.format.packed_multiple**2
+    else:
+        pixels = layout.batch * layout.size[0] * layout.size[1]
+    if pixels > limits.max_pixels:
+        raise TooLarge(
+            f"shape: got {asked.shape}, which decode to {pixels} pixels, more than the {limits.max_pixels} this "
+            "gateway takes in one request; send fewer images in a request"
+        )
+    if asked.output == "images_encoded" and layout.batch != 1:
+        raise InvalidOptionError(
+            f"output_type: got 'pil' for a batch of {layout.batch}, but an encoded answer holds one picture; send "
+            "the images one by one, or use output_type='pt' with partial_postprocess=True, which carries a batch"
+        )
+    _check(asked, layout, torch.empty(asked.shape, dtype=torch.float32, device="meta"))
+    return layout
+
+
+def read_latents(asked: Asked, layout: Layout, body: bytearray) -> Latents:
     """The body as latents, checked like the library checks them.
 
     Args:
         asked: from `parse`.
+        layout: from `read_shape`.
         body: its raw bytes.
 
     Raises:
-        InvalidLatentsError: the wrong number of bytes, features, channels or patches, a size that does not fit, NaN
-            or Inf, or values so large that no float16 holds them.
+        InvalidLatentsError: the wrong number of bytes, NaN or Inf, or values so large that no float16 holds them.
     """
     if len(body) != asked.nbytes:
         raise wrong_length(f"{len(body)} bytes", asked)
     latents = torch.frombuffer(body, dtype=DTYPES[asked.dtype]).reshape(asked.shape)
-    form = format_of(asked.vae_class, asked.shape)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SizeFlooredWarning)
-        height, width = form.check(latents, asked.height, asked.width, raw=asked.raw)
+    warning = _check(asked, layout, latents)
     latents = latents.float()
-    scaling = form.scaling_factor if asked.scaling_factor is None else asked.scaling_factor
-    shift = form.shift_factor if asked.shift_factor is None else asked.shift_factor
+    scaling = layout.format.scaling_factor if asked.scaling_factor is None else asked.scaling_factor
+    shift = layout.format.shift_factor if asked.shift_factor is None else asked.shift_factor
     largest = float(latents.abs().max()) / abs(scaling) + abs(shift or 0.0)
     if largest > _LARGEST_RAW:
         raise InvalidLatentsError(
             f"latents: got values as large as {largest:.3g} once divided by scaling_factor {scaling:g} and shifted; "
             f"expected at most {_LARGEST_RAW:g}, and latents of a model stay below 100: is dtype={asked.dtype} theirs?"
         )
-    warned = [str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)]
-    array: NDArray[np.float32] = latents.numpy()
-    if asked.packed:
-        assert asked.height is not None  # parse saw to it
-        assert asked.width is not None
-        return Latents(array, asked.height, asked.width, "packed", warned[0] if warned else None)
-    return Latents(array.reshape(*asked.shape[:2], -1), height, width, "unpacked", None)
+    array: NDArray[np.float32] = latents.numpy().reshape(*layout.shape[:2], -1)
+    if layout.size is not None:
+        return Latents(array, *layout.size, "unpacked", None)
+    assert asked.height is not None  # the check saw to it
+    assert asked.width is not None
+    return Latents(array, asked.height, asked.width, "packed", warning)
+
+
+def _check(asked: Asked, layout: Layout, latents: torch.Tensor) -> str | None:
+    """The library's own check of these latents, or of their shape alone; what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SizeFlooredWarning)
+        layout.format.check(latents, asked.height, asked.width, raw=asked.raw)
+    return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)
 
 
 def wrong_length(came: str, asked: Asked) -> InvalidLatentsError:
@@ -250,7 +276,7 @@ def _collect(query: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str
 
 
 def _shape(values: list[str]) -> tuple[int, ...]:
-    if len(values) not in (3, 4):
+    if len(values) not in _DIMENSIONS:
         raise InvalidLatentsError(
             f"shape: got {len(values)} dimensions, expected packed latents (batch, patches, 64) or unpacked ones "
             "(batch, 16, height/8, width/8), each dimension as a parameter of its own: shape=1&shape=1024&shape=64"
@@ -325,19 +351,3 @@ def _output(output_type: str, partial_postprocess: bool, accept: str) -> str:
         return "images" if partial_postprocess else "images_raw"
     wants_tensor = accept.split(";")[0].strip().lower() == "tensor/binary"
     return "images_pt" if wants_tensor else "images_encoded"
-
-
-def _check_limits(asked: Asked, limits: Limits) -> None:
-    if asked.nbytes > limits.max_request_bytes:
-        raise TooLarge(
-            f"shape: got {asked.shape} of {asked.dtype}, which are {asked.nbytes} bytes, more than the "
-            f"{limits.max_request_bytes} this gateway takes; send fewer images in a request, or 16-bit latents"
-        )
-    batch, *rest = asked.shape
-    each = _PIXELS_PER_PATCH if rest[0] == PATCH_CHANNELS else _PIXELS_PER_LATENT
-    pixels = batch * (rest[0] * _PIXELS_PER_PATCH if asked.packed else rest[1] * rest[2] * each)
-    if pixels > limits.max_pixels:
-        raise TooLarge(
-            f"shape: got {asked.shape}, which decode to {pixels} pixels, more than the {limits.max_pixels} this "
-            "gateway takes in one request; send fewer images in a request"
-        )

@@ -3,7 +3,7 @@
 A request carries latents, one height and one width for each of its B rows, parameters, and for FLUX.2 perhaps position
 ids. Latents are packed, (B, N, 64) for FLUX.1 and (B, N, 128) for FLUX.2, or with the parameter ``layout="unpacked"``
 latent images whose last two dimensions are flattened, (B, 16, lh * lw): the same input can carry both, and odd lh and
-lw exist only unpacked.
+lw exist only unpacked. The first dimension is always the batch here: it has one height and width for each row.
 """
 
 from __future__ import annotations
@@ -178,11 +178,18 @@ def read_job(
     tensor = torch.from_numpy(latents)
     ids = None if latent_ids is None else torch.from_numpy(latent_ids)
     if asked.probe:
-        tensor = torch.zeros(*latents.shape[:2], form.packed_features)
+        tensor = torch.zeros((*latents.shape[:2], form.packed_features), dtype=torch.float32, device="cpu")
     elif asked.layout == "unpacked":
         in_patches = form.flux2 and latents.shape[1] == 4 * form.channels
         tensor = _unflatten(tensor, height, width, form.packed_multiple if in_patches else form.vae_scale_factor)
     height, width = decoder.check(tensor, height=height, width=width, latent_ids=ids, raw=asked.raw)
+    read, _ = form.with_batch(tensor, height, width, ids)
+    if read.shape != tensor.shape:
+        raise InvalidLatentsError(
+            f"latents: got shape {tuple(latents.shape)} with layout {asked.layout} and {height}x{width} (height x "
+            f"width), which are those of one image {tuple(read.shape)}; expected the batch as the first dimension: "
+            f"send it as (1, {read.shape[1]}, {read.shape[2] * read.shape[3]}) with layout unpacked"
+        )
     form.check_options(asked.scaling_factor, asked.shift_factor, asked.batch_norm_eps, asked.raw)
     return Job(
         index=index, latents=tensor, height=height, width=width, parameters=asked, outputs=outputs, latent_ids=ids

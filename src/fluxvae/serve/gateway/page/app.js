@@ -48,19 +48,24 @@
     }
     current = { name, ...read };
     $("file-name").textContent = name;
-    $("file-facts").textContent = `${read.shape.length === 3 ? "packed" : "unpacked"} (${read.shape.join(", ")}), ${read.dtype}`;
+    const layout = Safetensors.layout(read.shape, read.height, read.width);
+    const kind = layout === null ? "packed or unpacked" : layout.packed ? "packed" : "unpacked";
+    $("file-facts").textContent = `${kind} (${read.shape.join(", ")}), ${read.dtype}`;
     $("form").hidden = false;
-    const packed = read.shape.length === 3;
-    $("size").hidden = !packed;
-    for (const side of ["height", "width"]) $(side).required = packed;
+    const sized = layout === null || layout.packed;
+    $("size").hidden = !sized;
+    for (const side of ["height", "width"]) $(side).required = sized;
     const known = read.height !== null && read.width !== null;
-    const guess = Math.sqrt(read.shape[1]) * 16;
+    const guess = layout === null ? NaN : Math.sqrt(read.shape.at(-2)) * 16;
     $("height").value = known ? read.height : Number.isInteger(guess) ? guess : "";
     $("width").value = known ? read.width : Number.isInteger(guess) ? guess : "";
-    $("size-note").hidden = !packed || known;
+    $("size-note").hidden = !sized || known;
     $("size-note").textContent =
-      "The file does not say its size. Several sizes can have the same number of patches: enter the one it was made for.";
-    if (packed && !known) $("height").focus();
+      layout === null
+        ? `The file does not say its size, and this shape may be ${read.shape[0]} packed images or one image without its ` +
+          "batch: enter the size it was made for, which tells."
+        : "The file does not say its size. Several sizes can have the same number of patches: enter the one it was made for.";
+    if (sized && !known) $("height").focus();
     else await decode();
   }
 
@@ -73,7 +78,10 @@
     const clock = setInterval(() => text("stage-text", `Decoding … ${seconds(performance.now() - start)}`), 100);
     try {
       const pictures = [];
-      for (let row = 0; row < current.shape[0]; row++) pictures.push(await one(row, mine.signal));
+      const side = (name) => ($("size").hidden ? current[name] : Number($(name).value));
+      const size = { height: side("height"), width: side("width") };
+      const layout = Safetensors.layout(current.shape, size.height, size.width);
+      for (let row = 0; row < layout.count; row++) pictures.push(await one(row, layout, size, mine.signal));
       show(pictures, performance.now() - start);
     } catch (error) {
       if (error.name !== "AbortError") tell(error.message);
@@ -89,14 +97,14 @@
   }
 
   // One image of the batch: an encoded answer holds one.
-  async function one(row, signal) {
-    const { bytes, shape, dtype } = current;
-    const stride = bytes.length / shape[0];
+  async function one(row, layout, size, signal) {
+    const { bytes, dtype } = current;
+    const stride = bytes.length / layout.count;
     const query = new URLSearchParams({ dtype, output_type: "pil", image_format: "png", do_scaling: "True" });
-    for (const dimension of [1, ...shape.slice(1)]) query.append("shape", dimension);
-    if (shape.length === 3) {
-      query.set("height", $("height").value);
-      query.set("width", $("width").value);
+    for (const dimension of layout.each) query.append("shape", dimension);
+    // Three dimensions need it to be read; the shape of others says the size.
+    if (layout.packed || layout.each.length === 3) {
+      for (const [name, value] of Object.entries(size)) if (value !== null) query.set(name, value);
     }
     const response = await ask(`/decode?${query}`, {
       method: "POST",

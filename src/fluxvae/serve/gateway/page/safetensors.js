@@ -1,6 +1,9 @@
 "use strict";
 // Reads latents from a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes.
 const Safetensors = (() => {
+  const PATCHES = 128; // channels of FLUX.2's images in 2x2 patches
+  const CHANNELS = [4, 16, 32, PATCHES]; // of one image without its batch
+  const FEATURES = [16, 64, 128]; // of a packed token
   const DTYPES = { F32: ["float32", 4], F16: ["float16", 2], BF16: ["bfloat16", 2] };
 
   // Returns {bytes, shape, dtype, height, width}: the raw bytes as the server takes them, sizes or null. Throws Error.
@@ -15,10 +18,10 @@ const Safetensors = (() => {
     const [dtype, itemsize] = DTYPES[tensor.dtype] ?? [];
     if (!dtype) throw new Error(`latents: got ${tensor.dtype} values; expected F32, F16 or BF16.`);
     const shape = tensor.shape;
-    if (!Array.isArray(shape) || (shape.length !== 3 && shape.length !== 4)) {
+    if (!Array.isArray(shape) || shape.length < 2 || shape.length > 5) {
       throw new Error(
         `latents: got shape (${shape}); expected packed latents (batch, patches, 64) or unpacked ones ` +
-          "(batch, 16, height/8, width/8).",
+          "(batch, 16, height/8, width/8); one image may leave its batch out.",
       );
     }
     const [from, to] = tensor.data_offsets ?? [];
@@ -36,6 +39,21 @@ const Safetensors = (() => {
     };
   }
 
+  // How latents are sent image by image: {count, each: the shape of one, packed}. The server reads each one for itself.
+  // null: C packed images and one image with C channels have this shape, and only a size tells them apart.
+  function layout(shape, height, width) {
+    const whole = (packed) => ({ count: 1, each: shape, packed });
+    const rows = (packed) => ({ count: shape[0], each: [1, ...shape.slice(1)], packed });
+    if (shape.length === 2) return whole(true);
+    if (shape.length === 5) return rows(false);
+    if (shape.length === 4) return shape[1] === 1 ? whole(false) : rows(false); // one frame of one image, or a batch
+    if (!CHANNELS.includes(shape[0])) return rows(true);
+    if (!FEATURES.includes(shape[2])) return whole(false);
+    if (height === null || width === null) return null;
+    const scale = shape[0] === PATCHES ? 16 : 8;
+    return height === scale * shape[1] && width === scale * shape[2] ? whole(false) : rows(true);
+  }
+
   function readHeader(buffer) {
     const broken = () => new Error("latents: this is no safetensors file.");
     if (buffer.byteLength < 8) throw broken();
@@ -51,5 +69,5 @@ const Safetensors = (() => {
   const pixels = (text) => (/^\d{1,6}$/.test(text ?? "") ? Number(text) : null);
   const list = (names) => (names.length ? names.slice(0, 8).map((name) => `"${name}"`).join(", ") : "no tensor");
 
-  return { latents };
+  return { latents, layout };
 })();

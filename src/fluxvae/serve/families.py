@@ -1,32 +1,55 @@
-"""What a model takes, by the class of its checkpoint, and whose latents are, by their shape: no checkpoint is read."""
+"""What a model takes, by its name or the class of its checkpoint: for those who read no checkpoint.
+
+The gateway and the client read latents by these formats (`fluxvae.latent_layout`), the model by its checkpoint's.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from fluxvae.errors import InvalidOptionError
+from fluxvae.latent_layout import possible_layouts
 from fluxvae.latents import LatentFormat
+from fluxvae.serve.models import MODELS
 
-__all__ = ["PATCH_CHANNELS", "family_of", "format_of", "has_factors", "read_raw"]
+__all__ = ["families_of", "formats_of", "formats_of_model", "has_factors", "read_raw"]
 
-PATCH_CHANNELS = 128
-"""Of unpacked latents in FLUX.2's 2x2 patches."""
 _INSTEAD = {
     "AutoencoderKLFlux2": "FLUX.2's latents are rescaled by the checkpoint's statistics",
     "AutoencoderTiny": "a preview takes latents as the transformer leaves them",
 }
 """Of factors, for the classes that have none."""
 # As far as a shape tells: statistics and factors are the model's.
+_FLUX1 = LatentFormat()
 _FLUX2 = LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True)
-_TAEF1 = LatentFormat(scaling_factor=1.0, shift_factor=None, preview=True)
-_TAEF2 = LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True, preview=True)
-_PACKED_FEATURES = {64: "AutoencoderKL", 128: "AutoencoderKLFlux2"}
-_CHANNELS = {16: "AutoencoderKL", 32: "AutoencoderKLFlux2", PATCH_CHANNELS: "AutoencoderKLFlux2"}
+_SD = LatentFormat(channels=4, scaling_factor=1.0, shift_factor=None)
+_FORMATS = {
+    "AutoencoderKL": (_FLUX1,),
+    "AutoencoderKLFlux2": (_FLUX2,),
+    # Whether a preview is TAEF1's or TAEF2's only the model knows.
+    "AutoencoderTiny": (
+        LatentFormat(scaling_factor=1.0, shift_factor=None, preview=True),
+        LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True, preview=True),
+    ),
+}
 
 
-def family_of(shape: tuple[int, ...]) -> str | None:
-    """The class of the full VAE that decodes latents of this shape, packed or not; None: of none that is known here."""
-    return _PACKED_FEATURES.get(shape[2]) if len(shape) == 3 else _CHANNELS.get(shape[1])
+def formats_of(vae_class: str) -> tuple[LatentFormat, ...]:
+    """How the gateway takes latents for a model of this class, as far as the class tells."""
+    return _FORMATS[vae_class]
+
+
+def formats_of_model(model: str) -> tuple[LatentFormat, ...]:
+    """How a model of this name may take latents, as far as its name tells: any checkpoint of its class."""
+    if model not in MODELS:
+        return (_FLUX1, _FLUX2, _SD)
+    vae_class = MODELS[model]
+    return _FORMATS[vae_class] if vae_class == "AutoencoderKLFlux2" else (*_FORMATS[vae_class], _SD)
+
+
+def families_of(shape: tuple[int, ...]) -> list[str]:
+    """The classes of the full VAEs that may decode latents of this shape."""
+    return [name for name in ("AutoencoderKL", "AutoencoderKLFlux2") if possible_layouts(shape, _FORMATS[name])]
 
 
 def has_factors(vae_class: str) -> bool:
@@ -59,17 +82,3 @@ def read_raw(given: Mapping[str, str], vae_class: str) -> bool | None:
             "send do_scaling=True"
         )
     return None
-
-
-def format_of(vae_class: str, shape: tuple[int, ...]) -> LatentFormat:
-    """How a model takes latents, as far as its class tells; the model itself checks against its checkpoint.
-
-    Args:
-        vae_class: of the model.
-        shape: of the latents: whether a preview is TAEF1's or TAEF2's only the model knows, so either passes here.
-    """
-    if vae_class == "AutoencoderKLFlux2":
-        return _FLUX2
-    if vae_class == "AutoencoderTiny":
-        return _TAEF2 if family_of(shape) == "AutoencoderKLFlux2" else _TAEF1
-    return LatentFormat()
