@@ -17,8 +17,10 @@ from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
+from fluxvae.engine.settings import set_aside
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
+from fluxvae.latent_checks import plain
 from fluxvae.latents import LatentFormat
 
 __all__ = ["Decoder"]
@@ -144,20 +146,21 @@ class Decoder:
         """
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
-        checkpoint = open_checkpoint(
-            source,
-            subfolder=subfolder,
-            revision=revision,
-            variant=variant,
-            family=family,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            batch_norm_eps=batch_norm_eps,
-        )
-        checkpoint.warn()
-        # Module's own method: that of diffusers logs a line about dtypes, which are settled here.
-        vae = torch.nn.Module.to(checkpoint.load(precision), device=where)
-        decoder = cls(vae, **options)
+        with set_aside(where):
+            checkpoint = open_checkpoint(
+                source,
+                subfolder=subfolder,
+                revision=revision,
+                variant=variant,
+                family=family,
+                scaling_factor=scaling_factor,
+                shift_factor=shift_factor,
+                batch_norm_eps=batch_norm_eps,
+            )
+            checkpoint.warn()
+            # Module's own method: that of diffusers logs a line about dtypes, which are settled here.
+            vae = torch.nn.Module.to(checkpoint.load(precision), device=where)
+            decoder = cls(vae, **options)
         decoder.assumed = checkpoint.assumed
         return decoder
 
@@ -185,7 +188,8 @@ class Decoder:
         20 to 65 MB, counts against no memory limit: a first decode that was not prepared for adds it once. On a GPU
         every kernel is also tried on a small map: a plan names those that do not work there.
         """
-        return self.engine.prepare()
+        with set_aside(self.device):
+            return self.engine.prepare()
 
     def decode(
         self,
@@ -234,27 +238,28 @@ class Decoder:
             DecodeCancelled: cancel() said so.
         """
         check_output_type(output_type)
-        if self.memory_limit is not None:
-            size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
-            batched, _ = self.format.with_batch(latents, *size, latent_ids)
-            self._check_output(output_type, batched.shape[0], *size)
-        image = self.decode_raw(
-            latents,
-            height=height,
-            width=width,
-            latent_ids=latent_ids,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            batch_norm_eps=batch_norm_eps,
-            raw=raw,
-            progress=progress,
-            cancel=cancel,
-        )
-        images = postprocess(image, output_type)
-        if self.approximate and output_type == "pil":
-            for picture in images:
-                picture.info["Comment"] = PREVIEW_NOTE  # where PNG and JPEG files keep it
-        return images
+        with set_aside(self.device):
+            if self.memory_limit is not None:
+                size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
+                batched, _ = self.format.with_batch(latents, *size, latent_ids)
+                self._check_output(output_type, batched.shape[0], *size)
+            image = self.decode_raw(
+                latents,
+                height=height,
+                width=width,
+                latent_ids=latent_ids,
+                scaling_factor=scaling_factor,
+                shift_factor=shift_factor,
+                batch_norm_eps=batch_norm_eps,
+                raw=raw,
+                progress=progress,
+                cancel=cancel,
+            )
+            images = postprocess(image, output_type)
+            if self.approximate and output_type == "pil":
+                for picture in images:
+                    picture.info["Comment"] = PREVIEW_NOTE  # where PNG and JPEG files keep it
+            return images
 
     def decode_raw(
         self,
@@ -278,16 +283,23 @@ class Decoder:
         """
         if self.approximate:
             warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
-        self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
-        height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
-        latents, latent_ids = self.format.with_batch(latents, height, width, latent_ids)
-        # Cast first: a pipeline's latents are in this dtype when it rescales them.
-        rescale_dtype = self.dtype if raw or self._rescale_dtype is None else self._rescale_dtype
-        latents = latents.to(device=self.device, dtype=rescale_dtype)
-        if latents.ndim == 3:
-            latents = self.format.unpack(latents, height, width, latent_ids)
-        latents = self.format.to_raw(latents, scaling_factor, shift_factor, batch_norm_eps=batch_norm_eps, raw=raw)
-        return self.engine.decode(latents.to(self.dtype), progress=progress, cancel=cancel)
+        with set_aside(self.device):
+            self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
+            height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
+            latents, latent_ids = self.format.with_batch(latents, height, width, latent_ids)
+            if latents.is_meta:
+                raise InvalidLatentsError(
+                    f"latents: got shape {tuple(latents.shape)} on the meta device, which holds no values; expected "
+                    "the latents themselves"
+                )
+            latents = plain(latents)
+            # Cast first: a pipeline's latents are in this dtype when it rescales them.
+            rescale_dtype = self.dtype if raw or self._rescale_dtype is None else self._rescale_dtype
+            latents = latents.to(device=self.device, dtype=rescale_dtype)
+            if latents.ndim == 3:
+                latents = self.format.unpack(latents, height, width, latent_ids)
+            latents = self.format.to_raw(latents, scaling_factor, shift_factor, batch_norm_eps=batch_norm_eps, raw=raw)
+            return self.engine.decode(latents.to(self.dtype), progress=progress, cancel=cancel)
 
     def _check_output(self, output_type: OutputType, batch: int, height: int, width: int) -> None:
         """The engine plans for itself; what it returns and what `postprocess` makes of that must fit too."""

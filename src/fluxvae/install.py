@@ -52,6 +52,8 @@ class Installed:
         import torch
         from diffusers.models.autoencoders.vae import DecoderOutput
 
+        from fluxvae.latent_checks import plain
+
         if self.vae.use_tiling:
             raise InvalidOptionError(
                 "use_tiling: got True; tiles are blended, not exact, and fluxvae.install bounds memory without them; "
@@ -62,7 +64,7 @@ class Installed:
                 "vae: got a decode that records gradients, which the exact engine does not; decode under "
                 "torch.no_grad(), or call handle.remove() to train"
             )
-        sample = self.engine.decode(z)
+        sample = self.engine.decode(plain(z))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _trainable(self) -> list[torch.nn.Parameter]:

@@ -17,7 +17,7 @@ from fluxvae.packing import floor_size, token_positions
 if TYPE_CHECKING:
     from fluxvae.latents import LatentFormat
 
-__all__ = ["DTYPES", "check_latents", "check_options"]
+__all__ = ["DTYPES", "check_latents", "check_options", "plain"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,6 +54,7 @@ def check_latents(
     _check_raw(format, raw)
     if not isinstance(latents, torch.Tensor):
         raise InvalidLatentsError(_no_tensor(format, latents))
+    plain(latents)
     if latents.dtype not in DTYPES:
         raise InvalidLatentsError(
             f"latents: got dtype {latents.dtype}, expected float32, bfloat16 or float16; convert with latents.float()"
@@ -140,6 +141,30 @@ def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[
             f"latents: got shape {shape}; normalised latents come in 2x2 patches, so expected an "
             "even height/8 and width/8"
         )
+
+
+def plain(latents: torch.Tensor) -> torch.Tensor:
+    """The values of ``latents`` as a tensor of PyTorch's own class, without a copy where they lie as they read.
+
+    Raises:
+        InvalidLatentsError: a tensor that does not hold its values itself, densely: compiled kernels read memory as it
+            is.
+    """
+    kind = type(latents).__name__
+    if type(latents).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # FakeTensor, DTensor, quantised ones
+        raise InvalidLatentsError(
+            f"latents: got a {kind}, which stands for values that are elsewhere or nowhere; expected a plain "
+            "torch.Tensor: a DTensor becomes one by full_tensor(), a quantised one by dequantize()"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(latents):
+        raise InvalidLatentsError(
+            "latents: got a tensor inside torch.vmap, grad or another transform of torch.func, which a decode cannot "
+            "take part in; decode outside of it: a batch needs no vmap"
+        )
+    if latents.layout != torch.strided or latents.is_nested:
+        layout = "nested" if latents.is_nested else str(latents.layout).removeprefix("torch.")
+        raise InvalidLatentsError(f"latents: got a {layout} tensor, expected a dense one: latents.to_dense() makes one")
+    return latents.detach().as_subclass(torch.Tensor).resolve_neg()
 
 
 def check_options(

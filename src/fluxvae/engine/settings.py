@@ -8,6 +8,7 @@ make tensors meanwhile, and every call here names its dtype.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,8 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["set_aside"]
+from fluxvae.errors import InvalidOptionError
+
+__all__ = ["check_environment", "set_aside"]
+
+_FPMATH_VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,17 @@ class _Switch:
     read: Callable[[], Any]
     write: Callable[[Any], object]
     default: Any
+
+
+def _switch(name: str, default: Any, setter: str = "") -> list[_Switch]:
+    """The switch that ``torch._C._get_<name>`` reads, if this version of PyTorch has it."""
+    read = getattr(torch._C, f"_get_{name}", None)
+    write: Any = getattr(torch._C, setter or f"_set_{name}", None)
+    if read is None or write is None:
+        return []
+    if isinstance(read(), tuple):  # two flags in one, whose setter takes them one by one
+        return [_Switch(read, lambda value: write(*value), (default, default))]
+    return [_Switch(read, write, default)]
 
 
 def _precision(backend: str, operation: str, default: str = "none") -> _Switch:
@@ -38,35 +55,76 @@ def _precision(backend: str, operation: str, default: str = "none") -> _Switch:
     )
 
 
-def _switches() -> list[_Switch]:
-    """All of them; the general precisions come before those of single operations, which inherit from them."""
+def _older(read: Callable[[], Any], write: Callable[[Any], object], default: Any, same: list[_Switch]) -> _Switch:
+    """A switch older than the precisions by operation, which writes some of them (``same``) as well: it leaves them."""
+
+    def write_alone(value: Any) -> None:
+        before = [switch.read() for switch in same]
+        write(value)
+        for switch, kept in zip(same, before, strict=True):
+            switch.write(kept)
+
+    return _Switch(read, write_alone, default)
+
+
+def _cudnn_tf32() -> bool:
+    try:
+        return bool(torch._C._get_cudnn_allow_tf32())
+    except RuntimeError:  # it differs from the precisions of the operations, which are at their default "tf32"
+        return False
+
+
+def _precisions() -> list[_Switch]:
+    """Float32 precisions in the order in which they can be read.
+
+    An operation whose own precision is not set reads as its backend's, and that as the general one. As each is set to
+    its default before the next is read, all are read as they were set.
+    """
     c: Any = torch._C
-    found = [
+    if not hasattr(c, "_get_fp32_precision_getter"):  # PyTorch before 2.9
+        return [
+            _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+            _Switch(c._get_cudnn_allow_tf32, c._set_cudnn_allow_tf32, True),
+        ]
+    matmul = [_precision("mkldnn", "matmul"), _precision("cuda", "matmul")]
+    cudnn = [_precision("cuda", "conv", "tf32"), _precision("cuda", "rnn", "tf32")]
+    return [
+        _precision("generic", "all"),
+        _precision("mkldnn", "all"),
+        _precision("mkldnn", "conv"),
+        _precision("cuda", "all"),
+        *matmul,
+        *cudnn,
+        _older(c._get_float32_matmul_precision, c._set_float32_matmul_precision, "highest", matmul),
+        _older(_cudnn_tf32, c._set_cudnn_allow_tf32, True, cudnn),
+    ]
+
+
+def _switches() -> list[_Switch]:
+    c: Any = torch._C
+    return [
         _Switch(
             lambda: (c._get_deterministic_algorithms(), c._get_deterministic_algorithms_warn_only()),
             lambda value: c._set_deterministic_algorithms(value[0], warn_only=value[1]),
             (False, False),
         ),
-        _Switch(c._get_mkldnn_enabled, c._set_mkldnn_enabled, True),
-        _Switch(c._get_cudnn_enabled, c._set_cudnn_enabled, True),
-        _Switch(c._get_cudnn_benchmark, c._set_cudnn_benchmark, False),
-        _Switch(c._get_cudnn_deterministic, c._set_cudnn_deterministic, False),
-        _Switch(c._get_flash_sdp_enabled, c._set_sdp_use_flash, True),
-        _Switch(c._get_mem_efficient_sdp_enabled, c._set_sdp_use_mem_efficient, True),
-        _Switch(c._get_math_sdp_enabled, c._set_sdp_use_math, True),
-        _Switch(c._get_cudnn_sdp_enabled, c._set_sdp_use_cudnn, True),
-    ]
-    if not hasattr(c, "_get_fp32_precision_getter"):  # PyTorch before 2.9 has one switch for all of them
-        return [*found, _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")]
-    return [
-        *found,
-        _precision("generic", "all"),
-        _precision("mkldnn", "all"),
-        _precision("mkldnn", "conv"),
-        _precision("mkldnn", "matmul"),
-        _precision("cuda", "all"),
-        _precision("cuda", "conv", "tf32"),
-        _precision("cuda", "matmul"),
+        *_switch("mkldnn_enabled", True),
+        *_switch("mkldnn_deterministic", False),
+        *_switch("nnpack_enabled", True),
+        *_switch("cudnn_enabled", True),
+        *_switch("cudnn_benchmark", False),
+        *_switch("cudnn_deterministic", False),
+        *_switch("flash_sdp_enabled", True, "_set_sdp_use_flash"),
+        *_switch("mem_efficient_sdp_enabled", True, "_set_sdp_use_mem_efficient"),
+        *_switch("math_sdp_enabled", True, "_set_sdp_use_math"),
+        *_switch("cudnn_sdp_enabled", True, "_set_sdp_use_cudnn"),
+        *_switch("overrideable_sdp_enabled", True, "_set_sdp_use_overrideable"),
+        *_switch("math_sdp_allow_fp16_bf16_reduction", False),
+        *_switch("cpu_allow_fp16_reduced_precision_reduction", False),
+        *_switch("cublas_allow_fp16_reduced_precision_reduction", True),
+        *_switch("cublas_allow_bf16_reduced_precision_reduction", True),
+        *_switch("cublas_allow_fp16_accumulation", False),
+        *_precisions(),
     ]
 
 
@@ -75,27 +133,43 @@ class _Process:
     """The process's switches while at least one decode runs, in however many threads."""
 
     lock: Any = field(default_factory=threading.Lock)
+    switches: list[_Switch] = field(default_factory=_switches)
     running: int = 0
-    changed: list[tuple[_Switch, Any]] = field(default_factory=list)
+    changed: dict[int, Any] = field(default_factory=dict)
+    """By the switch's place: what the caller had set."""
 
     def enter(self) -> None:
+        """Also while others decode already: another thread may have set a switch since they began."""
         with self.lock:
             self.running += 1
-            for switch in _switches() if self.running == 1 else ():
+            for i, switch in enumerate(self.switches):
                 value = switch.read()
                 if value != switch.default:
                     switch.write(switch.default)
-                    self.changed.append((switch, value))
+                    self.changed[i] = value
 
     def leave(self) -> None:
         with self.lock:
-            self.running -= 1
-            while self.running == 0 and self.changed:
-                switch, value = self.changed.pop()
-                switch.write(value)
+            self.running = max(0, self.running - 1)  # 0 already in a child that a decode's callback forked
+            if self.running == 0:
+                self.put_back()
+
+    def put_back(self) -> None:
+        """What was set before; a switch that has been set meanwhile stays as it is."""
+        untouched = [i for i in self.changed if self.switches[i].read() == self.switches[i].default]
+        for i in sorted(untouched, reverse=True):
+            self.switches[i].write(self.changed[i])
+        self.changed.clear()
+
+    def in_forked_child(self) -> None:
+        """No decode runs here, and whoever held the lock does not exist."""
+        self.lock, self.running = threading.Lock(), 0
+        self.put_back()
 
 
 _process = _Process()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_process.in_forked_child)
 
 
 @contextmanager
@@ -112,16 +186,39 @@ def _no_function_modes() -> Iterator[None]:
             _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
+def check_environment(device: torch.device) -> None:
+    """Refuse what the environment says about oneDNN's float32, which it reads once and PyTorch cannot take back.
+
+    With ``ONEDNN_DEFAULT_FPMATH_MODE=bf16`` oneDNN multiplies float32 in bfloat16: images differ by 1e-2.
+
+    Raises:
+        InvalidOptionError: on a CPU, with such a mode set.
+    """
+    for name in _FPMATH_VARIABLES if device.type == "cpu" else ():
+        mode = os.environ.get(name, "")
+        if mode.lower() not in ("", "strict"):
+            raise InvalidOptionError(
+                f"{name}: got {mode!r} in the environment, with which oneDNN computes float32 in a lower precision and "
+                "images are no longer exact; expected 'strict' or no such variable: start the process without it"
+            )
+
+
 @contextmanager
 def set_aside(device: torch.device) -> Iterator[None]:
     """Decode with PyTorch's defaults on ``device``, whatever the caller has set; all of it is put back at the end.
 
-    In the calling thread: autocast, gradients, inference mode, the default device. In the whole process, so that other
-    threads see the defaults meanwhile too: deterministic algorithms, float32 precisions (matmul precision, TF32),
-    whether oneDNN and cuDNN and which kinds of attention are used. The last decode that ends puts these back.
+    In the calling thread: autocast, gradients, inference mode, the default device, modes that see every call. In the
+    whole process, so that other threads see the defaults meanwhile too: deterministic algorithms, float32 precisions
+    (matmul precision, TF32), reduced precision of sums, whether oneDNN, NNPACK and cuDNN and which kinds of attention
+    are used. The last decode that ends puts these back, except for one that was set anew meanwhile. It can be nested.
+
+    Raises:
+        InvalidOptionError: as `check_environment`.
     """
+    check_environment(device)
     with ExitStack() as stack:
         stack.enter_context(_no_function_modes())
+        stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", device.type}:
