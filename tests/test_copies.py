@@ -15,10 +15,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-import fluxvae.batch.worker
-import fluxvae.serve.client.wire
-import fluxvae.serve.gateway.errors
-import fluxvae.serve.triton.installation
 import workers
 from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, install
