@@ -18,6 +18,7 @@ from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
+from fluxvae.forked import refuse_to_hang
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
 from fluxvae.latents import LatentFormat
 
@@ -71,6 +72,7 @@ class Decoder:
                 f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
                 "AutoencoderTiny; Decoder.from_pretrained loads one"
             )
+        refuse_to_hang()
         engine = resolve_engine(engine, vae)
         given = {
             "kernels": kernels,
@@ -142,6 +144,7 @@ class Decoder:
             InvalidOptionError: an option that is unknown or that the engine cannot honour, or a family that does not
                 fit the tensors.
         """
+        refuse_to_hang()
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         checkpoint = open_checkpoint(
@@ -232,7 +235,9 @@ class Decoder:
             InvalidLatentsError, InvalidOptionError: before any work.
             NonFiniteOutputError: the pixels would hold NaN or Inf.
             DecodeCancelled: cancel() said so.
+            ForkedProcessError: the process was forked, and PyTorch would hang in it (docs/batch.md).
         """
+        refuse_to_hang()
         check_output_type(output_type)
         if self.memory_limit is not None:
             size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
@@ -276,6 +281,7 @@ class Decoder:
             (B, 3, H, W), the VAE's dtype, on its device, nominally [-1, 1], not clamped; B is 1 for one image
             without its batch.
         """
+        refuse_to_hang()
         if self.approximate:
             warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
         self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
@@ -318,6 +324,7 @@ class Decoder:
         Raises:
             InvalidLatentsError: as `decode` would.
         """
+        refuse_to_hang()  # it looks at every value
         return self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fluxvae.forked import refuse_to_hang
+
 __all__ = ["set_aside"]
 
 
@@ -119,7 +121,11 @@ def set_aside(device: torch.device) -> Iterator[None]:
     In the calling thread: autocast, gradients, inference mode, the default device. In the whole process, so that other
     threads see the defaults meanwhile too: deterministic algorithms, float32 precisions (matmul precision, TF32),
     whether oneDNN and cuDNN and which kinds of attention are used. The last decode that ends puts these back.
+
+    Raises:
+        ForkedProcessError: PyTorch would hang in this process, with any settings.
     """
+    refuse_to_hang()
     with ExitStack() as stack:
         stack.enter_context(_no_function_modes())
         stack.enter_context(torch.inference_mode(False))
