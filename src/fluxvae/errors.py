@@ -71,7 +71,7 @@ class DeadlineExceededError(FluxVAEError, TimeoutError):
 
 
 class ForkedProcessError(FluxVAEError, RuntimeError):
-    """The process was forked after PyTorch had computed with several threads, and would hang with the next operation."""
+    """The process was forked after PyTorch computed with several threads, and would hang with its next operation."""
 
 
 class Status(NamedTuple):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from diffusers import AutoencoderKL
 
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 __all__ = ["ReferenceEngine"]
 
