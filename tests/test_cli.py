@@ -161,3 +161,36 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("FLUXVAE_MEMORY_LIMIT", "1MB")
     with pytest.raises(MemoryLimitError):
         invoke("plan", "1024", "1024")
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["512x768"], (512, 768)),
+        (["512X768"], (512, 768)),
+        (["512", "768"], (512, 768)),
+        (["512"], (512, 512)),
+        (["512 x 768"], (512, 768)),
+    ],
+)
+def test_plan_takes_a_size_as_people_write_it(words: list[str], size: tuple[int, int]) -> None:
+    shown = json.loads(invoke("plan", *words, "--device", "cpu", "--json"))
+    assert (shown["height"], shown["width"]) == size
+
+
+@pytest.mark.parametrize("words", [["1024x"], ["x"], ["0x8"], ["8x8x8"], ["8", "8", "8"], ["wide"], ["1e3"], ["8.5x8"]])
+def test_plan_refuses_what_is_no_size(words: list[str]) -> None:
+    with pytest.raises(FluxVAEError, match=r"^size: got .*, expected HEIGHTxWIDTH in pixels, such as 1024x768"):
+        invoke("plan", *words)
+
+
+@pytest.mark.parametrize("command", [["plan", "1024x1024", "--device", "cpu"], ["info", "demo"]])
+def test_plan_and_info_import_no_pipelines(command: list[str]) -> None:
+    """Seconds of each call were imports of what neither of them needs."""
+    heavy = ("diffusers", "transformers", "sympy", "torch._dynamo", "torchvision", "accelerate", "pandas")
+    heavy += ("numba", "scipy") if command[0] == "info" else ()
+    code = f"import sys; from fluxvae.cli import app; app({command!r}, standalone_mode=False);"
+    code += f"print('imported:', [name for name in {heavy!r} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.splitlines()[-1] == "imported: []"

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
 from fluxvae.checkpoints import open_checkpoint
-from fluxvae.decoder_options import VAE, check_engine_options, resolve_device, resolve_dtype, resolve_engine
+from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
+from fluxvae.forked import refuse_to_hang
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
 from fluxvae.latent_checks import plain
 from fluxvae.latents import LatentFormat
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "decoder_for_plans"]
 
 Progress = Callable[[int, int], None]
 Cancel = Callable[[], bool]
@@ -68,11 +68,12 @@ class Decoder:
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
-        if not isinstance(vae, (AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny)):
+        if not is_a(vae, "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"):
             raise InvalidOptionError(
                 f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
                 "AutoencoderTiny; Decoder.from_pretrained loads one"
             )
+        refuse_to_hang()
         engine = resolve_engine(engine, vae)
         given = {
             "kernels": kernels,
@@ -85,7 +86,7 @@ class Decoder:
         where = vae.device if device == "auto" else resolve_device(device)
         precision = vae.dtype if dtype == "auto" else resolve_dtype(dtype, where)
         if (vae.device, vae.dtype) != (where, precision):
-            vae.to(device=where, dtype=precision)
+            torch.nn.Module.to(vae, device=where, dtype=precision)  # diffusers' own logs what nobody can act on
         self._rescale_dtype = None if rescale_dtype == "auto" else resolve_dtype(rescale_dtype, where, "rescale_dtype")
         self.format = LatentFormat.from_vae(vae)
         """How latents become raw latents: read from the checkpoint."""
@@ -144,6 +145,7 @@ class Decoder:
             InvalidOptionError: an option that is unknown or that the engine cannot honour, or a family that does not
                 fit the tensors.
         """
+        refuse_to_hang()
         where = resolve_device(device)
         precision = resolve_dtype(dtype, where)
         with set_aside(where):
@@ -236,7 +238,9 @@ class Decoder:
             InvalidLatentsError, InvalidOptionError: before any work.
             NonFiniteOutputError: the pixels would hold NaN or Inf.
             DecodeCancelled: cancel() said so.
+            ForkedProcessError: the process was forked, and PyTorch would hang in it (docs/batch.md).
         """
+        refuse_to_hang()
         check_output_type(output_type)
         with set_aside(self.device):
             if self.memory_limit is not None:
@@ -281,6 +285,7 @@ class Decoder:
             (B, 3, H, W), the VAE's dtype, on its device, nominally [-1, 1], not clamped; B is 1 for one image
             without its batch.
         """
+        refuse_to_hang()
         if self.approximate:
             warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
         with set_aside(self.device):
@@ -330,6 +335,7 @@ class Decoder:
         Raises:
             InvalidLatentsError: as `decode` would.
         """
+        refuse_to_hang()  # it looks at every value
         return self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
@@ -351,3 +357,22 @@ class Decoder:
         plan = self.engine.plan(height // scale, width // scale, batch)
         notes = "; ".join(note for note in (plan.kernels_note, self.assumed) if note)
         return dataclasses.replace(plan, kernels_note=notes)
+
+
+def decoder_for_plans(
+    source: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", **options: Any
+) -> Decoder:
+    """A decoder that plans as that of `Decoder.from_pretrained` does, at once: its weights are not read, and are zeros.
+
+    Args:
+        source, device, dtype, options: as for `Decoder.from_pretrained`; of the checkpoint's, family and variant.
+    """
+    refuse_to_hang()
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where)
+    of_checkpoint = {name: options.pop(name) for name in ("family", "variant") if name in options}
+    checkpoint = open_checkpoint(source, **of_checkpoint)
+    checkpoint.warn()
+    decoder = Decoder(checkpoint.outline(precision, where), **options)
+    decoder.assumed = checkpoint.assumed
+    return decoder

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["VAE", "check_engine_options", "resolve_device", "resolve_dtype", "resolve_engine"]
+__all__ = ["VAE", "check_engine_options", "is_a", "resolve_device", "resolve_dtype", "resolve_engine"]
 
-VAE: TypeAlias = AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny
+if TYPE_CHECKING:  # importing diffusers takes seconds, which a plan does without
+    from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+
+VAE: TypeAlias = "AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny"
 """What can be decoded with; which one it is decides how latents become raw latents and which engines there are."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def is_a(vae: object, *kinds: str) -> bool:
+    """Whether it is of a class of diffusers' by that name, or of one below it."""
+    return any(kind.__name__ in kinds for kind in type(vae).__mro__)
 
 
 def resolve_engine(engine: str, vae: VAE) -> str:
     """The engine that is meant; refuse an unknown one, and one that this model has no use for."""
     if engine not in ("auto", "exact", "diffusers", "preview"):
         raise InvalidOptionError(f"engine: got {engine!r}, expected 'auto', 'exact', 'diffusers' or 'preview'")
-    tiny = isinstance(vae, AutoencoderTiny)
+    tiny = is_a(vae, "AutoencoderTiny")
     if engine == "auto":
         return "preview" if tiny else "exact"
     if engine == ("exact" if tiny else "preview"):

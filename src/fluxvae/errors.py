@@ -8,7 +8,8 @@
     ├── NonFiniteOutputError               the decode gave NaN or Inf; never a picture
     ├── DecodeCancelled                    the caller's cancel() said so
     ├── UnavailableError                   a server, or its memory, that cannot take it now: try again later
-    └── DeadlineExceededError (TimeoutError)   a server's answer that did not come in time
+    ├── DeadlineExceededError (TimeoutError)   a server's answer that did not come in time
+    └── ForkedProcessError (RuntimeError)  a forked process, in which PyTorch would wait for ever
 
 A message names the field, what came, what was expected and what to do.
 """
@@ -22,6 +23,7 @@ __all__ = [
     "DeadlineExceededError",
     "DecodeCancelled",
     "FluxVAEError",
+    "ForkedProcessError",
     "InvalidLatentsError",
     "InvalidOptionError",
     "MemoryLimitError",
@@ -66,6 +68,10 @@ class UnavailableError(FluxVAEError):
 
 class DeadlineExceededError(FluxVAEError, TimeoutError):
     """The answer of a server did not come within the time its caller gave."""
+
+
+class ForkedProcessError(FluxVAEError, RuntimeError):
+    """The process was forked after PyTorch computed with several threads, and would hang with its next operation."""
 
 
 class Status(NamedTuple):

@@ -6,6 +6,7 @@ holds the bytes of ``pil``.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
@@ -39,11 +39,16 @@ _PNG_LEVEL = 4
 """Of zlib: at 512x512 28 ms and 383 KB, where its own 6 takes 62 ms and saves 1.3 %."""
 _DEFAULT_QUALITY = {"jpeg": 95, "webp": 95}
 
-# FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
-_PROCESSOR = VaeImageProcessor(vae_scale_factor=16)
-
 _BAND_VALUES = 1 << 20
 """Values post-processed at a time: a few MB of temporaries, whatever the size of the image."""
+
+
+@functools.cache
+def _processor() -> Any:
+    from diffusers.image_processor import VaeImageProcessor  # importing diffusers takes seconds, and a plan needs none
+
+    # FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
+    return VaeImageProcessor(vae_scale_factor=16)
 
 
 def check_output_type(output_type: object) -> None:
@@ -75,7 +80,7 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
     if output_type == "pt":
         tensor = torch.empty_like(image)
         for one, rows in _bands(image):
-            tensor[one, :, rows] = _PROCESSOR.postprocess(image[one : one + 1, :, rows], output_type="pt")[0]
+            tensor[one, :, rows] = _processor().postprocess(image[one : one + 1, :, rows], output_type="pt")[0]
         return tensor
     if output_type == "pil":
         return [Image.fromarray(postprocess(one[None], "uint8")[0]) for one in image]
@@ -86,7 +91,9 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
             array[one, rows] = _as_bytes(image[one, :, rows]).permute(1, 2, 0).cpu().numpy()
         return array
     for one, rows in _bands(image):
-        band = _PROCESSOR.postprocess(image[one : one + 1, :, rows], output_type="np" if dtype is np.float32 else "pil")
+        band = _processor().postprocess(
+            image[one : one + 1, :, rows], output_type="np" if dtype is np.float32 else "pil"
+        )
         array[one, rows] = band[0]
     return array
 

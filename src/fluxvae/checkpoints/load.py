@@ -7,8 +7,10 @@ decoder's tensors read, one after another, and put there. The encoder is neither
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from fluxvae.checkpoints.files import Weights, open_weights
 from fluxvae.checkpoints.find import Found, find
 from fluxvae.checkpoints.fp8 import find_scales, read_weights
 from fluxvae.checkpoints.layouts import Vae, find_vae, linear_shape
-from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, own_settings
+from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, outline_module, own_settings
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
 if TYPE_CHECKING:
@@ -66,13 +68,15 @@ class Checkpoint:
     _weights: Weights = field(repr=False)
     _names: dict[str, str] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
-    _module: Any = field(repr=False)
-    """The VAE, on the ``meta`` device until `load`."""
+    _outline: Any = field(repr=False)
+    """The VAE on the ``meta`` device, for its shapes and settings: an outline, or diffusers' own."""
+    _build: Callable[[], Any] = field(repr=False)
+    """Diffusers' own."""
 
     @property
     def decoder_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the decoder's own tensors, by diffusers' names."""
-        return {name: tuple(tensor.shape) for name, tensor in self._module.decoder.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in self._outline.decoder.state_dict().items()}
 
     @property
     def decoder_bytes(self) -> int:
@@ -89,7 +93,7 @@ class Checkpoint:
         """`LatentFormat`: how its latents become raw latents."""
         from fluxvae.latents import LatentFormat
 
-        return LatentFormat.from_vae(self._module)
+        return LatentFormat.from_vae(self._outline)
 
     def warn(self, stacklevel: int = 2) -> None:
         """Say what was assumed, once for these files in this process."""
@@ -97,6 +101,25 @@ class Checkpoint:
         if self.assumed and files not in _warned:
             _warned.add(files)
             warnings.warn(f"checkpoint: {self.assumed}", AssumedFamilyWarning, stacklevel=stacklevel + 1)
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        return self._build()
+
+    def outline(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """What `load` gives, with zeros for weights: enough for a plan, in a fraction of the time."""
+        import torch
+
+        with own_settings():
+            zeros = {
+                name: torch.empty(
+                    tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device
+                ).zero_()  # written, so that they take the memory that the weights take
+                for name, tensor in self._outline.state_dict().items()
+            }
+            module = self._outline.eval().requires_grad_(False)
+            module.load_state_dict(zeros, strict=True, assign=True)
+        return module
 
     def load(self, dtype: torch.dtype | None = None) -> VAE:
         """Read the decoder's weights; every call fills and returns the same module.
@@ -193,8 +216,15 @@ def open_checkpoint(
     vae = Vae(vae.prefix, vae.preview, vae.layout, names, shapes, vae.encoder_widths)
     _check_size(shapes, where)
     config, choice, told_by = _config(found, weights, vae, named, given, where)
-    module = build_module(config, vae, where, from_config=found.config is not None)
-    check_tensors(module, shapes, where, from_config=found.config is not None)
+    from_config = found.config is not None
+
+    def build() -> Any:
+        module = build_module(config, vae, where, from_config=from_config)
+        check_tensors(module, shapes, where, from_config=from_config)
+        return module
+
+    outline = outline_module(config, vae) or build()
+    check_tensors(outline, shapes, where, from_config=from_config)
     return Checkpoint(
         files=found.files,
         variant=found.variant,
@@ -211,7 +241,8 @@ def open_checkpoint(
         _weights=weights,
         _names=dict(names),
         _scales=scales,
-        _module=module,
+        _outline=outline,
+        _build=build,
     )
 
 

@@ -11,10 +11,23 @@ from fluxvae.checkpoints.entries import first_line
 from fluxvae.checkpoints.layouts import Vae
 from fluxvae.errors import CheckpointError
 
-__all__ = ["COUNTS", "build_module", "check_tensors", "own_settings"]
+__all__ = ["COUNTS", "build_module", "check_tensors", "outline_module", "own_settings"]
 
 COUNTS = "bn.num_batches_tracked"
 """Of training only, and often left out."""
+
+
+def outline_module(config: dict[str, Any], vae: Vae) -> Any:
+    """The module's outline, which does without diffusers; None where only diffusers can tell what the config means."""
+    from fluxvae.checkpoints.outline import AutoencoderTiny, outline
+
+    with own_settings():
+        module = outline(config)
+        if isinstance(module, AutoencoderTiny) and any(".pool." in name for name in vae.names):
+            module.decoder.add_pools(
+                module.config["decoder_block_out_channels"][0], module.config["num_decoder_blocks"][0]
+            )
+    return module
 
 
 def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: bool) -> Any:

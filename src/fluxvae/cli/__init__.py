@@ -30,7 +30,7 @@ Examples:
   fluxvae info ae.safetensors                 what a checkpoint holds
   fluxvae decode latents/ --out images/ --checkpoint ae.safetensors
                                               a folder of latents to PNG
-  fluxvae plan 2048 2048 --memory-limit 2GiB  what memory goes to
+  fluxvae plan 2048x2048 --memory-limit 2GiB  what memory goes to
   fluxvae bench                               how fast it is on this machine
   fluxvae serve --checkpoint ae.safetensors   decode for other machines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from fluxvae.cli.options import (
     print_facts,
     print_json,
 )
+from fluxvae.errors import InvalidLatentsError
 
 _LEGEND = (
     "map: rows x columns x channels of what a layer makes. middle, result: where the maps within and after it go: "
@@ -28,8 +30,13 @@ _LEGEND = (
 
 
 def plan(
-    height: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="HEIGHT")],
-    width: Annotated[int, typer.Argument(help="Of the image, in pixels: a multiple of 8.", min=1, metavar="WIDTH")],
+    size: Annotated[
+        list[str],
+        typer.Argument(
+            help="Of the image, in pixels, multiples of 8: HEIGHTxWIDTH, or HEIGHT WIDTH, or N for N x N.",
+            metavar="SIZE",
+        ),
+    ],
     checkpoint: Checkpoint = "demo",
     family: Family = None,
     variant: Variant = None,
@@ -47,14 +54,16 @@ def plan(
     Examples:
 
     \b
-      fluxvae plan 1024 1024
-      fluxvae plan 4096 4096 --memory-limit 2GiB --checkpoint ae.safetensors
+      fluxvae plan 1024x1024
+      fluxvae plan 768x1360 --batch 4               height x width
+      fluxvae plan 4096 --memory-limit 2GiB --checkpoint ae.safetensors
     """
-    from fluxvae import Decoder
-    from fluxvae.engine.plan import size_in_words
-
+    height, width = _size(size)
     with busy(f"reading {checkpoint}"):
-        decoder = Decoder.from_pretrained(
+        from fluxvae.decoder import decoder_for_plans
+        from fluxvae.engine.plan import size_in_words
+
+        decoder = decoder_for_plans(
             checkpoint,
             family=family,
             variant=variant,
@@ -110,6 +119,17 @@ def plan(
     console.print(table)
     console.print()
     console.print(_LEGEND, style="dim")
+
+
+def _size(words: list[str]) -> tuple[int, int]:
+    """Height and width: ``1024x768``, ``1024 768``, ``1024``."""
+    parts = re.split(r"[xX\u00d7*]", words[0]) if len(words) == 1 else words
+    parts = [part.strip() for part in parts]
+    if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InvalidLatentsError(
+            f"size: got {' '.join(words)!r}, expected HEIGHTxWIDTH in pixels, such as 1024x768, or one number for both"
+        )
+    return int(parts[0]), int(parts[-1])
 
 
 def _coloured(where: str) -> str:

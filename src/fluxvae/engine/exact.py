@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Hashable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -83,9 +83,21 @@ class ExactEngine:
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
             Spill(self._device, spill_dir)
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
         self._prepared = False
         self._planners: dict[Hashable, Planner] = {}
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: the model and the options. What was worked out from them is worked out again."""
+        left_out = ("_prepared", "_planners", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_afresh()
 
     @property
     def _device(self) -> torch.device:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from diffusers import AutoencoderKL
 
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 __all__ = ["ReferenceEngine"]
 
@@ -31,6 +33,14 @@ class ReferenceEngine:
         self._vae = vae
         self._tiling = tiling
         self._slicing = slicing
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: all but the lock, which it has of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._lock = threading.Lock()
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> NoReturn:

@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fluxvae.errors import InvalidOptionError
+from fluxvae.forked import refuse_to_hang
 
 __all__ = ["check_environment", "set_aside"]
 
@@ -214,8 +215,10 @@ def set_aside(device: torch.device) -> Iterator[None]:
 
     Raises:
         InvalidOptionError: as `check_environment`.
+        ForkedProcessError: PyTorch would hang in this process, with any settings.
     """
     check_environment(device)
+    refuse_to_hang()
     with ExitStack() as stack:
         stack.enter_context(_no_function_modes())
         stack.enter_context(_disable_current_modes())

@@ -64,7 +64,16 @@ class _Base:
         self.model = model
         self._timeout_s = timeout_s
         self._retries = retries
+        self._protocol, self._model = protocol, model
         self._transport = _make_transport(protocol, url, model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along, into another process too: everything but the connection, which it makes itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_transport"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._transport = _make_transport(self._protocol, self.url, self._model)
 
     def _pauses(self) -> Iterator[float]:
         """Seconds before each retry: longer and longer, and not all clients at once."""

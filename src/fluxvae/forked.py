@@ -1,0 +1,134 @@
+"""After ``os.fork()``: PyTorch's threads do not survive it, and the first operation that wants them waits for ever.
+
+OpenMP keeps a team of threads for every thread that has run a parallel operation. The child of a fork has its parent's
+record of that team, and none of its threads. Measured with PyTorch 2.13 and its libgomp: the child hangs if, and only
+if, the thread that forked had run a parallel operation before, and the same thread (the child's main thread) runs one
+with more than one thread. After ``torch.set_num_threads(1)``, and in threads that the child starts, everything works.
+
+OpenMP cannot be asked whether there is such a team, so it is tried out, once in every process that was forked: a child
+of the child runs one small parallel operation, and either ends at once or has to be ended. That says nothing where the
+main thread has a team that it started after the fork, whose threads a child of the child would lack as well; but those
+threads can be seen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from fluxvae.errors import ForkedProcessError
+
+__all__ = ["refuse_to_hang"]
+
+_PATIENCE_S = 4.0
+"""Of an operation that takes less than a millisecond where it works at all."""
+
+_FORKED_NOT_EXECUTED = 0x40
+"""PF_FORKNOEXEC of Linux's ``include/linux/sched.h``, among the flags in ``/proc/self/stat``."""
+
+
+def _born_by_fork() -> bool:
+    """This process was forked, and imports fluxvae only now."""
+    try:
+        after_name = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:  # no Linux
+        return False
+    return bool(int(after_name.split()[6]) & _FORKED_NOT_EXECUTED)
+
+
+_untried = _born_by_fork()
+_hangs = False
+
+
+def _after_fork() -> None:
+    global _untried, _hangs
+    _untried, _hangs = True, False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def refuse_to_hang() -> None:
+    """Call it before PyTorch computes anything on the CPU.
+
+    Raises:
+        ForkedProcessError: this is a forked process in which PyTorch's operations would wait for ever.
+    """
+    global _untried, _hangs
+    if not (_untried or _hangs) or torch.get_num_threads() == 1:
+        return
+    if threading.current_thread() is not threading.main_thread():
+        return  # started after the fork: it has a team of its own
+    if _untried:
+        _hangs = not (_has_a_team() or _works_in_a_child())
+        _untried = False
+    if _hangs:
+        raise ForkedProcessError(
+            "fork: this process was forked from one in which PyTorch had computed with several threads; they do not "
+            "survive a fork, and the next operation of PyTorch would wait for them for ever. Start the process by "
+            "multiprocessing's 'spawn' (a Decoder can be pickled), or call torch.set_num_threads(1) in it before "
+            "anything is loaded or decoded"
+        )
+
+
+def _works_in_a_child() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is done here on purpose
+        pid = os.fork()
+    if pid == 0:
+        try:
+            torch.zeros(1 << 18, dtype=torch.float32, device="cpu").add_(1)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + _PATIENCE_S
+    try:
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return False
+            time.sleep(0.002)
+    except ChildProcessError:  # SIGCHLD is ignored, or somebody else waited for it: it has ended
+        pass
+    return True
+
+
+def _has_a_team() -> bool:
+    """The main thread has run a parallel operation in this process: all threads of OpenMP can only be its own."""
+    if threading.active_count() > 1:
+        return False
+    deadline = time.monotonic() + 0.2
+    while True:
+        waiting, running = _threads_of_openmp()
+        if waiting or not running or time.monotonic() > deadline:
+            return waiting > 0
+        time.sleep(0.005)  # after an operation they spin for a while before they wait
+
+
+def _threads_of_openmp() -> tuple[int, int]:
+    """How many threads wait inside of libgomp, and how many run and may be anybody's; none where Linux does not say."""
+    waiting = running = 0
+    try:
+        areas = [
+            [int(end, 16) for end in line.split(maxsplit=1)[0].split("-")]
+            for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+            if "libgomp" in line
+        ]
+        for task in Path("/proc/self/task").iterdir():
+            if int(task.name) == threading.main_thread().native_id:
+                continue
+            state = (task / "syscall").read_text(encoding="utf-8")
+            if state.startswith("running"):
+                running += 1
+            elif any(start <= int(state.split()[-1], 16) < end for start, end in areas):
+                waiting += 1
+    except OSError:
+        return 0, 0
+    return waiting, running

@@ -1,0 +1,92 @@
+"""The outlines are diffusers' modules in everything that `info` and `plan` read."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from fluxvae.checkpoints.outline import DEFAULTS, outline
+from fluxvae.decoder import Decoder, decoder_for_plans
+from fluxvae.engine.network import read_network
+from fluxvae.latents import LatentFormat
+
+FLUX = {"block_out_channels": [32, 64, 96, 96], "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 16}  # fmt: skip
+CONFIGS: list[dict[str, Any]] = [
+    {"_class_name": "AutoencoderKL", **FLUX, "layers_per_block": 2, "use_post_quant_conv": False, "shift_factor": 0.1},
+    {"_class_name": "AutoencoderKL", **FLUX, "mid_block_add_attention": False, "norm_num_groups": 16},
+    {"_class_name": "AutoencoderKL"},
+    {"_class_name": "AutoencoderKLFlux2", "block_out_channels": [32, 32, 64, 64], "batch_norm_eps": 1e-3},
+    {
+        "_class_name": "AutoencoderKLFlux2",
+        **FLUX,
+        "latent_channels": 32,
+        "decoder_block_out_channels": [32, 32, 64, 96],
+    },
+    {"_class_name": "AutoencoderTiny", "latent_channels": 16, "block_out_channels": [64] * 4},
+    {"_class_name": "AutoencoderTiny", "num_decoder_blocks": [2, 1, 1], "decoder_block_out_channels": [16] * 3},
+]
+
+
+def real(config: dict[str, Any]) -> Any:
+    config = {
+        name: value for name, value in config.items() if name != "block_out_channels" or "KL" in config["_class_name"]
+    }
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(json.loads(json.dumps(config))).eval()
+
+
+def records(value: Any) -> Any:
+    """A network's records without the modules."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: records(getattr(value, name)) for name in value.__dataclass_fields__ if name != "module"}
+    return [type(value).__name__, *map(records, value)] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config['_class_name']}-{len(config)}")
+def test_an_outline_has_the_tensors_and_settings_of_the_real_module(config: dict[str, Any]) -> None:
+    made, module = outline(config), real(config)
+    assert made is not None
+    shapes = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in module.state_dict().items()
+        if not name.startswith(("encoder.", "quant_conv."))
+    }
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in made.state_dict().items()} == shapes
+    assert str(LatentFormat.from_vae(made)) == str(LatentFormat.from_vae(module))
+    if "Tiny" not in config["_class_name"]:
+        assert records(read_network(made.eval())) == records(read_network(module))
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_defaults_are_diffusers(kind: str) -> None:
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    assert DEFAULTS[kind] == {name: one.default for name, one in parameters.items() if name != "self"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "gelu"},
+        {"up_block_types": ["AttnUpDecoderBlock2D"] * 4},
+        {"up_block_types": None},
+        {"something_new": 1},
+        {"norm_num_groups": 7},
+        {"_class_name": "AutoencoderDC"},
+        {"layers_per_block": "2"},
+    ],
+)
+def test_what_is_not_known_has_no_outline(change: dict[str, Any]) -> None:
+    assert outline(CONFIGS[0] | change) is None
+
+
+def test_plans_without_weights_are_those_of_the_decoder() -> None:
+    for kernels in ("winograd", "torch"):
+        options: dict[str, Any] = {"device": "cpu", "kernels": kernels, "memory_limit": "100MB"}
+        planned = decoder_for_plans("demo", **options).plan(512, 768, 2)
+        assert planned == Decoder.from_pretrained("demo", **options).plan(512, 768, 2)
