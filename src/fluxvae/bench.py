@@ -44,11 +44,13 @@ def run(decoder: Decoder, sizes: Sequence[int], *, rounds: int, diffusers: bool)
     """
     decoder.prepare()
     decoders = [decoder, Decoder(decoder.vae, engine="diffusers")] if diffusers else [decoder]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     for size in sizes:
         plan = decoder.plan(size, size)
         side = size // decoder.format.vae_scale_factor
-        latents = torch.randn(1, decoder.format.channels, side, side, generator=generator)
+        latents = torch.randn(
+            (1, decoder.format.channels, side, side), generator=generator, dtype=torch.float32, device="cpu"
+        )
         seconds: list[list[float]] = [[] for _ in decoders]
         peaks: list[list[int | None]] = [[] for _ in decoders]
         for turn in range(rounds + 1):

@@ -9,11 +9,16 @@ Source of the architecture and the key names: madebyollin's ``taesd.py`` (``use_
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 
 __all__ = ["PooledBlock", "add_pools"]
+
+_META: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
+"""Their weights come from the checkpoint."""
 
 
 class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
@@ -23,10 +28,10 @@ class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
         super().__init__(channels, channels, act_fn)
         wide = 4 * channels
         self.pool = torch.nn.Sequential(
-            torch.nn.Conv2d(channels, wide, 1, bias=False),
-            torch.nn.GroupNorm(4, wide),
+            torch.nn.Conv2d(channels, wide, 1, bias=False, **_META),
+            torch.nn.GroupNorm(4, wide, **_META),
             torch.nn.ReLU(inplace=True),
-            torch.nn.Conv2d(wide, channels, 1, bias=False),
+            torch.nn.Conv2d(wide, channels, 1, bias=False, **_META),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,12 @@ class HostMap:
         height, row_bytes = shape[0], shape[1] * shape[2] * dtype.itemsize
         self._chunk = max(1, _CHUNK_BYTES // row_bytes)
         self._chunks = [
-            torch.empty((min(self._chunk, height - at), *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
+            torch.empty(
+                (min(self._chunk, height - at), *shape[1:]),
+                dtype=dtype,
+                device="cpu",
+                pin_memory=device.type == "cuda",
+            )
             for at in range(0, height, self._chunk)
         ]
         self._ahead = [_Stage() for _ in range(STAGES - 1)]

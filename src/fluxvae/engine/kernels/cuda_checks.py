@@ -114,12 +114,12 @@ def _wrong(check: Callable[[], None]) -> str:
 
 
 def _check_passes(device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     for dtype in _DTYPES:
 
         def draw(*shape: int, dtype: torch.dtype = dtype) -> tuple[torch.Tensor, torch.Tensor]:
             """On the device, and as float64 on the CPU."""
-            made = torch.randn(*shape, generator=generator).to(dtype)
+            made = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
             return made.to(device), made.double()
 
         rows, expected = draw(9, 31, 128)
@@ -135,15 +135,15 @@ def _check_passes(device: torch.device) -> None:
         _agree("cuDNN's convolution", result, convolve(expected, weight.double().cpu()))
 
         (bias, true_bias), (residual, true_residual) = draw(128), draw(9, 31, 128)
-        parts = torch.empty(triton_loops.parts_bytes(9 * 31, 128) // 4, device=device)
+        parts = torch.empty(triton_loops.parts_bytes(9 * 31, 128) // 4, dtype=torch.float32, device=device)
         triton_loops.finish(rows, bias, residual, 2.0, residual, parts)
         _agree("finish", residual, (expected + true_bias + true_residual) / 2)
         _agree_moments("finish", triton_loops.combine(parts, 9 * 31, 128), residual)
 
         phases = [draw(9, 32, 256) for _ in range(2)]
         large = torch.empty(18, 62, 128, dtype=dtype, device=device)
-        parts = torch.empty(triton_loops.parts_bytes(9 * 62, 128, 2) // 4, device=device)
-        wanted = torch.empty(9, 2, 31, 2, 128, dtype=torch.float64)
+        parts = torch.empty(triton_loops.parts_bytes(9 * 62, 128, 2) // 4, dtype=torch.float32, device=device)
+        wanted = torch.empty(9, 2, 31, 2, 128, dtype=torch.float64, device="cpu")
         for phase, (result, true_result) in enumerate(phases):
             triton_loops.interleave(result, bias, phase, large, parts)
             wanted[:, phase, :, 0] = true_result[:, :31, :128] + true_bias
@@ -151,14 +151,14 @@ def _check_passes(device: torch.device) -> None:
         _agree("interleave", large, wanted.view(18, 62, 128))
         _agree_moments("interleave", triton_loops.combine(parts, 9 * 62, 128, 2), large)
 
-    means, m2s = torch.randn(2, 7, 128, generator=generator, dtype=torch.float64).abs()
-    weight, bias = torch.randn(2, 128, generator=generator)
+    means, m2s = torch.randn(2, 7, 128, generator=generator, dtype=torch.float64, device="cpu").abs()
+    weight, bias = torch.randn(2, 128, generator=generator, dtype=torch.float32, device="cpu")
     moments = Moments()
     for n, mean, m2 in zip([50] * 6 + [20], means, m2s, strict=True):
         moments.add(Partial(n, mean, m2))
     on_device = [values.to(device) for values in (means, m2s, weight, bias)]
     scale, shift = triton_loops.affine(on_device[0], on_device[1], 50, 20, 32, 1e-6, on_device[2], on_device[3])
-    module = torch.nn.GroupNorm(32, 128)
+    module = torch.nn.GroupNorm(32, 128, dtype=torch.float32, device="cpu")
     module.weight, module.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     true = moments.affine(Norm("", 128, 32, 1e-6, True, module), torch.float64, FiniteChecks(torch.device("cpu")))
     _agree("affine's scale", scale, true.scale)
@@ -166,9 +166,11 @@ def _check_passes(device: torch.device) -> None:
 
 
 def _check_attention(device: torch.device, dim: int, cut: tuple[int, int, int, int]) -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):
-        queries, tokens = (torch.randn(n, dim, generator=generator).to(dtype) for n in (70, 150))
+        queries, tokens = (
+            torch.randn(n, dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for n in (70, 150)
+        )
         out = torch.empty(70, dim, dtype=dtype, device=device)
         triton_attention.attention(queries.to(device), tokens.to(device), dim**-0.5, out, cut)
         scores = queries.double() @ tokens.double().T * dim**-0.5

@@ -142,7 +142,7 @@ def check_tensor_exchange(pb_utils: Any) -> None:
         FluxVAEError: a tensor came back changed.
     """
     sent = [1.0, 2.0, 3.0]
-    into = pb_utils.Tensor.from_dlpack("into", torch.tensor(sent)).as_numpy()
+    into = pb_utils.Tensor.from_dlpack("into", torch.tensor(sent, dtype=torch.float32, device="cpu")).as_numpy()
     out_of = torch.utils.dlpack.from_dlpack(pb_utils.Tensor("out_of", np.array(sent, dtype=np.float32)).to_dlpack())
     for direction, came in (("read", np.asarray(into).tolist()), ("sent", out_of.tolist())):
         if came != sent:
@@ -162,7 +162,7 @@ def warm_up(decoder: Decoder) -> None:
             any image. Out of memory is passed on.
     """
     tokens = 4  # 2 x 2: the smallest size with neighbours in both directions
-    latents = torch.zeros(1, tokens, decoder.format.packed_features)
+    latents = torch.zeros(1, tokens, decoder.format.packed_features, dtype=torch.float32, device="cpu")
     size = 2 * decoder.format.packed_multiple
     image = decoder.decode_raw(latents, height=size, width=size)
     job = Job(index=0, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(OUTPUTS))
