@@ -2,107 +2,202 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-SCRIPT = """
-import contextlib, sys, torch
-from fluxvae import Decoder
+from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError
+from fluxvae.engine import settings
+from fluxvae.engine.settings import set_aside
+from fluxvae.latent_checks import plain
 from models import random_vae
 
-torch.set_num_threads(1)
-kind, which = sys.argv[1:]
-options = {"engine": "diffusers"} if kind == "diffusers" else {"engine": "exact", "kernels": kind}
-vae = random_vae()
-for module in vae.decoder.modules():
-    if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and which == "without bias":
-        module.bias = None
-latents = torch.randn(1, 16, 10, 12, generator=torch.Generator().manual_seed(1))
-before = Decoder(vae, **options).decode(latents, output_type="np")
+CPU = torch.device("cpu")
 
 
-def process(change, undo):
-    @contextlib.contextmanager
-    def around():
-        change()
-        try:
-            yield
-        finally:
-            undo()
-    return around()
-
-
-def default_dtype():
-    return process(lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32))
-
-
-settings = {
-    "default dtype": default_dtype,
-    "without bias": default_dtype,
-    "default device": lambda: process(
-        lambda: torch.set_default_device("meta"), lambda: torch.set_default_device(None)
-    ),
-    "device context": lambda: torch.device("meta"),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "grad": torch.enable_grad,
-    "inference mode": torch.inference_mode,
-    "deterministic": lambda: process(
-        lambda: torch.use_deterministic_algorithms(True), lambda: torch.use_deterministic_algorithms(False)
-    ),
-    "matmul precision": lambda: process(
-        lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
-    ),
-    "oneDNN": lambda: process(
-        lambda: torch._C._set_mkldnn_enabled(False), lambda: torch._C._set_mkldnn_enabled(True)
-    ),
-    "attention": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-}
-with settings[which]():
-    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    device = torch.get_default_device()
-    autocast, oned = torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.enabled
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    for decoder in (Decoder(vae, **options), Decoder(vae, **options)):
-        after = decoder.decode(latents, output_type="np")
-        assert (after == before).all(), f"{(after != before).mean():.1%} of the values changed"
-    kept = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.get_default_device()
-    assert kept == (precision, dtype, device)
-    assert (autocast, oned, flash) == (
-        torch.is_autocast_enabled("cpu"), torch.backends.mkldnn.enabled, torch.backends.cuda.flash_sdp_enabled()
-    )
-print("the same bits")
-"""
-
-
-@pytest.mark.parametrize(
-    ("kind", "which"),
-    [
-        ("winograd", "default dtype"),
-        ("winograd", "without bias"),
-        ("winograd", "default device"),
-        ("torch", "device context"),
-        ("torch", "autocast"),
-        ("torch", "matmul precision"),
-        ("torch", "inference mode"),
-        ("torch", "oneDNN"),
-        ("diffusers", "default dtype"),
-        ("diffusers", "autocast"),
-        ("diffusers", "attention"),
-        ("diffusers", "deterministic"),
-        ("winograd", "grad"),
-    ],
-)
-def test_a_setting_of_the_process_changes_no_image(kind: str, which: str) -> None:
-    """Each in a process of its own, for a tensor of the wrong dtype or device can end it."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, kind, which],
+def _run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         cwd=Path(__file__).parent,
+        env={**os.environ, **environment},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().endswith("the same bits")
+
+
+def _matrix(kind: str, together: int) -> None:
+    """In a process of its own: a tensor of the wrong dtype or device in compiled code can end it."""
+    done = _run("settings_matrix.py", kind, str(together))
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "all the same bits"
+
+
+@pytest.mark.parametrize("kind", ["winograd", "torch", "diffusers", "preview"])
+def test_no_setting_of_the_process_changes_an_image(kind: str) -> None:
+    _matrix(kind, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["winograd", "torch", "diffusers", "preview"])
+def test_no_two_settings_of_the_process_change_an_image(kind: str) -> None:
+    _matrix(kind, 2)
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"])
+def test_an_environment_that_lowers_float32_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """oneDNN reads it once: with bf16, convolutions differ by 1e-2, whatever PyTorch's own switches say."""
+    decoder = Decoder(random_vae())
+    latents = torch.zeros(1, 16, 4, 4)
+    monkeypatch.setenv(variable, "BF16")
+    for kind in ("exact", "diffusers"):
+        with pytest.raises(InvalidOptionError, match=f"^{variable}: got 'BF16' in the environment"):
+            Decoder(random_vae(), engine=kind).decode(latents)
+    monkeypatch.setenv(variable, "strict")
+    decoder.decode(latents)
+
+
+def _values() -> list[Any]:
+    return [switch.read() for switch in settings._process.switches]
+
+
+def test_every_switch_is_its_default_within_and_as_it_was_afterwards() -> None:
+    """Set as a caller does, by PyTorch's own functions: one general precision comes back as that, not as many."""
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        before = _values()
+        with set_aside(CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.backends.fp32_precision == "none"
+            assert not torch.backends.cudnn.benchmark
+            assert torch.backends.cuda.flash_sdp_enabled()
+        assert _values() == before
+        torch.backends.fp32_precision = "ieee"  # whatever had only inherited "tf32" inherits this
+        assert torch._C._get_fp32_precision_getter("mkldnn", "conv") == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_a_switch_that_is_set_during_a_decode_stays_so() -> None:
+    try:
+        with set_aside(CPU):
+            torch.backends.cudnn.benchmark = True
+            with set_aside(CPU):  # another decode begins, and computes with the default
+                assert not torch.backends.cudnn.benchmark
+            torch.backends.cudnn.deterministic = True
+        assert torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+
+
+def test_the_last_of_several_decodes_puts_the_settings_back() -> None:
+    torch.backends.cudnn.benchmark = True
+    inside, go_on = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with set_aside(CPU):
+            inside.set()
+            assert go_on.wait(60)
+
+    thread = threading.Thread(target=other)
+    try:
+        with set_aside(CPU):
+            thread.start()
+            assert inside.wait(60)
+        assert not torch.backends.cudnn.benchmark, "the other decode still runs"
+        go_on.set()
+        thread.join(60)
+        assert torch.backends.cudnn.benchmark
+    finally:
+        go_on.set()
+        torch.backends.cudnn.benchmark = False
+
+
+def test_a_child_that_is_forked_during_a_decode_has_the_callers_settings() -> None:
+    """The thread that decodes does not exist there, so nobody else would put them back, or let go of the lock."""
+    script = (
+        "import os, sys, torch\n"
+        "from fluxvae.engine.settings import set_aside\n"
+        "torch.set_num_threads(1)\n"
+        "torch.backends.cudnn.benchmark = True\n"
+        "with set_aside(torch.device('cpu')):\n"
+        "    assert not torch.backends.cudnn.benchmark\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        kept = torch.backends.cudnn.benchmark\n"
+        "        with set_aside(torch.device('cpu')):\n"
+        "            inside = torch.backends.cudnn.benchmark\n"
+        "        os._exit(0 if (kept, inside, torch.backends.cudnn.benchmark) == (True, False, True) else 7)\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
+        "assert torch.backends.cudnn.benchmark\n"
+    )
+    done = _run("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def _fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.zeros(1, 16, 4, 4)
+
+
+class _Named(torch.Tensor):
+    """As libraries have them: a subclass that computes as a tensor does."""
+
+
+LATENTS = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+REFUSED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "fake": (_fake, "FakeTensor, which stands for values that are elsewhere"),
+    "sparse": (LATENTS.to_sparse, "sparse_coo tensor, expected a dense one"),
+    "nested": (lambda: torch.nested.nested_tensor([LATENTS[0]]), "nested tensor, expected a dense one"),
+    "meta": (lambda: LATENTS.to("meta"), "on the meta device, which holds no values"),
+}
+
+
+@pytest.mark.parametrize("engine", ["exact", "diffusers"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tensor_that_holds_no_values_of_its_own_is_refused(name: str, engine: str) -> None:
+    make, words = REFUSED[name]
+    with pytest.raises(InvalidLatentsError, match=f"^latents: got .*{words}"):
+        Decoder(random_vae(), engine=engine).decode(make())
+
+
+def test_a_decode_inside_vmap_is_refused() -> None:
+    decoder = Decoder(random_vae())
+    with pytest.raises(InvalidLatentsError, match="inside torch.vmap"):
+        torch.vmap(lambda one: decoder.decode_raw(one[None]))(LATENTS)
+
+
+def test_a_tensor_of_another_class_or_view_is_decoded_as_its_values() -> None:
+    """Among them one whose memory holds the negatives: compiled code would read those."""
+    decoder = Decoder(random_vae())
+    expected = decoder.decode_raw(LATENTS)
+    negative = torch.complex(torch.zeros_like(LATENTS), -LATENTS).conj().imag
+    assert negative.is_neg()
+    for kind in (
+        LATENTS.as_subclass(_Named),
+        torch.nn.Parameter(LATENTS),
+        LATENTS.clone().requires_grad_(),
+        negative,
+        LATENTS.to(memory_format=torch.channels_last),
+        LATENTS.expand(1, 16, 4, 4),
+    ):
+        made = decoder.decode_raw(kind)
+        assert type(made) is torch.Tensor
+        assert not made.requires_grad
+        assert torch.equal(made, expected)
+    assert type(plain(LATENTS.as_subclass(_Named))) is torch.Tensor
