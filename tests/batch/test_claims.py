@@ -22,7 +22,8 @@ from fluxvae import Decoder
 from .jobs import CPU, failures, folder_of, image, latents, pixels
 
 _MEASURED = """
-import resource, sys
+import sys
+from pathlib import Path
 from fluxvae import cli
 
 sys.argv = sys.argv[1:]
@@ -30,7 +31,9 @@ try:
     cli.main()
 except SystemExit as end:
     status = end.code
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+# Not ru_maxrss, which a new program takes over from the process that started it: this one, which wrote the files.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+print(int(peak.split()[1]) // 1024, file=sys.stderr)
 sys.exit(status)
 """
 
@@ -94,7 +97,24 @@ def bombs(there: Path) -> dict[str, str]:
     lists = pa.ListArray.from_arrays(lists.offsets, lists.values.fill_null(0.0))
     table = pa.table({"latents": lists, "height": [2048] * 64, "width": [2048] * 64})
     pq.write_table(table, there / "lists.parquet", compression="zstd", row_group_size=64)
+    with open(there / "header.npy", "wb") as sparse:  # version 2.0, with a header of 3 GiB
+        sparse.write(b"\x93NUMPY\x02\x00" + (3 * 2**30).to_bytes(4, "little"))
+        sparse.truncate(4 * 2**30)
+    with open(there / "old.pt", "wb") as sparse:
+        sparse.write(legacy.getvalue())
+        sparse.truncate(2**40)
+    os.mkfifo(there / "pipe.npy")
+    os.mkfifo(there / "pipe.parquet")
+    (there / "device.npy").symlink_to("/dev/zero")
+    names = pa.table({"latents": [[0.0]] * 16, "name": ["a" * (16 * 2**20)] * 16})
+    pq.write_table(names, there / "names.parquet", compression="zstd", row_group_size=1, use_dictionary=False)
     return {
+        "header.npy": "claims a header of 3221225472 bytes",
+        "old.pt": "got 1099511627776 bytes in the format that torch.save had before PyTorch 1.6",
+        "pipe.npy": "is a pipe, a device or a folder",
+        "pipe.parquet": "is a pipe, a device or a folder",
+        "device.npy": "is a pipe, a device or a folder",
+        "names.parquet": "all row groups of name: claims",
         "zeros.npz": "claims 536871040 bytes",
         "rows.npz": "claims 536871040 bytes",
         "pickle.pt": "claims 536870912 bytes",
@@ -112,7 +132,7 @@ def bombs(there: Path) -> dict[str, str]:
 
 
 def test_bombs_are_refused_and_the_rest_is_done(tmp_path: Path, demo: Decoder) -> None:
-    """In a process of its own, whose memory stays far below what the files claim (698 MiB more were measured)."""
+    """In a process of its own, whose memory stays far below what the files claim."""
     there = tmp_path / "in"
     made = folder_of(there, 2)
     command = [sys.executable, "-c", _MEASURED, "fluxvae", "decode", str(there), "-o"]
@@ -137,4 +157,4 @@ def test_bombs_are_refused_and_the_rest_is_done(tmp_path: Path, demo: Decoder) -
         assert all(words in message for message in told[name]), told[name]
     for name, tensor in made.items():
         assert np.array_equal(image(tmp_path / f"out/{name}.png"), pixels(demo, tensor))
-    assert peak < before + 1000, f"{peak} MiB with bombs, {before} without"
+    assert peak < before + 400, f"{peak} MiB with bombs, {before} without"

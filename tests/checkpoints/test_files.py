@@ -207,6 +207,19 @@ def compressed(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
+class Bytes:
+    """Takes as many bytes as it says, and PyTorch allows it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return bytearray, (10**11,)
+
+
+def script() -> bytes:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), buffer)
+    return buffer.getvalue()
+
+
 class Foreign:
     """What a trainer's callbacks leave in a checkpoint: an object, not a tensor."""
 
@@ -245,6 +258,14 @@ STRANGE: dict[str, tuple[Callable[[], bytes], str]] = {
     "plain pickle": (lambda: pickle.dumps({"a": Foreign()}), "refuses it|cannot be read by torch.load"),
     "expanded": (
         lambda: saved({"decoder.conv_in.weight": torch.zeros(1).expand(1000, 1000, 3, 3)}), "of which the file holds",
+    ),
+    "bytearray": (lambda: saved(whole() | {"x": Bytes()}), "holds a bytearray"),
+    "bytearray, legacy": (
+        lambda: saved(whole() | {"x": Bytes()}, _use_new_zipfile_serialization=False), "holds a bytearray",
+    ),
+    "TorchScript": (script, "is a TorchScript archive, a program"),
+    "encoder": (
+        lambda: saved({f"model.vae.{k}": v for k, v in whole().items() if k.startswith("encoder")}), "an encoder only",
     ),
     "compressed": (lambda: compressed(saved(whole())), "is a compressed archive"),
     "another zip": (lambda: compressed(saved(whole())).replace(b"data.pkl", b"dato.pkl"), "torch.save did not write"),

@@ -9,7 +9,6 @@ brings along, and nothing is read but headers until a row is asked for; a header
 
 from __future__ import annotations
 
-import gzip
 import io
 import math
 import mmap
@@ -65,6 +64,8 @@ class TensorSource:
     def __init__(self, path: Path, expected: Expected) -> None:
         self._name = path.name
         try:
+            if path.exists() and not path.is_file():  # to open a pipe would wait for someone to write to it
+                raise InvalidLatentsError(f"{path.name}: is a pipe, a device or a folder; expected a file of latents")
             with open(path, "rb"):
                 pass  # safetensors calls every file that it may not read missing
         except OSError as error:
@@ -159,6 +160,8 @@ def open_file(path: Path, expected: Expected) -> Source:
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _LARGEST_PICKLE = 64 * 2**20
 """Of names and shapes: tensors are beside it."""
+_LARGEST_OLD = 4 * 2**30
+"""Of a file in which names and tensors follow one another: all of it is looked through before it is read."""
 
 
 def _safetensors(path: Path) -> Contents:
@@ -183,12 +186,8 @@ def _npz(path: Path) -> Contents:
 
 def _pt(path: Path) -> Contents:
     with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":  # SimpleTuner, told to compress its cache
-            file.seek(0)
-            with gzip.open(file) as packed:
-                held = _unpickle(path.name, unzipped(path, packed))
-        else:
-            held = _unpickle(path.name, file)
+        packed = file.read(2) == b"\x1f\x8b"  # SimpleTuner, told to compress its cache
+        held = _unpickle(path.name, unzipped(path) if packed else file)
     if isinstance(held, torch.Tensor):
         held = {"": held}
     if isinstance(held, (list, tuple)) and held and all(isinstance(part, Mapping) for part in held):
@@ -252,8 +251,14 @@ def _pickles(name: str, source: IO[bytes]) -> list[bytes]:
 def _bytes_of(source: IO[bytes]) -> bytes | mmap.mmap:
     if isinstance(source, io.BytesIO):
         return source.getvalue()
-    if not source.seek(0, io.SEEK_END):
+    size = source.seek(0, io.SEEK_END)
+    if not size:
         return b""
+    if size > _LARGEST_OLD:
+        raise InvalidLatentsError(
+            f"{Path(source.name).name}: got {size} bytes in the format that torch.save had before PyTorch 1.6, "
+            f"expected at most {_LARGEST_OLD}: save it again with a newer one, or as safetensors"
+        )
     return mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
 
 

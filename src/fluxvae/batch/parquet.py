@@ -76,8 +76,7 @@ class ParquetSource:
         wanted = [name for name in small if name in self._columns]
         if "latent_ids" in self._columns and not {"height", "width"} <= self._columns:
             wanted.append("latent_ids")  # only they tell the size
-        for group in range(self._file.num_row_groups):
-            self._check(group, wanted)
+        self._check(range(self._file.num_row_groups), wanted)
         count = self._file.metadata.num_rows
         columns = {name: _listed(column) for name, column in zip(wanted, self._file.read(columns=wanted), strict=True)}
         rows = [{name: column[index] for name, column in columns.items()} for index in range(count)]
@@ -102,15 +101,22 @@ class ParquetSource:
             return None
         return read_shape(self._expected.format, tuple(shape), one=True).shape
 
-    def _check(self, group: int, columns: list[str]) -> None:
-        """Refuse a row group of which these columns claim far more than is stored, before it is read."""
-        stored = self._file.metadata.row_group(group)
-        for index in range(stored.num_columns):
-            column = stored.column(index)
-            if column.path_in_schema.partition(".")[0] in columns:
-                claimed = max(column.total_uncompressed_size, column.num_values * _WIDTHS.get(column.physical_type, 0))
-                name = f"{self._name}: row group {group} of {column.path_in_schema}"
-                check_packing(name, claimed, column.total_compressed_size)
+    def _check(self, groups: range, columns: list[str]) -> None:
+        """Refuse row groups that are read together and of which these columns claim far more than is stored."""
+        sums: dict[str, tuple[int, int]] = {}
+        for group in groups:
+            stored = self._file.metadata.row_group(group)
+            for index in range(stored.num_columns):
+                column = stored.column(index)
+                path = column.path_in_schema
+                if path.partition(".")[0] in columns:
+                    width = _WIDTHS.get(column.physical_type, 0)
+                    claimed, packed = sums.get(path, (0, 0))
+                    claimed += max(column.total_uncompressed_size, column.num_values * width)
+                    sums[path] = claimed, packed + column.total_compressed_size
+        where = f"row group {groups[0]}" if len(groups) == 1 else "all row groups"
+        for path, (claimed, packed) in sums.items():
+            check_packing(f"{self._name}: {where} of {path}", claimed, packed)
 
     def load(self, row: int) -> Latents:
         """One row."""
@@ -120,7 +126,7 @@ class ParquetSource:
             with self._lock:
                 if self._group is None or self._group[0] != group:
                     columns = [name for name in ("latents", "shape", "dtype", "latent_ids") if name in self._columns]
-                    self._check(group, columns)
+                    self._check(range(group, group + 1), columns)
                     self._group = (group, self._file.read_row_group(group, columns=columns))
                 table = self._group[1]
             ids = table["latent_ids"][row - first].as_py() if "latent_ids" in self._columns else None
@@ -137,23 +143,25 @@ class ParquetSource:
             return torch.from_numpy(np.array(scalar.to_numpy()))
         shape = table["shape"][index].as_py() if "shape" in self._columns else None
         if pa.types.is_binary(self._type) or pa.types.is_large_binary(self._type):
-            return self._from_bytes(scalar.as_py(), shape, table, index)
+            held = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+            return self._from_bytes(held.as_buffer(), shape, table, index)
         values = _unnest(scalar.values)
         if values.ndim == 1:
             values = values.reshape(self._shape(shape, values.size))
         return torch.from_numpy(np.array(values))
 
-    def _from_bytes(self, data: bytes, shape: Any, table: pa.Table, index: int) -> torch.Tensor:
+    def _from_bytes(self, data: pa.Buffer, shape: Any, table: pa.Table, index: int) -> torch.Tensor:
+        """Checked where they lie, and only then copied: a small file may hold the same large bytes in every row."""
         name = (table["dtype"][index].as_py() if "dtype" in self._columns else None) or "float32"
         if name not in _BYTES_DTYPES:
             raise InvalidLatentsError(f"dtype: got {name!r}, expected {', '.join(_BYTES_DTYPES)}")
         dtype = _BYTES_DTYPES[name]
-        if len(data) % dtype.itemsize or not data:
+        if data.size % dtype.itemsize or not data.size:
             raise InvalidLatentsError(
-                f"latents: got {len(data)} bytes, expected a positive multiple of {dtype.itemsize}"
+                f"latents: got {data.size} bytes, expected a positive multiple of {dtype.itemsize}"
             )
-        flat = torch.frombuffer(bytearray(data), dtype=dtype)
-        return flat.reshape(self._shape(shape, flat.numel()))
+        sides = self._shape(shape, data.size // dtype.itemsize)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(sides)
 
     def _shape(self, shape: Any, values: int) -> tuple[int, ...]:
         if not shape or math.prod(shape) != values or min(shape) < 1:

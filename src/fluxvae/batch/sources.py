@@ -150,6 +150,8 @@ def _open(url: str, expected: Expected) -> Source:
     name = path.rpartition("/")[2]
     try:
         if path.lower().endswith(".parquet"):
+            if isinstance(filesystem, LocalFileSystem) and Path(path).exists() and not Path(path).is_file():
+                raise InvalidLatentsError(f"{name}: is a pipe, a device or a folder; expected a file of latents")
             return _parquet(name, path, filesystem, expected)
         if isinstance(filesystem, LocalFileSystem):
             return open_file(Path(path), expected)

@@ -77,6 +77,10 @@ def open_npy(path: Path) -> Lazy:
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """(shape, in Fortran's order, dtype) of an array in NumPy's format."""
+    start = file.read(12)
+    file.seek(0)
+    if start[6:7] == b"\x02" and int.from_bytes(start[8:12], "little") > _NEAR:  # NumPy reads it before it judges it
+        raise ValueError(f"it claims a header of {int.from_bytes(start[8:12], 'little')} bytes")
     version = npy.read_magic(file)  # type: ignore[no-untyped-call]
     if version == (1, 0):
         return npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call, no-any-return]
@@ -169,17 +173,20 @@ class Npz(Mapping[str, Lazy]):
         return data
 
 
-def unzipped(path: Path, data: gzip.GzipFile) -> io.BytesIO:
-    """All that ``data``, unpacked as it is read, holds; never more than `most_unpacked`.
+def unzipped(path: Path) -> io.BytesIO:
+    """All that a file packed by gzip holds; what would unpack to more than `most_unpacked` is counted, not kept.
 
     Raises:
         InvalidLatentsError: there is more.
     """
-    most = most_unpacked(path.stat().st_size)
-    held = data.read(most + 1)
-    if len(held) > most:
-        raise InvalidLatentsError(
-            f"{path.name}: unpacks to more than {most} bytes from {path.stat().st_size}: no latents pack so well, and "
-            "it was read no further; if they are real, save them without compression"
-        )
-    return io.BytesIO(held)
+    most, count = most_unpacked(path.stat().st_size), 0
+    with gzip.open(path) as data:
+        while block := data.read(_NEAR):
+            count += len(block)
+            if count > most:
+                raise InvalidLatentsError(
+                    f"{path.name}: unpacks to more than {most} bytes from {path.stat().st_size}: no latents pack so "
+                    "well, and it was read no further; if they are real, save them without compression"
+                )
+    with gzip.open(path) as data:
+        return io.BytesIO(data.read(count))

@@ -69,7 +69,7 @@ def find(
         path = cached_snapshot(path, revision)
     if path.is_dir():
         return _folder(path, subfolder, variant)
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix.lower() not in SUFFIXES:
         from fluxvae.checkpoints.hub import snapshot
 
         folder = snapshot(source, subfolder=subfolder, revision=revision, variant=variant)
@@ -119,7 +119,7 @@ def _folder(path: Path, subfolder: str | None, variant: str | None) -> Found:
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _lone_file(folder: Path, files: list[Path], variant: str | None) -> Found:

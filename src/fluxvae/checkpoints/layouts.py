@@ -178,7 +178,7 @@ def _no_vae(entries: Mapping[str, Entry], where: str) -> str:
     kind = ""
     if any("decoder" in name or name.startswith("conv") for name in video):
         kind = f" {video[0]} is a convolution over time: a video VAE's, as Qwen-Image's and Wan's, is not decoded here."
-    elif any(name.startswith(("encoder.", "vae.encoder.", "first_stage_model.encoder.")) for name in entries):
+    elif any(re.fullmatch(r"(?:.*\.)?encoder\.conv_in\.weight", name) for name in entries):
         kind = " It holds an encoder only."
     return (
         f"checkpoint: {where} holds {len(entries)} tensors ({named}, ...), but no decoder.conv_in.weight, whatever "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import struct
 import warnings
@@ -67,10 +68,6 @@ class TorchFile:
         except (EOFError, struct.error) as error:
             raise self._truncated("it ends within the list of its tensors") from error
         except Exception as error:  # on damaged bytes its reader raises whatever its instructions lead to
-            if "TorchScript" in str(error):
-                raise CheckpointError(
-                    f"checkpoint: {self.path} is a TorchScript archive, a program rather than weights. {_CONVERT}"
-                ) from error
             if "unexpected EOF" in str(error):
                 raise self._truncated(first_line(error)) from error
             raise CheckpointError(
@@ -82,12 +79,21 @@ class TorchFile:
         """Whether it is a zip archive; one that is not as torch.save writes them is refused before it is unpacked."""
         with self.path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    self._check_pickles([data])
                 return False
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
+                pickles = [one for one in members if one.filename.endswith(".pkl")]
+                if all(one.compress_type == zipfile.ZIP_STORED for one in pickles):
+                    self._check_pickles(archive.read(one) for one in pickles)
         except (zipfile.BadZipFile, OSError, ValueError) as error:
             raise self._truncated(f"{first_line(error)}: the table at the end of it is missing") from error
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            raise CheckpointError(
+                f"checkpoint: {self.path} is a TorchScript archive, a program rather than weights. {_CONVERT}"
+            )
         if not any(member.filename.endswith("data.pkl") for member in members):
             raise CheckpointError(
                 f"checkpoint: {self.path} is a zip archive that torch.save did not write; expected safetensors, or "
@@ -99,6 +105,11 @@ class TorchFile:
                 "size and is not read: convert it to safetensors"
             )
         return True
+
+    def _check_pickles(self, pickles: Iterable[bytes | mmap.mmap]) -> None:
+        """Refuse the one thing that PyTorch allows in a pickle and that takes memory by a number alone."""
+        if any(data.find(b"\nbytearray\n") >= 0 for data in pickles):
+            raise CheckpointError(f"checkpoint: {self.path} is refused, for it holds a bytearray. {_CONVERT}")
 
     def _truncated(self, what: str) -> CheckpointError:
         return CheckpointError(
