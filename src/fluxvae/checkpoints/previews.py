@@ -9,16 +9,11 @@ Source of the architecture and the key names: madebyollin's ``taesd.py`` (``use_
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 
 __all__ = ["PooledBlock", "add_pools"]
-
-_META: dict[str, Any] = {"device": "meta", "dtype": torch.float32}
-"""Their weights come from the checkpoint."""
 
 
 class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
@@ -26,12 +21,13 @@ class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
 
     def __init__(self, channels: int, act_fn: str) -> None:
         super().__init__(channels, channels, act_fn)
-        wide = 4 * channels
+        wide, like = 4 * channels, next(self.parameters())
+        device, dtype = like.device, like.dtype
         self.pool = torch.nn.Sequential(
-            torch.nn.Conv2d(channels, wide, 1, bias=False, **_META),
-            torch.nn.GroupNorm(4, wide, **_META),
+            torch.nn.Conv2d(channels, wide, 1, bias=False, device=device, dtype=dtype),
+            torch.nn.GroupNorm(4, wide, device=device, dtype=dtype),
             torch.nn.ReLU(inplace=True),
-            torch.nn.Conv2d(wide, channels, 1, bias=False, **_META),
+            torch.nn.Conv2d(wide, channels, 1, bias=False, device=device, dtype=dtype),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
