@@ -34,6 +34,7 @@ from fluxvae.errors import FluxVAEError, InvalidOptionError
 from fluxvae.serve.gateway.decode import DecodeEndpoint, decode_path
 from fluxvae.serve.gateway.errors import error_body
 from fluxvae.serve.gateway.forward import Readiness, TritonModel, read_metrics
+from fluxvae.serve.gateway.hosts import is_loopback, read_allowed_host
 from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
@@ -66,6 +67,11 @@ class GatewaySettings:
     """Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
     token: str | None = None
     """What every client must send, but for ``/healthz`` and ``/readyz``; None lets everyone in."""
+    host: str = "127.0.0.1"
+    """The address that the gateway is bound to."""
+    allowed_hosts: Sequence[str] = ()
+    """Names that requests may call it by, besides loopback's. Only those are answered where some are given, or where it
+    is bound to loopback without a token; otherwise any."""
     max_request_bytes: int = 16 * 2**20
     """Of one body: 4096x4096 as float32."""
     max_pixels: int = 4096 * 4096
@@ -83,6 +89,15 @@ class GatewaySettings:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; FLUXVAE_TOKEN must hold a secret, or not be set at all")
+        for host in self.allowed_hosts:
+            read_allowed_host(host)
+
+    @property
+    def checked_hosts(self) -> frozenset[str] | None:
+        """What `OuterLayer` takes as ``allowed_hosts``."""
+        if self.allowed_hosts or (self.token is None and is_loopback(self.host)):
+            return frozenset(map(read_allowed_host, self.allowed_hosts))
+        return None
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
@@ -184,6 +199,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     return OuterLayer(
         app,
         token=settings.token,
+        allowed_hosts=settings.checked_hosts,
         open_paths=_OPEN,
         known_paths=frozenset(route.path for route in app.routes if isinstance(route, Route)),
         ask_for_token=pages.ask_for_token,
@@ -226,6 +242,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="repeatable; a name that requests may call the gateway by, besides loopback's",
+    )
     parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
     parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="of one request (%(default)s)")
     parser.add_argument("--max-in-flight", type=int, default=defaults.max_in_flight, help="decodes (%(default)s)")
@@ -242,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             triton_config_key=os.environ.get(CONFIG_KEY_VARIABLE),
             models=args.model or defaults.models,
             token=os.environ.get("FLUXVAE_TOKEN"),
+            host=args.host,
+            allowed_hosts=args.allowed_host,
             max_request_bytes=args.max_request_bytes,
             max_pixels=args.max_pixels,
             timeout_s=args.timeout,
@@ -249,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except InvalidOptionError as error:
         parser.error(str(error))
-    if settings.token is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+    if settings.token is None and not is_loopback(args.host):
         logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
     # Looking at latents is a pass over a few megabytes: OpenMP's threads would wait for cores that a decode has.
     torch.set_num_threads(1)

@@ -3,9 +3,11 @@
 FluxVAEError
 └── GatewayError            an HTTP status of its own; the classes of `fluxvae.errors` keep theirs (`status_of`)
     ├── Unauthorized        401
+    ├── Forbidden           403   a page of another origin
     ├── RequestTimeout      408   the body did not arrive in time
     ├── TooLarge            413
     ├── UnsupportedMedia    415
+    ├── Misdirected         421   sent to a name that is not this gateway's
     ├── InvalidRequest      400   Triton refused it, in its own words
     ├── ServerError         500   Triton failed inside
     ├── BadGateway          502   Triton does not serve the model, or speaks another protocol
@@ -21,8 +23,10 @@ from fluxvae.errors import FluxVAEError, status_of
 
 __all__ = [
     "BadGateway",
+    "Forbidden",
     "GatewayError",
     "InvalidRequest",
+    "Misdirected",
     "RequestTimeout",
     "ServerError",
     "TooLarge",
@@ -51,6 +55,18 @@ class Unauthorized(GatewayError):
 
     status = 401
     headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="fluxvae"'}
+
+
+class Forbidden(GatewayError):
+    """A page of another origin sent this."""
+
+    status = 403
+
+
+class Misdirected(GatewayError):
+    """The request calls the gateway by a name that is not its own."""
+
+    status = 421
 
 
 class RequestTimeout(GatewayError):
