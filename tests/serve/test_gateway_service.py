@@ -232,7 +232,7 @@ def test_a_client_that_leaves_takes_its_decode_with_it(gateways: Gateways, servi
 
 
 def test_no_more_than_max_in_flight(gateways: Gateways) -> None:
-    url = gateways.start(max_in_flight=1)
+    url = gateways.start(max_in_flight=1, max_queue=0)
     first = start_large(url, "first")
     answer = ask(url, "POST", DECODE, headers=TENSOR, body=BODY)
     assert (answer.status, json.loads(answer.body)["kind"]) == (503, "UnavailableError")

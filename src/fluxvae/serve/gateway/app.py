@@ -38,6 +38,7 @@ from fluxvae.serve.gateway.hosts import is_loopback, read_allowed_host
 from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
+from fluxvae.serve.gateway.protocol import LimitedProtocol
 from fluxvae.serve.gateway.remote_decode import Limits
 from fluxvae.serve.models import MODEL
 from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
@@ -45,6 +46,8 @@ from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 __all__ = ["GatewaySettings", "main", "make_app"]
 
 _NAME = re.compile(r"[\w.-]+")
+_BODIES = 32
+"""Bodies of the largest size that the gateway holds at a time, until they are answered; one address may hold half."""
 _OPEN = frozenset({"/healthz", "/readyz"})
 _EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
 
@@ -80,6 +83,8 @@ class GatewaySettings:
     """From a request's start to its answer."""
     max_in_flight: int = 64
     """Decodes under way; as many as the model's queue holds."""
+    max_queue: int = 512
+    """Requests that may wait until one is done; 0: none."""
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models) or not all(map(_NAME.fullmatch, self.models)):
@@ -87,6 +92,8 @@ class GatewaySettings:
         for name in ("max_request_bytes", "max_pixels", "timeout_s", "max_in_flight"):
             if not getattr(self, name) > 0:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
+        if self.max_queue < 0:
+            raise InvalidOptionError(f"max_queue: got {self.max_queue}, expected 0 or more")
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; FLUXVAE_TOKEN must hold a secret, or not be set at all")
         for host in self.allowed_hosts:
@@ -123,6 +130,8 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
             limits=limits,
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,
+            max_queue=settings.max_queue,
+            max_body_bytes=_BODIES * settings.max_request_bytes,
             metrics=metrics,
         )
         try:
@@ -252,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
     parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="of one request (%(default)s)")
     parser.add_argument("--max-in-flight", type=int, default=defaults.max_in_flight, help="decodes (%(default)s)")
+    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help="requests that wait (%(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=defaults.timeout_s, help="seconds a request may take (%(default)s)"
     )
@@ -271,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_pixels=args.max_pixels,
             timeout_s=args.timeout,
             max_in_flight=args.max_in_flight,
+            max_queue=args.max_queue,
         )
     except InvalidOptionError as error:
         parser.error(str(error))
@@ -282,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_app(settings),
         host=args.host,
         port=args.port,
+        http=LimitedProtocol,
         lifespan="on",
         access_log=False,
         log_config=None,

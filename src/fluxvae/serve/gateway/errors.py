@@ -11,7 +11,7 @@ FluxVAEError
     ├── InvalidRequest      400   Triton refused it, in its own words
     ├── ServerError         500   Triton failed inside
     ├── BadGateway          502   Triton does not serve the model, or speaks another protocol
-    ├── Unavailable         503   try again later
+    ├── Unavailable         503   try again later (Busy: it says when)
     └── GatewayTimeout      504   Triton did not answer in time
 """
 
@@ -19,10 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxvae.errors import FluxVAEError, status_of
+from fluxvae.errors import FluxVAEError, UnavailableError, status_of
 
 __all__ = [
     "BadGateway",
+    "Busy",
     "Forbidden",
     "GatewayError",
     "InvalidRequest",
@@ -97,6 +98,14 @@ class BadGateway(GatewayError):
     """Triton answers, but cannot serve this model to this gateway."""
 
     status = 502
+
+
+class Busy(UnavailableError):
+    """There are too many requests; it says when to try again."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 def http_status(error: BaseException) -> int:

@@ -22,7 +22,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxvae.errors import InvalidOptionError, UnavailableError
-from fluxvae.serve.gateway.errors import Forbidden, GatewayError, Misdirected, Unauthorized, error_body, http_status
+from fluxvae.serve.gateway.errors import (
+    Busy,
+    Forbidden,
+    GatewayError,
+    Misdirected,
+    Unauthorized,
+    error_body,
+    http_status,
+)
 from fluxvae.serve.gateway.hosts import may_call, may_send
 
 __all__ = ["CLIENT_GONE", "GatewayMetrics", "OuterLayer", "error_response", "request_id_of", "sent_token"]
@@ -49,6 +57,7 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes under way", registry=self.registry)
+        self.waiting = Gauge("fluxvae_gateway_waiting", "Requests in the line", registry=self.registry)
         self.received = Counter(
             "fluxvae_gateway_received_bytes", "Bytes of latents that arrived", registry=self.registry
         )
@@ -192,6 +201,7 @@ def error_response(error: Exception, request_id: str) -> JSONResponse:
     """``error`` as JSON, with the status and headers that belong to it."""
     headers: dict[str, Any] = dict(error.headers) if isinstance(error, GatewayError) else {}
     if isinstance(error, UnavailableError):
-        headers["Retry-After"] = "1"
-    body = error_body(type(error).__name__, str(error), request_id)
+        headers["Retry-After"] = str(error.retry_after_s) if isinstance(error, Busy) else "1"
+    kind = UnavailableError if isinstance(error, Busy) else type(error)
+    body = error_body(kind.__name__, str(error), request_id)
     return JSONResponse(body, http_status(error), headers)

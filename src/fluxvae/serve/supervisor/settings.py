@@ -204,4 +204,8 @@ class ServeSettings:
             command += ["--model", model]
         if self.max_request_bytes is not None:
             command += ["--max-request-bytes", str(self.max_request_bytes)]
+        if self.max_queue is not None:
+            command += ["--max-queue", str(self.max_queue)]
+        for host in self.allowed_hosts:
+            command += ["--allowed-host", host]
         return command
