@@ -183,7 +183,7 @@ def test_info(gateway: str) -> None:
 
 def test_timings_are_told(gateway: str) -> None:
     timing = ask(gateway, "POST", DECODE, headers=TENSOR, body=BODY).headers["server-timing"]
-    assert re.fullmatch(r"body;dur=[\d.]+, check;dur=[\d.]+, triton;dur=[\d.]+", timing)
+    assert re.fullmatch(r"body;dur=[\d.]+, check;dur=[\d.]+, line;dur=[\d.]+, triton;dur=[\d.]+", timing)
 
 
 # Triton out of reach, out of time, out of room.
