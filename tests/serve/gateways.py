@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from fluxvae.serve.gateway.app import GatewaySettings, make_app
+from fluxvae.serve.gateway.protocol import LimitedProtocol
 
 TIMEOUT_S = 100.0
 
@@ -50,7 +51,7 @@ class Gateways:
             "triton_config_key": self.config_key,
         }
         app = make_app(GatewaySettings(**{**usual, **settings}))
-        config = uvicorn.Config(app, port=0, lifespan="on", access_log=False, log_config=None)
+        config = uvicorn.Config(app, port=0, http=LimitedProtocol, lifespan="on", access_log=False, log_config=None)
         server = uvicorn.Server(config)
         serving = asyncio.run_coroutine_threadsafe(server.serve(), self._loop)
         wait_until(lambda: server.started or serving.done(), "the gateway did not start")

@@ -6,6 +6,7 @@ Not covered here: what is refused (test_gateway_refusals.py), and everything aro
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
 
 from fluxvae.images import encode
+from fluxvae.serve.gateway.forward import MAX_ROWS
 from serve.client import Serving, assert_same_pixels
 
 FACTORS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -101,6 +103,21 @@ def test_pt_partial(gateway: str, serving: Serving, layout: str) -> None:
     latents = some_latents(layout, batch=2)
     tensor = remote(gateway, latents, output_type="pt", return_type="pt", partial_postprocess=True)
     same(serving, tensor.numpy(), latents)
+
+
+@pytest.mark.parametrize("batch", [8, 9, 19])
+def test_more_rows_than_triton_takes_at_once(gateway: str, serving: Serving, batch: int) -> None:
+    latents = some_latents("packed", batch=batch)
+    tensor = remote(gateway, latents, output_type="pt", return_type="pt", partial_postprocess=True)
+    alone = [
+        remote(gateway, one[None], output_type="pt", return_type="pt", partial_postprocess=True) for one in latents
+    ]
+    assert torch.equal(tensor, torch.cat(alone))
+
+
+def test_rows_are_split_as_the_models_are_configured() -> None:
+    for config in (Path(__file__).parents[2] / "triton_models").glob("*/config.pbtxt"):
+        assert f"max_batch_size: {MAX_ROWS}" in config.read_text(), config
 
 
 @pytest.mark.parametrize("batch", [1, 2])

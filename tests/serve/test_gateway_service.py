@@ -21,6 +21,7 @@ import pytest
 import torch
 from diffusers.utils.remote_utils import remote_decode
 
+from fluxvae.serve.gateway import forward
 from fluxvae.serve.gateway.app import main
 from serve.client import Serving
 from serve.gateways import Gateways, ask, wait_until
@@ -135,8 +136,9 @@ def test_request_ids(gateway: str) -> None:
     assert len(made) == 3
 
 
-def test_the_id_reaches_triton_and_comes_back_in_errors(gateway: str) -> None:
-    """Triton's core puts the request's id into what it refuses."""
+def test_the_id_reaches_triton_and_comes_back_in_errors(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's core puts the request's id into what it refuses: more rows than a batch holds, were they not split."""
+    monkeypatch.setattr(forward, "MAX_ROWS", 16)
     query = urlencode({**QUERY, "shape": (9, 4, 64)}, doseq=True)
     answer = ask(gateway, "POST", f"/decode?{query}", headers={**TENSOR, "X-Request-ID": "mine-42"}, body=BODY * 9)
     told = json.loads(answer.body)
@@ -183,7 +185,7 @@ def test_info(gateway: str) -> None:
 
 def test_timings_are_told(gateway: str) -> None:
     timing = ask(gateway, "POST", DECODE, headers=TENSOR, body=BODY).headers["server-timing"]
-    assert re.fullmatch(r"body;dur=[\d.]+, check;dur=[\d.]+, triton;dur=[\d.]+", timing)
+    assert re.fullmatch(r"body;dur=[\d.]+, check;dur=[\d.]+, line;dur=[\d.]+, triton;dur=[\d.]+", timing)
 
 
 # Triton out of reach, out of time, out of room.
@@ -232,7 +234,7 @@ def test_a_client_that_leaves_takes_its_decode_with_it(gateways: Gateways, servi
 
 
 def test_no_more_than_max_in_flight(gateways: Gateways) -> None:
-    url = gateways.start(max_in_flight=1)
+    url = gateways.start(max_in_flight=1, max_queue=0)
     first = start_large(url, "first")
     answer = ask(url, "POST", DECODE, headers=TENSOR, body=BODY)
     assert (answer.status, json.loads(answer.body)["kind"]) == (503, "UnavailableError")
@@ -244,17 +246,17 @@ def test_no_more_than_max_in_flight(gateways: Gateways) -> None:
 
 def start_large(url: str, request_id: str) -> http.client.HTTPConnection:
     """A decode of seconds, under way in Triton."""
-    running = metrics(url)
+    running = under_way(url)
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=100)
     connection.request("POST", LARGE_PATH, LARGE_BODY, {**TENSOR, "X-Request-ID": request_id})
-    wait_until(
-        lambda: (
-            metrics(url)["fluxvae_gateway_received_bytes_total"]
-            >= running["fluxvae_gateway_received_bytes_total"] + len(LARGE_BODY)
-        ),
-        "the body did not arrive",
-    )
+    wait_until(lambda: under_way(url) > running, "the request did not get to work")
     return connection
+
+
+def under_way(url: str) -> float:
+    """Requests whose body is there: at work or in the line."""
+    seen = metrics(url)
+    return seen["fluxvae_gateway_in_flight"] + seen["fluxvae_gateway_waiting"]
 
 
 def stopped(serving: Serving, request_id: str) -> bool:

@@ -73,6 +73,14 @@ def serve(
         Optional[int],  # noqa: UP045
         typer.Option(help="Of one request to the gateway.", min=1),
     ] = None,
+    max_queue: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Requests that may wait in the gateway until one is done (512).", min=0),
+    ] = None,
+    allowed_host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A name that requests may call the gateway by, besides loopback's. Repeatable."),
+    ] = None,
     request_timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer.")] = 300.0,
     ready_timeout: Annotated[float, typer.Option(help="Seconds to load and decode a first time.")] = 300.0,
     drain: Annotated[float, typer.Option(help="Seconds for requests under way when it is stopped.")] = 30.0,
@@ -120,6 +128,8 @@ def serve(
         threads=threads,
         token=read_token(token_file),
         max_request_bytes=max_request_bytes,
+        max_queue=max_queue,
+        allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout,
         log_file=None if log_file == "-" else log_file,
         ready_timeout_s=ready_timeout,

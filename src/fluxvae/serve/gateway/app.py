@@ -34,9 +34,11 @@ from fluxvae.errors import FluxVAEError, InvalidOptionError
 from fluxvae.serve.gateway.decode import DecodeEndpoint, decode_path
 from fluxvae.serve.gateway.errors import error_body
 from fluxvae.serve.gateway.forward import Readiness, TritonModel, read_metrics
+from fluxvae.serve.gateway.hosts import is_loopback, read_allowed_host
 from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
+from fluxvae.serve.gateway.protocol import LimitedProtocol
 from fluxvae.serve.gateway.remote_decode import Limits
 from fluxvae.serve.models import MODEL
 from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
@@ -44,6 +46,8 @@ from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 __all__ = ["GatewaySettings", "main", "make_app"]
 
 _NAME = re.compile(r"[\w.-]+")
+_BODIES = 32
+"""Bodies of the largest size that the gateway holds at a time, until they are answered; one address may hold half."""
 _OPEN = frozenset({"/healthz", "/readyz"})
 _EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
 
@@ -66,6 +70,11 @@ class GatewaySettings:
     """Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
     token: str | None = None
     """What every client must send, but for ``/healthz`` and ``/readyz``; None lets everyone in."""
+    host: str = "127.0.0.1"
+    """The address that the gateway is bound to."""
+    allowed_hosts: Sequence[str] = ()
+    """Names that requests may call it by, besides loopback's. Only those are answered where some are given, or where it
+    is bound to loopback without a token; otherwise any."""
     max_request_bytes: int = 16 * 2**20
     """Of one body: 4096x4096 as float32."""
     max_pixels: int = 4096 * 4096
@@ -74,6 +83,8 @@ class GatewaySettings:
     """From a request's start to its answer."""
     max_in_flight: int = 64
     """Decodes under way; as many as the model's queue holds."""
+    max_queue: int = 512
+    """Requests that may wait until one is done; 0: none."""
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models) or not all(map(_NAME.fullmatch, self.models)):
@@ -81,8 +92,19 @@ class GatewaySettings:
         for name in ("max_request_bytes", "max_pixels", "timeout_s", "max_in_flight"):
             if not getattr(self, name) > 0:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
+        if self.max_queue < 0:
+            raise InvalidOptionError(f"max_queue: got {self.max_queue}, expected 0 or more")
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; FLUXVAE_TOKEN must hold a secret, or not be set at all")
+        for host in self.allowed_hosts:
+            read_allowed_host(host)
+
+    @property
+    def checked_hosts(self) -> frozenset[str] | None:
+        """What `OuterLayer` takes as ``allowed_hosts``."""
+        if self.allowed_hosts or (self.token is None and is_loopback(self.host)):
+            return frozenset(map(read_allowed_host, self.allowed_hosts))
+        return None
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
@@ -108,6 +130,8 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
             limits=limits,
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,
+            max_queue=settings.max_queue,
+            max_body_bytes=_BODIES * settings.max_request_bytes,
             metrics=metrics,
         )
         try:
@@ -184,6 +208,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     return OuterLayer(
         app,
         token=settings.token,
+        allowed_hosts=settings.checked_hosts,
         open_paths=_OPEN,
         known_paths=frozenset(route.path for route in app.routes if isinstance(route, Route)),
         ask_for_token=pages.ask_for_token,
@@ -226,9 +251,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="repeatable; a name that requests may call the gateway by, besides loopback's",
+    )
     parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
     parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="of one request (%(default)s)")
     parser.add_argument("--max-in-flight", type=int, default=defaults.max_in_flight, help="decodes (%(default)s)")
+    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help="requests that wait (%(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=defaults.timeout_s, help="seconds a request may take (%(default)s)"
     )
@@ -242,14 +275,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             triton_config_key=os.environ.get(CONFIG_KEY_VARIABLE),
             models=args.model or defaults.models,
             token=os.environ.get("FLUXVAE_TOKEN"),
+            host=args.host,
+            allowed_hosts=args.allowed_host,
             max_request_bytes=args.max_request_bytes,
             max_pixels=args.max_pixels,
             timeout_s=args.timeout,
             max_in_flight=args.max_in_flight,
+            max_queue=args.max_queue,
         )
     except InvalidOptionError as error:
         parser.error(str(error))
-    if settings.token is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+    if settings.token is None and not is_loopback(args.host):
         logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
     # Looking at latents is a pass over a few megabytes: OpenMP's threads would wait for cores that a decode has.
     torch.set_num_threads(1)
@@ -257,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_app(settings),
         host=args.host,
         port=args.port,
+        http=LimitedProtocol,
         lifespan="on",
         access_log=False,
         log_config=None,

@@ -7,10 +7,9 @@ Triton. A client that goes away takes its decode with it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -23,6 +22,7 @@ from fluxvae.serve.families import families_of
 from fluxvae.serve.gateway.errors import RequestTimeout, UnsupportedMedia
 from fluxvae.serve.gateway.forward import TritonModel
 from fluxvae.serve.gateway.http import CLIENT_GONE, GatewayMetrics, request_id_of
+from fluxvae.serve.gateway.line import BODY_GRACE_S, BODY_RATE, BodyMemory, Line, body_deadline
 from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, read_shape, wrong_length
 from fluxvae.serve.models import vae_class_of
 
@@ -48,7 +48,9 @@ class DecodeEndpoint:
         models: decode; by name.
         limits: of one request.
         timeout_s: from the request's start to its answer.
-        max_in_flight: requests to all models at a time; each may hold a body and an answer in memory.
+        max_in_flight: requests to all models that are at work at a time.
+        max_queue: requests that may wait for that, with their bodies.
+        max_body_bytes: of all bodies that arrive, wait or are at work.
         metrics: counts.
     """
 
@@ -59,23 +61,30 @@ class DecodeEndpoint:
         limits: Limits,
         timeout_s: float,
         max_in_flight: int,
+        max_queue: int,
+        max_body_bytes: int,
         metrics: GatewayMetrics,
     ) -> None:
         self._models = models
         self._limits = limits
         self._timeout_s = timeout_s
-        self._max_in_flight = max_in_flight
         self._metrics = metrics
-        self._in_flight = 0
+        self._line = Line(max_in_flight, max_queue)
+        self._memory = BodyMemory(max_body_bytes)
+        metrics.in_flight.set_function(lambda: self._line.at_work)
+        metrics.waiting.set_function(lambda: self._line.waiting)
 
     async def __call__(self, request: Request, name: str) -> Response:
         """Answer one request to the model of this name; errors are raised, for the app's handlers."""
         asked, layout = self._read_head(request, vae_class_of(name))
-        with self._counted():
-            try:
-                return await self._decode(request, asked, layout, self._models[name])
-            except _ClientGone:
-                return Response(status_code=CLIENT_GONE)
+        address = request.client.host if request.client else ""
+        body = bytearray()
+        try:
+            return await self._decode(request, asked, layout, self._models[name], address, body)
+        except _ClientGone:
+            return Response(status_code=CLIENT_GONE)
+        finally:
+            self._memory.give_back(address, len(body))
 
     def _read_head(self, request: Request, vae_class: str) -> tuple[Asked, Layout]:
         content_type = request.headers.get("content-type", "")
@@ -97,17 +106,27 @@ class DecodeEndpoint:
             raise wrong_length(f"a Content-Length of {announced[:20]}", asked)
         return asked, layout
 
-    async def _decode(self, request: Request, asked: Asked, layout: Layout, model: TritonModel) -> Response:
+    async def _decode(
+        self, request: Request, asked: Asked, layout: Layout, model: TritonModel, address: str, body: bytearray
+    ) -> Response:
         start = time.perf_counter()
-        body = await self._read_body(request, asked, start + self._timeout_s)
+        await self._read_body(request, asked, address, body, start)
         received = time.perf_counter()
+        deadline = start + self._timeout_s
         # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
         latents = await asyncio.to_thread(read_latents, asked, layout, body)
-        checked = time.perf_counter()
-        remaining = start + self._timeout_s - checked
-        decode = model.decode(asked, latents, request_id=request_id_of(request), timeout_s=max(remaining, 1e-3))
-        answer = await _while_connected(request, decode)
-        phases = {"body": received - start, "check": checked - received, "triton": time.perf_counter() - checked}
+        checked = began = time.perf_counter()
+
+        async def in_turn() -> Any:
+            nonlocal began
+            async with self._line.slot(address, max(deadline - checked, 1e-3)):
+                began = time.perf_counter()
+                remaining = max(deadline - began, 1e-3)
+                return await model.decode(asked, latents, request_id=request_id_of(request), timeout_s=remaining)
+
+        answer = await _while_connected(request, in_turn())
+        phases = {"body": received - start, "check": checked - received, "line": began - checked}
+        phases["triton"] = time.perf_counter() - began
         headers = {"Server-Timing": ", ".join(f"{name};dur={1e3 * took:.1f}" for name, took in phases.items())}
         if warnings := [text for text in (latents.warning, PREVIEW_NOTE if model.approximate else None) if text]:
             headers["X-Fluxvae-Warning"] = "; ".join(warnings)
@@ -121,37 +140,29 @@ class DecodeEndpoint:
         paths = [decode_path(name) for name in self._models if vae_class_of(name) in families]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
 
-    async def _read_body(self, request: Request, asked: Asked, deadline: float) -> bytearray:
-        """The whole body, and never more than was announced."""
-        body = bytearray()
+    async def _read_body(self, request: Request, asked: Asked, address: str, body: bytearray, start: float) -> None:
+        """Fill ``body``, and never with more than was announced; its memory is counted."""
         more = True
         while more:
+            deadline = min(body_deadline(start, len(body)), start + self._timeout_s)
             try:
                 message = await asyncio.wait_for(request.receive(), max(deadline - time.perf_counter(), 1e-3))
             except asyncio.TimeoutError:
                 raise RequestTimeout(
-                    f"body: {len(body)} of {asked.nbytes} bytes arrived within {self._timeout_s:g} s"
+                    f"body: {len(body)} of {asked.nbytes} bytes arrived within {time.perf_counter() - start:.3g} s; "
+                    f"expected {BODY_RATE} bytes a second after the first {BODY_GRACE_S:g} s, and all within "
+                    f"{self._timeout_s:g} s"
                 ) from None
             if message["type"] == "http.disconnect":
                 raise _ClientGone
-            body += message.get("body", b"")
+            part = message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) > asked.nbytes:
-                raise wrong_length(f"{len(body)} bytes or more", asked)
+            if len(body) + len(part) > asked.nbytes:
+                raise wrong_length(f"{len(body) + len(part)} bytes or more", asked)
+            if not self._memory.take(address, len(part)):
+                raise UnavailableError("the requests at hand hold as many bytes as this gateway keeps; try again")
+            body += part
         self._metrics.received.inc(len(body))
-        return body
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        if self._in_flight >= self._max_in_flight:
-            raise UnavailableError(f"{self._in_flight} requests are under way, the most this gateway takes; try again")
-        self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

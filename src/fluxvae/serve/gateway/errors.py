@@ -3,13 +3,15 @@
 FluxVAEError
 └── GatewayError            an HTTP status of its own; the classes of `fluxvae.errors` keep theirs (`status_of`)
     ├── Unauthorized        401
+    ├── Forbidden           403   a page of another origin
     ├── RequestTimeout      408   the body did not arrive in time
     ├── TooLarge            413
     ├── UnsupportedMedia    415
+    ├── Misdirected         421   sent to a name that is not this gateway's
     ├── InvalidRequest      400   Triton refused it, in its own words
     ├── ServerError         500   Triton failed inside
     ├── BadGateway          502   Triton does not serve the model, or speaks another protocol
-    ├── Unavailable         503   try again later
+    ├── Unavailable         503   try again later (Busy: it says when)
     └── GatewayTimeout      504   Triton did not answer in time
 """
 
@@ -17,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxvae.errors import FluxVAEError, status_of
+from fluxvae.errors import FluxVAEError, UnavailableError, status_of
 
 __all__ = [
     "BadGateway",
+    "Busy",
+    "Forbidden",
     "GatewayError",
     "InvalidRequest",
+    "Misdirected",
     "RequestTimeout",
     "ServerError",
     "TooLarge",
@@ -53,6 +58,18 @@ class Unauthorized(GatewayError):
     headers: Mapping[str, str] = {"WWW-Authenticate": 'Bearer realm="fluxvae"'}
 
 
+class Forbidden(GatewayError):
+    """A page of another origin sent this."""
+
+    status = 403
+
+
+class Misdirected(GatewayError):
+    """The request calls the gateway by a name that is not its own."""
+
+    status = 421
+
+
 class RequestTimeout(GatewayError):
     """The body did not arrive in time."""
 
@@ -81,6 +98,14 @@ class BadGateway(GatewayError):
     """Triton answers, but cannot serve this model to this gateway."""
 
     status = 502
+
+
+class Busy(UnavailableError):
+    """There are too many requests; it says when to try again."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 def http_status(error: BaseException) -> int:

@@ -22,8 +22,10 @@ from fluxvae.serve.gateway.remote_decode import Asked, Latents
 from fluxvae.serve.models import vae_class_of
 from fluxvae.serve.triton.controls import CONFIG_HEADER
 
-__all__ = ["Readiness", "TritonModel", "read_metrics"]
+__all__ = ["MAX_ROWS", "Readiness", "TritonModel", "read_metrics"]
 
+MAX_ROWS = 8
+"""The ``max_batch_size`` of the models' configuration: what Triton takes in one request."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Triton is near: never through a proxy
 _FACTS_TIMEOUT_S = 5.0
 _FIRST = 1  # the model's highest priority: what waits is no reason not to be ready, what does not move is
@@ -72,7 +74,8 @@ class TritonModel:
         await self._client.close()
 
     async def decode(self, asked: Asked, latents: Latents, *, request_id: str, timeout_s: float) -> Any:
-        """One request to the model. Cancelling it cancels the decode.
+        """One request to the model; one after the other where it has more than `MAX_ROWS` rows. Cancelling it cancels
+        the decode.
 
         Returns:
             ``bytes`` of the picture for ``images_encoded``, else the output's array, with its batch.
@@ -88,16 +91,25 @@ class TritonModel:
                 parameters[factor] = float(value)
         if asked.raw is not None:
             parameters["raw"] = asked.raw
-        answer = await self._infer(
-            latents.array,
-            latents.height,
-            latents.width,
-            asked.output,
-            parameters,
-            request_id=request_id,
-            timeout_s=timeout_s,
-        )
-        return bytes(answer[0, 0]) if asked.output == "images_encoded" else answer
+        deadline = time.monotonic() + timeout_s
+        rows = latents.array.shape[0]
+        whole: NDArray[Any] | None = None
+        for start in range(0, rows, MAX_ROWS):
+            answer = await self._infer(
+                latents.array[start : start + MAX_ROWS],
+                latents.height,
+                latents.width,
+                asked.output,
+                parameters,
+                request_id=request_id,
+                timeout_s=max(deadline - time.monotonic(), 1e-3),
+            )
+            if rows <= MAX_ROWS:
+                return bytes(answer[0, 0]) if asked.output == "images_encoded" else answer
+            if whole is None:  # once, for all rows: joining the parts in the end would need them twice
+                whole = np.empty((rows, *answer.shape[1:]), answer.dtype)
+            whole[start : start + MAX_ROWS] = answer
+        return whole
 
     async def probe(self, timeout_s: float) -> None:
         """Decode 16x16 pixels: the one proof that the model, its process and its weights are there.

@@ -22,9 +22,18 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxvae.errors import InvalidOptionError, UnavailableError
-from fluxvae.serve.gateway.errors import GatewayError, Unauthorized, error_body, http_status
+from fluxvae.serve.gateway.errors import (
+    Busy,
+    Forbidden,
+    GatewayError,
+    Misdirected,
+    Unauthorized,
+    error_body,
+    http_status,
+)
+from fluxvae.serve.gateway.hosts import may_call, may_send
 
-__all__ = ["CLIENT_GONE", "GatewayMetrics", "OuterLayer", "error_response", "request_id_of"]
+__all__ = ["CLIENT_GONE", "GatewayMetrics", "OuterLayer", "error_response", "request_id_of", "sent_token"]
 
 _log = logging.getLogger("fluxvae.gateway")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -48,6 +57,7 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes under way", registry=self.registry)
+        self.waiting = Gauge("fluxvae_gateway_waiting", "Requests in the line", registry=self.registry)
         self.received = Counter(
             "fluxvae_gateway_received_bytes", "Bytes of latents that arrived", registry=self.registry
         )
@@ -62,6 +72,7 @@ class OuterLayer:
     Args:
         app: everything else.
         token: what a client must send; None lets everyone in.
+        allowed_hosts: by which names the gateway may be called, besides loopback's; None: by any.
         open_paths: need no token.
         known_paths: may be a metric's label; others are counted together, or a scanner would make one each.
         ask_for_token: the page that a browser gets for ``GET /`` with its 401.
@@ -73,13 +84,16 @@ class OuterLayer:
         app: ASGIApp,
         *,
         token: str | None,
+        allowed_hosts: frozenset[str] | None,
         open_paths: frozenset[str],
         known_paths: frozenset[str],
         ask_for_token: Callable[[], Response],
         metrics: GatewayMetrics,
     ) -> None:
         self._app = app
-        self._token = token.encode() if token is not None else None
+        # An environment that is not UTF-8 holds surrogates for its bytes: the token is then those very bytes.
+        self._token = token.encode("utf-8", "surrogateescape") if token is not None else None
+        self._allowed_hosts = allowed_hosts
         self._open_paths = open_paths
         self._known_paths = known_paths
         self._ask_for_token = ask_for_token
@@ -107,7 +121,9 @@ class OuterLayer:
 
         try:
             app: ASGIApp = self._app
-            if not self._may_enter(scope, headers):
+            if (foreign := self._foreign(scope, headers)) is not None:
+                app = error_response(foreign, request_id)
+            elif not self._may_enter(scope, headers):
                 app = self._refuse(scope, headers)
             elif given is not None and given != request_id:
                 app = error_response(
@@ -127,10 +143,28 @@ class OuterLayer:
             level = logging.DEBUG if path in self._open_paths else logging.INFO
             _log.log(level, "%s %s %s %.1f ms %s", scope["method"], path, status, seconds * 1e3, request_id)
 
+    def _foreign(self, scope: Scope, headers: Headers) -> GatewayError | None:
+        """What stands against a request that a page of another origin may have sent."""
+        if self._allowed_hosts is None:
+            return None
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        if not may_call(hosts, self._allowed_hosts):
+            return Misdirected(
+                f"Host: got {', '.join(hosts)[:80]!r}, but this gateway answers to loopback's names only, so that no "
+                "web page can pass for it; start it with --allowed-host NAME, or with a token, to use another name"
+            )
+        if scope["method"] not in ("GET", "HEAD") and not may_send(origins, hosts, self._allowed_hosts):
+            return Forbidden(
+                f"Origin: got {', '.join(origins)[:80]!r}, a page of another origin, which may send nothing here; "
+                "start the gateway with --allowed-host NAME to let that host's pages send"
+            )
+        return None
+
     def _may_enter(self, scope: Scope, headers: Headers) -> bool:
         if self._token is None or scope["path"] in self._open_paths:
             return True
-        return hmac.compare_digest(_sent_token(headers.get("authorization", "")), self._token)
+        sent = headers.get("authorization", "").encode("latin-1")  # Starlette reads every header as latin-1
+        return hmac.compare_digest(sent_token(sent), self._token)
 
     def _refuse(self, scope: Scope, headers: Headers) -> ASGIApp:
         if scope["method"] == "GET" and scope["path"] == "/" and "text/html" in headers.get("accept", ""):
@@ -142,12 +176,15 @@ class OuterLayer:
         return error_response(error, scope["state"]["request_id"])
 
 
-def _sent_token(authorization: str) -> bytes:
-    """The token in the header: a bearer's, or the password of Basic, which is how an address carries it."""
-    scheme, _, value = authorization.partition(" ")
-    if scheme.lower() == "bearer":
-        return value.strip().encode()
-    if scheme.lower() == "basic":
+def sent_token(authorization: bytes) -> bytes:
+    """The token in the header's bytes: a bearer's, or the password of Basic, which is how an address carries it.
+
+    Bytes, because letters beyond ASCII arrive in UTF-8 (RFC 7617), and text would have to guess that.
+    """
+    scheme, _, value = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() == b"basic":
         try:
             return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
         except (binascii.Error, ValueError):
@@ -164,6 +201,7 @@ def error_response(error: Exception, request_id: str) -> JSONResponse:
     """``error`` as JSON, with the status and headers that belong to it."""
     headers: dict[str, Any] = dict(error.headers) if isinstance(error, GatewayError) else {}
     if isinstance(error, UnavailableError):
-        headers["Retry-After"] = "1"
-    body = error_body(type(error).__name__, str(error), request_id)
+        headers["Retry-After"] = str(error.retry_after_s) if isinstance(error, Busy) else "1"
+    kind = UnavailableError if isinstance(error, Busy) else type(error)
+    body = error_body(kind.__name__, str(error), request_id)
     return JSONResponse(body, http_status(error), headers)

@@ -10,6 +10,7 @@ from pathlib import Path
 from fluxvae.checkpoints.files import SUFFIXES
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import CheckpointError, InvalidOptionError
+from fluxvae.serve.gateway.hosts import read_allowed_host
 from fluxvae.serve.models import MODEL, MODELS
 from fluxvae.serve.supervisor.checks import check_positive, is_loopback
 from fluxvae.serve.triton.installation import Installation, TritonServerError
@@ -73,6 +74,10 @@ class ServeSettings:
     """What clients of the gateway must send."""
     max_request_bytes: int | None = None
     """Of one request to the gateway; None: its own default."""
+    max_queue: int | None = None
+    """Requests that may wait in the gateway; None: its own default."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that requests may call the gateway by, besides loopback's."""
     request_timeout_s: float = 300.0
     """From a request's arrival at the gateway to its answer."""
     log_file: str | Path | None = None
@@ -103,6 +108,10 @@ class ServeSettings:
                     f"{' and '.join(self.models)}; expected one model: download the others and pass their folders"
                 )
         self._memory_limits()
+        if self.max_queue is not None and self.max_queue < 0:
+            raise InvalidOptionError(f"max_queue: got {self.max_queue}, expected 0 or more")
+        for host in self.allowed_hosts:
+            read_allowed_host(host)
         for checkpoint in self.models.values():
             looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).suffix in SUFFIXES
             if looks_local and not Path(checkpoint).expanduser().exists():
@@ -204,4 +213,8 @@ class ServeSettings:
             command += ["--model", model]
         if self.max_request_bytes is not None:
             command += ["--max-request-bytes", str(self.max_request_bytes)]
+        if self.max_queue is not None:
+            command += ["--max-queue", str(self.max_queue)]
+        for host in self.allowed_hosts:
+            command += ["--allowed-host", host]
         return command
