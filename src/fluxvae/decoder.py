@@ -13,6 +13,7 @@ import torch
 from fluxvae.checkpoints import open_checkpoint
 from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.module_state import check_loaded, unwrapped
 from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
@@ -68,12 +69,14 @@ class Decoder:
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
+        vae = unwrapped(vae)
         if not is_a(vae, "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"):
             raise InvalidOptionError(
                 f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
                 "AutoencoderTiny; Decoder.from_pretrained loads one"
             )
         refuse_to_hang()
+        check_loaded(vae)
         engine = resolve_engine(engine, vae)
         given = {
             "kernels": kernels,
@@ -85,7 +88,7 @@ class Decoder:
         check_engine_options(engine, given)
         where = vae.device if device == "auto" else resolve_device(device)
         precision = vae.dtype if dtype == "auto" else resolve_dtype(dtype, where)
-        if (vae.device, vae.dtype) != (where, precision):
+        if (device, dtype) != ("auto", "auto"):
             torch.nn.Module.to(vae, device=where, dtype=precision)  # diffusers' own logs what nobody can act on
         self._rescale_dtype = None if rescale_dtype == "auto" else resolve_dtype(rescale_dtype, where, "rescale_dtype")
         self.format = LatentFormat.from_vae(vae)
@@ -288,6 +291,7 @@ class Decoder:
         refuse_to_hang()
         if self.approximate:
             warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
+        self.engine.look()  # before latents are moved to where the model is
         with set_aside(self.device):
             self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
             height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)

@@ -21,9 +21,12 @@ class Installed:
     """What `install` put into a VAE; `remove` takes it out again. Also a context manager."""
 
     def __init__(self, vae: AutoencoderKL, engine: ExactEngine) -> None:
+        import torch
+
         self.vae = vae
         self.engine = engine
-        self._decode = self._exact_decode
+        # Code that is compiled around a decode calls this as it is: tracing it would take minutes, or fail.
+        self._decode = torch.compiler.disable(self._exact_decode)  # type: ignore[no-untyped-call]
         vae._decode = self._decode
 
     def remove(self) -> None:
@@ -98,7 +101,9 @@ def install(
             when it is switched on later, at the next decode), or one that has been installed into already.
     """
     from fluxvae.engine.exact import ExactEngine
+    from fluxvae.engine.module_state import unwrapped
 
+    vae = unwrapped(vae)
     if "_decode" in vae.__dict__:
         raise InvalidOptionError(
             "vae: its _decode has been replaced already; call remove() on the handle of the first install"

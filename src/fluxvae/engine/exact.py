@@ -59,7 +59,8 @@ class ExactEngine:
         block_values: for tests; values per block of rows, which (unlike a limit) does change the last bits.
 
     Raises:
-        InvalidOptionError: an option that is unknown, or a decoder with a module this engine does not know.
+        InvalidOptionError: an option that is unknown, or a decoder with a module this engine does not know, or to which
+            something was done that the weights do not show: also at a later decode.
     """
 
     name = "exact"
@@ -99,6 +100,13 @@ class ExactEngine:
         self.__dict__.update(state)
         self._start_afresh()
 
+    def look(self) -> None:
+        """Read the model anew: its modules may have been replaced, hooked or moved since the last decode."""
+        network = read_network(self._vae)
+        if network != self.network:
+            self.network = network
+            self._planners = {}
+
     @property
     def _device(self) -> torch.device:
         device: torch.device = self._weight.device
@@ -128,6 +136,7 @@ class ExactEngine:
             raise InvalidOptionError(
                 f"plan: got latents {latent_height}x{latent_width}, batch {batch}; expected positive numbers"
             )
+        self.look()
         device, dtype = self._device, self._weight.dtype
         kernels = self._kernels(device)
         planner = self._planner((latent_height, latent_width), batch, kernels.compute_dtype(dtype), dtype, kernels)
@@ -155,6 +164,7 @@ class ExactEngine:
                 instead, with a `PrecisionRetryWarning`.
             DecodeCancelled: cancel() said so.
         """
+        self.look()
         self._check(raw)
         with self._lock, set_aside(raw.device):
             kernels, spill = self._kernels(raw.device), Spill(raw.device, self._spill_dir)
@@ -314,7 +324,7 @@ class ExactEngine:
         if raw.dtype != weight.dtype or raw.dtype not in _DTYPES or raw.device != weight.device:
             raise InvalidOptionError(
                 f"raw: got {_name(raw.dtype)} on {raw.device}, expected {_name(weight.dtype)} on {weight.device}, "
-                "as the VAE's weights are (on 'meta' they have been offloaded part by part, which is not supported)"
+                "as the VAE's weights are"
             )
 
 

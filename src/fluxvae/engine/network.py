@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
+from fluxvae.engine.module_state import check_modules, is_of, unwrapped
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -115,10 +116,26 @@ def parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def read_network(vae: AutoencoderKL) -> Network:
-    """Read ``vae``'s decoder; raises InvalidOptionError naming the module that is not supported."""
-    decoder = getattr(vae, "decoder", None)
+    """Read ``vae``'s decoder as it is now.
+
+    Raises:
+        InvalidOptionError: naming the module that is not supported, or what was done to one (`check_modules`).
+    """
+    decoder = unwrapped(getattr(vae, "decoder", None))
     if decoder is None or not hasattr(decoder, "up_blocks"):
         _refuse("vae", vae, "a diffusers AutoencoderKL with a decoder")
+    check_modules(cast("torch.nn.Module", vae))
+    try:
+        return _read(vae, decoder)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise InvalidOptionError(
+            f"engine: the exact engine cannot read vae.decoder ({type(decoder).__name__}): {error}. "
+            "Use engine='diffusers' for this model."
+        ) from error
+
+
+def _read(vae: Any, decoder: Any) -> Network:
+    _expect("decoder", decoder, "Decoder")
     layers: list[Layer] = []
     mid = _expect("decoder.mid_block", decoder.mid_block, "UNetMidBlock2D")
     layers.append(_resnet("decoder.mid_block.resnets.0", mid.resnets[0]))
@@ -162,14 +179,14 @@ def _refuse(name: str, module: object, expected: str) -> NoReturn:
 
 
 def _expect(name: str, module: Any, *types: str) -> Any:
-    # The class itself by name: a subclass or a wrapper (LoRA, quantised, parametrised) may compute something else.
-    if type(module).__name__ not in types:
+    module = unwrapped(module)
+    if not any(is_of(module, name) for name in types):
         _refuse(name, module, " or ".join(types))
     return module
 
 
 def _conv(name: str, module: Any, kernel: int) -> Conv:
-    _expect(name, module, "Conv2d")
+    module = _expect(name, module, "Conv2d")
     pad = (kernel // 2, kernel // 2)
     settings = (module.kernel_size, module.stride, module.dilation, module.groups, module.padding_mode)
     if settings != ((kernel, kernel), (1, 1), (1, 1), 1, "zeros") or tuple(module.padding) != pad:
@@ -178,12 +195,12 @@ def _conv(name: str, module: Any, kernel: int) -> Conv:
 
 
 def _linear(name: str, module: Any) -> Conv:
-    _expect(name, module, "Linear")
+    module = _expect(name, module, "Linear")
     return Conv(name, module.in_features, module.out_features, 1, module)
 
 
 def _norm(name: str, module: Any) -> Norm:
-    _expect(name, module, "GroupNorm")
+    module = _expect(name, module, "GroupNorm")
     return Norm(name, module.num_channels, module.num_groups, module.eps, bool(module.affine), module)
 
 
@@ -192,12 +209,13 @@ def _silu(name: str, module: Any) -> None:
 
 
 def _no_dropout(name: str, module: Any) -> None:
-    if module.training and module.p > 0:
+    module = _expect(name, module, "Dropout", "Identity")
+    if is_of(module, "Dropout") and module.training and module.p > 0:
         _refuse(name, module, "a model in evaluation mode (call vae.eval())")
 
 
 def _resnet(name: str, module: Any) -> Resnet:
-    _expect(name, module, "ResnetBlock2D")
+    module = _expect(name, module, "ResnetBlock2D")
     if module.upsample is not None or module.downsample is not None or module.time_emb_proj is not None:
         _refuse(name, module, "a resnet without resampling and time embedding")
     if module.time_embedding_norm not in ("default", "group"):  # "group" is what the decoder's up blocks say
@@ -220,7 +238,7 @@ def _resnet(name: str, module: Any) -> Resnet:
 
 
 def _attention(name: str, module: Any) -> Attention:
-    _expect(name, module, "Attention")
+    module = _expect(name, module, "Attention")
     for part in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
         if getattr(module, part, None) is not None:
             _refuse(f"{name}.{part}", getattr(module, part), "none")
@@ -243,7 +261,7 @@ def _attention(name: str, module: Any) -> Attention:
 
 
 def _upsample(name: str, module: Any) -> Upsample:
-    _expect(name, module, "Upsample2D")
+    module = _expect(name, module, "Upsample2D")
     if not module.use_conv or module.use_conv_transpose or not module.interpolate or module.norm is not None:
         _refuse(name, module, "nearest enlargement and a 3x3 convolution")
     conv = _conv(f"{name}.conv", module.conv if module.name == "conv" else module.Conv2d_0, 3)

@@ -14,6 +14,7 @@ import torch
 
 from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels.onednn import computes_directly
+from fluxvae.engine.module_state import check_loaded
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import available_memory
@@ -78,6 +79,10 @@ class PreviewEngine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
+
+    def look(self) -> None:
+        """Refuse a model whose weights were taken away since it was given."""
+        check_loaded(self._vae)
 
     def prepare(self) -> float:
         """Nothing to compile."""
@@ -177,6 +182,7 @@ class PreviewEngine:
         """
         if self._vae.use_tiling:
             raise InvalidOptionError("use_tiling: got True; call vae.disable_tiling() before a preview")
+        self.look()
         batch = raw.shape[0]
         with self._lock, set_aside(raw.device):
             plan = self.plan(raw.shape[2], raw.shape[3], batch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from fluxvae.engine.module_state import check_loaded, check_not_installed
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
 
@@ -30,6 +31,7 @@ class ReferenceEngine:
     name = "diffusers"
 
     def __init__(self, vae: AutoencoderKL, *, tiling: bool = False, slicing: bool = False) -> None:
+        check_not_installed(vae)
         self._vae = vae
         self._tiling = tiling
         self._slicing = slicing
@@ -48,6 +50,11 @@ class ReferenceEngine:
         raise InvalidOptionError(
             "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"
         )
+
+    def look(self) -> None:
+        """Refuse a model whose weights were taken away, or that `fluxvae.install` has changed, since it was given."""
+        check_not_installed(self._vae)
+        check_loaded(self._vae)
 
     def prepare(self) -> float:
         """Nothing to compile."""
@@ -71,9 +78,11 @@ class ReferenceEngine:
             (B, 3, H, W), the VAE's dtype, nominally [-1, 1], not clamped.
 
         Raises:
+            InvalidOptionError: `fluxvae.install` has changed this VAE since, or its weights were taken away.
             DecodeCancelled: cancel() said so.
             NonFiniteOutputError: the pixels hold NaN or Inf.
         """
+        self.look()
         with self._lock, self._options(), set_aside(raw.device):
             if cancel is not None and cancel():
                 raise DecodeCancelled("decode: cancelled before it started, as its caller asked")

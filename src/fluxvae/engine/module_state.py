@@ -1,0 +1,258 @@
+"""What has been done to a VAE's modules besides loading weights: compiled, hooked, offloaded, quantised, cast.
+
+The exact engine computes with a module's weights and never calls the module. Whatever changes what the call computes
+would be passed over, and the image would be another model's without a word: so it is undone where it only wraps the
+same function (`unwrapped`), and refused otherwise (`check_modules`). All of it can also happen after a decoder was
+made, so an engine looks at every decode. It takes a millisecond or two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from fluxvae.errors import InvalidOptionError
+
+__all__ = ["check_loaded", "check_modules", "check_not_installed", "is_of", "unwrapped"]
+
+_INSTEAD = "or decode by diffusers itself (engine='diffusers', or without fluxvae.install)"
+_OWN = ("diffusers.", "fluxvae.checkpoints.outline")
+"""Where the classes of a VAE come from that are not PyTorch's."""
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+_USUAL = torch.nn.Module().__dict__.keys()
+"""What every module has in itself: no method among it."""
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PROCESSORS = frozenset(
+    {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"}
+)
+"""diffusers' own ways to compute the same attention, from its ``attention_processor.py``."""
+
+
+def unwrapped(module: Any) -> Any:
+    """The module that ``torch.compile(module)`` was given; any other as it is."""
+    while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]
+    return module
+
+
+def is_of(module: object, name: str) -> bool:
+    """Whether the class itself is PyTorch's or diffusers' of this name.
+
+    A subclass computes something else, and so does another library's class of the same name (peft's adapters are
+    called Conv2d and Linear too).
+    """
+    kind = type(module)
+    if hasattr(torch.nn, name):
+        return kind is getattr(torch.nn, name)
+    return kind.__name__ == name and kind.__module__.startswith(_OWN)
+
+
+def check_loaded(vae: torch.nn.Module) -> None:
+    """Refuse a VAE whose decoder has weights on the meta device.
+
+    Raises:
+        InvalidOptionError: naming the first of them, and what put it there where that can be told.
+    """
+    for name, module in _modules(vae):
+        if any(held is not None and held.is_meta for held in (*module._parameters.values(), *module._buffers.values())):
+            cause = _hook_of(module) or "nothing has loaded them, or something took them away"
+            _refuse(
+                f"the weights of {name} are on the meta device, which holds no values: {cause}",
+                "Load them, or use pipe.enable_model_cpu_offload(), which moves the VAE as a whole",
+                instead=False,
+            )
+
+
+def check_not_installed(vae: torch.nn.Module) -> None:
+    """Refuse a VAE into which `fluxvae.install` has put the exact engine, for an engine that is diffusers' own.
+
+    Raises:
+        InvalidOptionError: what ``vae.decode`` computes is not what diffusers would.
+    """
+    if getattr(vae.__dict__.get("_decode"), "__module__", "") == "fluxvae.install":
+        _refuse(
+            "fluxvae.install has put the exact engine into it, so engine='diffusers' would not be diffusers",
+            "Call remove() on the handle of the install, or use engine='exact'",
+            instead=False,
+        )
+
+
+def check_modules(vae: torch.nn.Module) -> None:
+    """Refuse whatever makes this VAE's decoder compute something else than its weights say.
+
+    Raises:
+        InvalidOptionError: a hook, a replaced method, an attention of another kind, a tensor that is no plain one or
+            that is of another dtype or device than the rest; it names what was found, where, and what to do.
+    """
+    for root in ("decode", "_decode"):
+        if (found := _replaced(vae, root)) and getattr(found, "__module__", "") != "fluxvae.install":
+            _refuse(f"its {root} has been replaced ({_words(found)})", "Undo that")
+        own = getattr(type(vae), root, None)  # an outline has none
+        if own is not None and not _definer(type(vae), root).__module__.startswith(_OWN):
+            _refuse(f"its {root} is that of {_words(type(vae))}", "Load diffusers' own class")
+    for scope in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks):
+        for hook in scope.values():
+            _refuse(f"there is a hook on every module's forward ({_words(hook)})", "Remove it")
+    kinds: dict[type, str] = {}
+    for name, module in _modules(vae):
+        _check_hooks(name, module)
+        if unwrapped(module) is module:
+            kinds.setdefault(type(module), name)
+            _check_methods(name, module)
+            _check_attention(name, module)
+    for kind, name in kinds.items():
+        _check_class(name, kind)
+    _check_tensors(vae)
+
+
+def _check_hooks(name: str, module: torch.nn.Module) -> None:
+    for kind, hooks in (("hook", module._forward_hooks), ("pre-hook", module._forward_pre_hooks)):
+        for hook in hooks.values():
+            _refuse(f"{name} has a forward {kind} ({_words(hook)})", "Remove it (the handle's remove())")
+
+
+def _check_methods(name: str, module: torch.nn.Module) -> None:
+    for method in module.__dict__.keys() - _USUAL:
+        if found := _replaced(module, method):
+            _refuse(f"{name}.{method} has been replaced, by {_hook_of(module) or _words(found)}", _advice(module))
+
+
+def _check_class(name: str, kind: type) -> None:
+    for method in ("forward", "_conv_forward"):
+        made = getattr(kind, method, None)
+        if made is not None and made.__module__ != _definer(kind, method).__module__:
+            _refuse(f"{kind.__name__}.{method}, of {name}, has been replaced ({_words(made)})", "Undo that")
+
+
+def _replaced(module: torch.nn.Module, method: str) -> Any:
+    """What an attribute of the instance computes in place of its class's method of this name; None where nothing does.
+
+    The method itself may lie there as well: hooks that were removed leave it, and ``torch.compile(module.forward)``
+    only wraps it.
+    """
+    own = getattr(type(module), method, None)
+    if method not in module.__dict__ or not callable(own):
+        return None
+    found = module.__dict__[method]
+    while hasattr(found, "_torchdynamo_orig_callable"):
+        found = found._torchdynamo_orig_callable
+    if getattr(found, "__func__", None) is own and found.__self__ is module:
+        return None
+    return found
+
+
+def _definer(kind: type, method: str) -> type:
+    return next(one for one in kind.__mro__ if method in vars(one))
+
+
+def _check_attention(name: str, module: Any) -> None:
+    if not is_of(module, "Attention") or (processor := getattr(module, "processor", None)) is None:
+        return  # an outline has none
+    kind = type(processor)
+    if kind.__name__ not in _PROCESSORS or not kind.__module__.startswith("diffusers."):
+        _refuse(
+            f"{name} has the attention processor {kind.__module__}.{kind.__qualname__}",
+            "Set diffusers' own (vae.set_default_attn_processor())",
+        )
+    if kind.__name__ == "FusedAttnProcessor2_0":
+        apart = (module.to_q, module.to_k, module.to_v)
+        for part in ("weight", "bias"):
+            whole = getattr(module.to_qkv, part)
+            pieces = [getattr(one, part) for one in apart]
+            if (whole is None) != (pieces[0] is None) or (
+                whole is not None and not torch.equal(whole, torch.cat(pieces))
+            ):
+                _refuse(
+                    f"{name}.to_qkv, the fused projection, is not to_q, to_k and to_v, of which the engine reads",
+                    "Call vae.unfuse_qkv_projections()",
+                )
+
+
+def _check_tensors(vae: Any) -> None:
+    first: torch.Tensor | None = None
+    for name, tensor in _tensors(vae):
+        if tensor.is_meta:
+            check_loaded(vae)  # says why, where it can be told
+        if type(tensor) not in _PLAIN:
+            _refuse(f"{name} is a {type(tensor).__name__}, quantised or sharded", "Load plain weights")
+        if tensor.layout != torch.strided:
+            _refuse(f"{name} is {str(tensor.layout).removeprefix('torch.')}", "Make it dense")
+        if first is None:
+            first = tensor
+            if first.dtype not in _COMPUTED:
+                _refuse(
+                    f"{name} is {_at(first.dtype, first.device)}, in which nothing can be computed",
+                    "Cast the VAE (dtype='float32' or 'bfloat16')",
+                )
+            if (vae.dtype, vae.device) != (first.dtype, first.device):
+                _refuse(
+                    f"it says {_at(vae.dtype, vae.device)}, but {name} is {_at(first.dtype, first.device)}",
+                    "Move or cast all of it with vae.to(...)",
+                )
+        elif (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            _refuse(
+                f"{name} is {_at(tensor.dtype, tensor.device)}, the weights before it are "
+                f"{_at(first.dtype, first.device)}",
+                "Move or cast all of it with vae.to(...)",
+            )
+
+
+def _parts(vae: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name in ("post_quant_conv", "decoder"):
+        part = getattr(vae, name, None)
+        if isinstance(part, torch.nn.Module):
+            yield name, part
+
+
+def _modules(vae: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    for prefix, part in _parts(vae):
+        for name, module in part.named_modules(prefix=prefix):
+            yield _shown(name), module
+
+
+def _tensors(vae: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in _modules(vae):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{name}.{key}", tensor
+
+
+def _shown(name: str) -> str:
+    return name.replace("._orig_mod", "")
+
+
+def _hook_of(module: Any) -> str:
+    """The offload or cast that a library has put on a module, in words."""
+    if (registry := module.__dict__.get("_diffusers_hook")) is not None and getattr(registry, "hooks", None):
+        return "diffusers' " + " and ".join(name.replace("_", " ") for name in registry.hooks)
+    if (hook := module.__dict__.get("_hf_hook")) is not None:
+        return f"accelerate's {type(hook).__name__}, which offloads one module after another"
+    return ""
+
+
+def _advice(module: Any) -> str:
+    if "_diffusers_hook" in module.__dict__:
+        return "Load the VAE without casting or offloading its layers (pipe.enable_model_cpu_offload() is honoured)"
+    if "_hf_hook" in module.__dict__:
+        return "Use pipe.enable_model_cpu_offload(), which moves the VAE as a whole"
+    return "Undo that"
+
+
+def _at(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"
+
+
+def _words(function: Any) -> str:
+    function = getattr(function, "func", function)  # of a functools.partial
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', type(function).__module__)}.{name}"
+
+
+def _refuse(what: str, do: str, *, instead: bool = True) -> NoReturn:
+    raise InvalidOptionError(
+        f"vae: {what}. The exact engine computes with the weights alone and would pass it over. {do}, {_INSTEAD}"
+        if instead
+        else f"vae: {what}. {do}"
+    )
