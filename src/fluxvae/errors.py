@@ -95,6 +95,7 @@ _STATUS: dict[type[Exception], Status] = {
     DecodeCancelled: Status(400, "CANCELLED", 130),
     UnavailableError: Status(503, "UNAVAILABLE", 75),
     DeadlineExceededError: Status(504, "CANCELLED", 124),
+    ForkedProcessError: Status(500, "INTERNAL", 71),  # EX_OSERR of sysexits.h
 }
 
 

@@ -103,7 +103,7 @@ class BadGateway(GatewayError):
 class Busy(UnavailableError):
     """There are too many requests; it says when to try again."""
 
-    def __init__(self, message: str, *, retry_after_s: int) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
