@@ -25,8 +25,11 @@ class Installed:
 
         self.vae = vae
         self.engine = engine
-        # Code that is compiled around a decode calls this as it is: tracing it would take minutes, or fail.
-        self._decode = torch.compiler.disable(self._exact_decode)  # type: ignore[no-untyped-call]
+        # Code that is compiled around a decode calls ours as it is: tracing it would take minutes or fail. Here, not
+        # by a decorator, because importing this module does without PyTorch.
+        if not hasattr(Installed._exact_decode, "_torchdynamo_orig_callable"):
+            Installed._exact_decode = torch.compiler.disable(Installed._exact_decode)  # type: ignore[method-assign, no-untyped-call]
+        self._decode = self._exact_decode
         vae._decode = self._decode
 
     def remove(self) -> None:
