@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -447,6 +449,19 @@ def test_a_processor_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = ExactEngine(random_vae()).plan(4, 4)
     assert plan.kernels == "torch"
     assert "note: Winograd would be faster, but this processor is too old" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [("DISABLE_JIT", 1, "NUMBA_DISABLE_JIT is set"), ("CPU_NAME", "generic", "NUMBA_CPU_NAME is 'generic'")],
+)
+def test_what_numba_was_told(variable: str, value: object, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told by the environment; without compilation the kernels are Python, of which nothing runs."""
+    if platform.machine() == "aarch64" and variable == "CPU_NAME":
+        pytest.skip("an Arm processor multiplies and adds in one step, whatever it is called")
+    monkeypatch.setattr(numba.config, variable, value)
+    plan = ExactEngine(random_vae()).plan(4, 4)
+    assert (plan.kernels, words in plan.kernels_note) == ("torch", True)
 
 
 def test_they_are_what_a_cpu_decodes_with() -> None:

@@ -174,7 +174,7 @@ def decode(
     if dry_run:
         _dry_run(job, as_json)
         return
-    with _signals() as stop, _watcher(as_json, checkpoint) as watcher:
+    with _signals() as stop, _watcher(as_json) as watcher:
         if ray is None:
             report = decode_files(job, watcher=watcher, stop=stop)
         else:
@@ -182,7 +182,7 @@ def decode(
                 report = decode_files_on_ray(
                     job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop
                 )
-    _tell(report, as_json)
+    _tell(report, checkpoint, as_json)
     raise typer.Exit(STOPPED if report.stopped else SOME_FAILED if report.failures else 0)
 
 
@@ -199,21 +199,21 @@ def _dry_run(job: Job, as_json: bool) -> None:
     raise typer.Exit(SOME_FAILED if found.outlook.failures else 0)
 
 
-def _tell(report: Report, as_json: bool) -> None:
+def _tell(report: Report, checkpoint: str, as_json: bool) -> None:
     from fluxvae.cli.decode_view import print_failures, print_report
 
     print_failures(errors(), report)
     if as_json:
         print_json(report.as_dict())
     else:
-        print_report(report)
+        print_report(report, checkpoint)
 
 
 @contextlib.contextmanager
-def _watcher(as_json: bool, checkpoint: str) -> Iterator[Watcher]:
+def _watcher(as_json: bool) -> Iterator[Watcher]:
     from fluxvae.cli.decode_view import ProgressView
 
-    with ProgressView(checkpoint, quiet=as_json) as view:
+    with ProgressView(quiet=as_json) as view:
         yield view
 
 

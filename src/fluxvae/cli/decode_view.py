@@ -21,13 +21,14 @@ from fluxvae.engine.preview import PREVIEW_NOTE
 __all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
 
 _FAILURES_SHOWN = 8
+_SHORT_S = 2.0
+"""Jobs that end sooner need no lines about their progress in a pipe."""
 
 
 class ProgressView:
-    """A bar with rate and time left on a terminal; a line for each tenth in a pipe; nothing if quiet."""
+    """A bar with rate and time left on a terminal; in a pipe a line for each tenth of a long job; nothing if quiet."""
 
-    def __init__(self, checkpoint: str = "", *, quiet: bool = False) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -49,8 +50,6 @@ class ProgressView:
         self._total, self._start = len(outlook.items), time.perf_counter()
         if outlook.present:
             self._console.print(f"{outlook.present} images are there already")
-        if self._checkpoint == "demo":
-            self._console.print(f"[yellow]{DEMO_NOTE}[/yellow]")
         if outlook.approximate:
             self._console.print(f"[yellow]every image is an {PREVIEW_NOTE}[/yellow]")
         if outlook.skipped:
@@ -74,9 +73,12 @@ class ProgressView:
         rate = f"{self._done / seconds:.1f} images/s, {self._pixels / 1e6 / seconds:.2f} MP/s{failed},"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=self._done, rate=rate)
-        elif self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
+        elif seconds > _SHORT_S and self._done < self._total and self._tenth(self._done) > self._tenth(self._done - 1):
             left = seconds / self._done * (self._total - self._done)
             self._console.print(f"{self._done}/{self._total} {rate} {time_in_words(left)} left", soft_wrap=True)
+
+    def _tenth(self, done: int) -> int:
+        return done * 10 // self._total
 
     def __enter__(self) -> ProgressView:
         return self
@@ -84,10 +86,11 @@ class ProgressView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:  # elsewhere it never began, and ending it would print an empty line
+            self._bar.stop()
 
 
-def print_report(report: Report) -> None:
+def print_report(report: Report, checkpoint: str) -> None:
     """The end of a job, in a few lines."""
     found = report.as_dict()
     counts = [f"{report.decoded} decoded"]
@@ -102,6 +105,8 @@ def print_report(report: Report) -> None:
         )
     if report.idle_share is not None:
         facts["decoder"] = f"waited {report.idle_share:.1%} of its time for reading and writing"
+    if checkpoint == "demo":
+        facts["note"] = f"[yellow]{DEMO_NOTE}[/yellow]"
     console = Console(highlight=False)
     if report.failures:
         console.print()

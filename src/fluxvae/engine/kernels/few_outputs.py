@@ -30,7 +30,7 @@ from fluxvae.engine.kernels.vector_code import (
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
-VECTOR_CODE = "35f160bd38ba3b81"
+VECTOR_CODE = "96b2d3e0c3c5e897"
 """As in `winograd_tasks`."""
 OUTPUTS = 3
 PIXELS = 6 if REGISTERS == 32 else 3

@@ -17,7 +17,7 @@ from typing import Any
 
 import llvmlite.binding as llvm  # type: ignore[import-untyped]
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 __all__ = [
@@ -60,11 +60,17 @@ VECTOR_BYTES = 4 * LANES
 
 def supported() -> str | None:
     """None where these kernels run well, else why they do not."""
+    told: Any = config  # it has its names from the environment, so that a type checker knows none
+    if told.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set, so that Numba compiles nothing"
     features = llvm.get_host_cpu_features()
     if platform.machine().lower() in ("aarch64", "arm64"):
         return None
     if not (features.get("avx2") and features.get("fma")):
         return "this processor has no AVX2 with fused multiply-add"
+    if told.CPU_NAME == "generic" and "+fma" not in (told.CPU_FEATURES or ""):
+        # Each multiply-add would be a call of the C library: the same bits, 40 times later.
+        return "NUMBA_CPU_NAME is 'generic', so that Numba compiles for a processor without fused multiply-add"
     return None
 
 

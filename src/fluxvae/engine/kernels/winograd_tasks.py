@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "35f160bd38ba3b81"
+VECTOR_CODE = "96b2d3e0c3c5e897"
 """Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
 STEP = 6
 """Outputs of a tile, in each direction."""
