@@ -11,15 +11,17 @@ Compiled by Numba, without the GIL. Addresses and strides are in bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels import cpu_threads
 from fluxvae.engine.kernels.vector_code import F32, LANES, VECTOR_BYTES, Code, compiled, fetch_add, vector_function
 from fluxvae.engine.kernels.winograd_loops import NR, THIRD, TILES
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
+
+from fluxvae.engine import torch_library
 
 __all__ = ["alone", "count", "pytorchs", "run", "share"]
 
@@ -27,7 +28,7 @@ _mine = threading.local()
 
 def count() -> int:
     """How many threads a call may use now."""
-    return getattr(_mine, "count", 0) or max(torch.get_num_threads(), 1)
+    return getattr(_mine, "count", 0) or max(torch_library.threads(), 1)
 
 
 @contextmanager
@@ -40,6 +41,8 @@ def alone() -> Iterator[None]:
     if getattr(_mine, "count", 0):
         yield
         return
+    import torch  # here, because a plan counts threads without it
+
     _mine.count = count()
     torch.set_num_threads(1)
     try:
@@ -52,6 +55,8 @@ def alone() -> Iterator[None]:
 @contextmanager
 def pytorchs() -> Iterator[None]:
     """Within `alone`: PyTorch's operations use all threads again, for long ones."""
+    import torch
+
     ours = getattr(_mine, "count", 0)
     if ours:
         torch.set_num_threads(ours)

@@ -9,9 +9,8 @@ Compiled by Numba, without the GIL. Addresses and strides are in bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels import cpu_threads
@@ -27,6 +26,9 @@ from fluxvae.engine.kernels.vector_code import (
     fetch_add,
     vector_function,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
@@ -139,6 +141,8 @@ class FewWeights(NamedTuple):
 
 def few_outputs_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> FewWeights:
     """(OUTPUTS, cin, 3, 3) as `FewJob.weights` has them; ``into``: flat uint8, 4 bytes for each or more."""
+    import torch  # here, because a plan asks this module for sizes without it
+
     cin = weight.shape[1]
     laid = into[: weight.numel() * 4].view(torch.float32).view(3, 3, cin // LANES, OUTPUTS, LANES)
     laid.copy_(weight.reshape(OUTPUTS, cin // LANES, LANES, 3, 3).permute(3, 4, 1, 0, 2))

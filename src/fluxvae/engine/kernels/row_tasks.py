@@ -5,10 +5,9 @@ Compiled by Numba, without the GIL. Addresses and strides are in bytes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
 from fluxvae.engine.kernels import cpu_threads
 from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
@@ -26,6 +25,9 @@ from fluxvae.engine.kernels.winograd_loops import (
     products_2,
     products_3,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "AFFINE",
@@ -148,6 +150,8 @@ def panel_bytes(cin: int, cout: int) -> int:
 
 def linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> LinearWeights:
     """(cout, cin) or (cout, cin, 1, 1) as (panels, cin, NR); beyond cout, arbitrary."""
+    import torch  # here, because a plan asks this module for sizes without it
+
     cout, cin = weight.shape[:2]
     panels = into[: panel_bytes(cin, cout)].view(torch.float32).view(-1, cin, NR)
     for index, panel in enumerate(panels):

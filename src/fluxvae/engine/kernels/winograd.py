@@ -19,12 +19,9 @@ from fluxvae.engine.kernels import cpu_threads, winograd_layer
 from fluxvae.engine.kernels.cpu_attention import (
     AttentionJob,
     attention,
-    attention_bytes,
     attention_tasks,
-    padded_queries,
 )
 from fluxvae.engine.kernels.few_outputs import (
-    OUTPUTS,
     FewJob,
     FewWeights,
     few_outputs,
@@ -42,79 +39,26 @@ from fluxvae.engine.kernels.row_tasks import (
     linear,
     linear_rows,
     linear_weights,
-    panel_bytes,
 )
 from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
+from fluxvae.engine.kernels.winograd_costs import WinogradCosts, attention_results, few, whole_vectors
+from fluxvae.engine.kernels.winograd_cut import transformed_bytes
 from fluxvae.engine.kernels.winograd_layer import Weights, transformed
-from fluxvae.engine.kernels.winograd_loops import NR
-from fluxvae.engine.kernels.winograd_tasks import POSITIONS, ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.kernels.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial, block_moments
-from fluxvae.engine.plan import Call
 
 __all__ = ["WinogradKernels"]
 
 _log = logging.getLogger(__name__)
 
-LEAST_PIXELS = 1024
-"""Of a map: below, transforming the weights takes longer than the multiplications it saves."""
 _prepared = False
 PASS = 1 << 15
 """Values of a task that only passes over pixels."""
 
 
-class WinogradKernels(TorchKernels):
+class WinogradKernels(WinogradCosts, TorchKernels):
     """Winograd where it applies, PyTorch elsewhere."""
-
-    name = "winograd"
-    row_multiple = 6
-
-    # -- what the planner asks ---------------------------------------------------------------------------------
-
-    def macs(self, call: Call) -> int:
-        """Multiply-adds of one call; of the transforms, none."""
-        if not _applies(call):
-            return super().macs(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        return POSITIONS * cut.tiles * call.cin * call.cout
-
-    def loaded(self, call: Call) -> int:
-        """Arena bytes of the transformed weights."""
-        if _attends(call):
-            return 4 * panel_bytes(call.cin, call.cout)
-        if call.kind == "linear" and _vectors(call.cin, call.cout, call.itemsize):
-            return panel_bytes(call.cin, call.cout)
-        if _few(call.kind, call.cin, call.cout, call.itemsize):
-            return 9 * call.cin * OUTPUTS * 4
-        if not _applies(call):
-            return super().loaded(call)
-        return transformed_bytes(call.cin, call.cout)
-
-    def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
-        if _few(call.kind, call.cin, call.cout, call.itemsize) or _attends(call):
-            return 0
-        if not _applies(call):
-            return super().overhead(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        small = POSITIONS * call.cin * 4 + 5 * call.cout * 4
-        return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
-
-    def workspace(self, call: Call) -> int:
-        """Arena bytes: every thread's transformed tiles and products; attention's results, sums and scores."""
-        if _few(call.kind, call.cin, call.cout, call.itemsize):
-            return 0
-        if _attends(call):
-            count = call.rows * call.width
-            return max(super().workspace(call), _attention_results(count, call.cin) + attention_bytes(count, call.cin))
-        if not _applies(call):
-            return super().workspace(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        # The last block of a map has fewer tiles, which may make longer runs, and wider slices: room for the longest.
-        run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
-        return cut.workers * scratch_bytes(run, call.cin, -(-call.cout // NR))
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
@@ -149,12 +93,12 @@ class WinogradKernels(TorchKernels):
     def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights transformed in float64 and rounded once."""
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
-        if kind == "linear" and _vectors(conv.cin, conv.cout, dtype.itemsize):
+        if kind == "linear" and whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return linear_weights(*parameters(conv.module), into)
-        if _few(kind, conv.cin, conv.cout, dtype.itemsize):
+        if few(kind, conv.cin, conv.cout, dtype.itemsize):
             return few_outputs_weights(*parameters(conv.module), into)
         planned = into.numel() >= transformed_bytes(conv.cin, conv.cout)
-        if kind not in ("conv3", "up") or not planned or not _vectors(conv.cin, conv.cout, dtype.itemsize):
+        if kind not in ("conv3", "up") or not planned or not whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
         return transformed(*parameters(conv.module), into)
 
@@ -163,7 +107,7 @@ class WinogradKernels(TorchKernels):
     ) -> None:
         """One pass, by our threads: PyTorch's would still be spinning when ours start."""
         channels = rows.shape[-1]
-        if not _vectors(channels, channels, rows.element_size()):
+        if not whole_vectors(channels, channels, rows.element_size()):
             super().prologue(rows, affine, silu, out, work)
             return
         if affine is None and rows.data_ptr() == out.data_ptr():
@@ -219,7 +163,7 @@ class WinogradKernels(TorchKernels):
 
     def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The four projections; the keys' the other way round, see `attend`."""
-        if not _vectors(layer.q.cin, layer.q.cout, dtype.itemsize) or layer.q.cin != layer.q.cout:
+        if not whole_vectors(layer.q.cin, layer.q.cout, dtype.itemsize) or layer.q.cin != layer.q.cout:
             return super().load_attention(layer, dtype, into)
         weights = [parameters(conv.module) for conv in (layer.q, layer.k, layer.v, layer.out)]
         weights[1] = (weights[1][0].reshape(layer.k.cout, layer.k.cin).t(), None)
@@ -240,7 +184,7 @@ class WinogradKernels(TorchKernels):
             return super().attend(layer, weights, queries, normed, out, statistics, work)
         q, k, v, o = weights
         count, channels = queries.numel() // normed.shape[1], normed.shape[1]
-        results = _attention_results(count, channels)
+        results = attention_results(count, channels)
         one, other = work[:results].view(torch.float32).view(2, -1, channels)
         self.linear(queries, q, one[:count])
         self.linear(one[:count], k, other[:count])
@@ -255,29 +199,3 @@ class WinogradKernels(TorchKernels):
         if layer.scale != 1.0:
             out.div_(layer.scale)
         return block_moments(out, work) if statistics else None
-
-
-def _applies(call: Call) -> bool:
-    """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
-    worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
-    return call.kind in ("conv3", "up") and worthwhile and _vectors(call.cin, call.cout, call.itemsize)
-
-
-def _attends(call: Call) -> bool:
-    """Whether this is attention that `cpu_attention` computes."""
-    return call.kind == "attend" and _vectors(call.cin, call.cout, call.itemsize)
-
-
-def _attention_results(count: int, channels: int) -> int:
-    """Bytes of the two buffers that a block of attention's queries go through, back and forth."""
-    return 2 * padded_queries(count) * channels * 4
-
-
-def _few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
-    """Whether this is a last layer that `few_outputs` computes."""
-    return kind == "conv3" and cout == OUTPUTS and cin % LANES == 0 and itemsize == 4
-
-
-def _vectors(cin: int, cout: int, itemsize: int) -> bool:
-    """float32, and whole vectors of channels."""
-    return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0

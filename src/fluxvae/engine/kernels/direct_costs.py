@@ -1,0 +1,106 @@
+"""What the direct kernels of `torch` cost: bytes and multiply-adds. No torch in here."""
+
+from __future__ import annotations
+
+from fluxvae.engine import torch_library
+from fluxvae.engine.plan import Call
+
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts"]
+
+GPU_BLOCK_VALUES = 1 << 23
+"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
+more of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures."""
+CUBLAS_BYTES = 32 << 20
+"""cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
+ROUNDING_BYTES = 4 << 20
+"""PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
+workspace, a spilled map's rows on their way."""
+
+
+class DirectCosts:
+    """PyTorch's own convolution, matrix product and fused attention: see `fluxvae.engine.plan.Costs`."""
+
+    name = "torch"
+    row_multiple = 1
+    fuse_chunk = 16
+    """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+
+    def __init__(self, device_type: str, *, instead: str = "") -> None:
+        """``instead``: why these serve where faster ones were meant to; plans print it."""
+        self._note = instead
+        self._device_type = device_type
+        self._onednn = device_type == "cpu" and torch_library.has_onednn()
+        self.channels_last = False
+
+    @property
+    def note(self) -> str:
+        """Why these serve where others were meant to; usually nothing."""
+        return self._note
+
+    @property
+    def block_values(self) -> int | None:
+        """Larger blocks on a GPU."""
+        return None if self._device_type == "cpu" else GPU_BLOCK_VALUES
+
+    @property
+    def stages_spills(self) -> bool:
+        """On a GPU; files are read into place."""
+        return self._device_type != "cpu"
+
+    @property
+    def runtime_bytes(self) -> int:
+        """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up."""
+        return 0 if self._device_type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
+
+    def macs(self, call: Call) -> int:
+        """Multiply-adds of one call."""
+        pixels = call.rows * call.width
+        if call.kind == "conv3":
+            return 9 * call.cin * call.cout * pixels
+        if call.kind == "up":
+            return 16 * call.cin * call.cout * call.rows * (call.width + 1)
+        if call.kind == "linear":
+            return call.cin * call.cout * pixels
+        return pixels * (2 * call.tokens * call.cin + 4 * call.cin * call.cin)
+
+    def loaded(self, call: Call) -> int:
+        """Arena bytes of weights: a channels-last copy, the summed kernels, projections only where they are cast."""
+        taps = {"conv3": 9, "up": 16, "linear": 1, "attend": 4}[call.kind]
+        if call.kind in ("linear", "attend") and not call.cast:
+            return 0
+        return taps * call.cin * call.cout * call.itemsize
+
+    def overhead(self, call: Call) -> int:
+        """Bytes outside the arena during one call: PyTorch's result, oneDNN's reordered weights."""
+        pixels = call.rows * call.width
+        if call.kind == "conv3":
+            return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
+        if call.kind == "up":
+            summing = self.fuse_chunk * call.cin * 16 * 8
+            phases = call.rows * (call.width + 1) * 2 * call.cout
+            return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
+        if call.kind == "linear":
+            return 0
+        packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
+        return 4 * pixels * call.cin * call.itemsize + packed
+
+    def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
+        """The result and the reordered weights; channels first, the input in oneDNN's blocks as well."""
+        blocked = rows * call.width * call.cin if self._first(call.itemsize) else 0
+        return (blocked + out + weights) * call.itemsize
+
+    def _first(self, itemsize: int) -> bool:
+        """Convolve channels first."""
+        return self._onednn and itemsize == 4 and not self.channels_last
+
+    def workspace(self, call: Call) -> int:
+        """Arena bytes during one call: the block once more in the accumulation dtype, for statistics and prologue."""
+        pixels = call.rows * call.width * (4 if call.kind == "up" else 1)
+        wide = max(4, call.itemsize)
+        moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0
+        if self._first(call.itemsize) and call.kind in ("conv3", "up"):
+            return max(moments, (call.rows + 2) * call.width * call.cin * call.itemsize)
+        if call.kind == "up" or call.itemsize == wide:
+            return moments
+        # Half precision runs the prologue in float32; a map's first brings one row more than a block has.
+        return max(moments, (pixels + call.width) * call.cin * wide)

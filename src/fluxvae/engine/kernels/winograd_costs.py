@@ -1,0 +1,94 @@
+"""What the kernels of `winograd` cost, and which of them a call goes to. No torch in here."""
+
+from __future__ import annotations
+
+from fluxvae.engine.kernels.cpu_attention import attention_bytes, padded_queries
+from fluxvae.engine.kernels.direct_costs import DirectCosts
+from fluxvae.engine.kernels.few_outputs import OUTPUTS
+from fluxvae.engine.kernels.row_tasks import panel_bytes
+from fluxvae.engine.kernels.vector_code import LANES
+from fluxvae.engine.kernels.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
+from fluxvae.engine.kernels.winograd_loops import NR
+from fluxvae.engine.kernels.winograd_tasks import POSITIONS
+from fluxvae.engine.plan import Call
+
+__all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
+
+LEAST_PIXELS = 1024
+"""Of a map: below, transforming the weights takes longer than the multiplications it saves."""
+
+
+class WinogradCosts(DirectCosts):
+    """Winograd where it applies, the direct kernels elsewhere: see `fluxvae.engine.plan.Costs`."""
+
+    name = "winograd"
+    row_multiple = 6
+
+    def macs(self, call: Call) -> int:
+        """Multiply-adds of one call; of the transforms, none."""
+        if not _applies(call):
+            return super().macs(call)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
+        return POSITIONS * cut.tiles * call.cin * call.cout
+
+    def loaded(self, call: Call) -> int:
+        """Arena bytes of the transformed weights."""
+        if _attends(call):
+            return 4 * panel_bytes(call.cin, call.cout)
+        if call.kind == "linear" and whole_vectors(call.cin, call.cout, call.itemsize):
+            return panel_bytes(call.cin, call.cout)
+        if few(call.kind, call.cin, call.cout, call.itemsize):
+            return 9 * call.cin * OUTPUTS * 4
+        if not _applies(call):
+            return super().loaded(call)
+        return transformed_bytes(call.cin, call.cout)
+
+    def overhead(self, call: Call) -> int:
+        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        if few(call.kind, call.cin, call.cout, call.itemsize) or _attends(call):
+            return 0
+        if not _applies(call):
+            return super().overhead(call)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
+        small = POSITIONS * call.cin * 4 + 5 * call.cout * 4
+        return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
+
+    def workspace(self, call: Call) -> int:
+        """Arena bytes: every thread's transformed tiles and products; attention's results, sums and scores."""
+        if few(call.kind, call.cin, call.cout, call.itemsize):
+            return 0
+        if _attends(call):
+            count = call.rows * call.width
+            return max(super().workspace(call), attention_results(count, call.cin) + attention_bytes(count, call.cin))
+        if not _applies(call):
+            return super().workspace(call)
+        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
+        # The last block of a map has fewer tiles, which may make longer runs, and wider slices: room for the longest.
+        run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
+        return cut.workers * scratch_bytes(run, call.cin, -(-call.cout // NR))
+
+
+def _applies(call: Call) -> bool:
+    """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
+    worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
+    return call.kind in ("conv3", "up") and worthwhile and whole_vectors(call.cin, call.cout, call.itemsize)
+
+
+def _attends(call: Call) -> bool:
+    """Whether this is attention that `cpu_attention` computes."""
+    return call.kind == "attend" and whole_vectors(call.cin, call.cout, call.itemsize)
+
+
+def attention_results(count: int, channels: int) -> int:
+    """Bytes of the two buffers that a block of attention's queries go through, back and forth."""
+    return 2 * padded_queries(count) * channels * 4
+
+
+def few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
+    """Whether this is a last layer that `few_outputs` computes."""
+    return kind == "conv3" and cout == OUTPUTS and cin % LANES == 0 and itemsize == 4
+
+
+def whole_vectors(cin: int, cout: int, itemsize: int) -> bool:
+    """float32, and whole vectors of channels."""
+    return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0
