@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
 from engine_peaks import measure
-from fluxvae.engine import exact, heap, storage
+from fluxvae.engine import heap, planner, storage
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
@@ -280,7 +280,7 @@ def test_a_planner_is_made_once_for_a_size_and_a_number_of_threads(monkeypatch: 
     """Making one takes as long as a small decode; plans must not depend on which came before."""
     made: list[tuple[int, int]] = []
 
-    class Counted(exact.Planner):
+    class Counted(planner.Planner):
         def __init__(self, network: Any, geometry: Geometry, *args: Any, **options: Any) -> None:
             made.append((geometry.height, geometry.width))
             super().__init__(network, geometry, *args, **options)
@@ -288,7 +288,7 @@ def test_a_planner_is_made_once_for_a_size_and_a_number_of_threads(monkeypatch: 
     engine = _flux_engine(torch.float32)
     first = str(engine.plan(16, 24)), str(engine.plan(24, 16))
     engine = _flux_engine(torch.float32)
-    monkeypatch.setattr(exact, "Planner", Counted)
+    monkeypatch.setattr(planner, "Planner", Counted)
     assert (str(engine.plan(16, 24)), str(engine.plan(24, 16)), str(engine.plan(16, 24))) == (*first, first[0])
     assert made == [(16, 24), (24, 16)]
     before = torch.get_num_threads()

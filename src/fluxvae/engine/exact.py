@@ -16,9 +16,8 @@ from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.kernels import Kernels, make_kernels
 from fluxvae.engine.network import parameters, read_network
 from fluxvae.engine.norm import NonFiniteMap
-from fluxvae.engine.plan import Geometry, Plan, size_in_words
-from fluxvae.engine.plan import block_values as default_block_values
-from fluxvae.engine.planner import Planner
+from fluxvae.engine.plan import Plan, size_in_words
+from fluxvae.engine.planner import Planner, limit_of, make_planner
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import Spill, available_memory, is_out_of_memory
@@ -290,14 +289,9 @@ class ExactEngine:
         key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
         if key in self._planners:
             return self._planners[key]
-        values = self._block_values or kernels.block_values or default_block_values(self.network, *size)
-        geometry = Geometry(*size, dtype.itemsize, dtype != stored, kernels.row_multiple, values)
-        cpu = self._device.type == "cpu"
-        macs, moved = _RATES["cpu"] if cpu else _RATES["half" if dtype.itemsize == 2 else "single"]
-        macs *= threads if cpu else 1
-        planner = Planner(
-            self.network, geometry, kernels, batch=batch, output_itemsize=stored.itemsize,
-            macs_per_second=macs, spill_bytes_per_second=moved,
+        planner = make_planner(
+            self.network, kernels, size, batch=batch, computed=dtype.itemsize, stored=stored.itemsize,
+            cast=dtype != stored, on_cpu=self._device.type == "cpu", threads=threads, block_values=self._block_values,
         )  # fmt: skip
         while len(self._planners) >= _KEPT_PLANNERS:
             self._planners.pop(next(iter(self._planners)), None)
@@ -311,9 +305,7 @@ class ExactEngine:
         return kernels
 
     def _limit(self, device: torch.device) -> tuple[int, str]:
-        if self.memory_limit is not None:
-            return self.memory_limit, "memory_limit"
-        return available_memory(device) * 9 // 10, "free memory"
+        return limit_of(self.memory_limit, lambda: available_memory(device))
 
     def _check(self, raw: torch.Tensor) -> None:
         weight = self._weight
@@ -327,10 +319,6 @@ class ExactEngine:
                 "as the VAE's weights are"
             )
 
-
-_RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
-"""Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
-matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
 
 _KEPT_PLANNERS = 32
 

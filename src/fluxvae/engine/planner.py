@@ -9,9 +9,10 @@ from typing import NamedTuple, TypeAlias
 from fluxvae.engine.layer_choices import LayerChoices, State
 from fluxvae.engine.network import Network
 from fluxvae.engine.plan import RUNTIME_BYTES, Costs, Geometry, LayerPlan, Plan, peak_of, size_in_words
+from fluxvae.engine.plan import block_values as default_block_values
 from fluxvae.errors import MemoryLimitError
 
-__all__ = ["Planner"]
+__all__ = ["Planner", "limit_of", "make_planner"]
 
 
 class Planner:
@@ -200,3 +201,44 @@ def _by_time(cost: _Cost) -> tuple[float, float]:
 
 def _by_arena(cost: _Cost) -> tuple[float, float]:
     return cost.arena, cost.seconds
+
+
+_RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
+"""Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
+matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
+
+
+def make_planner(
+    network: Network,
+    costs: Costs,
+    size: tuple[int, int],
+    *,
+    batch: int,
+    computed: int,
+    stored: int,
+    cast: bool,
+    on_cpu: bool,
+    threads: int,
+    block_values: int | None = None,
+) -> Planner:
+    """The planner of one size.
+
+    Args:
+        size: height and width of the latents.
+        computed, stored: bytes of a value, as it is computed and as the weights and the image have it.
+        cast: the two are different dtypes.
+        threads: of an operation on a CPU.
+        block_values: instead of what the kernels and the size ask for.
+    """
+    values = block_values or costs.block_values or default_block_values(network, *size)
+    geometry = Geometry(*size, computed, cast, costs.row_multiple, values)
+    macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
+    return Planner(
+        network, geometry, costs, batch=batch, output_itemsize=stored,
+        macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
+    )  # fmt: skip
+
+
+def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:
+    """Bytes that a decode may add, and what says so: what is free now, less a tenth, where none was asked for."""
+    return (available() * 9 // 10, "free memory") if asked is None else (asked, "memory_limit")

@@ -17,6 +17,7 @@ from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.engine.module_state import check_loaded
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
 from fluxvae.engine.settings import set_aside
+from fluxvae.engine.planner import limit_of
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 
@@ -120,9 +121,7 @@ class PreviewEngine:
             for module, scale_of in self._convolutions(config["upsampling_scaling_factor"])
         )
         step = Step("conv_out", 0, 0, 0, 0, live + 2 * one, 0, macs, 0, 1)
-        limit, source = self.memory_limit, "memory_limit"
-        if limit is None:
-            limit, source = available_memory(self._vae.device) * 9 // 10, "free memory"
+        limit, source = limit_of(self.memory_limit, lambda: available_memory(self._vae.device))
         return Plan(
             height=height,
             width=width,

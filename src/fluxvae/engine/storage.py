@@ -20,12 +20,10 @@ import torch
 
 from fluxvae.engine.host_map import HostMap, SideStream, pinned_cache
 from fluxvae.engine.plan import ALIGN, aligned
+from fluxvae.engine.room import free_disk, free_memory, spill_folder
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 
 __all__ = ["Arena", "MemoryMap", "Spill", "SpilledMap", "Store", "available_memory", "is_out_of_memory"]
-
-_IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
-"""File systems whose files are themselves resident memory."""
 
 
 class Store(Protocol):
@@ -123,21 +121,13 @@ class Spill:
                     f"spill_dir: got {str(spill_dir)!r} on {device}, where maps are spilled to host memory; omit it"
                 )
             return
-        if spill_dir is not None:
-            self.folder = _given_folder(Path(spill_dir))
-            return
-        candidates = (tempfile.gettempdir(), "/var/tmp", os.getcwd())
-        usable = [p for p in map(Path, candidates) if p.is_dir() and os.access(p, os.W_OK | os.X_OK)]
-        self.folder = next((p for p in usable if _file_system(p) not in _IN_MEMORY), None)
+        self.folder = spill_folder(spill_dir)
 
     def free(self) -> int | None:
         """Bytes that may be spilled now; None: nowhere to spill to."""
         if self._device.type != "cpu":
-            return int(0.8 * available_memory(torch.device("cpu"))) + pinned_cache()
-        if self.folder is None:
-            return None
-        status = os.statvfs(self.folder)
-        return int(0.95 * status.f_bavail * status.f_frsize)
+            return int(0.8 * free_memory()) + pinned_cache()
+        return free_disk(self.folder)
 
     def describe(self) -> str:
         """For the plan."""
@@ -205,61 +195,7 @@ def available_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
-    available = _meminfo()
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            allowed, used = Path(limit).read_text().strip(), int(Path(usage).read_text())
-        except (OSError, ValueError):
-            continue
-        if allowed != "max":
-            available = min(available, max(int(allowed) - used, 0))
-    return available
-
-
-def _meminfo() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30
-
-
-def _given_folder(folder: Path) -> Path:
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidOptionError(f"spill_dir: got {str(folder)!r}, expected an existing folder that can be written to")
-    kind = _file_system(folder)
-    if kind in _IN_MEMORY:
-        raise InvalidOptionError(
-            f"spill_dir: got {str(folder)!r}, which is a {kind}: files there are themselves memory, so spilling to it "
-            "would not save any; name a folder on a disk, /var/tmp for example"
-        )
-    return folder
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the file system ``folder`` is on; "" where /proc/mounts does not say."""
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return ""
-    where = str(folder.resolve())
-    best, kind = -1, ""
-    for line in mounts:
-        fields = line.split()
-        if len(fields) < 3:
-            continue
-        point = fields[1].encode().decode("unicode_escape")  # a space is written \040
-        inside = point == "/" or where == point or where.startswith(point + "/")
-        if inside and len(point) >= best:  # a later mount hides an earlier one
-            best, kind = len(point), fields[2]
-    return kind
+    return free_memory()
 
 
 def _unnamed_file(folder: Path) -> int:
