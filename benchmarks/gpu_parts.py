@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxvae.engine.kernels import triton_attention, triton_loops
-from fluxvae.engine.network import Attention, Network, Resnet, Upsample
+from fluxvae.engine.records import Attention, Network, Resnet, Upsample
 
 Row = dict[str, Any]
 

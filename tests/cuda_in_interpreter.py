@@ -21,8 +21,8 @@ from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
 from fluxvae.engine.kernels.cuda import CudaKernels
-from fluxvae.engine.network import Norm
 from fluxvae.engine.norm import FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.records import Norm
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 

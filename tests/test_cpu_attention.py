@@ -13,8 +13,9 @@ from fluxvae.engine.kernels.cpu_attention import KEYS, PANELS, attention, attent
 from fluxvae.engine.kernels.vector_code import LANES
 from fluxvae.engine.kernels.winograd import WinogradKernels
 from fluxvae.engine.kernels.winograd_loops import NR, TILES
-from fluxvae.engine.network import Attention, read_network
+from fluxvae.engine.network import read_network
 from fluxvae.engine.plan import Call
+from fluxvae.engine.records import Attention
 from fluxvae.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 

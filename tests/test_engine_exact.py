@@ -19,8 +19,8 @@ from engine_models import Shape, error_ratio, one_thread, rms, shapes, true_deco
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
 from fluxvae.engine.kernels import onednn
-from fluxvae.engine.network import Norm
 from fluxvae.engine.norm import MOST_BLOCKS, FiniteChecks, Moments, block_moments
+from fluxvae.engine.records import Norm
 from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR

@@ -41,9 +41,9 @@ from fluxvae.engine.kernels import (
 )
 from fluxvae.engine.kernels.winograd import WinogradKernels
 from fluxvae.engine.kernels.winograd_matrices import POINTS, matmul, toom_cook
-from fluxvae.engine.network import Conv
 from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
+from fluxvae.engine.records import Conv
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.oracle import level_difference
 from fluxvae.tolerances import (

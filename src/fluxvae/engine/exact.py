@@ -14,10 +14,11 @@ import torch
 
 from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.kernels import Kernels, make_kernels
-from fluxvae.engine.network import parameters, read_network
+from fluxvae.engine.network import read_network
 from fluxvae.engine.norm import NonFiniteMap
 from fluxvae.engine.plan import Plan, size_in_words
 from fluxvae.engine.planner import Planner, limit_of, make_planner
+from fluxvae.engine.records import parameters
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import Spill, available_memory, is_out_of_memory

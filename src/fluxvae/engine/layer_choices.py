@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fluxvae.engine.network import Attention, Conv, Network, Resnet, Upsample
 from fluxvae.engine.plan import STAGES, Call, Costs, Geometry, LayerPlan, Place, Step, aligned
+from fluxvae.engine.records import Attention, Conv, Network, Resnet, Upsample
 
 if TYPE_CHECKING:
-    from fluxvae.engine.network import Layer
+    from fluxvae.engine.records import Layer
 
 __all__ = ["LayerChoices", "State", "ring_rows"]
 

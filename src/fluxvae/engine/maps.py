@@ -8,8 +8,8 @@ import torch
 
 from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.network import Attention, Conv
 from fluxvae.engine.plan import Call, Place, Plan
+from fluxvae.engine.records import Attention, Conv
 from fluxvae.engine.storage import Arena, MemoryMap, Spill, Store
 
 __all__ = ["Maps"]

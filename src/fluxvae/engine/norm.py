@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxvae.engine.network import Norm, parameters
+from fluxvae.engine.records import Norm, parameters
 
 __all__ = ["MOST_BLOCKS", "Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial", "block_moments"]
 

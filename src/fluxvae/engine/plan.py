@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from fluxvae.engine.network import Network
+    from fluxvae.engine.records import Network
 
 __all__ = [
     "Call",

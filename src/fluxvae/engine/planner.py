@@ -7,9 +7,9 @@ from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
 from fluxvae.engine.layer_choices import LayerChoices, State
-from fluxvae.engine.network import Network
 from fluxvae.engine.plan import RUNTIME_BYTES, Costs, Geometry, LayerPlan, Plan, peak_of, size_in_words
 from fluxvae.engine.plan import block_values as default_block_values
+from fluxvae.engine.records import Network
 from fluxvae.errors import MemoryLimitError
 
 __all__ = ["Planner", "limit_of", "make_planner"]

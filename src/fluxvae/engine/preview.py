@@ -16,8 +16,8 @@ from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels.onednn import computes_directly
 from fluxvae.engine.module_state import check_loaded
 from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
-from fluxvae.engine.settings import set_aside
 from fluxvae.engine.planner import limit_of
+from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 

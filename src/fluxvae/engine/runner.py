@@ -10,9 +10,9 @@ import torch
 from fluxvae.engine.kernels import Kernels, cudnn
 from fluxvae.engine.layer_choices import ring_rows
 from fluxvae.engine.maps import Maps
-from fluxvae.engine.network import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments
 from fluxvae.engine.plan import Call, Geometry, Place, Plan
+from fluxvae.engine.records import Attention, Conv, Network, Norm, Resnet, Upsample, parameters
 from fluxvae.engine.storage import MemoryMap, Spill, Store
 from fluxvae.engine.strips import Behind, ComputedRows, Ring, StoredRows, Stream, Window
 

@@ -16,8 +16,8 @@ from fluxvae.errors import InvalidOptionError
 if TYPE_CHECKING:
     import torch
 
-    from fluxvae.engine.network import Attention, Conv, Norm
     from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
+    from fluxvae.engine.records import Attention, Conv, Norm
 
 __all__ = ["KERNELS", "Kernels", "make_kernels"]
 

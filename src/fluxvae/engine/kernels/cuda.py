@@ -23,9 +23,9 @@ from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
 from fluxvae.engine.kernels.cudnn import convolve, workspace_bytes
 from fluxvae.engine.kernels.direct_costs import ROUNDING_BYTES
 from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.network import Attention, Norm, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.plan import Call, aligned
+from fluxvae.engine.records import Attention, Norm, parameters
 
 __all__ = ["CudaKernels"]
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from fluxvae.engine.kernels import triton_attention, triton_loops
 from fluxvae.engine.kernels.cudnn import convolve
-from fluxvae.engine.network import Norm
 from fluxvae.engine.norm import FiniteChecks, Moments, Partial
+from fluxvae.engine.records import Norm
 
 __all__ = ["PYTORCH_HEAD", "attention_cut", "note", "on", "passes", "prepare"]
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from fluxvae.engine.heap import trim_heap
 from fluxvae.engine.kernels import cudnn, onednn, subpixel
 from fluxvae.engine.kernels.direct_costs import DirectCosts
-from fluxvae.engine.network import Attention, Conv, Norm, parameters
 from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial, block_moments
+from fluxvae.engine.records import Attention, Conv, Norm, parameters
 
 __all__ = ["TorchKernels"]
 

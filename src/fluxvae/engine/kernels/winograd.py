@@ -45,8 +45,8 @@ from fluxvae.engine.kernels.winograd_costs import WinogradCosts, attention_resul
 from fluxvae.engine.kernels.winograd_cut import transformed_bytes
 from fluxvae.engine.kernels.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
-from fluxvae.engine.network import Attention, Conv, parameters
 from fluxvae.engine.norm import Affine, Partial, block_moments
+from fluxvae.engine.records import Attention, Conv, parameters
 
 __all__ = ["WinogradKernels"]
 
