@@ -21,7 +21,7 @@ from fluxvae.install import install
 
 if TYPE_CHECKING:
     from fluxvae.decoder import Decoder
-    from fluxvae.latents import SizeFlooredWarning, pack_latents, unpack_latents
+    from fluxvae.packing import SizeFlooredWarning, pack_latents, unpack_latents
 
 __all__ = [
     "CheckpointError",
@@ -47,9 +47,9 @@ __version__ = "0.1.0"
 # What needs PyTorch is imported when first used: the supervisor and `fluxvae --help` do without its seconds and memory.
 _WITH_TORCH = {
     "Decoder": "fluxvae.decoder",
-    "SizeFlooredWarning": "fluxvae.latents",
-    "pack_latents": "fluxvae.latents",
-    "unpack_latents": "fluxvae.latents",
+    "SizeFlooredWarning": "fluxvae.packing",
+    "pack_latents": "fluxvae.packing",
+    "unpack_latents": "fluxvae.packing",
 }
 
 

@@ -23,8 +23,9 @@ from fluxvae.forked import refuse_to_hang
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
 from fluxvae.latent_checks import plain
 from fluxvae.latents import LatentFormat
+from fluxvae.plans import check_size
 
-__all__ = ["Decoder", "decoder_for_plans"]
+__all__ = ["Decoder"]
 
 Progress = Callable[[int, int], None]
 Cancel = Callable[[], bool]
@@ -354,29 +355,7 @@ class Decoder:
             InvalidOptionError: the reference engine does not plan.
         """
         scale = self.format.vae_scale_factor
-        for name, value in (("height", height), ("width", width), ("batch", batch)):
-            multiple = 1 if name == "batch" else scale
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
-                raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
+        check_size(height, width, batch, scale)
         plan = self.engine.plan(height // scale, width // scale, batch)
         notes = "; ".join(note for note in (plan.kernels_note, self.assumed) if note)
         return dataclasses.replace(plan, kernels_note=notes)
-
-
-def decoder_for_plans(
-    source: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", **options: Any
-) -> Decoder:
-    """A decoder that plans as that of `Decoder.from_pretrained` does, at once: its weights are not read, and are zeros.
-
-    Args:
-        source, device, dtype, options: as for `Decoder.from_pretrained`; of the checkpoint's, family and variant.
-    """
-    refuse_to_hang()
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where)
-    of_checkpoint = {name: options.pop(name) for name in ("family", "variant") if name in options}
-    checkpoint = open_checkpoint(source, **of_checkpoint)
-    checkpoint.warn()
-    decoder = Decoder(checkpoint.outline(precision, where), **options)
-    decoder.assumed = checkpoint.assumed
-    return decoder

@@ -14,16 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import CheckpointError
-from fluxvae.latent_checks import DTYPES, check_latents, check_options
 from fluxvae.latent_layout import read_layout
 from fluxvae.packing import (
-    SizeFlooredWarning,
-    pack_latents,
     patchify,
     sort_tokens,
     token_positions,
@@ -31,15 +26,18 @@ from fluxvae.packing import (
     unpatchify,
 )
 
-__all__ = ["DTYPES", "BatchNorm", "LatentFormat", "SizeFlooredWarning", "pack_latents", "unpack_latents"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BatchNorm", "LatentFormat"]
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
     """FLUX.2's statistics of its latents, one mean and variance for each of the 128 channels of a 2x2 patch."""
 
-    module: torch.nn.BatchNorm2d
-    """``vae.bn``; read when used, so that it may move with its model."""
+    module: torch.nn.BatchNorm2d | None
+    """``vae.bn``; read when used, so that it may move with its model. None: only the formula is known."""
     eps: float
     """``batch_norm_eps`` of the checkpoint's config."""
 
@@ -50,10 +48,11 @@ class BatchNorm:
             patches: (B, 128, gh, gw), normalised.
             eps: instead of the checkpoint's.
         """
+        assert self.module is not None, "a format that was read from a config decodes nothing"
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
-        std = torch.sqrt(var.view(1, -1, 1, 1) + (self.eps if eps is None else eps))
+        std = (var.view(1, -1, 1, 1) + (self.eps if eps is None else eps)).sqrt()
         return patches * std.to(patches.device, patches.dtype) + mean.view(1, -1, 1, 1).to(
             patches.device, patches.dtype
         )
@@ -83,12 +82,43 @@ class LatentFormat:
     """An ``AutoencoderTiny``: it takes latents as the transformer leaves them, and its image is approximate."""
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> LatentFormat:
-        """Read the format of an ``AutoencoderKL`` from its config.
+    def from_vae(cls, vae: Any) -> LatentFormat:
+        """Read the format of an ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``."""
+        kinds = {kind.__name__ for kind in type(vae).__mro__}
+        known = next((name for name in ("AutoencoderKLFlux2", "AutoencoderTiny") if name in kinds), "AutoencoderKL")
+        return cls.from_config(vae.config, known, getattr(vae, "bn", None))
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], model: str = "AutoencoderKL", bn: torch.nn.BatchNorm2d | None = None
+    ) -> LatentFormat:
+        """Read the format from a config that leaves nothing out.
+
+        Args:
+            model: its class: ``"AutoencoderKL"``, ``"AutoencoderKLFlux2"`` or ``"AutoencoderTiny"``.
+            bn: the statistics of an ``AutoencoderKLFlux2``, without which the format only describes itself.
 
         Raises:
             CheckpointError: a mean and deviation that are not one number for each channel, or come with a shift.
         """
+        if model == "AutoencoderKLFlux2":
+            return cls(
+                channels=config["latent_channels"],
+                vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
+                scaling_factor=1.0,
+                shift_factor=None,
+                batch_norm=BatchNorm(bn, config["batch_norm_eps"]),
+                flux2=True,
+            )
+        if model == "AutoencoderTiny":
+            return cls(
+                channels=config["latent_channels"],
+                vae_scale_factor=config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1),
+                scaling_factor=config["scaling_factor"],
+                shift_factor=config["shift_factor"],
+                flux2=config["latent_channels"] == 32,
+                preview=True,
+            )
         channels, shift = config["latent_channels"], config.get("shift_factor")
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:  # StableDiffusionXLPipeline asks for both
@@ -106,30 +136,6 @@ class LatentFormat:
             latents_mean=None if mean is None else tuple(mean),
             latents_std=None if std is None else tuple(std),
         )
-
-    @classmethod
-    def from_vae(cls, vae: Any) -> LatentFormat:
-        """Read the format of an ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``."""
-        config, kinds = vae.config, [kind.__name__ for kind in type(vae).__mro__]
-        if "AutoencoderKLFlux2" in kinds:
-            return cls(
-                channels=config["latent_channels"],
-                vae_scale_factor=2 ** (len(config["block_out_channels"]) - 1),
-                scaling_factor=1.0,
-                shift_factor=None,
-                batch_norm=BatchNorm(vae.bn, config["batch_norm_eps"]),
-                flux2=True,
-            )
-        if "AutoencoderTiny" in kinds:
-            return cls(
-                channels=config["latent_channels"],
-                vae_scale_factor=config["upsampling_scaling_factor"] ** (len(config["num_decoder_blocks"]) - 1),
-                scaling_factor=config["scaling_factor"],
-                shift_factor=config["shift_factor"],
-                flux2=config["latent_channels"] == 32,
-                preview=True,
-            )
-        return cls.from_config(config)
 
     @property
     def packed_features(self) -> int:
@@ -160,6 +166,8 @@ class LatentFormat:
         raw: bool | None = None,
     ) -> tuple[int, int]:
         """Say what size these latents decode to, or why they cannot be decoded: `latent_checks.check_latents`."""
+        from fluxvae.latent_checks import check_latents
+
         return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
 
     def check_options(
@@ -170,6 +178,8 @@ class LatentFormat:
         raw: bool | None = None,
     ) -> None:
         """Refuse what this checkpoint has no place for: `latent_checks.check_options`."""
+        from fluxvae.latent_checks import check_options
+
         check_options(self, scaling_factor, shift_factor, batch_norm_eps, raw)
 
     # -- arithmetic --------------------------------------------------------------------------------------------
@@ -240,6 +250,8 @@ class LatentFormat:
 
 
 def _by_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:
+    import torch
+
     # Rounded from float32, as the pipelines' own torch.tensor(...) is, whatever the process's default dtype.
     factors = torch.tensor(values, dtype=torch.float32, device="cpu")
     return factors.view(1, -1, 1, 1).to(like.device, like.dtype)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import operator
 import warnings
-
-import torch
+from typing import TYPE_CHECKING
 
 from fluxvae.errors import InvalidLatentsError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "SizeFlooredWarning",
@@ -107,6 +109,8 @@ def sort_tokens(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, N, F): token ``i`` of image ``b`` at ``places[b, i]``.
     """
+    import torch  # here, because sizes and formats are read without it
+
     index = places.to(packed.device).unsqueeze(2).expand_as(packed)
     return torch.empty_like(packed).scatter_(1, index, packed)
 
@@ -128,6 +132,8 @@ def token_positions(
     Raises:
         InvalidLatentsError: another shape or dtype, ids outside the grid, a place named twice or not at all.
     """
+    import torch
+
     if not isinstance(latent_ids, torch.Tensor):
         raise InvalidLatentsError(f"latent_ids: got {type(latent_ids).__name__}, expected a torch.Tensor")
     if tuple(latent_ids.shape) != (batch, tokens, 4):

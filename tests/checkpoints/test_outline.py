@@ -1,4 +1,4 @@
-"""The outlines are diffusers' modules in everything that `info` and `plan` read."""
+"""The outlines are diffusers' modules in everything that is read of them: tensors, layers, formats, defaults."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import diffusers
 import pytest
 import torch
 
-from fluxvae.checkpoints.outline import DEFAULTS, outline
-from fluxvae.decoder import Decoder, decoder_for_plans
+from fluxvae.checkpoints.defaults import DEFAULTS
+from fluxvae.checkpoints.module import own_settings
+from fluxvae.checkpoints.outline import outline
 from fluxvae.engine.network import read_network
 from fluxvae.latents import LatentFormat
 
@@ -31,6 +32,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"_class_name": "AutoencoderTiny", "latent_channels": 16, "block_out_channels": [64] * 4},
     {"_class_name": "AutoencoderTiny", "num_decoder_blocks": [2, 1, 1], "decoder_block_out_channels": [16] * 3},
 ]
+SETTINGS = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config['_class_name']}-{len(config)}")
 
 
 def real(config: dict[str, Any]) -> Any:
@@ -41,6 +43,14 @@ def real(config: dict[str, Any]) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(json.loads(json.dumps(config))).eval()
 
 
+def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in module.state_dict().items()
+        if not name.startswith(("encoder.", "quant_conv."))
+    }
+
+
 def records(value: Any) -> Any:
     """A network's records without the modules."""
     if hasattr(value, "__dataclass_fields__"):
@@ -48,21 +58,38 @@ def records(value: Any) -> Any:
     return [type(value).__name__, *map(records, value)] if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config['_class_name']}-{len(config)}")
-def test_an_outline_has_the_tensors_and_settings_of_the_real_module(config: dict[str, Any]) -> None:
+@SETTINGS
+def test_an_outline_has_the_tensors_and_layers_of_the_real_module(config: dict[str, Any]) -> None:
     made, module = outline(config), real(config)
     assert made is not None
-    shapes = {
-        name: (tensor.shape, tensor.dtype)
-        for name, tensor in module.state_dict().items()
-        if not name.startswith(("encoder.", "quant_conv."))
-    }
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in made.state_dict().items()} == shapes
-    assert str(LatentFormat.from_vae(made)) == str(LatentFormat.from_vae(module))
-    if "Tiny" not in config["_class_name"]:
-        assert records(read_network(made.eval().to_empty(device="cpu"))) == records(
-            read_network(module.to_empty(device="cpu"))
-        )
+    assert made.shapes == shapes_of(module)
+    assert str(LatentFormat.from_config(made.config, config["_class_name"])) == str(LatentFormat.from_vae(module))
+    if "Tiny" in config["_class_name"]:
+        assert made.network is None
+    else:
+        assert records(made.network) == records(read_network(module.to_empty(device="cpu")))
+
+
+@SETTINGS
+def test_a_format_that_was_read_from_a_config_is_the_modules(config: dict[str, Any]) -> None:
+    made, module = outline(config), real(config)
+    assert made is not None
+    found, expected = LatentFormat.from_config(made.config, config["_class_name"]), LatentFormat.from_vae(module)
+    assert (found.batch_norm and found.batch_norm.eps) == (expected.batch_norm and expected.batch_norm.eps)
+    for name in set(LatentFormat.__dataclass_fields__) - {"batch_norm"}:
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+def test_taef2s_pools_have_places() -> None:
+    from fluxvae.checkpoints.previews import add_pools
+
+    config = {"_class_name": "AutoencoderTiny", "latent_channels": 32, "num_decoder_blocks": [3, 2, 1, 1]}
+    module = real(config)
+    with own_settings(), torch.device("meta"):
+        add_pools(module)
+    made = outline(config, pools=True)
+    assert made is not None
+    assert made.shapes == shapes_of(module)
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)
@@ -85,10 +112,3 @@ def test_defaults_are_diffusers(kind: str) -> None:
 )
 def test_what_is_not_known_has_no_outline(change: dict[str, Any]) -> None:
     assert outline(CONFIGS[0] | change) is None
-
-
-def test_plans_without_weights_are_those_of_the_decoder() -> None:
-    for kernels in ("winograd", "torch"):
-        options: dict[str, Any] = {"device": "cpu", "kernels": kernels, "memory_limit": "100MB"}
-        planned = decoder_for_plans("demo", **options).plan(512, 768, 2)
-        assert planned == Decoder.from_pretrained("demo", **options).plan(512, 768, 2)

@@ -23,7 +23,7 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.latents import SizeFlooredWarning
+from fluxvae.packing import SizeFlooredWarning
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 

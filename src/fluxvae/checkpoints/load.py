@@ -22,13 +22,15 @@ from fluxvae.checkpoints.files import Weights, open_weights
 from fluxvae.checkpoints.find import Found, find
 from fluxvae.checkpoints.fp8 import find_scales, read_weights
 from fluxvae.checkpoints.layouts import Vae, find_vae, linear_shape
-from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, outline_module, own_settings
+from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, has_pools, own_settings
+from fluxvae.checkpoints.outline import Outline, outline
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
 if TYPE_CHECKING:
     import torch
 
     from fluxvae.decoder_options import VAE
+    from fluxvae.engine.records import Network
 
 __all__ = ["AssumedFamilyWarning", "Checkpoint", "load_vae", "open_checkpoint", "weights_files"]
 
@@ -68,15 +70,21 @@ class Checkpoint:
     _weights: Weights = field(repr=False)
     _names: dict[str, str] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
-    _outline: Any = field(repr=False)
-    """The VAE on the ``meta`` device, for its shapes and settings: an outline, or diffusers' own."""
+    _shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    _outline: Outline | None = field(repr=False)
+    """None: only diffusers can tell what the config means."""
     _build: Callable[[], Any] = field(repr=False)
-    """Diffusers' own."""
+    """Makes diffusers' module, on the ``meta`` device."""
 
     @property
     def decoder_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the decoder's own tensors, by diffusers' names."""
-        return {name: tuple(tensor.shape) for name, tensor in self._outline.decoder.state_dict().items()}
+        return {name: shape for name, shape in self._shapes.items() if name.startswith("decoder.")}
+
+    @property
+    def network(self) -> Network | None:
+        """Its layers, without modules; None: a preview, or a config of which only diffusers knows everything."""
+        return None if self._outline is None else self._outline.network
 
     @property
     def decoder_bytes(self) -> int:
@@ -93,7 +101,8 @@ class Checkpoint:
         """`LatentFormat`: how its latents become raw latents."""
         from fluxvae.latents import LatentFormat
 
-        return LatentFormat.from_vae(self._outline)
+        config = self._module.config if self._outline is None else self._outline.config
+        return LatentFormat.from_config(config, self.model)
 
     def warn(self, stacklevel: int = 2) -> None:
         """Say what was assumed, once for these files in this process."""
@@ -106,20 +115,20 @@ class Checkpoint:
     def _module(self) -> Any:
         return self._build()
 
-    def outline(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """What `load` gives, with zeros for weights: enough for a plan, in a fraction of the time."""
+    def empty(self, dtype: torch.dtype, device: torch.device) -> VAE:
+        """What `load` gives, with zeros for weights: enough for a plan."""
         import torch
 
+        vae: VAE = self._build()
         with own_settings():
             zeros = {
                 name: torch.empty(
                     tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device
                 ).zero_()  # written, so that they take the memory that the weights take
-                for name, tensor in self._outline.state_dict().items()
+                for name, tensor in vae.state_dict().items()
             }
-            module = self._outline.eval().requires_grad_(False)
-            module.load_state_dict(zeros, strict=True, assign=True)
-        return module
+            vae.load_state_dict(zeros, strict=True, assign=True)
+            return vae.eval().requires_grad_(False)
 
     def load(self, dtype: torch.dtype | None = None) -> VAE:
         """Read the decoder's weights; every call fills and returns the same module.
@@ -220,11 +229,15 @@ def open_checkpoint(
 
     def build() -> Any:
         module = build_module(config, vae, where, from_config=from_config)
-        check_tensors(module, shapes, where, from_config=from_config)
+        places = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        check_tensors(type(module).__name__, places, shapes, where, from_config=from_config)
         return module
 
-    outline = outline_module(config, vae) or build()
-    check_tensors(outline, shapes, where, from_config=from_config)
+    known = outline(config, pools=has_pools(vae))
+    if known is None:
+        build()
+    else:
+        check_tensors(config["_class_name"], known.shapes, shapes, where, from_config=from_config)
     return Checkpoint(
         files=found.files,
         variant=found.variant,
@@ -241,7 +254,8 @@ def open_checkpoint(
         _weights=weights,
         _names=dict(names),
         _scales=scales,
-        _outline=outline,
+        _shapes=shapes,
+        _outline=known,
         _build=build,
     )
 

@@ -11,23 +11,10 @@ from fluxvae.checkpoints.entries import first_line
 from fluxvae.checkpoints.layouts import Vae
 from fluxvae.errors import CheckpointError
 
-__all__ = ["COUNTS", "build_module", "check_tensors", "outline_module", "own_settings"]
+__all__ = ["COUNTS", "build_module", "check_tensors", "has_pools", "own_settings"]
 
 COUNTS = "bn.num_batches_tracked"
 """Of training only, and often left out."""
-
-
-def outline_module(config: dict[str, Any], vae: Vae) -> Any:
-    """The module's outline, which does without diffusers; None where only diffusers can tell what the config means."""
-    from fluxvae.checkpoints.outline import AutoencoderTiny, outline
-
-    with own_settings():
-        module = outline(config)
-        if isinstance(module, AutoencoderTiny) and any(".pool." in name for name in vae.names):
-            module.decoder.add_pools(
-                module.config["decoder_block_out_channels"][0], module.config["num_decoder_blocks"][0]
-            )
-    return module
 
 
 def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: bool) -> Any:
@@ -49,7 +36,7 @@ def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: b
     module.encoder = None  # never used for decoding, and nearly half of the weights
     if hasattr(module, "quant_conv"):
         module.quant_conv = None
-    if vae.preview and any(".pool." in name for name in vae.names):
+    if has_pools(vae):
         from fluxvae.checkpoints.previews import add_pools
 
         with own_settings(), torch.device("meta"):
@@ -57,14 +44,30 @@ def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: b
     return module
 
 
-def check_tensors(module: Any, shapes: Mapping[str, tuple[int, ...]], where: str, *, from_config: bool) -> None:
+def has_pools(vae: Vae) -> bool:
+    """Whether it is TAEF2, whose blocks have a branch that diffusers' ``AutoencoderTiny`` lacks (`previews`)."""
+    return vae.preview and any(".pool." in name for name in vae.names)
+
+
+def check_tensors(
+    kind: str,
+    places: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    *,
+    from_config: bool,
+) -> None:
     """Every tensor must find its place, and every place a tensor; nothing is filled with random numbers or dropped.
+
+    Args:
+        kind: diffusers' class.
+        places: of its decoder half, by name.
+        shapes: of the checkpoint's tensors.
 
     Raises:
         CheckpointError: a tensor of the decoder is missing, has no place, or has another shape.
     """
-    kind = type(module).__name__
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items() if name != COUNTS}
+    wanted = {name: shape for name, shape in places.items() if name != COUNTS}
     given = {name: shape for name, shape in shapes.items() if name != COUNTS}
     if from_config:
         source, advice = "config.json", "config and weights do not belong together"

@@ -1,6 +1,7 @@
 """The command line. Each command has a module of its own here; this one puts them together.
 
-What needs PyTorch is imported by the commands that need it, so that ``fluxvae --help`` answers at once.
+What takes long to import (PyTorch, rich) is imported by the commands that need it, where they need it, so that
+``fluxvae --help`` answers at once.
 """
 
 from __future__ import annotations

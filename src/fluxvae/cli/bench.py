@@ -6,8 +6,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fluxvae.cli.options import (
     AsJson,
@@ -71,6 +69,9 @@ def bench(
     if as_json:
         print_json(facts | {"rows": [asdict(row) for row in rows]})
         return
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     where = f"{decoder.device}, {facts['threads']} threads" if decoder.device.type == "cpu" else str(decoder.device)
     print_facts(console, {"checkpoint": checkpoint, "decoder": f"{facts['dtype']} on {where}, kernels {kernels}"})

@@ -6,8 +6,6 @@ import math
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fluxvae.cli.options import AsJson, Family, Variant, busy, print_facts, print_json
 
@@ -72,6 +70,9 @@ def info(
     if as_json:
         print_json(facts)
         return
+    from rich.console import Console
+    from rich.markup import escape
+
     f = latents.vae_scale_factor
     shards = (
         f"{len(found.files)} shards, {found.files[0].name} the first" if len(found.files) > 1 else found.files[0].name

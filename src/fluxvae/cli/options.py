@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DEMO_NOTE = "demo is a small checkpoint of our own; FLUX's latents need FLUX's: --checkpoint"
 
@@ -62,6 +63,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for progr
 
 def errors() -> Console:
     """Standard error, as it is now: tests exchange it."""
+    from rich.console import Console
+
     return Console(stderr=True)
 
 
@@ -72,6 +75,8 @@ def busy(what: str) -> Any:
 
 def print_facts(console: Console, facts: dict[str, str]) -> None:
     """Names in one column, what they are in the other."""
+    from rich.table import Table
+
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
         table.add_row(f"[bold]{name}[/bold]", value)

@@ -6,8 +6,6 @@ import re
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fluxvae.cli.options import (
     AsJson,
@@ -60,11 +58,14 @@ def plan(
     """
     height, width = _size(size)
     with busy(f"reading {checkpoint}"):
-        from fluxvae.decoder import decoder_for_plans
         from fluxvae.engine.plan import size_in_words
+        from fluxvae.plans import plan_decode
 
-        decoder = decoder_for_plans(
+        planned = plan_decode(
             checkpoint,
+            height,
+            width,
+            batch,
             family=family,
             variant=variant,
             device=device,
@@ -72,18 +73,17 @@ def plan(
             kernels=kernels,
             memory_limit=memory_limit,
         )
-    found = decoder.plan(height, width, batch)
-    smallest = decoder.engine.smallest_limit(height // 8, width // 8, batch)  # type: ignore[union-attr]
+    found, smallest = planned.plan, planned.smallest_limit
     facts: dict[str, Any] = {
         "height": found.height,
         "width": found.width,
         "batch": found.batch,
         "checkpoint": checkpoint,
-        "device": str(decoder.device),
-        "dtype": str(decoder.dtype).removeprefix("torch."),
+        "device": planned.device,
+        "dtype": planned.dtype,
         "kernels": found.kernels,
-        "approximate": decoder.approximate,
-        "assumed": decoder.assumed or None,
+        "approximate": planned.approximate,
+        "assumed": planned.assumed or None,
         "limit_bytes": found.limit,
         "peak_bytes": found.peak_bytes,
         "smallest_limit_bytes": smallest,
@@ -96,12 +96,15 @@ def plan(
         return
     limit = "none" if found.limit is None else f"{size_in_words(found.limit)} ({found.limit_source})"
     spill = f", {size_in_words(found.spill_bytes)} spilled to {found.spill_dir}" if found.spill_bytes else ""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(highlight=False)
     print_facts(
         console,
         {
             "image": f"{found.height} x {found.width} (height x width){f', {batch} of them' if batch > 1 else ''}",
-            "checkpoint": f"{checkpoint}, {facts['dtype']} on {decoder.device}, kernels {found.kernels}",
+            "checkpoint": f"{checkpoint}, {planned.dtype} on {planned.device}, kernels {found.kernels}",
             "peak memory": f"{size_in_words(found.peak_bytes)} above the weights{spill}",
             "limit": f"{limit}; the smallest that works: {size_in_words(smallest)}",
             "work": f"{found.macs * batch / 1e12:.2f} trillion multiply-adds, {found.work_ratio:.2f} times the least",

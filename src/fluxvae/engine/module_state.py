@@ -18,7 +18,7 @@ from fluxvae.errors import InvalidOptionError
 __all__ = ["check_loaded", "check_modules", "check_not_installed", "is_of", "unwrapped"]
 
 _INSTEAD = "or decode by diffusers itself (engine='diffusers', or without fluxvae.install)"
-_OWN = ("diffusers.", "fluxvae.checkpoints.outline")
+_OWN = "diffusers."
 """Where the classes of a VAE come from that are not PyTorch's."""
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _USUAL = torch.nn.Module().__dict__.keys()
@@ -89,7 +89,7 @@ def check_modules(vae: torch.nn.Module) -> None:
     for root in ("decode", "_decode"):
         if (found := _replaced(vae, root)) and getattr(found, "__module__", "") != "fluxvae.install":
             _refuse(f"its {root} has been replaced ({_words(found)})", "Undo that")
-        own = getattr(type(vae), root, None)  # an outline has none
+        own = getattr(type(vae), root, None)
         if own is not None and not _definer(type(vae), root).__module__.startswith(_OWN):
             _refuse(f"its {root} is that of {_words(type(vae))}", "Load diffusers' own class")
     for scope in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks):
@@ -148,9 +148,9 @@ def _definer(kind: type, method: str) -> type:
 
 
 def _check_attention(name: str, module: Any) -> None:
-    if not is_of(module, "Attention") or (processor := getattr(module, "processor", None)) is None:
-        return  # an outline has none
-    kind = type(processor)
+    if not is_of(module, "Attention"):
+        return
+    kind = type(module.processor)
     if kind.__name__ not in _PROCESSORS or not kind.__module__.startswith("diffusers."):
         _refuse(
             f"{name} has the attention processor {kind.__module__}.{kind.__qualname__}",

@@ -130,9 +130,9 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     return CudaKernels(device)
 
 
-def no_winograd(device: torch.device) -> str | None:
+def no_winograd(device: torch.device | str) -> str | None:
     """Why the Winograd kernels do not run on ``device``; None where they do."""
-    if device.type != "cpu":
+    if str(device) != "cpu":
         return f"those kernels are for a CPU, not {device}"
     try:
         from fluxvae.engine.kernels.vector_code import supported

@@ -26,9 +26,10 @@ from fluxvae.errors import (
     NonFiniteOutputError,
     UnavailableError,
 )
+from fluxvae.latent_checks import DTYPES
 from fluxvae.latent_layout import Layout, possible_layouts, read_layout
-from fluxvae.latents import DTYPES, LatentFormat, SizeFlooredWarning
-from fluxvae.packing import token_positions
+from fluxvae.latents import LatentFormat
+from fluxvae.packing import SizeFlooredWarning, token_positions
 from fluxvae.serve.families import formats_of_model
 
 __all__ = ["Request", "Unsent", "error_of", "make_request", "read_answer", "refused_before_work"]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latent_layout import Layout, read_layout
-from fluxvae.latents import SizeFlooredWarning
+from fluxvae.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of, has_factors, read_raw
 from fluxvae.serve.gateway.errors import TooLarge
 

@@ -1,0 +1,135 @@
+"""What diffusers' autoencoders take for settings that a config leaves out, and which configs are known entirely.
+
+Read from diffusers 0.42.1: ``autoencoders/autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["DEFAULTS", "complete"]
+
+_KL: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "force_upcast": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": _KL,
+    "AutoencoderKLFlux2": {
+        **{name: _KL[name] for name in ("in_channels", "out_channels", "act_fn", "norm_num_groups")},
+        **{name: _KL[name] for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")},
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "decoder_block_out_channels": None,
+        "layers_per_block": 2,
+        "latent_channels": 32,
+        "sample_size": 1024,
+        "batch_norm_eps": 1e-4,
+        "batch_norm_momentum": 0.1,
+        "patch_size": (2, 2),
+    },
+    "AutoencoderTiny": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "encoder_block_out_channels": (64, 64, 64, 64),
+        "decoder_block_out_channels": (64, 64, 64, 64),
+        "act_fn": "relu",
+        "upsample_fn": "nearest",
+        "latent_channels": 4,
+        "upsampling_scaling_factor": 2,
+        "num_encoder_blocks": (1, 3, 3, 3),
+        "num_decoder_blocks": (3, 3, 3, 1),
+        "latent_magnitude": 3,
+        "latent_shift": 0.5,
+        "force_upcast": False,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+    },
+}
+"""Of every setting that a config may leave out, diffusers' own."""
+
+
+def complete(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config with every setting it leaves out; None where its class or something in it is not known here."""
+    kind = config.get("_class_name")
+    if kind not in DEFAULTS:
+        return None
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    if kind == "AutoencoderTiny":
+        given.pop("block_out_channels", None)  # diffusers writes it, and derives it anew
+    whole = {**DEFAULTS[kind], **given}
+    try:
+        known = whole.keys() == DEFAULTS[kind].keys() and _KNOWN[kind](whole)
+    except TypeError:  # no list where one belongs
+        known = False
+    return whole if known else None
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _counts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_count, value))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_known(config: dict[str, Any]) -> bool:
+    widths, own = config["block_out_channels"], config.get("decoder_block_out_channels")
+    levels = len(widths) if _counts(widths) else 0
+    groups = config["norm_num_groups"]
+    return (
+        levels > 0
+        and _count(groups)
+        and (own is None or (_counts(own) and len(own) == levels))
+        and all(width % groups == 0 for width in (*widths, *(own or ())))
+        and list(config["up_block_types"]) == ["UpDecoderBlock2D"] * levels
+        and list(config["down_block_types"]) == ["DownEncoderBlock2D"] * levels
+        and all(_count(config[name]) for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block"))
+        and (_count(config["sample_size"]) or _counts(config["sample_size"]))
+        and all(isinstance(config[name], bool) for name in ("use_quant_conv", "use_post_quant_conv"))
+        and isinstance(config["mid_block_add_attention"], bool)
+        and config["act_fn"] == "silu"
+        and all(config.get(name) is None or _number(config[name]) for name in ("shift_factor", "batch_norm_eps"))
+        and _number(config.get("scaling_factor", 1.0))
+        and (config.get("patch_size") is None or list(config["patch_size"]) == [2, 2])
+    )
+
+
+def _tiny_is_known(config: dict[str, Any]) -> bool:
+    lists = ("encoder_block_out_channels", "decoder_block_out_channels", "num_encoder_blocks", "num_decoder_blocks")
+    numbers = ("in_channels", "out_channels", "latent_channels", "upsampling_scaling_factor")
+    return (
+        all(_counts(config[name]) for name in lists)
+        and len(set(config["decoder_block_out_channels"])) == 1
+        and len(config["decoder_block_out_channels"]) == len(config["num_decoder_blocks"])
+        and len(config["encoder_block_out_channels"]) == len(config["num_encoder_blocks"])
+        and all(_count(config[name]) for name in numbers)
+        and all(_number(config[name]) for name in ("scaling_factor", "shift_factor"))
+        and config["act_fn"] == "relu"
+        and config["upsample_fn"] == "nearest"
+    )
+
+
+_KNOWN = {"AutoencoderKL": _is_known, "AutoencoderKLFlux2": _is_known, "AutoencoderTiny": _tiny_is_known}

@@ -1,0 +1,140 @@
+"""What a decode with a checkpoint would need, without reading its weights: `plan_decode`, which ``fluxvae plan`` shows.
+
+On a CPU, with the kernels that serve there, a plan follows from the checkpoint's headers, the size and the machine, and
+is made without importing PyTorch or diffusers, which takes seconds. Anything else (a GPU, whose libraries are asked
+what they take; previews; PyTorch's kernels) is planned by the decoder itself, with zeros for weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxvae.checkpoints import open_checkpoint
+from fluxvae.checkpoints.load import Checkpoint
+from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.engine.records import Network
+from fluxvae.errors import InvalidLatentsError
+
+__all__ = ["Planned", "check_size", "plan_decode"]
+
+_ITEMSIZES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+"""Of NVIDIA's driver, of Windows' for WSL, of AMD's, whose GPUs PyTorch calls cuda too."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it is a plan of."""
+
+    plan: Plan
+    smallest_limit: int
+    """Bytes: the smallest ``memory_limit`` that decodes this size."""
+    device: str
+    dtype: str
+    approximate: bool
+    assumed: str
+    """What was assumed of the checkpoint; empty: nothing was."""
+
+
+def plan_decode(
+    source: str | Path,
+    height: int,
+    width: int,
+    batch: int = 1,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    memory_limit: str | int | None = None,
+    **options: Any,
+) -> Planned:
+    """What decoding ``batch`` images of this size by this checkpoint would take now.
+
+    Args:
+        source, options: as for `open_checkpoint`: family and variant.
+        height, width: pixels, multiples of what one latent stands for.
+        device, dtype, kernels, memory_limit: as for `Decoder.from_pretrained`.
+
+    Raises:
+        CheckpointError, InvalidLatentsError, InvalidOptionError, MemoryLimitError: as the decode would.
+    """
+    checkpoint = open_checkpoint(source, **options)
+    checkpoint.warn()
+    network = checkpoint.network
+    if network is None or not _on_cpu(device) or dtype not in _ITEMSIZES or not _by_winograd(kernels):
+        return _by_decoder(checkpoint, height, width, batch, device, dtype, kernels, memory_limit)
+    check_size(height, width, batch, network.scale)
+    limit = None if memory_limit is None else parse_memory_limit(memory_limit)
+    plan, smallest = _by_headers(network, height, width, batch, _ITEMSIZES[dtype], limit)
+    plan = dataclasses.replace(plan, kernels_note=checkpoint.assumed)
+    stored = "float32" if dtype == "auto" else dtype
+    return Planned(plan, smallest, "cpu", stored, False, checkpoint.assumed)
+
+
+def check_size(height: object, width: object, batch: object, scale: int) -> None:
+    """Refuse a size that no latents decode to.
+
+    Args:
+        height, width: pixels.
+        scale: pixels per latent, each way.
+
+    Raises:
+        InvalidLatentsError: naming what is no positive multiple.
+    """
+    for name, value in (("height", height), ("width", width), ("batch", batch)):
+        multiple = 1 if name == "batch" else scale
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
+            raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
+
+
+def _on_cpu(device: str) -> bool:
+    """Whether PyTorch would decode on the CPU, as far as that can be told without it."""
+    if device == "auto" and sys.platform == "linux":
+        return not any(map(os.path.exists, _GPU_FILES))
+    return device == "cpu"
+
+
+def _by_winograd(kernels: str) -> bool:
+    from fluxvae.engine.kernels import no_winograd
+
+    return kernels in ("auto", "winograd") and no_winograd("cpu") is None
+
+
+def _by_headers(
+    network: Network, height: int, width: int, batch: int, stored: int, limit: int | None
+) -> tuple[Plan, int]:
+    from fluxvae.engine import torch_library
+    from fluxvae.engine.kernels.winograd_costs import WinogradCosts
+    from fluxvae.engine.planner import limit_of, make_planner
+    from fluxvae.engine.room import free_disk, free_memory, spill_folder
+
+    planner = make_planner(
+        network, WinogradCosts("cpu"), (height // network.scale, width // network.scale), batch=batch,
+        computed=4, stored=stored, cast=stored != 4, on_cpu=True, threads=torch_library.threads(),
+    )  # fmt: skip
+    folder = spill_folder(None)
+    allowed, told_by = limit_of(limit, free_memory)
+    plan = planner.plan(allowed, source=told_by, spill_free=free_disk(folder), spill_dir=str(folder))
+    return plan, planner.smallest_limit(free_disk(folder))
+
+
+def _by_decoder(
+    checkpoint: Checkpoint, height: int, width: int, batch: int, device: str, dtype: str, kernels: str,
+    memory_limit: str | int | None,
+) -> Planned:  # fmt: skip
+    from fluxvae.decoder import Decoder
+    from fluxvae.decoder_options import resolve_device, resolve_dtype
+
+    where = resolve_device(device)
+    decoder = Decoder(checkpoint.empty(resolve_dtype(dtype, where), where), kernels=kernels, memory_limit=memory_limit)
+    decoder.assumed = checkpoint.assumed
+    plan = decoder.plan(height, width, batch)
+    scale = decoder.format.vae_scale_factor
+    smallest = decoder.engine.smallest_limit(height // scale, width // scale, batch)  # type: ignore[union-attr]
+    stored = str(decoder.dtype).removeprefix("torch.")
+    return Planned(plan, smallest, str(decoder.device), stored, decoder.approximate, checkpoint.assumed)
