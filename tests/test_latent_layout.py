@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from hypothesis import strategies as st
 
 from family_models import flux2_vae, ids_of, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, pack_latents
+from fluxvae.batch.readings import read_shape
+from fluxvae.batch.tensors import Lazy
 from fluxvae.latent_layout import possible_layouts, read_layout
 from fluxvae.latents import LatentFormat
 from fluxvae.packing import patchify
@@ -219,3 +224,50 @@ def test_a_preview_of_one_image() -> None:
     latents = torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(0))
     decoder = Decoder(tiny_vae())
     assert torch.equal(decoder.decode_raw(latents), decoder.decode_raw(latents[None]))
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _or_error(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except InvalidLatentsError as error:
+        return str(error)
+
+
+@formats
+@given(
+    shape=st.lists(st.one_of(st.integers(1, 6), st.sampled_from([16, 32, 64, 128])), min_size=1, max_size=5).map(tuple),
+    size=st.one_of(st.none(), st.tuples(st.sampled_from([16, 32, 512, 2048]), st.sampled_from([32, 64, 512, 2048]))),
+    ids=st.booleans(),
+)
+def test_files_are_read_as_the_library_reads(
+    format: LatentFormat, shape: tuple[int, ...], size: tuple[int, int] | None, ids: bool
+) -> None:
+    """But for a size that one row alone may have wrong: that is for the row's own check."""
+    height, width = size or (None, None)
+    ambiguous = len(possible_layouts(shape, [format])) > 1
+    library = _or_error(lambda: read_layout(shape, [format], *((height, width) if ambiguous else ()), with_ids=ids))
+    file = _or_error(lambda: read_shape(format, shape, height, width, ids=ids))
+    if isinstance(library, str):
+        assert file == library
+    else:
+        assert (file.rows, *file.shape[1:]) == library.shape
+        numbers = torch.arange(math.prod(shape)).reshape(shape)
+        lazy = Lazy(shape, "int64", lambda key: numbers[key])
+        rows = torch.cat([file.row(lazy, row) for row in range(file.rows)])
+        assert torch.equal(rows, numbers.reshape(library.shape)), "the same values in the same order"
+
+
+@formats
+@given(channels=st.sampled_from([4, 16, 32, 64, 128]), sides=st.tuples(TELLING, TELLING), frame=st.booleans())
+def test_what_is_known_to_be_one_image_is_never_packed(
+    format: LatentFormat, channels: int, sides: tuple[int, int], frame: bool
+) -> None:
+    shape = (channels, 1, *sides) if frame else (channels, *sides)
+    read = _or_error(lambda: read_shape(format, shape, one=True))
+    if channels in (format.channels, 4 * format.channels * format.flux2):
+        assert read == (1, (1, channels, *sides))
+    else:
+        assert f"got {channels} channels" in read

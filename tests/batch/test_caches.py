@@ -219,8 +219,8 @@ def test_one_image_without_its_batch(tmp_path: Path, demo: Decoder) -> None:
         assert np.array_equal(image(tmp_path / f"out/rows_{row:04d}.png"), packed)
     told = {Path(line["source"]).name: line["message"] for line in failures(tmp_path / "out")}
     assert told.keys() == {"either.safetensors", "neither.safetensors", "video.pt"}
-    assert "one image of 16x512 pixels" in told["either.safetensors"]
+    assert "one image of 16x512 (height x width) without its batch" in told["either.safetensors"]
     assert "16 packed images" in told["either.safetensors"]
-    assert "pass --height and --width" in told["either.safetensors"]
-    assert "with height=64 and width=64; expected 16x512" in told["neither.safetensors"]
-    assert "with 2 frames: a video" in told["video.pt"]
+    assert "pass height and width" in told["either.safetensors"]
+    assert "got 64x64 (height x width)" in told["neither.safetensors"]
+    assert "a video of 2 frames" in told["video.pt"]

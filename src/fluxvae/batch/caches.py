@@ -200,7 +200,7 @@ def _simpletuner(held: Contents, expected: Expected) -> list[Picture] | None:
     if tensor is None or held.suffix not in ("pt", "pth") or len(tensor.shape) != 3:
         return None
     reading = read_shape(expected.format, tensor.shape, expected.height, expected.width)
-    if not reading.alone or tensor.shape[0] != expected.format.channels:
+    if reading.shape != (1, *tensor.shape) or tensor.shape[0] != expected.format.channels:
         return None
     ask = "a tensor alone in a .pt may be SimpleTuner's, whose cache of FLUX.1 is raw, or scaled, as pipelines have it"
     return [Picture(tensor, True, ask=ask)]
