@@ -118,10 +118,15 @@ def test_a_folder_of_every_program(tmp_path: Path, demo: Decoder) -> None:
     (there / "_latent_cache").mkdir()
     ai_toolkit(there / "_latent_cache/cat_hash.safetensors", made[7].bfloat16(), "flux1")
     expected["_latent_cache/cat_hash"] = (made[7].bfloat16(), False)
+    for index, borrower in enumerate(("flux_kontext", "chroma", "zimage", "hidream"), 30):
+        ai_toolkit(there / f"_latent_cache/{borrower}.safetensors", one(index), borrower)
+        expected[f"_latent_cache/{borrower}"] = (one(index), False)
     onetrainer(
         there / "0.pt", latent_image=made[8].bfloat16(), latent_mask=one(8)[:1], latent_conditioning_image=made[9]
     )
     expected |= {"0": (made[8].bfloat16(), True), "0_conditioning": (made[9], True)}
+    torch.save(made[11], there / "simpletuner.pt")
+    expected["simpletuner"] = (made[11], False)
     comfyui(there / "frame.latent", made[10].reshape(1, 16, 1, LH, LW))
     expected["frame"] = (made[10], True)
     # What lies beside them and is none.
@@ -173,19 +178,17 @@ def test_a_folder_of_flux2(tmp_path: Path, flux2: Path, flux2_decoder: Decoder) 
 def test_what_is_not_told_is_asked_for(tmp_path: Path, demo: Decoder) -> None:
     there = tmp_path / "in"
     there.mkdir()
-    torch.save(one(1), there / "simpletuner.pt")
     comfyui(there / "old.latent", one(2).unsqueeze(0), version=False)
     sd_scripts(there / "renamed.npz", one(3))
     ai_toolkit(there / "sd3.safetensors", one(4), "sd3")
     musubi(there / "unknown.safetensors", {"latents_1x6x10_float32": one(5)}, "kandinsky5")
-    names = {"simpletuner": 1, "old": 2, "renamed": 3, "sd3": 4, "unknown": 5}
+    names = {"old": 2, "renamed": 3, "sd3": 4, "unknown": 5}
     assert decode(there, "-o", tmp_path / "out").exit_code == 6
     told = {Path(line["source"]).stem: line["message"] for line in failures(tmp_path / "out")}
     assert told.keys() == names.keys()
     for name, message in told.items():
         assert message.startswith("raw: "), name
         assert message.endswith("pass --raw or --no-raw"), name
-    assert "SimpleTuner" in told["simpletuner"]
     assert "SD before May 2023" in told["old"]
     assert "scaled it for SD3 (scaling_factor 1.5305), and this checkpoint's scaling_factor is 0.3611" in told["sd3"]
     assert "'kandinsky5'" in told["unknown"]

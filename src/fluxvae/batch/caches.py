@@ -3,6 +3,7 @@
 Every program has one small function here that looks at what a file holds, by name, and says which of its tensors are
 pictures and what is known of them; or None: it is not that program's. `docs/batch.md` says the same in a table, with
 the place in each program's source. What a file does not tell is asked for (`Picture.ask`), never guessed.
+SimpleTuner's have no function: a tensor alone in a ``.pt``, scaled, is what any such tensor is taken for.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxvae.batch.readings import Expected, read_shape
+from fluxvae.batch.readings import Expected
 from fluxvae.batch.tensors import Lazy
 from fluxvae.latents import LatentFormat
 
@@ -161,6 +162,11 @@ def _kohya(held: Contents, format: LatentFormat, program: str, model: str, space
 
 _AI_TOOLKIT: dict[str, _Space] = {
     "flux1": _FLUX1,
+    "flux_kontext": _FLUX1,
+    "chroma": _FLUX1,
+    "hidream": _FLUX1,
+    "hidream_e1": _FLUX1,
+    "zimage": _FLUX1,
     "flux2": _FLUX2,
     "flux2_klein_4b": _FLUX2,
     "flux2_klein_9b": _FLUX2,
@@ -193,19 +199,6 @@ def _onetrainer(held: Contents, expected: Expected) -> list[Picture] | None:
     return [Picture(held.tensors[name], True, label, raw=True) for name, label in names.items() if name in held.tensors]
 
 
-def _simpletuner(held: Contents, expected: Expected) -> list[Picture] | None:
-    """``helpers/caching/vae.py``: a tensor and nothing beside it. Of FLUX.1 it is raw, which nothing in the file says;
-    of FLUX.2 it is in normalised patches, which its channels say."""
-    tensor = held.tensors.get("")
-    if tensor is None or held.suffix not in ("pt", "pth") or len(tensor.shape) != 3:
-        return None
-    reading = read_shape(expected.format, tensor.shape, expected.height, expected.width)
-    if reading.shape != (1, *tensor.shape) or tensor.shape[0] != expected.format.channels:
-        return None
-    ask = "a tensor alone in a .pt may be SimpleTuner's, whose cache of FLUX.1 is raw, or scaled, as pipelines have it"
-    return [Picture(tensor, True, ask=ask)]
-
-
 _TEXTS = ("t5_out", "text_embed", "text_embed_0", "prompt_embeds", "tokens", "tokens_1", "text_encoder_hidden_state")
 
 
@@ -224,6 +217,5 @@ _LAYOUTS: tuple[Callable[[Contents, Expected], list[Picture] | None], ...] = (
     _kohya_safetensors,
     _ai_toolkit,
     _onetrainer,
-    _simpletuner,
     _texts,
 )
