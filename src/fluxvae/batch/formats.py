@@ -223,6 +223,8 @@ def _unpickle(name: str, source: IO[bytes]) -> Any:
         return torch.load(source.name if mapped else source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         told = str(error.__context__ or error)
+        if "Unsupported operand" in told:  # of a later protocol than torch.save's
+            told = "it is a pickle of Python's own, which torch.save did not write"
         if "GLOBAL" not in told and "class" not in told.lower():
             raise ValueError(told) from error
         named = told.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in told else "one of a class of its own"

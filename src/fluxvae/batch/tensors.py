@@ -111,9 +111,10 @@ class Npz(Mapping[str, Lazy]):
         self._name = path.name
         self._zip = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115 (open as long as this is, also if its name goes)
         self._lock = threading.Lock()
-        self._members = {
-            info.filename.removesuffix(".npy"): info for info in self._zip.infolist() if info.filename.endswith(".npy")
-        }
+        arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
+        self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
+        if len(self._members) != len(arrays):
+            raise ValueError("it holds two arrays of one name")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)

@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxvae.checkpoints.config import config_of_shapes, describe, fits
 from fluxvae.checkpoints.entries import itemsize
-from fluxvae.checkpoints.families import Choice, check_factors, choose_family, known_family, told_by_neighbours
+from fluxvae.checkpoints.families import check_factors, known_family
 from fluxvae.checkpoints.files import Weights, open_weights
-from fluxvae.checkpoints.find import Found, find
+from fluxvae.checkpoints.find import find
 from fluxvae.checkpoints.fp8 import find_scales, read_weights
+from fluxvae.checkpoints.identify import assumption, identify
 from fluxvae.checkpoints.layouts import Vae, find_vae, linear_shape
 from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, has_pools, own_settings
 from fluxvae.checkpoints.outline import Outline, outline
-from fluxvae.errors import CheckpointError, InvalidOptionError
+from fluxvae.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -224,7 +224,7 @@ def open_checkpoint(
     shapes = {name: vae.shapes[name] for name in names}
     vae = Vae(vae.prefix, vae.preview, vae.layout, names, shapes, vae.encoder_widths)
     _check_size(shapes, where)
-    config, choice, told_by = _config(found, weights, vae, named, given, where)
+    config, choice, told_by = identify(found, weights, vae, named, given, where)
     from_config = found.config is not None
 
     def build() -> Any:
@@ -248,7 +248,7 @@ def open_checkpoint(
         config=config,
         family=None if choice is None or choice.family is None else choice.family.name,
         told_by=told_by,
-        assumed=_assumption(choice, vae, where),
+        assumed=assumption(choice, vae, where),
         stored_dtypes=tuple(sorted({weights.entries[whole].dtype for name, whole in names.items() if name != COUNTS})),
         scaled=bool(scales),
         _weights=weights,
@@ -267,73 +267,3 @@ def _check_size(shapes: dict[str, tuple[int, ...]], where: str) -> None:
             f"checkpoint: {where} claims a decoder of {values} values; expected at most {_MOST_BYTES // 4}: it is "
             "damaged or another kind of model"
         )
-
-
-def _config(
-    found: Found, weights: Weights, vae: Vae, named: Any, given: dict[str, float], where: str
-) -> tuple[dict[str, Any], Choice | None, str]:
-    """The config, whose VAE it is where that was asked or had to be found out, and what says so."""
-    config = found.config
-    if config is None and found.beside is not None and fits(found.beside, vae):
-        config = found.beside
-    told_by = "config.json" if found.config is not None else "the config.json beside it"
-    choice: Choice | None = None
-    if config is None:
-        config, families = config_of_shapes(vae, where)
-        told = told_by_neighbours(weights.entries)
-        batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
-        choice = choose_family(families, told, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
-        if choice.family is not None and not vae.preview:
-            config |= choice.family.config
-        told_by = {
-            "shapes": "the shapes of its tensors",
-            "neighbours": "the model in the same file",
-            "family": "family=",
-            "factors": "the factors that were given",
-            "assumed": "an assumption",
-        }[choice.told_by]
-        if given and choice.told_by != "factors":
-            told_by += ", and the factors that were given"
-    else:
-        config = dict(config)
-        if named is not None:
-            _, families = config_of_shapes(vae, where)
-            batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
-            choice = choose_family(families, None, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
-            config |= (
-                {} if vae.preview else {name: value for name, value in named.config.items() if name != "sample_size"}
-            )
-        options = [*(["family="] if named is not None else []), *(["the factors that were given"] if given else [])]
-        told_by = f"{told_by}; its factors: {' and '.join(options)}" if options else told_by
-    _check_given(config["_class_name"], given, where)
-    return config | given, choice, told_by
-
-
-def _check_given(model: str, given: dict[str, float], where: str) -> None:
-    """Refuse factors that this class has no place for."""
-    batch_norm = model == "AutoencoderKLFlux2"
-    for name in given:
-        if (name == "batch_norm_eps") != batch_norm:
-            own = "batch_norm_eps" if batch_norm else "scaling_factor and shift_factor"
-            raise InvalidOptionError(
-                f"{name}: got {given[name]:g} for {where}, which is {model} and has {own}; leave it out"
-            )
-
-
-def _assumption(choice: Choice | None, vae: Vae, where: str) -> str:
-    if choice is None or choice.told_by != "assumed" or choice.family is None:
-        return ""
-    first = choice.family
-    if vae.preview:
-        return (
-            f"{where} does not tell whose latents this preview is for; {first.name!r} ({first.models}) is assumed. "
-            f"Others look the same: {', '.join(f'{one.name} ({one.models})' for one in choice.others)}. "
-            f"family={first.name!r}, or another, says which it is"
-        )
-    factors = "batch_norm_eps" if first.batch_norm_eps is not None else "scaling_factor"
-    factors += " and shift_factor" if first.shift_factor is not None else ""
-    others = "; ".join(f"{one.name} ({one.models}): {one.formula}" for one in choice.others)
-    return (
-        f"{where} does not tell whose VAE it is; {first.name!r} ({first.models}) is assumed: {first.formula}. Others "
-        f"have the same tensors: {others}. family={first.name!r}, or another, says which it is; or give {factors}"
-    )

@@ -27,7 +27,7 @@ def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: b
     try:
         with own_settings(), torch.device("meta"):
             module = kind.from_config(json.loads(json.dumps(config)))
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, ArithmeticError) as error:
         source = "config.json" if from_config else "the shapes of its tensors"
         raise CheckpointError(
             f"checkpoint: {where} cannot be built as {config['_class_name']} from {source}: {first_line(error)}; it is "

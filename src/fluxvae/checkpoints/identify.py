@@ -1,0 +1,134 @@
+"""What a checkpoint is: its config, whose VAE it is, and what says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from fluxvae.checkpoints.config import config_of_shapes, describe, fits
+from fluxvae.checkpoints.families import Choice, choose_family, told_by_neighbours
+from fluxvae.checkpoints.files import Weights
+from fluxvae.checkpoints.find import Found
+from fluxvae.checkpoints.layouts import MOST_LEVELS, Vae
+from fluxvae.errors import CheckpointError, InvalidOptionError
+
+__all__ = ["assumption", "identify"]
+
+_MOST_BLOCKS = 64
+"""Residual blocks of a level: many times those of any autoencoder there is."""
+
+
+def identify(
+    found: Found, weights: Weights, vae: Vae, named: Any, given: dict[str, float], where: str
+) -> tuple[dict[str, Any], Choice | None, str]:
+    """The config, whose VAE it is where that was asked or had to be found out, and what says so.
+
+    Raises:
+        CheckpointError: a config with numbers that no model has.
+        InvalidOptionError: a factor that this class has no place for.
+    """
+    config = found.config
+    if config is None and found.beside is not None and fits(found.beside, vae):
+        config = found.beside
+    told_by = "config.json" if found.config is not None else "the config.json beside it"
+    choice: Choice | None = None
+    if config is None:
+        config, families = config_of_shapes(vae, where)
+        told = told_by_neighbours(weights.entries)
+        batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
+        choice = choose_family(families, told, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
+        if choice.family is not None and not vae.preview:
+            config |= choice.family.config
+        told_by = {
+            "shapes": "the shapes of its tensors",
+            "neighbours": "the model in the same file",
+            "family": "family=",
+            "factors": "the factors that were given",
+            "assumed": "an assumption",
+        }[choice.told_by]
+        if given and choice.told_by != "factors":
+            told_by += ", and the factors that were given"
+    else:
+        config = dict(config)
+        if named is not None:
+            _, families = config_of_shapes(vae, where)
+            batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
+            choice = choose_family(families, None, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
+            config |= (
+                {} if vae.preview else {name: value for name, value in named.config.items() if name != "sample_size"}
+            )
+        options = [*(["family="] if named is not None else []), *(["the factors that were given"] if given else [])]
+        told_by = f"{told_by}; its factors: {' and '.join(options)}" if options else told_by
+    _check_given(config["_class_name"], given, where)
+    _check_numbers(config | given, where)
+    return config | given, choice, told_by
+
+
+def _check_given(model: str, given: dict[str, float], where: str) -> None:
+    """Refuse factors that this class has no place for."""
+    batch_norm = model == "AutoencoderKLFlux2"
+    for name in given:
+        if (name == "batch_norm_eps") != batch_norm:
+            own = "batch_norm_eps" if batch_norm else "scaling_factor and shift_factor"
+            raise InvalidOptionError(
+                f"{name}: got {given[name]:g} for {where}, which is {model} and has {own}; leave it out"
+            )
+
+
+def _check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that would take for ever to build, and factors that would make every image NaN."""
+
+    def wrong(name: str, expected: str) -> None:
+        raise CheckpointError(
+            f"checkpoint: {where}: config.json has {name} {config[name]!r:.60}, expected {expected}; it is damaged, or "
+            "was written by hand: download it again"
+        )
+
+    for name in ("layers_per_block", "num_decoder_blocks", "num_encoder_blocks"):
+        counts = config.get(name)
+        if any(
+            _is_number(one) and not one <= _MOST_BLOCKS for one in (counts if isinstance(counts, list) else [counts])
+        ):
+            wrong(name, f"at most {_MOST_BLOCKS} for a level")
+    for name in ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels"):
+        widths = config.get(name)
+        if isinstance(widths, list) and len(widths) > MOST_LEVELS:
+            wrong(name, f"at most {MOST_LEVELS} levels")
+    for name in ("scaling_factor", "shift_factor", "batch_norm_eps"):
+        value = config.get(name)
+        if value is None:
+            continue
+        if not _is_number(value) or not math.isfinite(value):
+            wrong(name, "a finite number")
+        if (name == "scaling_factor" and value == 0) or (name == "batch_norm_eps" and value < 0):
+            wrong(name, "a number other than 0" if name == "scaling_factor" else "a number that is not negative")
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        if values is not None and not (
+            isinstance(values, (list, tuple)) and all(_is_number(one) and math.isfinite(one) for one in values)
+        ):
+            wrong(name, "a list of finite numbers")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def assumption(choice: Choice | None, vae: Vae, where: str) -> str:
+    if choice is None or choice.told_by != "assumed" or choice.family is None:
+        return ""
+    first = choice.family
+    if vae.preview:
+        return (
+            f"{where} does not tell whose latents this preview is for; {first.name!r} ({first.models}) is assumed. "
+            f"Others look the same: {', '.join(f'{one.name} ({one.models})' for one in choice.others)}. "
+            f"family={first.name!r}, or another, says which it is"
+        )
+    factors = "batch_norm_eps" if first.batch_norm_eps is not None else "scaling_factor"
+    factors += " and shift_factor" if first.shift_factor is not None else ""
+    others = "; ".join(f"{one.name} ({one.models}): {one.formula}" for one in choice.others)
+    return (
+        f"{where} does not tell whose VAE it is; {first.name!r} ({first.models}) is assumed: {first.formula}. Others "
+        f"have the same tensors: {others}. family={first.name!r}, or another, says which it is; or give {factors}"
+    )
