@@ -14,7 +14,7 @@ from fluxvae.checkpoints import open_checkpoint
 from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.module_state import check_loaded, unwrapped
-from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
 from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.engine.settings import set_aside
@@ -23,7 +23,6 @@ from fluxvae.forked import refuse_to_hang
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
 from fluxvae.latent_checks import plain
 from fluxvae.latents import LatentFormat
-from fluxvae.plans import check_size
 
 __all__ = ["Decoder"]
 

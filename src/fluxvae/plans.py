@@ -16,11 +16,10 @@ from typing import Any
 
 from fluxvae.checkpoints import open_checkpoint
 from fluxvae.checkpoints.load import Checkpoint
-from fluxvae.engine.plan import Plan, parse_memory_limit
+from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
 from fluxvae.engine.records import Network
-from fluxvae.errors import InvalidLatentsError
 
-__all__ = ["Planned", "check_size", "plan_decode"]
+__all__ = ["Planned", "plan_decode"]
 
 _ITEMSIZES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
@@ -74,22 +73,6 @@ def plan_decode(
     plan = dataclasses.replace(plan, kernels_note=checkpoint.assumed)
     stored = "float32" if dtype == "auto" else dtype
     return Planned(plan, smallest, "cpu", stored, False, checkpoint.assumed)
-
-
-def check_size(height: object, width: object, batch: object, scale: int) -> None:
-    """Refuse a size that no latents decode to.
-
-    Args:
-        height, width: pixels.
-        scale: pixels per latent, each way.
-
-    Raises:
-        InvalidLatentsError: naming what is no positive multiple.
-    """
-    for name, value in (("height", height), ("width", width), ("batch", batch)):
-        multiple = 1 if name == "batch" else scale
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
-            raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
 
 
 def _on_cpu(device: str) -> bool:

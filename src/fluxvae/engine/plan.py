@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-from fluxvae.errors import InvalidOptionError
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 
 if TYPE_CHECKING:
     from fluxvae.engine.records import Network
@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "Step",
     "block_values",
+    "check_size",
     "parse_memory_limit",
 ]
 
@@ -290,6 +291,22 @@ class Plan:
                 f"{size_in_words(peak):>11}"
             )
         return "\n".join(lines)
+
+
+def check_size(height: object, width: object, batch: object, scale: int) -> None:
+    """Refuse a size that no latents decode to.
+
+    Args:
+        height, width: pixels.
+        scale: pixels per latent, each way.
+
+    Raises:
+        InvalidLatentsError: naming what is no positive multiple.
+    """
+    for name, value in (("height", height), ("width", width), ("batch", batch)):
+        multiple = 1 if name == "batch" else scale
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0 or value % multiple:
+            raise InvalidLatentsError(f"{name}: got {value!r}, expected a positive multiple of {multiple}")
 
 
 # -- sizes in words ------------------------------------------------------------------------------------------------
