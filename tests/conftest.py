@@ -1,4 +1,4 @@
-"""Shared fixtures: Hypothesis profiles, small models, the number of threads, and which tests run side by side."""
+"""Shared fixtures: Hypothesis profiles, small models, the number of threads."""
 
 from __future__ import annotations
 
@@ -23,28 +23,6 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("default")
-
-
-STARTS_SERVERS = ("tests/serve/", "tests/test_demo.py", "tests/test_readme.py")
-"""These run one after another: some assert that nothing of a server is left in /dev/shm, or that it loads in time."""
-
-
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the default suite, whose tests compute with one thread and often wait; else this process.
-
-    What is marked slow measures time and memory at full widths, so that it must have the machine to itself, and a few
-    files are done sooner than two processes have imported PyTorch.
-    """
-    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and config.getoption("markexpr") == "not slow"
-    return 2 if whole else 0
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, because they share fixtures."""
-    for item in items:
-        path = item.nodeid.partition("::")[0]
-        group = "servers" if path.startswith(STARTS_SERVERS) else path
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture
