@@ -112,7 +112,9 @@ def _by_decoder(
 ) -> Planned:  # fmt: skip
     from fluxvae.decoder import Decoder
     from fluxvae.decoder_options import resolve_device, resolve_dtype
+    from fluxvae.forked import refuse_to_hang
 
+    refuse_to_hang()
     where = resolve_device(device)
     decoder = Decoder(checkpoint.empty(resolve_dtype(dtype, where), where), kernels=kernels, memory_limit=memory_limit)
     decoder.assumed = checkpoint.assumed

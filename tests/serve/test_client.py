@@ -13,7 +13,8 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,27 @@ def packed(seed: int, height: int, width: int, batch: int = 1) -> torch.Tensor:
     return torch.randn(batch, (height // 16) * (width // 16), 64, generator=generator)
 
 
-def regions() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+@pytest.fixture
+def regions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]:
+    """What is there of the regions that clients make, and afterwards nothing. Other processes have theirs there too."""
+    made: list[str] = []
+
+    def make(*args: Any, **options: Any) -> SharedMemory:
+        region = SharedMemory(*args, **options)
+        made.append(region.name)
+        return region
+
+    monkeypatch.setattr("fluxvae.serve.client.shared_memory.SharedMemory", make)
+
+    def there() -> set[str]:
+        return set(made) & set(os.listdir("/dev/shm"))
+
+    yield there
+    assert not there()
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before = regions()
-    yield
-    assert regions() <= before
-
-
-@pytest.fixture
-def client(serving: Serving, protocol: str, nothing_left: None) -> Iterator[Client]:
+def client(serving: Serving, protocol: str, regions: Callable[[], set[str]]) -> Iterator[Client]:
     with Client(url_of(serving, protocol), protocol=protocol) as client:
         yield client
 
@@ -145,7 +154,7 @@ def test_many_threads_share_a_client(client: Client, serving: Serving) -> None:
 
 
 @protocols
-def test_async(serving: Serving, protocol: str, nothing_left: None) -> None:
+def test_async(serving: Serving, protocol: str, regions: Callable[[], set[str]]) -> None:
     async def main() -> list[np.ndarray]:
         async with AsyncClient(url_of(serving, protocol), protocol=protocol) as client:
             work = (client.decode(packed(seed, 32, 48), height=32, width=48, output_type="uint8") for seed in range(6))
@@ -161,7 +170,9 @@ def test_async(serving: Serving, protocol: str, nothing_left: None) -> None:
 
 @pytest.mark.parametrize("protocol", ["grpc", "shared_memory"])
 @pytest.mark.parametrize("how", ["deadline", "cancelled task"])
-def test_a_decode_nobody_waits_for_stops(serving: Serving, protocol: str, how: str, nothing_left: None) -> None:
+def test_a_decode_nobody_waits_for_stops(
+    serving: Serving, protocol: str, how: str, regions: Callable[[], set[str]]
+) -> None:
     latents = packed(0, 2048, 2048)
 
     def cancellations() -> float:
@@ -192,14 +203,13 @@ def test_a_decode_nobody_waits_for_stops(serving: Serving, protocol: str, how: s
     wait_for(lambda: cancellations() == before + 1 and in_flight() == 0, "the decode to stop", 5.0)
 
 
-def test_shared_memory_is_used_again_and_given_back(serving: Serving, nothing_left: None) -> None:
-    before = regions()
+def test_shared_memory_is_used_again_and_given_back(serving: Serving, regions: Callable[[], set[str]]) -> None:
     with Client(serving.server.grpc_url, protocol="shared_memory") as client:
         for seed in range(5):
             client.decode(packed(seed, 32, 32), height=32, width=32)
             with pytest.raises(InvalidLatentsError):
                 client.decode(packed(seed, 32, 32), height=32, width=48)
-        assert len(regions() - before) == 1
+        assert len(regions()) == 1
 
 
 @protocols

@@ -19,7 +19,16 @@ from typing import Any, Literal
 from fluxvae.checkpoints.entries import Entry
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
-__all__ = ["FAMILIES", "Choice", "Family", "check_factors", "choose_family", "known_family", "told_by_neighbours"]
+__all__ = [
+    "FAMILIES",
+    "Choice",
+    "Family",
+    "check_factors",
+    "choose_family",
+    "known_family",
+    "told_by_neighbours",
+    "wanted_factor",
+]
 
 
 @dataclass(frozen=True)
@@ -117,13 +126,19 @@ def check_factors(factors: Mapping[str, float | None]) -> dict[str, float]:
     for name, value in factors.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InvalidOptionError(f"{name}: got {value!r}, expected a finite number")
-        if (name == "scaling_factor" and value == 0) or (name == "batch_norm_eps" and value < 0):
-            wanted = "a number other than 0" if name == "scaling_factor" else "a number that is not negative"
+        if wanted := wanted_factor(name, value):
             raise InvalidOptionError(f"{name}: got {value!r}, expected {wanted}")
         given[name] = float(value)
     return given
+
+
+def wanted_factor(name: str, value: object) -> str:
+    """What a factor of this name has to be, where ``value`` is not it; else nothing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return "a finite number"
+    if name == "scaling_factor" and value == 0:
+        return "a number other than 0"
+    return "a number that is not negative" if name == "batch_norm_eps" and value < 0 else ""
 
 
 def choose_family(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 from fluxvae.checkpoints.config import config_of_shapes, describe, fits
-from fluxvae.checkpoints.families import Choice, choose_family, told_by_neighbours
+from fluxvae.checkpoints.families import Choice, choose_family, told_by_neighbours, wanted_factor
 from fluxvae.checkpoints.files import Weights
 from fluxvae.checkpoints.find import Found
 from fluxvae.checkpoints.layouts import MOST_LEVELS, Vae
@@ -87,32 +86,22 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
 
     for name in ("layers_per_block", "num_decoder_blocks", "num_encoder_blocks"):
         counts = config.get(name)
-        if any(
-            _is_number(one) and not one <= _MOST_BLOCKS for one in (counts if isinstance(counts, list) else [counts])
-        ):
+        counts = counts if isinstance(counts, list) else [counts]
+        if any(isinstance(count, (int, float)) and not count <= _MOST_BLOCKS for count in counts):
             wrong(name, f"at most {_MOST_BLOCKS} for a level")
     for name in ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels"):
         widths = config.get(name)
         if isinstance(widths, list) and len(widths) > MOST_LEVELS:
             wrong(name, f"at most {MOST_LEVELS} levels")
     for name in ("scaling_factor", "shift_factor", "batch_norm_eps"):
-        value = config.get(name)
-        if value is None:
-            continue
-        if not _is_number(value) or not math.isfinite(value):
-            wrong(name, "a finite number")
-        if (name == "scaling_factor" and value == 0) or (name == "batch_norm_eps" and value < 0):
-            wrong(name, "a number other than 0" if name == "scaling_factor" else "a number that is not negative")
+        if config.get(name) is not None and (wanted := wanted_factor(name, config[name])):
+            wrong(name, wanted)
     for name in ("latents_mean", "latents_std"):
         values = config.get(name)
-        if values is not None and not (
-            isinstance(values, (list, tuple)) and all(_is_number(one) and math.isfinite(one) for one in values)
+        if values is not None and (
+            not isinstance(values, (list, tuple)) or any(wanted_factor(name, value) for value in values)
         ):
             wrong(name, "a list of finite numbers")
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def assumption(choice: Choice | None, vae: Vae, where: str) -> str:
