@@ -25,6 +25,16 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the default suite, whose tests compute with one thread and often wait; else this process.
+
+    What is marked slow measures time and memory at full widths, so that it must have the machine to itself, and a few
+    files are done sooner than two processes have imported PyTorch.
+    """
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and config.getoption("markexpr") == "not slow"
+    return 2 if whole else 0
+
+
 @pytest.fixture
 def threads_kept() -> Iterator[None]:
     """The number of threads is as it was, whatever the test sets."""
