@@ -145,6 +145,23 @@ def test_errors_are_one_message_and_a_status(
     assert said.out == ""
 
 
+@pytest.mark.parametrize("command", [["info", "demo"], ["plan", "512x512", "--json"], ["--help"]])
+def test_output_that_cannot_be_written(command: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fluxvae.cli", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        "the output cannot be written: No space left on device; free some space, or send it elsewhere\n"
+    )
+
+
 def test_an_error_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only fluxvae's own errors are messages; a bug keeps its traceback."""
     monkeypatch.setattr(sys, "argv", ["fluxvae", "info", "demo"])

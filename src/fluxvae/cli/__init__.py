@@ -6,6 +6,7 @@ What takes long to import (PyTorch, rich) is imported by the commands that need 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -43,6 +44,8 @@ Tab completes in your shell after: fluxvae --install-completion
 Environment: FLUXVAE_CHECKPOINT, FLUXVAE_FAMILY, FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT, FLUXVAE_TOKEN.
 Options win over it.
 """
+
+_OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="fluxvae",
@@ -84,3 +87,17 @@ def main() -> None:
         errors().print(f"[bold red]{type(error).__name__}[/bold red]: ", end="", highlight=False)
         errors().print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(status_of(error).exit_code)
+    except OSError as error:
+        # Files that a command reads and writes are its own to explain; this is its standard output, which has no name.
+        if error.filename is not None or error.errno not in _OUTPUT_FULL:
+            raise
+        told = f"the output cannot be written: {error.strerror}; free some space, or send it elsewhere"
+        errors().print(told, highlight=False, soft_wrap=True)
+        _forget_output()
+        sys.exit(1)
+
+
+def _forget_output() -> None:
+    """Python flushes what is left when it ends, and would fail once more, with a message of its own."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
