@@ -10,7 +10,24 @@ Needs the extra: ``pip install fluxvae[serve]``.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fluxvae.serve.client.clients import AsyncClient, Client
-from fluxvae.serve.client.remote_vae import Installed, RemoteVAE, install
+
+if TYPE_CHECKING:
+    from fluxvae.serve.client.remote_vae import Installed, RemoteVAE, install
 
 __all__ = ["AsyncClient", "Client", "Installed", "RemoteVAE", "install"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs diffusers is imported when it is first used: the clients themselves need not even PyTorch."""
+    if name not in ("Installed", "RemoteVAE", "install"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module("fluxvae.serve.client.remote_vae"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,14 +15,14 @@ from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_dev
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.module_state import check_loaded, unwrapped
 from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
-from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning, PreviewEngine
+from fluxvae.engine.preview import ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
 from fluxvae.forked import refuse_to_hang
 from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
-from fluxvae.latent_checks import plain
-from fluxvae.latents import LatentFormat
+from fluxvae.latent_values import plain
+from fluxvae.latents import PREVIEW_NOTE, LatentFormat
 
 __all__ = ["Decoder"]
 

@@ -58,7 +58,7 @@ class Installed:
         import torch
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        from fluxvae.latent_checks import plain
+        from fluxvae.latent_values import plain
 
         if self.vae.use_tiling:
             raise InvalidOptionError(

@@ -1,66 +1,48 @@
-"""What a caller can get wrong about latents, their size and their options: refused before any work, by name.
+"""What a caller can get wrong about the shape of latents, their size and their options: refused by name.
 
-Everything here is asked through `LatentFormat`, which says what the checkpoint expects.
+No torch in here: what also looks at values is `latent_values`. Everything is asked through `LatentFormat`, which says
+what the checkpoint expects.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_layout import other_family, read_layout, unpacked_shape
+from fluxvae.latent_layout import other_family, read_layout
 from fluxvae.packing import floor_size, token_positions
 
 if TYPE_CHECKING:
     from fluxvae.latents import LatentFormat
 
-__all__ = ["DTYPES", "check_latents", "check_options", "plain"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["check_options", "check_raw", "check_shape", "not_finite"]
 
 
-def check_latents(
+def check_shape(
     format: LatentFormat,
-    latents: object,
+    shape: tuple[int, ...],
     height: object = None,
     width: object = None,
     *,
-    latent_ids: object = None,
+    latent_ids: Any = None,
     raw: bool | None = None,
 ) -> tuple[int, int]:
-    """Say what size these latents decode to, or why they cannot be decoded.
+    """Say what size latents of this shape decode to, or why they cannot be decoded.
 
     Args:
-        latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
-            ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
-            batch (`latent_layout`); float32, bfloat16 or float16; finite. On the ``meta`` device
-            there are no values: the shape alone is checked.
-        height, width: pixels. Needed for packed latents without ids, floored to multiples of 16 (with a
-            `SizeFlooredWarning`), and where they alone tell C packed images from one image without its batch. For
-            others they may be left out; if given they must agree.
-        latent_ids: of FLUX.2's packed latents: (B, N, 4), where each token belongs; (N, 4) with one image's (N, 4*C).
-        raw: as for `Decoder.decode`.
+        shape: as of the latents that `latent_values.check_latents` takes.
+        height, width, latent_ids, raw: as there.
 
     Returns:
         (height, width) in pixels of the decoded image.
 
     Raises:
-        InvalidLatentsError: the rank, features, patch count, size, ids, dtype or a value is wrong.
+        InvalidLatentsError: the rank, features, patch count, size or ids are wrong.
         InvalidOptionError: ``raw`` is no bool, or true for a preview.
     """
-    _check_raw(format, raw)
-    if not isinstance(latents, torch.Tensor):
-        raise InvalidLatentsError(_no_tensor(format, latents))
-    plain(latents)
-    if latents.dtype not in DTYPES:
-        raise InvalidLatentsError(
-            f"latents: got dtype {latents.dtype}, expected float32, bfloat16 or float16; convert with latents.float()"
-        )
-    shape = tuple(latents.shape)
-    if latents.numel() == 0:
+    check_raw(format, raw)
+    if 0 in shape:
         raise InvalidLatentsError(
             f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
             "1"
@@ -71,31 +53,25 @@ def check_latents(
             "checkpoint is another's: leave them out"
         )
     layout = read_layout(shape, (format,), height, width, with_ids=latent_ids is not None)
-    if layout.size is None:
-        batch, patches, _ = layout.shape
-        if latents.ndim == 2 and isinstance(latent_ids, torch.Tensor) and latent_ids.ndim == 2:
-            latent_ids = latent_ids[None]
-        size = _check_packed(format, shape, batch, patches, height, width, latent_ids)
-    else:
-        size = layout.size
+    if layout.size is not None:
         _check_unpacked(format, shape, layout.shape, raw)
-    if not latents.is_meta:
-        _check_finite(latents)
-    return size
+        return layout.size
+    batch, patches, _ = layout.shape
+    if len(shape) == 2 and getattr(latent_ids, "ndim", None) == 2:
+        latent_ids = latent_ids[None]
+    return _check_packed(format, shape, batch, patches, height, width, latent_ids)
 
 
-def _no_tensor(format: LatentFormat, latents: object) -> str:
-    if isinstance(latents, (list, tuple)):
-        shapes = sorted({tuple(one.shape) for one in latents if isinstance(one, torch.Tensor)})
-        of = f" of tensors of shape {', '.join(map(str, shapes[:3]))}" if shapes else ""
-        return (
-            f"latents: got a {type(latents).__name__} of {len(latents)}{of}, expected one torch.Tensor: packed (batch, "
-            f"patches, {format.packed_features}) or unpacked {unpacked_shape(format)}; torch.stack(latents) makes one "
-            "of images without a batch, torch.cat(latents) of those with one, where all have one size"
-        )
-    return (
-        f"latents: got {type(latents).__name__}, expected a torch.Tensor; "
-        "torch.from_numpy(array) turns a NumPy array into one"
+def not_finite(value: float, index: tuple[int, ...], bad: int, of: int) -> InvalidLatentsError:
+    """The refusal of latents with NaN or Inf among them.
+
+    Args:
+        value, index: the first.
+        bad, of: how many there are, of how many values.
+    """
+    return InvalidLatentsError(
+        f"latents: got {value} at index {list(index)} ({bad} of {of} values are NaN or Inf); expected finite values: "
+        "look for the overflow in the step that made the latents"
     )
 
 
@@ -143,30 +119,6 @@ def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[
         )
 
 
-def plain(latents: torch.Tensor) -> torch.Tensor:
-    """The values of ``latents`` as a tensor of PyTorch's own class, without a copy where they lie as they read.
-
-    Raises:
-        InvalidLatentsError: a tensor that does not hold its values itself, densely: compiled kernels read memory as it
-            is.
-    """
-    kind = type(latents).__name__
-    if type(latents).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # FakeTensor, DTensor, quantised ones
-        raise InvalidLatentsError(
-            f"latents: got a {kind}, which stands for values that are elsewhere or nowhere; expected a plain "
-            "torch.Tensor: a DTensor becomes one by full_tensor(), a quantised one by dequantize()"
-        )
-    if torch._C._functorch.is_functorch_wrapped_tensor(latents):
-        raise InvalidLatentsError(
-            "latents: got a tensor inside torch.vmap, grad or another transform of torch.func, which a decode cannot "
-            "take part in; decode outside of it: a batch needs no vmap"
-        )
-    if latents.layout != torch.strided or latents.is_nested:
-        layout = "nested" if latents.is_nested else str(latents.layout).removeprefix("torch.")
-        raise InvalidLatentsError(f"latents: got a {layout} tensor, expected a dense one: latents.to_dense() makes one")
-    return latents.detach().as_subclass(torch.Tensor).resolve_neg()
-
-
 def check_options(
     format: LatentFormat,
     scaling_factor: object = None,
@@ -180,7 +132,7 @@ def check_options(
         InvalidOptionError: a factor where there are statistics, an eps where there are factors, any for a preview
             or with ``raw``; not a finite number; a scaling factor of 0; a negative eps.
     """
-    _check_raw(format, raw)
+    check_raw(format, raw)
     given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
     for name, value in given.items():
         if value is None:
@@ -206,7 +158,8 @@ def check_options(
             raise InvalidOptionError(f"batch_norm_eps: got {value}, expected 0 or more: it is added to a variance")
 
 
-def _check_raw(format: LatentFormat, raw: object) -> None:
+def check_raw(format: LatentFormat, raw: object) -> None:
+    """Refuse ``raw`` where it is no bool, or true for a preview."""
     if raw is not None and not isinstance(raw, bool):
         raise InvalidOptionError(f"raw: got {raw!r}, expected True, False or None")
     if raw and format.preview:
@@ -220,15 +173,3 @@ def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InvalidOptionError(f"{name}: got {value!r}, expected a finite number")
     return float(value)
-
-
-def _check_finite(latents: torch.Tensor) -> None:
-    finite = torch.isfinite(latents)
-    if bool(finite.all()):
-        return
-    bad = (~finite).nonzero()
-    where = tuple(int(i) for i in bad[0])
-    raise InvalidLatentsError(
-        f"latents: got {latents[where].item()} at index {list(where)} ({len(bad)} of {latents.numel()} values are NaN "
-        "or Inf); expected finite values: look for the overflow in the step that made the latents"
-    )

@@ -29,7 +29,10 @@ from fluxvae.packing import (
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BatchNorm", "LatentFormat"]
+__all__ = ["PREVIEW_NOTE", "BatchNorm", "LatentFormat"]
+
+PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
+"""Of every image that is one, wherever it goes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,10 +168,24 @@ class LatentFormat:
         latent_ids: object = None,
         raw: bool | None = None,
     ) -> tuple[int, int]:
-        """Say what size these latents decode to, or why they cannot be decoded: `latent_checks.check_latents`."""
-        from fluxvae.latent_checks import check_latents
+        """Say what size these latents decode to, or why they cannot be decoded: `latent_values.check_latents`."""
+        from fluxvae.latent_values import check_latents
 
         return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
+
+    def check_shape(
+        self,
+        shape: tuple[int, ...],
+        height: object = None,
+        width: object = None,
+        *,
+        latent_ids: object = None,
+        raw: bool | None = None,
+    ) -> tuple[int, int]:
+        """As `check`, for who has no values yet: `latent_checks.check_shape`."""
+        from fluxvae.latent_checks import check_shape
+
+        return check_shape(self, shape, height, width, latent_ids=latent_ids, raw=raw)
 
     def check_options(
         self,

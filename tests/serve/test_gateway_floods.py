@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from fluxvae.serve.gateway.protocol import first_to_go
+from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 from serve.gateways import ask, wait_until
 
 KIB, MIB = 2**10, 2**20
@@ -24,12 +25,12 @@ POST += b"Content-Type: tensor/binary\r\n"
 
 
 class Process:
-    def __init__(self) -> None:
+    def __init__(self, triton: str = "127.0.0.1:1", config_key: str = "") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "fluxvae.serve.gateway", "--triton", "127.0.0.1:1", "--port", str(self.port)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "fluxvae.serve.gateway", "--triton", triton, "--port", str(self.port)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", CONFIG_KEY_VARIABLE: config_key}
         env.pop("FLUXVAE_TOKEN", None)
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
         self.url = f"http://127.0.0.1:{self.port}"

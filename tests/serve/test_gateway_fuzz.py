@@ -5,6 +5,7 @@ Not covered here: broken HTTP itself, which is uvicorn's to refuse.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
@@ -28,6 +29,8 @@ OPERATION = document(Limits(max_request_bytes=2**24, max_pixels=2**24), "0", tok
 PARAMETERS = {parameter["name"]: parameter for parameter in OPERATION["parameters"] if parameter["in"] == "query"}
 STATUSES = {int(code) for code in OPERATION["responses"]} - {500, 502, 503, 504}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+JSON = ("tensor/base64", "application/json")
+ACCEPTED = ("tensor/binary", "tensor/base64", "image/png", "image/jpeg")
 LONGEST_S = 30.0  # of any answer, on a machine that others use too; images here are tiny
 
 GARBAGE = st.one_of(
@@ -39,6 +42,12 @@ GARBAGE = st.one_of(
     st.floats().map(str),
 )
 
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
 
 # Where few of the values that the schema allows go together with the rest.
 SANE = {
@@ -112,14 +121,28 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, str], bytes]:
     query = draw(queries())
     headers = {
         "Content-Type": draw(st.sampled_from([*OPERATION["requestBody"]["content"]] * 9 + ["text/plain", ""])),
-        "Accept": draw(st.sampled_from(["tensor/binary", "image/png", "image/jpeg", "*/*", "", "text/html;q=1"])),
+        "Accept": draw(st.sampled_from([*ACCEPTED, "*/*", "", "text/html;q=1"])),
     }
     if draw(st.integers(0, 4)) == 0:
         # What HTTP allows in a header; the rest uvicorn refuses itself.
         allowed = st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f")
         headers["X-Request-ID"] = draw(st.text(allowed, max_size=140))
     path = draw(st.sampled_from(["/", "/decode"]))
-    return f"{path}?{urlencode(query, doseq=True, errors='replace')}", headers, draw(bodies(right_length(query)))
+    body = draw(bodies(right_length(query)))
+    if headers["Content-Type"] in JSON and draw(st.integers(0, 9)):
+        body, query = as_json(draw, query, body)
+    return f"{path}?{urlencode(query, doseq=True, errors='replace')}", headers, body
+
+
+def as_json(draw: st.DrawFn, query: dict[str, Any], latents: bytes) -> tuple[bytes, dict[str, Any]]:
+    """A body that holds the latents, and perhaps some of the parameters, which the query then lacks."""
+    inside = {name: query[name] for name in query if draw(st.booleans())} if draw(st.booleans()) else {}
+    told: dict[str, Any] = {"inputs": base64.b64encode(latents).decode()}
+    if inside or draw(st.booleans()):
+        told["parameters"] = inside
+    if draw(st.integers(0, 9)) == 0:
+        told[draw(st.sampled_from(["inputs", "parameters", "more"]))] = draw(ANY_JSON)
+    return json.dumps(told).encode(), {name: value for name, value in query.items() if name not in inside}
 
 
 def check(gateway: str, request: tuple[str, dict[str, str], bytes]) -> int:
@@ -134,6 +157,10 @@ def check(gateway: str, request: tuple[str, dict[str, str], bytes]) -> int:
         told = json.loads(answer.body)
         assert told.keys() == {"error", "kind", "request_id"}
         assert len(told["error"]) < 1000
+    elif kind == "tensor/base64":
+        told = json.loads(answer.body)
+        shape, dtype = told["parameters"]["shape"], np.dtype(told["parameters"]["dtype"])
+        assert np.isfinite(np.frombuffer(base64.b64decode(told["inputs"], validate=True), dtype).reshape(shape)).all()
     elif kind == "tensor/binary":
         shape, dtype = json.loads(answer.headers["shape"]), np.dtype(answer.headers["dtype"])
         assert math.prod(shape) * dtype.itemsize == len(answer.body)

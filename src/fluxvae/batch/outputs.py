@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save
 
 from fluxvae.batch.items import Item
-from fluxvae.engine.preview import PREVIEW_NOTE
 from fluxvae.images import FORMATS, OutputType, encode
+from fluxvae.latents import PREVIEW_NOTE
 
 __all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
 

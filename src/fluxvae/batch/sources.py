@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from fluxvae.batch.formats import FILE_SUFFIXES, Source, open_file
@@ -30,7 +29,7 @@ __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 SUFFIXES = (*FILE_SUFFIXES, ".parquet")
 _SCANNERS = 8
 _OPEN_SOURCES = 8
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -271,10 +270,9 @@ def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int],
         )
     if entry.dtype not in _DTYPES:
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
-    dtype = torch.float32 if entry.dtype == "float64" else _DTYPES[entry.dtype]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
-        size = format.check(torch.empty(shape, dtype=dtype, device="meta"), h, w, latent_ids=entry.ids, raw=is_raw)
+        size = format.check_shape(shape, h, w, latent_ids=entry.ids, raw=is_raw)
     return size, is_raw, not unpacked and h is not None and size != (h, w)
 
 

@@ -20,13 +20,13 @@ from fluxvae.engine.planner import limit_of
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.latents import PREVIEW_NOTE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
 
-__all__ = ["PREVIEW_NOTE", "ApproximateWarning", "PreviewEngine"]
+__all__ = ["ApproximateWarning", "PreviewEngine"]
 
-PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
 
 LIVE_MAPS = 4.25
 """Last-level maps that a decode takes at its peak: a block's input, a convolution's input and output, and the one that

@@ -7,9 +7,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidOptionError, UnavailableError
@@ -17,6 +16,9 @@ from fluxvae.serve.client.http_transport import Http
 from fluxvae.serve.client.shared_memory import SharedMemoryGrpc
 from fluxvae.serve.client.transports import Call, Grpc, Transport
 from fluxvae.serve.client.wire import Request, make_request, refused_before_work
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["AsyncClient", "Client"]
 

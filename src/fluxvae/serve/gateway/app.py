@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -287,8 +286,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if settings.token is None and not is_loopback(args.host):
         logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
-    # Looking at latents is a pass over a few megabytes: OpenMP's threads would wait for cores that a decode has.
-    torch.set_num_threads(1)
     uvicorn.run(
         make_app(settings),
         host=args.host,

@@ -1,7 +1,7 @@
 """The gateway's one piece of work: a remote_decode request in, the image or an error out.
 
 In this order, so that bad input costs neither memory nor time: query and headers, announced length, body, latents,
-Triton. A client that goes away takes its decode with it.
+Triton; of JSON the body before the query, which it may complete. A client that goes away takes its decode with it.
 """
 
 from __future__ import annotations
@@ -9,31 +9,45 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from fluxvae.engine.preview import PREVIEW_NOTE
 from fluxvae.errors import InvalidLatentsError, UnavailableError
 from fluxvae.latent_layout import Layout
+from fluxvae.latents import PREVIEW_NOTE
 from fluxvae.serve.families import families_of
-from fluxvae.serve.gateway.errors import RequestTimeout, UnsupportedMedia
+from fluxvae.serve.gateway.body import Form, base64_answer, largest_json, read_form, read_json
+from fluxvae.serve.gateway.errors import RequestTimeout, TooLarge
 from fluxvae.serve.gateway.forward import TritonModel
 from fluxvae.serve.gateway.http import CLIENT_GONE, GatewayMetrics, request_id_of
+from fluxvae.serve.gateway.latents import read_latents, read_shape, wrong_length
 from fluxvae.serve.gateway.line import BODY_GRACE_S, BODY_RATE, BodyMemory, Line, body_deadline
-from fluxvae.serve.gateway.remote_decode import Asked, Limits, parse, read_latents, read_shape, wrong_length
+from fluxvae.serve.gateway.remote_decode import Asked, Limits, merge, parse
 from fluxvae.serve.models import vae_class_of
 
 __all__ = ["DecodeEndpoint", "decode_path"]
 
 _T = TypeVar("_T")
-_BODY_TYPES = ("tensor/binary", "application/octet-stream")
 
 
 class _ClientGone(Exception):
     """Nobody waits for the answer."""
+
+
+@dataclass
+class _Body:
+    """What has arrived of a request."""
+
+    address: str
+    """Of its client."""
+    data: bytearray | bytes = b""
+    """The latents' bytes; first, where it is JSON, its text."""
+    held: int = 0
+    """Bytes that are counted for it."""
 
 
 def decode_path(model: str) -> str:
@@ -76,50 +90,37 @@ class DecodeEndpoint:
 
     async def __call__(self, request: Request, name: str) -> Response:
         """Answer one request to the model of this name; errors are raised, for the app's handlers."""
-        asked, layout = self._read_head(request, vae_class_of(name))
-        address = request.client.host if request.client else ""
-        body = bytearray()
+        body = _Body(request.client.host if request.client else "")
         try:
-            return await self._decode(request, asked, layout, self._models[name], address, body)
+            return await self._decode(request, name, body)
         except _ClientGone:
             return Response(status_code=CLIENT_GONE)
         finally:
-            self._memory.give_back(address, len(body))
+            self._memory.give_back(body.address, body.held)
 
-    def _read_head(self, request: Request, vae_class: str) -> tuple[Asked, Layout]:
-        content_type = request.headers.get("content-type", "")
-        if content_type.partition(";")[0].strip().lower() not in _BODY_TYPES:
-            raise UnsupportedMedia(
-                f"Content-Type: got {content_type[:80]!r}, expected 'tensor/binary': the latents' raw bytes"
-            )
-        if encoding := request.headers.get("content-encoding"):
-            raise UnsupportedMedia(
-                f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are"
-            )
-        asked = parse(request.query_params.multi_items(), request.headers.get("accept", ""), self._limits, vae_class)
-        try:
-            layout = read_shape(asked, self._limits)
-        except InvalidLatentsError as error:
-            raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
-        announced = request.headers.get("content-length")
-        if announced is not None and announced != str(asked.nbytes):
-            raise wrong_length(f"a Content-Length of {announced[:20]}", asked)
-        return asked, layout
-
-    async def _decode(
-        self, request: Request, asked: Asked, layout: Layout, model: TritonModel, address: str, body: bytearray
-    ) -> Response:
+    async def _decode(self, request: Request, name: str, body: _Body) -> Response:
         start = time.perf_counter()
-        await self._read_body(request, asked, address, body, start)
-        received = time.perf_counter()
+        form, query = read_form(request.headers), request.query_params.multi_items()
+        if form is Form.BINARY:
+            asked, layout = self._read_head(request, name, form, query)
+            await self._read_body(request, body, asked.nbytes, lambda came: wrong_length(came, asked), start)
+            received = time.perf_counter()
+        else:  # what is asked for may be in the body too
+            most = largest_json(self._limits.max_request_bytes)
+            await self._read_body(request, body, most, lambda came: _too_large(came, most), start, copies=2)
+            received = time.perf_counter()
+            data, more = await asyncio.to_thread(read_json, body.data)
+            body.data = data
+            asked, layout = self._read_head(request, name, form, merge(query, more))
         deadline = start + self._timeout_s
         # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
-        latents = await asyncio.to_thread(read_latents, asked, layout, body)
+        latents = await asyncio.to_thread(read_latents, asked, layout, body.data)
         checked = began = time.perf_counter()
+        model = self._models[name]
 
         async def in_turn() -> Any:
             nonlocal began
-            async with self._line.slot(address, max(deadline - checked, 1e-3)):
+            async with self._line.slot(body.address, max(deadline - checked, 1e-3)):
                 began = time.perf_counter()
                 remaining = max(deadline - began, 1e-3)
                 return await model.decode(asked, latents, request_id=request_id_of(request), timeout_s=remaining)
@@ -132,6 +133,13 @@ class DecodeEndpoint:
             headers["X-Fluxvae-Warning"] = "; ".join(warnings)
         return _response(asked, answer, headers)
 
+    def _read_head(self, request: Request, name: str, form: Form, query: list[tuple[str, str]]) -> tuple[Asked, Layout]:
+        asked = parse(query, request.headers.get("accept", ""), self._limits, vae_class_of(name), form)
+        try:
+            return asked, read_shape(asked, self._limits)
+        except InvalidLatentsError as error:
+            raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
+
     def _elsewhere(self, asked: Asked) -> str:
         """Which address decodes latents of this shape, where it is another model's."""
         families = families_of(asked.shape)
@@ -140,29 +148,47 @@ class DecodeEndpoint:
         paths = [decode_path(name) for name in self._models if vae_class_of(name) in families]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
 
-    async def _read_body(self, request: Request, asked: Asked, address: str, body: bytearray, start: float) -> None:
-        """Fill ``body``, and never with more than was announced; its memory is counted."""
-        more = True
+    async def _read_body(
+        self,
+        request: Request,
+        body: _Body,
+        most: int,
+        wrong: Callable[[str], Exception],
+        start: float,
+        *,
+        copies: int = 1,
+    ) -> None:
+        """Fill ``body``, and never with more than ``most``; its memory is counted, so often as there will be copies.
+
+        Raises:
+            Exception: that of ``wrong``, where another length is announced, or more arrives.
+        """
+        announced = request.headers.get("content-length")
+        if announced is not None and not (announced == str(most) if copies == 1 else int(announced) <= most):
+            raise wrong(f"a Content-Length of {announced[:20]}")
+        data, more = bytearray(), True
+        body.data = data
         while more:
-            deadline = min(body_deadline(start, len(body)), start + self._timeout_s)
+            deadline = min(body_deadline(start, len(data)), start + self._timeout_s)
             try:
                 message = await asyncio.wait_for(request.receive(), max(deadline - time.perf_counter(), 1e-3))
             except asyncio.TimeoutError:
                 raise RequestTimeout(
-                    f"body: {len(body)} of {asked.nbytes} bytes arrived within {time.perf_counter() - start:.3g} s; "
-                    f"expected {BODY_RATE} bytes a second after the first {BODY_GRACE_S:g} s, and all within "
+                    f"body: {len(data)} of {announced or most} bytes arrived within {time.perf_counter() - start:.3g} "
+                    f"s; expected {BODY_RATE} bytes a second after the first {BODY_GRACE_S:g} s, and all within "
                     f"{self._timeout_s:g} s"
                 ) from None
             if message["type"] == "http.disconnect":
                 raise _ClientGone
             part = message.get("body", b"")
             more = message.get("more_body", False)
-            if len(body) + len(part) > asked.nbytes:
-                raise wrong_length(f"{len(body) + len(part)} bytes or more", asked)
-            if not self._memory.take(address, len(part)):
+            if len(data) + len(part) > most:
+                raise wrong(f"{len(data) + len(part)} bytes or more")
+            if not self._memory.take(body.address, copies * len(part)):
                 raise UnavailableError("the requests at hand hold as many bytes as this gateway keeps; try again")
-            body += part
-        self._metrics.received.inc(len(body))
+            body.held += copies * len(part)
+            data += part
+        self._metrics.received.inc(len(data))
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -188,4 +214,11 @@ def _response(asked: Asked, answer: Any, headers: dict[str, str]) -> Response:
     if asked.output == "images_encoded":
         return Response(answer, media_type=f"image/{asked.image_format}", headers=headers)
     headers |= {"shape": json.dumps(list(answer.shape)), "dtype": str(answer.dtype)}
-    return Response(answer.data.cast("B"), media_type="tensor/binary", headers=headers)
+    if not asked.base64:
+        return Response(answer.data.cast("B"), media_type="tensor/binary", headers=headers)
+    length, pieces = base64_answer(answer.data.cast("B"), answer.shape, str(answer.dtype))
+    return StreamingResponse(pieces, media_type="tensor/base64", headers=headers | {"Content-Length": str(length)})
+
+
+def _too_large(came: str, most: int) -> TooLarge:
+    return TooLarge(f"body: got {came}, more than the {most} that JSON may have here; send fewer images in a request")

@@ -18,7 +18,8 @@ from tritonclient.utils import InferenceServerException
 
 from fluxvae.errors import DeadlineExceededError, FluxVAEError, UnavailableError
 from fluxvae.serve.gateway.errors import BadGateway, InvalidRequest, ServerError
-from fluxvae.serve.gateway.remote_decode import Asked, Latents
+from fluxvae.serve.gateway.latents import Latents
+from fluxvae.serve.gateway.remote_decode import Asked
 from fluxvae.serve.models import vae_class_of
 from fluxvae.serve.triton.controls import CONFIG_HEADER
 

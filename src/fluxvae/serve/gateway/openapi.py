@@ -98,6 +98,31 @@ _TAKES = {
 }
 
 
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
+_JSON_BODY: dict[str, Any] = {
+    "schema": {
+        "type": "object",
+        "required": ["inputs"],
+        "additionalProperties": False,
+        "properties": {
+            "inputs": {**_BASE64, "description": "The latents' raw little-endian bytes."},
+            "parameters": {"type": "object", "description": "What the query string lacks, by the same names."},
+        },
+    }
+}
+_JSON_TENSOR: dict[str, Any] = {
+    "type": "object",
+    "required": ["inputs", "parameters"],
+    "properties": {
+        "inputs": {**_BASE64, "description": "The tensor's raw little-endian bytes."},
+        "parameters": {
+            "type": "object",
+            "properties": {"shape": {"type": "array", "items": {"type": "integer"}}, "dtype": {"type": "string"}},
+        },
+    },
+}
+
+
 def _decode(limits: Limits, model: str) -> dict[str, Any]:
     parameters: list[dict[str, Any]] = [
         {
@@ -111,7 +136,11 @@ def _decode(limits: Limits, model: str) -> dict[str, Any]:
         for name, parameter in PARAMETERS.items()
     ]
     for name, description in (
-        ("Accept", "tensor/binary with output_type=pil: a tensor in [0, 1] in place of an encoded picture."),
+        (
+            "Accept",
+            "tensor/binary with output_type=pil: a tensor in [0, 1] in place of an encoded picture. tensor/base64: "
+            "tensors come as JSON.",
+        ),
         ("X-Request-ID", "1 to 128 visible ASCII characters: comes back, and is in every log. Made where left out."),
     ):
         parameters.append({"name": name, "in": "header", "description": description, "schema": {"type": "string"}})
@@ -119,11 +148,17 @@ def _decode(limits: Limits, model: str) -> dict[str, Any]:
     return {
         "summary": f"Decode latents with {model} ({_TAKES[vae_class_of(model)]}): diffusers' remote_decode.",
         "description": f"The body is the latents' raw little-endian bytes, exactly as many as shape and dtype say, at "
-        f"most {limits.max_request_bytes}; the images have at most {limits.max_pixels} pixels together.",
+        f"most {limits.max_request_bytes}, or JSON with these bytes in base64; the images have at most "
+        f"{limits.max_pixels} pixels together.",
         "parameters": parameters,
         "requestBody": {
             "required": True,
-            "content": {"tensor/binary": _BINARY, "application/octet-stream": _BINARY},
+            "content": {
+                "tensor/binary": _BINARY,
+                "application/octet-stream": _BINARY,
+                "tensor/base64": _JSON_BODY,
+                "application/json": _JSON_BODY,
+            },
         },
         "responses": {
             "200": {
@@ -138,7 +173,12 @@ def _decode(limits: Limits, model: str) -> dict[str, Any]:
                         "schema": {"type": "string"},
                     },
                 },
-                "content": {"tensor/binary": _BINARY, "image/jpeg": _BINARY, "image/png": _BINARY},
+                "content": {
+                    "tensor/binary": _BINARY,
+                    "tensor/base64": {"schema": _JSON_TENSOR},
+                    "image/jpeg": _BINARY,
+                    "image/png": _BINARY,
+                },
             },
             **{code: {"description": text, "content": json_error} for code, text in _ERRORS.items()},
         },

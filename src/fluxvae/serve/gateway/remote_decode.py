@@ -1,37 +1,32 @@
 """The wire protocol of diffusers' ``remote_decode`` (``diffusers.utils.remote_utils``), as pure functions.
 
-A request is a query string, a few headers and the latents' raw little-endian bytes; `parse` and `read_shape` read the
-former and `read_latents` the latter. Nothing here knows HTTP or Triton. What a model expects
-of the latents follows from the class of its checkpoint (`fluxvae.serve.models`).
+A request is a query string, a few headers and a body with the latents. `parse` reads what was asked for;
+`fluxvae.serve.gateway.body` the body, `fluxvae.serve.gateway.latents` the latents in it. Nothing here knows HTTP or
+Triton.
 
 What the query cannot say is read from ``Accept``, as the client means it: with ``output_type=pil``, ``image/png`` and
-``image/jpeg`` (and anything else) want an encoded picture, ``tensor/binary`` wants the tensor that the client's own
-``processor`` step starts from.
+``image/jpeg`` (and anything else) want an encoded picture, ``tensor/binary`` and ``tensor/base64`` want the tensor that
+the client's own ``processor`` step starts from.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_layout import Layout, read_layout
-from fluxvae.packing import SizeFlooredWarning
-from fluxvae.serve.families import formats_of, has_factors, read_raw
+from fluxvae.serve.families import has_factors, read_raw
+from fluxvae.serve.gateway.body import Form
 from fluxvae.serve.gateway.errors import TooLarge
 
-__all__ = ["DTYPES", "PARAMETERS", "Asked", "Latents", "Limits", "Parameter", "parse", "read_latents", "read_shape"]
+__all__ = ["PARAMETERS", "Asked", "Limits", "Parameter", "merge", "parse"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TENSORS = {"tensor/binary": "binary", "tensor/base64": "base64"}
+"""Values of ``Accept`` that ask for a tensor, and how it is to come."""
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DIMENSIONS = range(2, 6)
-_LARGEST_RAW = 65504.0  # float16's; latents of any model stay below 100
 _LARGEST_SCALING = 1e6  # beyond it, and below its inverse, float32 loses the latents
 _DIGITS = 12
 
@@ -55,7 +50,7 @@ PARAMETERS: dict[str, Parameter] = {
         "of one frame after the channels.",
         required=True,
     ),
-    "dtype": Parameter({"enum": list(DTYPES)}, "Of the latents.", required=True),
+    "dtype": Parameter({"enum": list(_ITEMSIZES)}, "Of the latents.", required=True),
     "height": Parameter(
         _WHOLE,
         "Pixels. Needed for packed latents; for unpacked ones 8 times theirs, or left out. With width it tells one "
@@ -72,7 +67,8 @@ PARAMETERS: dict[str, Parameter] = {
         "With output_type=pt: True gives (batch, height, width, 3) uint8, a quarter of the bytes.",
     ),
     "image_format": Parameter(
-        {"enum": ["jpg", "png"], "default": "jpg"}, "Of an encoded picture; jpg is lossy (quality 95)."
+        {"enum": ["jpg", "png"], "default": "jpg"},
+        "Of an encoded picture; jpg is lossy (quality 95). Left out: png where Accept is image/png.",
     ),
     "scaling_factor": Parameter(
         {"type": "number"},
@@ -86,8 +82,14 @@ PARAMETERS: dict[str, Parameter] = {
         "True: what is left out is the checkpoint's own, be it factors or FLUX.2's statistics. Previews need it. "
         "diffusers calls it deprecated, and sends it where no factors are given.",
     ),
-    "input_tensor_type": Parameter({"enum": ["binary"], "default": "binary"}, "Older clients send it."),
-    "output_tensor_type": Parameter({"enum": ["binary"], "default": "binary"}, "Older clients send it."),
+    "input_tensor_type": Parameter(
+        {"enum": ["binary", "base64"], "default": "binary"}, "Older clients send it; it is what Content-Type says."
+    ),
+    "output_tensor_type": Parameter(
+        {"enum": ["binary", "base64"], "default": "binary"},
+        "Older clients send it. base64, like Accept: tensor/base64: a tensor comes as JSON, "
+        '{"inputs": base64, "parameters": {"shape": [...], "dtype": ...}}.',
+    ),
 }
 
 
@@ -111,6 +113,8 @@ class Asked:
     """The Triton model's output: ``images``, ``images_pt``, ``images_raw`` or ``images_encoded``."""
     image_format: str
     """``jpeg`` or ``png``: the model's words."""
+    base64: bool
+    """A tensor is answered as base64 in JSON."""
     vae_class: str
     """Of the model that is asked."""
     scaling_factor: float | None
@@ -121,32 +125,25 @@ class Asked:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the body must have."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        """Bytes of the latents."""
+        return math.prod(self.shape) * _ITEMSIZES[self.dtype]
 
 
-class Latents(NamedTuple):
-    """Latents as the Triton model takes them, and what they will decode to."""
-
-    array: NDArray[np.float32]
-    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); of FLUX.2 with 128, and 32 or 128. Always with its batch."""
-    height: int
-    """Pixels: of the image for unpacked latents, as asked for packed ones (the model floors them)."""
-    width: int
-    layout: str
-    """``packed`` or ``unpacked``."""
-    warning: str | None
-    """That the size will be floored, for the client to read."""
-
-
-def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits, vae_class: str = "AutoencoderKL") -> Asked:
+def parse(
+    query: Iterable[tuple[str, str]],
+    accept: str,
+    limits: Limits,
+    vae_class: str = "AutoencoderKL",
+    form: Form = Form.BINARY,
+) -> Asked:
     """Read the query string and ``Accept``.
 
     Args:
         query: decoded names and values, repeated ones each.
         accept: the header; ``""`` where there is none.
-        limits: nothing larger gets as far as a body.
+        limits: nothing larger is read any further.
         vae_class: of the model that is asked.
+        form: of the body.
 
     Raises:
         InvalidOptionError: a parameter is unknown, missing, repeated or has a wrong value, or two contradict.
@@ -159,16 +156,21 @@ def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits, vae_cla
         raise InvalidOptionError(
             "output_type: got 'mp4', which is for video models; FLUX makes images: use 'pil' or 'pt'"
         )
-    for name in ("input_tensor_type", "output_tensor_type"):
-        _choice(given, name)
+    if "input_tensor_type" in given and _choice(given, "input_tensor_type") != form.value:
+        raise InvalidOptionError(
+            f"input_tensor_type: got {given['input_tensor_type']!r}, but Content-Type says that the body is "
+            f"{form.value}; send one or the other"
+        )
+    accepted = accept.split(";")[0].strip().lower()
     scaling_factor, shift_factor, raw = _rescaling(given, vae_class)
     asked = Asked(
         shape=_shape(shape),
         dtype=_choice(given, "dtype"),
         height=_pixels(given, "height"),
         width=_pixels(given, "width"),
-        output=_output(output_type, _flag(given, "partial_postprocess"), accept),
-        image_format={"jpg": "jpeg", "png": "png"}[_choice(given, "image_format")],
+        output=_output(output_type, _flag(given, "partial_postprocess"), accepted),
+        image_format=_image_format(given, accepted),
+        base64=_base64(given, accepted),
         vae_class=vae_class,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
@@ -182,79 +184,16 @@ def parse(query: Iterable[tuple[str, str]], accept: str, limits: Limits, vae_cla
     return asked
 
 
-def read_shape(asked: Asked, limits: Limits) -> Layout:
-    """How the latents are to be read, checked as far as their shape goes: before the body is.
+def merge(query: list[tuple[str, str]], more: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parameters of the query string and those of a JSON body.
 
     Raises:
-        InvalidLatentsError: no latents of the model have this shape, the size does not fit it, or nothing tells which
-            of two readings is meant.
-        InvalidOptionError: a batch where one encoded picture is asked for.
-        TooLarge: more than ``limits``.
+        InvalidOptionError: one is in both.
     """
-    layout = read_layout(asked.shape, formats_of(asked.vae_class), asked.height, asked.width)
-    if layout.size is None:
-        pixels = layout.batch * layout.shape[1] * layout.format.packed_multiple**2
-    else:
-        pixels = layout.batch * layout.size[0] * layout.size[1]
-    if pixels > limits.max_pixels:
-        raise TooLarge(
-            f"shape: got {asked.shape}, which decode to {pixels} pixels, more than the {limits.max_pixels} this "
-            "gateway takes in one request; send fewer images in a request"
-        )
-    if asked.output == "images_encoded" and layout.batch != 1:
-        raise InvalidOptionError(
-            f"output_type: got 'pil' for a batch of {layout.batch}, but an encoded answer holds one picture; send "
-            "the images one by one, or use output_type='pt' with partial_postprocess=True, which carries a batch"
-        )
-    _check(asked, layout, torch.empty(asked.shape, dtype=torch.float32, device="meta"))
-    return layout
-
-
-def read_latents(asked: Asked, layout: Layout, body: bytearray) -> Latents:
-    """The body as latents, checked like the library checks them.
-
-    Args:
-        asked: from `parse`.
-        layout: from `read_shape`.
-        body: its raw bytes.
-
-    Raises:
-        InvalidLatentsError: the wrong number of bytes, NaN or Inf, or values so large that no float16 holds them.
-    """
-    if len(body) != asked.nbytes:
-        raise wrong_length(f"{len(body)} bytes", asked)
-    latents = torch.frombuffer(body, dtype=DTYPES[asked.dtype]).reshape(asked.shape)
-    warning = _check(asked, layout, latents)
-    latents = latents.float()
-    scaling = layout.format.scaling_factor if asked.scaling_factor is None else asked.scaling_factor
-    shift = layout.format.shift_factor if asked.shift_factor is None else asked.shift_factor
-    largest = float(latents.abs().max()) / abs(scaling) + abs(shift or 0.0)
-    if largest > _LARGEST_RAW:
-        raise InvalidLatentsError(
-            f"latents: got values as large as {largest:.3g} once divided by scaling_factor {scaling:g} and shifted; "
-            f"expected at most {_LARGEST_RAW:g}, and latents of a model stay below 100: is dtype={asked.dtype} theirs?"
-        )
-    array: NDArray[np.float32] = latents.numpy().reshape(*layout.shape[:2], -1)
-    if layout.size is not None:
-        return Latents(array, *layout.size, "unpacked", None)
-    assert asked.height is not None  # the check saw to it
-    assert asked.width is not None
-    return Latents(array, asked.height, asked.width, "packed", warning)
-
-
-def _check(asked: Asked, layout: Layout, latents: torch.Tensor) -> str | None:
-    """The library's own check of these latents, or of their shape alone; what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", SizeFlooredWarning)
-        layout.format.check(latents, asked.height, asked.width, raw=asked.raw)
-    return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)
-
-
-def wrong_length(came: str, asked: Asked) -> InvalidLatentsError:
-    """The refusal of a body that does not hold what the query says."""
-    return InvalidLatentsError(
-        f"body: got {came}, expected {asked.nbytes}: shape {asked.shape} of {asked.dtype}, raw and little-endian"
-    )
+    twice = {name for name, _ in query} & {name for name, _ in more}
+    if twice:
+        raise InvalidOptionError(f"{min(twice)[:80]}: got it in the query string and in the body; send it once")
+    return query + more
 
 
 def _collect(query: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
@@ -346,8 +285,23 @@ def _rescaling(given: dict[str, str], vae_class: str) -> tuple[float | None, flo
     return 1.0 if scaling is None else scaling, 0.0 if shift is None else shift, None
 
 
-def _output(output_type: str, partial_postprocess: bool, accept: str) -> str:
+def _output(output_type: str, partial_postprocess: bool, accepted: str) -> str:
     if output_type == "pt":
         return "images" if partial_postprocess else "images_raw"
-    wants_tensor = accept.split(";")[0].strip().lower() == "tensor/binary"
-    return "images_pt" if wants_tensor else "images_encoded"
+    return "images_pt" if accepted in _TENSORS else "images_encoded"
+
+
+def _image_format(given: dict[str, str], accepted: str) -> str:
+    """The first clients had no ``image_format``: they only said what they accept."""
+    if "image_format" not in given and accepted == "image/png":
+        return "png"
+    return {"jpg": "jpeg", "png": "png"}[_choice(given, "image_format")]
+
+
+def _base64(given: dict[str, str], accepted: str) -> bool:
+    asked = _choice(given, "output_tensor_type") if "output_tensor_type" in given else None
+    if asked is not None and _TENSORS.get(accepted, asked) != asked:
+        raise InvalidOptionError(
+            f"output_tensor_type: got {asked!r} with Accept: {accepted}, which contradict; send one or the other"
+        )
+    return (asked or _TENSORS.get(accepted)) == "base64"

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from fluxvae import Decoder, FluxVAEError
-from fluxvae.engine.preview import PREVIEW_NOTE, ApproximateWarning
+from fluxvae.engine.preview import ApproximateWarning
+from fluxvae.latents import PREVIEW_NOTE
 from fluxvae.serve.model.answering import answer, code_of
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
 from fluxvae.serve.model.metrics import Metrics

@@ -1,0 +1,152 @@
+"""The two forms of a request's body: the latents' raw bytes, or JSON that holds them in base64.
+
+    tensor/binary, application/octet-stream    the bytes
+    tensor/base64, application/json            {"inputs": "<base64>", "parameters": {...}}
+
+The second is what kijai's ComfyUI-HFRemoteVae and the first clients of the hosted endpoints send. ``parameters`` may be
+left out; it holds what else would be in the query string, by the same names.
+
+JSON is read without building what it describes: ``inputs`` is cut out first, and the rest has to be small. A body of
+brackets would otherwise become objects of many times its size.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.serve.gateway.errors import UnsupportedMedia
+
+__all__ = ["Form", "base64_answer", "largest_json", "read_form", "read_json"]
+
+_LARGEST_REST = 64 * 2**10
+"""Bytes of a JSON body beside its ``inputs``."""
+_INPUTS = re.compile(rb'"inputs"\s*:\s*"([^"\\]*)"')
+_EXPECTED = '{"inputs": "the latents\' bytes in base64", "parameters": {...}}'
+_PIECE = 3 * 2**18  # whole groups of three bytes: pieces of base64 may be put together
+
+
+class Form(Enum):
+    """How a body holds the latents."""
+
+    BINARY = "binary"
+    BASE64 = "base64"
+
+
+_FORMS = {
+    "tensor/binary": Form.BINARY,
+    "application/octet-stream": Form.BINARY,
+    "tensor/base64": Form.BASE64,
+    "application/json": Form.BASE64,
+}
+
+
+def read_form(headers: Mapping[str, str]) -> Form:
+    """The form that the headers announce.
+
+    Raises:
+        UnsupportedMedia: another type, or a compressed body.
+    """
+    content_type = headers.get("content-type", "")
+    form = _FORMS.get(content_type.partition(";")[0].strip().lower())
+    if form is None:
+        raise UnsupportedMedia(
+            f"Content-Type: got {content_type[:80]!r}, expected 'tensor/binary': the latents' raw bytes; or "
+            f"'tensor/base64': {_EXPECTED}"
+        )
+    if encoding := headers.get("content-encoding"):
+        raise UnsupportedMedia(f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are")
+    return form
+
+
+def largest_json(nbytes: int) -> int:
+    """Bytes of the largest JSON body with so many bytes of latents."""
+    return 4 * -(-nbytes // 3) + _LARGEST_REST
+
+
+def read_json(body: bytearray | bytes) -> tuple[bytes, list[tuple[str, str]]]:
+    """The latents' bytes in a JSON body, and its parameters as a query string would have them.
+
+    Raises:
+        InvalidLatentsError: it is no such JSON, or ``inputs`` no base64.
+        InvalidOptionError: a parameter that is no text, number or truth value.
+    """
+    found = _INPUTS.search(body)
+    rest = _rest(body, found)
+    if not isinstance(rest, dict) or found is None or rest.pop("inputs", None) != "":
+        raise InvalidLatentsError(f"body: got JSON without the text 'inputs'; expected {_EXPECTED}")
+    parameters = rest.pop("parameters", None)
+    if rest:
+        raise InvalidLatentsError(f"body: got {next(iter(rest))[:80]!r} beside 'inputs'; expected {_EXPECTED}")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidOptionError(f"parameters: got {str(parameters)[:80]}, expected an object of names and values")
+    try:
+        latents = base64.b64decode(memoryview(body)[slice(*found.span(1))], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidLatentsError(
+            f"inputs: got text that is no base64 ({error}); expected the latents' bytes in the standard alphabet, "
+            "padded, without line breaks"
+        ) from None
+    return latents, [pair for name, value in (parameters or {}).items() for pair in _as_query(name, value)]
+
+
+def base64_answer(data: memoryview, shape: tuple[int, ...], dtype: str) -> tuple[int, Any]:
+    """A tensor as the hosted endpoints gave it to clients that accept ``tensor/base64``.
+
+    Args:
+        data: its bytes.
+
+    Returns:
+        Bytes of ``{"inputs": base64, "parameters": {"shape": [...], "dtype": ...}}``, and its pieces, made one by one.
+    """
+    before = b'{"inputs": "'
+    after = b'", "parameters": ' + json.dumps({"shape": list(shape), "dtype": dtype}).encode() + b"}"
+
+    def pieces() -> Any:
+        yield before
+        for start in range(0, len(data), _PIECE):
+            yield base64.b64encode(data[start : start + _PIECE])
+        yield after
+
+    return len(before) + 4 * -(-len(data) // 3) + len(after), pieces()
+
+
+def _rest(body: bytearray | bytes, found: re.Match[bytes] | None) -> Any:
+    """The JSON without what ``inputs`` holds."""
+    start, end = found.span(1) if found is not None else (0, 0)
+    if len(body) - (end - start) > _LARGEST_REST:
+        raise InvalidLatentsError(
+            f"body: got {len(body) - (end - start)} bytes beside the text 'inputs', expected at most {_LARGEST_REST}: "
+            f"{_EXPECTED}"
+        )
+    try:
+        return json.loads(bytes(body[:start] + body[end:]), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InvalidLatentsError(
+            f"body: got what is no JSON ({str(error)[:100]}); expected {_EXPECTED}, or raw bytes with Content-Type "
+            "'tensor/binary'"
+        ) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which nothing is lost in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1)
+        raise InvalidLatentsError(f"body: got {twice[:80]!r} twice in one JSON object; expected {_EXPECTED}")
+    return found
+
+
+def _as_query(name: str, value: Any) -> list[tuple[str, str]]:
+    """One parameter; a list is repeated, and what is null was left out."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for one in values:
+        if not isinstance(one, (str, bool, int, float)):
+            raise InvalidOptionError(f"{name[:80]}: got {str(one)[:80]}, expected a text, a number or a truth value")
+    return [(name, one if isinstance(one, str) else repr(one)) for one in values]
