@@ -68,6 +68,8 @@ class TorchFile:
         except (EOFError, struct.error) as error:
             raise self._truncated("it ends within the list of its tensors") from error
         except Exception as error:  # on damaged bytes its reader raises whatever its instructions lead to
+            if str(error) == "index out of range":  # Python's words for a byte that is to be read where there is none
+                raise self._truncated("it ends within the list of its tensors") from error
             if "unexpected EOF" in str(error):
                 raise self._truncated(first_line(error)) from error
             raise CheckpointError(
