@@ -68,15 +68,28 @@ TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 
 
 class ResponseSender:
-    """Takes exactly one response, the final one."""
+    """Takes exactly one response, and then the end."""
+
+    full: ClassVar[bool] = False
+    """There is no room for responses in shared memory."""
 
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
+        self.counted = 0
+        self.closed = False
 
-    def send(self, response: InferenceResponse, flags: int) -> None:
-        assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        assert flags in (0, TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        assert not self.closed, "ended twice"
+        self.closed = flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        if response is None:
+            assert self.counted, "ended before a response"
+            return
         assert isinstance(response, InferenceResponse)
-        assert not self.responses, "answered twice"
+        assert not self.counted, "answered twice"
+        self.counted += 1  # as Triton does, before there is room
+        if self.full:
+            raise TritonModelException("Failed to increase the shared memory pool size")
         self.responses.append(response)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fluxvae import Decoder
 from fluxvae.serve.model import outputs, triton_model
+from fluxvae.serve.model.handover import LOG_MARK
 from serve import fake_pb_utils
 from serve.client import assert_same_pixels
 from serve.fake_pb_utils import InferenceRequest, TritonError
@@ -50,6 +51,7 @@ def arguments(**parameters: str) -> dict[str, str]:
 def execute(model: Any, requests: list[InferenceRequest]) -> list[fake_pb_utils.InferenceResponse]:
     """The answer to each request; there is exactly one."""
     assert model.execute(requests) is None, "answers are sent, not returned"
+    assert all(request.sender.closed for request in requests)
     return [response for request in requests for [response] in [request.sender.responses]]
 
 
@@ -239,3 +241,14 @@ def test_refuses_a_stub_that_corrupts(module: ModuleType, monkeypatch: pytest.Mo
 def test_finalize_lets_the_weights_go(model: Any) -> None:
     model.finalize()
     assert model.decoder is None
+
+
+def test_an_answer_without_room_ends_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes no second response; the end tells the client that none came."""
+    requests = [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)]
+    monkeypatch.setattr(requests[0].sender, "full", True, raising=False)
+    model.execute(requests)
+    assert [len(request.sender.responses) for request in requests] == [0, 1]
+    assert all(request.sender.closed for request in requests)
+    assert any(line.startswith(LOG_MARK) for line in fake_pb_utils.Logger.lines)
+    assert count("fluxvae_in_flight") == 0

@@ -272,7 +272,7 @@ def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         assert seen[-1].models == models
 
 
-def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And out of it when one fails, while the other answers."""
     answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
     monkeypatch.setattr(services, "decode_tiny", lambda address, model, timeout_s: answers[model])
@@ -282,7 +282,7 @@ def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch) ->
     server: Any = type(
         "Server", (), {"running": True, "pid": -1, "http_url": "", "launch": int, "ready": lambda _: True}
     )
-    triton = services.TritonService(server(), ["one", "two"], patience_s=100, busy_limit_s=100)
+    triton = services.TritonService(server(), ["one", "two"], tmp_path / "log", patience_s=100, busy_limit_s=100)
     triton.launch()
     seen: list[bool] = []
     wait_for(lambda: len(seen) > 20 or seen.append(triton.started()), "some looks")
@@ -547,6 +547,9 @@ class Fragile:
     def trouble(self) -> str | None:
         assert not isinstance(self.fate, Exception)
         return self.fate
+
+    def notice(self) -> str | None:
+        return None
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         assert hurry(), "what failed gets no time"

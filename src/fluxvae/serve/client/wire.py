@@ -30,6 +30,7 @@ from fluxvae.latent_layout import Layout, possible_layouts, read_layout
 from fluxvae.latents import LatentFormat
 from fluxvae.packing import SizeFlooredWarning, token_positions
 from fluxvae.serve.families import formats_of_model
+from fluxvae.serve.triton_words import passing_trouble
 
 if TYPE_CHECKING:
     import torch
@@ -247,7 +248,6 @@ def read_answer(request: Request, array: NDArray[Any]) -> Any:
     return torch.from_numpy(array)
 
 
-_NOT_HEALTHY = "is not healthy"  # Triton's words for a model whose process died
 _FULL = "Exceeds maximum queue size"
 _LATE = "Request timeout expired"
 
@@ -281,8 +281,8 @@ def error_of(status: str, message: str, request: Request, *, model: str, timeout
         if "failed to connect" in message:
             return Unsent(f"no connection to the server: {message} {where}; is it running, and at this address?")
         return UnavailableError(f"the server cannot take it now: {message} {where}; try again later")
-    if _NOT_HEALTHY in message:
-        return UnavailableError(f"the model's process has died and must be restarted: {message} {where}")
+    if status == "INTERNAL" and (trouble := passing_trouble(message)):
+        return UnavailableError(f"{trouble}: {message} {where}; try again later")
     if status == "NOT_FOUND":
         return InvalidOptionError(f"model: got {model!r}, which this server does not have: {message}")
     if "NaN or Inf" in message or "out of range" in message:

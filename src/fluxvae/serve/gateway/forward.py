@@ -22,6 +22,7 @@ from fluxvae.serve.gateway.latents import Latents
 from fluxvae.serve.gateway.remote_decode import Asked
 from fluxvae.serve.models import vae_class_of
 from fluxvae.serve.triton.controls import CONFIG_HEADER
+from fluxvae.serve.triton_words import passing_trouble
 
 __all__ = ["MAX_ROWS", "Readiness", "TritonModel", "read_metrics"]
 
@@ -189,8 +190,8 @@ class TritonModel:
     def _translate(self, error: InferenceServerException) -> FluxVAEError:
         code = (error.status() or "").removeprefix("StatusCode.")
         message = error.message() or str(error)
-        if code == "INTERNAL" and "not healthy" in message:  # the model's process died; whoever runs it restarts it
-            return UnavailableError("the model's process is gone and will be back once it is restarted; try again")
+        if code == "INTERNAL" and (trouble := passing_trouble(message)):
+            return UnavailableError(f"{trouble}; try again")
         kind = _ERRORS.get(code, ServerError)
         if kind is DeadlineExceededError or "timeout expired" in message:  # the latter in Triton's queue
             return DeadlineExceededError(

@@ -22,6 +22,7 @@ from fluxvae import Decoder, FluxVAEError
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.latents import PREVIEW_NOTE
 from fluxvae.serve.model.answering import answer, code_of
+from fluxvae.serve.model.handover import LOG_MARK, check_room, least_bytes, send_images, sent_bytes
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
 from fluxvae.serve.model.metrics import Metrics
 from fluxvae.serve.model.outputs import make_outputs
@@ -114,6 +115,7 @@ class TritonPythonModel:
             max_pixels=self.settings.max_pixels,
         )
         self.budget.check(job)
+        check_room(least_bytes(job.outputs, job.pixels))
         return job
 
     def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
@@ -153,17 +155,22 @@ class _Reply:
             if isinstance(outcome, Exception):
                 raise outcome
             made = make_outputs(job, outcome, comment=self._comment)
+            check_room(sent_bytes(made.values()))
             tensors = [pb_utils.Tensor(name, array) for name, array in made.items()]
-            self._send(pb_utils.InferenceResponse(output_tensors=tensors))
+            response = pb_utils.InferenceResponse(output_tensors=tensors)
         except Exception as error:  # answered; an unexpected one is logged
             self.fail(error)
+        else:
+            self._send(lambda: send_images(pb_utils, self._sender, response))
 
     def fail(self, error: Exception) -> None:
         """Send an error, unless there was an answer; what is not meant for clients goes to the log under the id."""
         if self._sent:
             return
         code, message = code_of(error), str(error)
-        if isinstance(error, FluxVAEError):
+        if message.startswith("shared memory:"):
+            pb_utils.Logger.log_error(f"{LOG_MARK}: request {self.id}: {message}")
+        elif isinstance(error, FluxVAEError):
             pb_utils.Logger.log_info(f"fluxvae: request {self.id}: {type(error).__name__}: {message}")
         else:
             trace = "".join(traceback.format_exception(error))
@@ -171,13 +178,16 @@ class _Reply:
             kind = "out of memory" if code == "UNAVAILABLE" else "internal error"
             message = f"{kind}; the server's log has the details under request {self.id}"
         self._metrics.failed(error)
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
-        try:
-            self._send(response)
-        except Exception as unsent:  # its neighbours are still to be answered
-            pb_utils.Logger.log_error(f"fluxvae: request {self.id}: Triton did not take its error: {unsent!r}")
+        told = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+        response = pb_utils.InferenceResponse(error=told)
+        self._send(lambda: self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL))
 
-    def _send(self, response: Any) -> None:
-        self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        self._sent = True
+    def _send(self, send: Callable[[], None]) -> None:
+        self._sent = True  # a response that Triton does not take is counted there too: no other may follow
         self._metrics.answered()
+        try:
+            send()
+        except Exception as unsent:  # Triton tells the client; its neighbours are still to be answered
+            self._metrics.failed(unsent)
+            mark = LOG_MARK if "shared memory" in str(unsent) else "fluxvae"
+            pb_utils.Logger.log_error(f"{mark}: request {self.id}: Triton did not take its answer: {unsent}")

@@ -99,4 +99,6 @@ class Keeper:
         while not self._stop.wait(_TICK_S):
             if reason := self.service.trouble():
                 return reason
+            if notice := self.service.notice():
+                self._report(f"{self.service.name}: {notice}")
         return None

@@ -15,6 +15,7 @@ from typing import Protocol
 from fluxvae.errors import FluxVAEError
 from fluxvae.serve.supervisor.checks import model_error
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
+from fluxvae.serve.supervisor.notices import Notices
 from fluxvae.serve.triton.processes import (
     Process,
     command_line,
@@ -51,6 +52,9 @@ class Service(Protocol):
     def trouble(self) -> str | None:
         """Once it has started: what is wrong with it."""
 
+    def notice(self) -> str | None:
+        """Once it has started: what people should hear of, though it goes on."""
+
     def stop(self, hurry: Callable[[], bool]) -> None:
         """Let it finish what it does, until ``hurry``; then nothing of it is left."""
 
@@ -61,13 +65,17 @@ class TritonService:
     Args:
         server: not yet started, with fixed ports.
         models: the names of those it serves.
+        log: where it and its models write.
         patience_s, busy_limit_s: of `fluxvae.serve.supervisor.health.Watch`.
     """
 
     name = "Triton"
 
-    def __init__(self, server: TritonServer, models: Sequence[str], *, patience_s: float, busy_limit_s: float) -> None:
+    def __init__(
+        self, server: TritonServer, models: Sequence[str], log: Path, *, patience_s: float, busy_limit_s: float
+    ) -> None:
         self.server = server
+        self._log = log
         self._names = list(models)
         self._patience_s = patience_s
         self._busy_limit_s = busy_limit_s
@@ -76,6 +84,7 @@ class TritonService:
     def launch(self) -> None:
         """Start it on its ports."""
         self._processes = []
+        self._notices = Notices(self._log)
         self._models = [
             _Model(name, self.server, patience_s=self._patience_s, busy_limit_s=self._busy_limit_s)
             for name in self._names
@@ -107,6 +116,10 @@ class TritonService:
             return "its Python process died"
         now = time.monotonic()
         return next(filter(None, [model.trouble(now) for model in self._models]), None)
+
+    def notice(self) -> str | None:
+        """That answers find no room in shared memory."""
+        return self._notices.take(time.monotonic())
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         """SIGTERM: no new requests, those under way are answered."""
@@ -230,6 +243,10 @@ class GatewayService:
         elif now >= self._ask_at:
             self._probe.start()
         return self._watch.judge(now, outcome, 0.0)
+
+    def notice(self) -> str | None:
+        """Nothing: its log has what it says."""
+        return None
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         """SIGTERM: no new requests, those under way are answered."""

@@ -93,7 +93,9 @@ class Supervisor:
             shm_prefix=self._shm_prefix,
             folder=self._folder,
         )
-        self.triton = TritonService(self.server, list(s.models), patience_s=s.patience_s, busy_limit_s=s.busy_limit_s)
+        self.triton = TritonService(
+            self.server, list(s.models), self.triton_log, patience_s=s.patience_s, busy_limit_s=s.busy_limit_s
+        )
         environment = {**os.environ, guardian.RUN_VARIABLE: self._tag, "FLUXVAE_TOKEN": s.token or ""}
         environment[CONFIG_KEY_VARIABLE] = self.server.config_key
         if s.token is None:
