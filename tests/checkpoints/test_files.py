@@ -176,6 +176,7 @@ LAYER = "decoder.mid.attn_1.q"
         (lambda w: w | {f"{LAYER}.weight_scale": torch.ones(2, 2)}, r"a scale of shape \[2, 2\]"),
         (lambda w: w | {f"{LAYER}.weight_scale_2": torch.ones(1)}, "a tensor 'weight_scale_2' beside its weight"),
         (lambda w: w | {f"{LAYER}.scale_weight": torch.ones(1)}, "holds two scales of"),
+        (lambda w: {k: v for k, v in w.items() if k != f"{LAYER}.weight"}, "_scale without the weight decoder.mid"),
         (
             lambda w: {k: v for k, v in w.items() if k != f"{LAYER}.weight_scale"} | {"scaled_fp8": torch.zeros(2)},
             "its scale is lost",
