@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,60 @@ def test_a_taken_port_is_named(tiny_checkpoint: Path, request: pytest.FixtureReq
             wait_for(lambda refused=refused: "choose another, or 0" in refused.output, "the message")
             assert f"{option}: port {port} on 127.0.0.1: Address already in use" in refused.output
             assert "Traceback" not in refused.output
+
+
+class Everything(BaseHTTPRequestHandler):
+    """Answers whatever it is asked: that a server is ready, that an image was decoded."""
+
+    def do_GET(self) -> None:
+        if self.command == "POST":
+            self.rfile.read(int(self.headers["Content-Length"]))
+        body = b'{"outputs": [{"shape": [1, 16, 16, 3]}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("part", ["triton", "gateway"])
+def test_a_port_that_is_taken_in_mid_service(tiny_checkpoint: Path, request: pytest.FixtureRequest, part: str) -> None:
+    """By a program that even answers as ours would. It is named; the end comes only after the time of a start."""
+    supervised = start(tiny_checkpoint, request, "--ready-timeout", "40").ready()
+    name = "Triton HTTP" if part == "triton" else "gateway"
+    host, _, port = supervised.address(name).partition(":")
+
+    def take() -> ThreadingHTTPServer:
+        process = getattr(supervised, part)
+        process.kill()
+        while True:
+            try:
+                taken = ThreadingHTTPServer((host, int(port)), Everything)
+                break
+            except OSError:
+                time.sleep(0.001)
+        threading.Thread(target=taken.serve_forever, daemon=True).start()
+        return taken
+
+    other = take()
+    wait_for(lambda: f"port {port} on {host}: Address already in use" in supervised.output, "the message", 60)
+    assert supervised.told("back in service") == 0
+    other.shutdown()
+    other.server_close()
+    wait_for(lambda: supervised.told("back in service") == 1, "its return", 60)
+    other = take()
+    assert supervised.process.wait(120) == 1
+    other.shutdown()
+    other.server_close()
+    wait_for(lambda: "it was waited for, --ready-timeout" in supervised.output, "the last words")
+    assert f"TritonServerError: port {port} on {host}: Address already in use" in supervised.output
+    assert supervised.told("back in service") == 1
 
 
 @pytest.mark.slow

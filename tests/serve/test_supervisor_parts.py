@@ -33,7 +33,8 @@ from fluxvae.serve.supervisor.services import GatewayService
 from fluxvae.serve.supervisor.settings import ServeSettings
 from fluxvae.serve.triton import guardian
 from fluxvae.serve.triton.installation import Installation, TritonServerError
-from fluxvae.serve.triton.processes import cpu_seconds, exited, how_it_ended, in_group, is_running
+from fluxvae.serve.triton.ports import PortTakenError
+from fluxvae.serve.triton.processes import cpu_seconds, exited, how_it_ended, in_group, is_running, listens
 from fluxvae.serve.triton.repository import model_folder, write_repository
 from serve.supervised import wait_for
 
@@ -423,6 +424,21 @@ def test_processes() -> None:
     assert how_it_ended(3) == "ended with exit status 3"
 
 
+def test_who_listens() -> None:
+    code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
+    child = subprocess.Popen([sys.executable, "-c", f"{code} sys.stdin.read()"], stdin=-1, stdout=-1, text=True)
+    assert child.stdout is not None
+    try:
+        port = int(child.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port)) as ours:
+            assert listens(child.pid, port)
+            assert not listens(os.getpid(), port), "a connection to it is not it"
+            assert not listens(child.pid, ours.getsockname()[1])
+        assert not listens(2**22, port)
+    finally:
+        child.communicate()
+
+
 def ignores(pid: int, number: signal.Signals) -> bool:
     found = re.search(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
@@ -483,7 +499,7 @@ def stand_in(tmp_path: Path, code: str) -> GatewayService:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", code, str(port)]
-    return GatewayService(command, address=f"127.0.0.1:{port}", env=dict(os.environ), log_path=tmp_path / "gateway.log")
+    return GatewayService(command, host="127.0.0.1", port=port, env=dict(os.environ), log_path=tmp_path / "gateway.log")
 
 
 def test_a_gateway_that_dies_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,6 +527,38 @@ def test_a_gateway_that_cannot_start(tmp_path: Path) -> None:
     with pytest.raises(FluxVAEError, match=r"ended with exit status 1 before it was ready(.|\n)*the reason"):
         wait_for(service.started, "an error")
     service.stop(lambda: False)
+
+
+class Everything(http.server.BaseHTTPRequestHandler):
+    """Answers whatever it is asked."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_an_answer_from_another_program_is_not_the_gateways(tmp_path: Path) -> None:
+    """It has the port since we looked; ours will end for that, but not at once."""
+    slow = stand_in(tmp_path, "import time; time.sleep(1000)")
+    slow.launch()
+    try:
+        with http.server.ThreadingHTTPServer(("127.0.0.1", slow._port), Everything) as other:
+            threading.Thread(target=other.serve_forever, daemon=True).start()
+            assert get(f"127.0.0.1:{slow._port}", "/healthz", 10).answer is Answer.OK
+            assert not slow.started()
+            os.kill(slow.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            wait_for(lambda: exited(slow.pid) is not None, "its end")  # type: ignore[arg-type]
+            with pytest.raises(PortTakenError, match=f"port {slow._port} on 127.0.0.1: Address already in use"):
+                slow.started()
+            slow.stop(lambda: True)
+            with pytest.raises(PortTakenError, match=f"port {slow._port} on 127.0.0.1: Address already in use"):
+                slow.launch()
+            other.shutdown()
+    finally:
+        slow.stop(lambda: True)
 
 
 def test_a_gateway_gets_time_to_finish(tmp_path: Path) -> None:
@@ -579,6 +627,32 @@ def test_restarts_with_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fragile.calls == ["launch", "kill"] * 4 + ["launch"]
     assert keeper.failure is None
     assert keeper.serving.is_set(), "stopped while it served: it gets its time to finish"
+
+
+def test_a_port_that_another_has_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first start and at any other; it is named, and after the time of a start it is the end."""
+    monkeypatch.setattr(keeper_module, "_TICK_S", 0.001)
+    monkeypatch.setattr(keeper_module, "_PORT_DELAY_S", 0.01)
+    monkeypatch.setattr(keeper_module, "_DELAYS_S", (0.0,))
+    taken = PortTakenError("port 8080 on 127.0.0.1: Address already in use; choose another, or 0")
+    told: list[str] = []
+    stop = threading.Event()
+    keeper = Keeper(Fragile(taken, taken, "died", taken, None), stop, told.append, 60)
+    keeper.start()
+    wait_for(lambda: sum("back in service" in line for line in told) == 1, "service")
+    stop.set()
+    keeper.join()
+    assert keeper.failure is None
+    assert sum("port 8080 on 127.0.0.1" in line for line in told) == 3
+
+    started = time.monotonic()
+    keeper = Keeper(Fragile(*[taken] * 1000), threading.Event(), told.append, 0.2)
+    keeper.start()
+    keeper.join()
+    assert time.monotonic() - started >= 0.2
+    assert isinstance(keeper.failure, TritonServerError)
+    assert "port 8080 on 127.0.0.1: Address already in use" in str(keeper.failure)
+    assert "--ready-timeout" in str(keeper.failure)
 
 
 def test_a_first_start_that_fails_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 
 from fluxvae.serve.supervisor.services import Service
+from fluxvae.serve.triton.ports import PortTakenError
 from fluxvae.serve.triton.server import TritonServerError
 
 __all__ = ["Keeper"]
 
 _TICK_S = 0.1
 _DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_PORT_DELAY_S = 1.0
 _STEADY_S = 60.0
 """Service of this length forgets earlier failures."""
 
@@ -24,7 +26,7 @@ class Keeper:
         service: the child.
         stop: ends the thread; stopping the child is then its owner's.
         report: takes lines for people.
-        ready_timeout_s: for each start.
+        ready_timeout_s: for each start; also how long a port is waited for that another program has.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Keeper:
 
     def _keep(self) -> None:
         failures, started_once = 0, False
+        wait_until: float | None = None  # for a port
         while not self._stop.is_set():
             launched = time.monotonic()
             try:
@@ -63,21 +66,28 @@ class Keeper:
                     return
                 if started_once:
                     self._report(f"{self.service.name}: back in service after {time.monotonic() - launched:.1f} s")
-                started_once = True
+                started_once, wait_until = True, None
                 since = time.monotonic()
                 self.serving.set()
                 reason = self._watch()
                 if reason is None:
                     return
                 failures = 0 if time.monotonic() - since > _STEADY_S else failures
+            except PortTakenError as error:
+                wait_until = wait_until or launched + self._ready_timeout_s
+                if time.monotonic() >= wait_until:
+                    raise TritonServerError(f"{error} (it was waited for, --ready-timeout)") from error
+                reason = str(error)
             except Exception as error:
                 if not started_once:
                     raise
                 reason = str(error)
             self.serving.clear()
             delay = _DELAYS_S[min(failures, len(_DELAYS_S) - 1)]
+            if wait_until is not None:
+                delay = min(max(delay, _PORT_DELAY_S), max(wait_until - time.monotonic(), 0.0))
             failures += 1
-            self._report(f"{self.service.name}: {reason}; restarting{f' in {delay:g} s' if delay else ''}")
+            self._report(f"{self.service.name}: {reason}; restarting{f' in {delay:.3g} s' if delay else ''}")
             self.service.stop(lambda: True)
             self._stop.wait(delay)
 

@@ -16,6 +16,7 @@ from fluxvae.errors import FluxVAEError
 from fluxvae.serve.supervisor.checks import model_error
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
 from fluxvae.serve.supervisor.notices import Notices
+from fluxvae.serve.triton.ports import free_ports, url_host
 from fluxvae.serve.triton.processes import (
     Process,
     command_line,
@@ -24,9 +25,10 @@ from fluxvae.serve.triton.processes import (
     how_it_ended,
     in_group,
     is_running,
+    listens,
     until,
 )
-from fluxvae.serve.triton.server import TritonServer, TritonServerError
+from fluxvae.serve.triton.server import PORT_TAKEN, TritonServer, TritonServerError
 
 __all__ = ["GatewayService", "Service", "TritonService"]
 
@@ -94,6 +96,7 @@ class TritonService:
     def started(self) -> bool:
         """Whether every model has answered a decode."""
         if not self.server.running:
+            self._check_ports()
             raise model_error(self.server.log()) or TritonServerError(
                 f"Triton {self._end()} before it was ready. {self.server.log_tail()}"
             )
@@ -124,6 +127,11 @@ class TritonService:
     def stop(self, hurry: Callable[[], bool]) -> None:
         """SIGTERM: no new requests, those under way are answered."""
         self.server.stop(hurry)
+
+    def _check_ports(self) -> None:
+        """Say which port it was, where one is why it ended."""
+        if PORT_TAKEN.search(self.server.log()):
+            free_ports(self.server.host, self.server.ports)
 
     def _dead_model(self) -> bool:
         return not all(map(is_running, self._processes))
@@ -183,16 +191,17 @@ class GatewayService:
 
     Args:
         command: its command line.
-        address: ``host:port`` as this machine reaches it.
+        host, port: where it listens.
         env: its whole environment.
         log_path: its output is appended to this file.
     """
 
     name = "gateway"
 
-    def __init__(self, command: Sequence[str], *, address: str, env: Mapping[str, str], log_path: Path) -> None:
+    def __init__(self, command: Sequence[str], *, host: str, port: int, env: Mapping[str, str], log_path: Path) -> None:
         self._command = list(command)
-        self._address = address
+        self._host, self._port = host, port
+        self._address = f"{url_host(host)}:{port}"
         self._env = dict(env)
         self._log_path = log_path
         self._process: subprocess.Popen[bytes] | None = None
@@ -204,6 +213,7 @@ class GatewayService:
 
     def launch(self) -> None:
         """Start it."""
+        free_ports(self._host, [self._port])
         self._probe = Probe(lambda: get(self._address, "/healthz", _GATEWAY_PATIENCE_S))
         # Two failures in a row are enough: it is never busy for long, since it does not decode.
         self._watch = Watch(now=time.monotonic(), patience_s=math.inf, busy_limit_s=math.inf)
@@ -223,12 +233,15 @@ class GatewayService:
         """Whether it answers."""
         assert self._process is not None
         if (status := exited(self._process.pid)) is not None:
+            free_ports(self._host, [self._port])  # says so, if that is why
             with self._log_path.open("rb") as log:
                 log.seek(self._log_start)
                 lines = log.read().decode(errors="replace").splitlines()[-20:]
             raise FluxVAEError(
                 f"the gateway {how_it_ended(status)} before it was ready. The end of its log:\n  " + "\n  ".join(lines)
             )
+        if not listens(self._process.pid, self._port):  # another program with this port might answer
+            return False
         return get(self._address, "/healthz", _GATEWAY_PATIENCE_S).answer is Answer.OK
 
     def trouble(self) -> str | None:

@@ -103,7 +103,8 @@ class Supervisor:
         self.server.http_port, self.server.grpc_port, self.server.metrics_port = ports.values()
         self.gateway = GatewayService(
             s.gateway_command(self.port, self.server.grpc_url, self.server.metrics_url),
-            address=f"{url_host(s.host)}:{self.port}",
+            host=s.host,
+            port=self.port,
             env=environment,
             log_path=self.gateway_log,
         )

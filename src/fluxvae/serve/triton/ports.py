@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Sequence
 
 from fluxvae.serve.triton.installation import TritonServerError
 
-__all__ = ["free_ports", "url_host"]
+__all__ = ["PortTakenError", "free_ports", "url_host"]
+
+
+class PortTakenError(TritonServerError):
+    """Another program has the port; it may be free again later."""
 
 
 def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
     """``wanted`` with each 0 replaced by a free port of ``host``.
 
     Raises:
-        TritonServerError: a fixed one is taken, is not for us, or is wanted twice.
+        PortTakenError: a fixed one is taken.
+        TritonServerError: one is not for us, or is wanted twice.
     """
     fixed = [port for port in wanted if port]
     if twice := [port for port in fixed if fixed.count(port) > 1]:
@@ -38,5 +44,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         bound.close()
         reason = getattr(error, "strerror", None) or error
-        raise TritonServerError(f"port {port} on {host}: {reason}; choose another, or 0") from error
+        kind = PortTakenError if getattr(error, "errno", None) == errno.EADDRINUSE else TritonServerError
+        raise kind(f"port {port} on {host}: {reason}; choose another, or 0") from error
     return bound

@@ -10,9 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Process", "command_line", "cpu_seconds", "exited", "how_it_ended", "in_group", "is_running", "until"]
+__all__ = [
+    "Process",
+    "command_line",
+    "cpu_seconds",
+    "exited",
+    "how_it_ended",
+    "in_group",
+    "is_running",
+    "listens",
+    "until",
+]
 
 _POLL_S = 0.05
+_LISTENING = "0A"  # TCP_LISTEN of the kernel's tcp_states.h
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -58,6 +69,23 @@ def is_running(process: Process) -> bool:
     """Whether this very process still runs."""
     fields = _stat(process.pid)
     return fields is not None and int(fields[19]) == process.started
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether it is this process that takes connections on a port, rather than another program that has it."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):  # no IPv6 here
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    with contextlib.suppress(OSError):  # it ended while we looked
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(descriptor) in sockets:
+                    return True
+    return False
 
 
 def command_line(pid: int) -> str:

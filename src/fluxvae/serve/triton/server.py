@@ -36,18 +36,15 @@ from fluxvae.serve.triton import guardian
 from fluxvae.serve.triton.controls import APIS, restrictions
 from fluxvae.serve.triton.installation import Installation, TritonServerError, find_tritonserver
 from fluxvae.serve.triton.ports import free_ports, url_host
-from fluxvae.serve.triton.processes import exited, in_group, until
+from fluxvae.serve.triton.processes import exited, in_group, listens, until
 
-__all__ = ["APIS", "Installation", "TritonServer", "TritonServerError", "find_tritonserver"]
+__all__ = ["APIS", "PORT_TAKEN", "Installation", "TritonServer", "TritonServerError", "find_tritonserver"]
 
 _log = logging.getLogger(__name__)
 _SHM = Path("/dev/shm")
 _LAUNCHES = 3  # a free port may be taken between our look and Triton's bind; then we look again
-_PORT_TAKEN = (
-    "failed to start HTTP service",
-    "failed to start GRPC service",
-    "failed to start Metrics service",
-)
+PORT_TAKEN = re.compile("failed to start (HTTP|GRPC|Metrics) service")
+"""Triton's words in its log, for whatever kept it from listening."""
 # Tables, and what Triton's core says at level I or W; errors, and whatever a model says, are kept.
 _CHATTER = re.compile(r"[+|]|[IW]\d{4} \S+ \d+ (?!pb_stub)\w+\.cc:")
 _LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
@@ -153,6 +150,11 @@ class TritonServer:
         """The whole address of the Prometheus page."""
         return f"http://{self._url(self.metrics_port)}/metrics"
 
+    @property
+    def ports(self) -> list[int]:
+        """Of HTTP, gRPC and metrics."""
+        return [self.http_port, self.grpc_port, self.metrics_port]
+
     def _served(self, folder: Path) -> Path:
         """The repository that holds exactly the models to be served; made of links where that is not all there are."""
         if not self._models:
@@ -180,7 +182,9 @@ class TritonServer:
         return self._process is not None and exited(self._process.pid) is None
 
     def ready(self) -> bool:
-        """Whether the server says that it and all its models are ready."""
+        """Whether the server says that it and all its models are ready: this server, not another on its port."""
+        if self.pid is None or not listens(self.pid, self.http_port):
+            return False
         try:
             with _LOOPBACK.open(f"http://{self.http_url}/v2/health/ready", timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -212,7 +216,7 @@ class TritonServer:
                 return
             except TritonServerError as error:
                 self.stop()
-                raced = any(line in str(error) for line in _PORT_TAKEN) and 0 in self._wanted_ports
+                raced = PORT_TAKEN.search(str(error)) and 0 in self._wanted_ports
                 if not raced or launch == _LAUNCHES:
                     raise
             except BaseException:  # also Ctrl-C while loading: leave nothing behind
