@@ -31,6 +31,7 @@ from serve.supervised import Supervised, a_request, wait_for
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLUX = LatentFormat()
+NOTICED_S = 1.5  # of a death: 0.1 to 0.3 measured; before it was 3
 BACK_IN_S = 15.0  # beyond the time that loading takes
 
 
@@ -110,6 +111,19 @@ def test_a_killed_stub_comes_back(server: Supervised, library: Decoder) -> None:
     new = {server.triton.pid, server.stub.pid}
     assert not new & server.everything
     server.everything |= new
+
+
+@pytest.mark.parametrize("part", ["stub", "triton"])
+def test_readiness_ends_with_a_death(server: Supervised, library: Decoder, part: str) -> None:
+    """Although a decode was answered just before."""
+    before = server.told("Triton: back in service")
+    assert_serves(server, library, 2)
+    assert page(server, "/readyz") == 200
+    getattr(server, part).kill()
+    wait_for(lambda: page(server, "/readyz") == 503, "readiness to end", NOTICED_S)
+    wait_for(lambda: server.told("Triton: back in service") == before + 1, "service", 120)
+    wait_for(lambda: page(server, "/readyz") == 200, "readiness")
+    server.everything |= {server.triton.pid, server.stub.pid}
 
 
 def test_a_clean_stop_leaves_nothing(server: Supervised) -> None:

@@ -30,6 +30,7 @@ MAX_ROWS = 8
 """The ``max_batch_size`` of the models' configuration: what Triton takes in one request."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Triton is near: never through a proxy
 _FACTS_TIMEOUT_S = 5.0
+_ALIVE_TIMEOUT_S = 1.0
 _FIRST = 1  # the model's highest priority: what waits is no reason not to be ready, what does not move is
 # gRPC waits up to two minutes between attempts to reach a server that went away; a restarted one is back in seconds.
 _CHANNEL = (
@@ -68,7 +69,7 @@ class TritonModel:
         self.approximate = vae_class_of(name) == "AutoencoderTiny"
         """Its pictures are previews."""
         self.last_success: float | None = None
-        """When the last decode answered, by ``time.monotonic``."""
+        """When the last decode answered, by ``time.monotonic``; None: not since one was told to try again."""
         self._client = triton.InferenceServerClient(url, channel_args=list(_CHANNEL))
 
     async def close(self) -> None:
@@ -112,6 +113,13 @@ class TritonModel:
                 whole = np.empty((rows, *answer.shape[1:]), answer.dtype)
             whole[start : start + MAX_ROWS] = answer
         return whole
+
+    async def alive(self) -> bool:
+        """Whether Triton itself answers, now. Where it has died, the connection is refused at once."""
+        try:
+            return bool(await self._client.is_server_live(client_timeout=_ALIVE_TIMEOUT_S))
+        except InferenceServerException:
+            return False
 
     async def probe(self, timeout_s: float) -> None:
         """Decode 16x16 pixels: the one proof that the model, its process and its weights are there.
@@ -180,7 +188,10 @@ class TritonModel:
                 parameters=parameters or None,
             )
         except InferenceServerException as error:
-            raise self._translate(error) from error
+            translated = self._translate(error)
+            if isinstance(translated, UnavailableError):  # what answered before may be gone
+                self.last_success = None
+            raise translated from error
         answer: NDArray[Any] | None = result.as_numpy(output)
         if answer is None:
             raise BadGateway(f"model {self.name}: the answer holds no {output}; is it fluxvae's model?")
@@ -222,7 +233,7 @@ class Readiness:
     async def reason_against(self) -> str | None:
         """None where decodes are answered, else what stands against it."""
         last = self._model.last_success
-        if last is not None and time.monotonic() - last <= self._age_s:
+        if last is not None and time.monotonic() - last <= self._age_s and await self._model.alive():
             return None
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._ask())
