@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -252,3 +253,57 @@ def test_an_answer_without_room_ends_its_request(model: Any, monkeypatch: pytest
     assert all(request.sender.closed for request in requests)
     assert any(line.startswith(LOG_MARK) for line in fake_pb_utils.Logger.lines)
     assert count("fluxvae_in_flight") == 0
+
+
+def probe() -> InferenceRequest:
+    """What a watcher asks."""
+    return InferenceRequest(np.zeros((1, 1, 1), np.float32), 16, 16, probe=True)
+
+
+def decodes(model: Any, requests: list[InferenceRequest]) -> float:
+    """How many images were decoded to answer these."""
+    before = count("fluxvae_decodes_total")
+    for response in execute(model, requests):
+        with contextlib.suppress(AssertionError):
+            response.outputs()
+    return count("fluxvae_decodes_total") - before
+
+
+def test_a_watchers_question_needs_no_decode_where_one_was_just_answered(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(triton_model.time, "monotonic", lambda: now)
+    assert decodes(model, [probe()]) == 1, "the first"
+    [again] = execute(model, [probe()])
+    assert count("fluxvae_decodes_total") == 1
+    assert again.outputs()["images"].shape == (1, 16, 16, 3)
+    now += 299
+    assert decodes(model, [InferenceRequest(latents(0, 4), 32, 32)]) == 1
+    now += 299
+    assert decodes(model, [probe()]) == 0, "a real request proves life too"
+    now += 2
+    assert decodes(model, [probe(), probe()]) == 2, "not for ever"
+    assert decodes(model, [probe()]) == 0
+
+
+def test_after_a_failure_a_watcher_is_not_told_that_all_is_well(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert decodes(model, [probe()]) == 1
+    monkeypatch.setattr(model.decoder, "decode_raw", broken)
+    [answer] = execute(model, [probe()])
+    assert answer.outputs(), "nobody knows yet"
+    [answer] = execute(model, [InferenceRequest(latents(0, 4), 32, 32)])
+    assert answer.error().code() == TritonError.INTERNAL
+    for _ in range(2):
+        [answer] = execute(model, [probe()])
+        assert answer.error().code() == TritonError.INTERNAL
+
+
+def test_what_a_client_got_wrong_says_nothing_about_the_model(model: Any) -> None:
+    assert decodes(model, [probe()]) == 1
+    [answer] = execute(model, [InferenceRequest(np.full((1, 4, 64), np.nan, np.float32), 32, 32)])
+    assert answer.error().code() == TritonError.INVALID_ARG
+    assert decodes(model, [probe()]) == 0

@@ -99,6 +99,20 @@ def test_ready_means_that_it_decodes(server: Supervised, library: Decoder) -> No
     assert psutil.Process(server.process.pid).memory_info().rss < 80e6, "no PyTorch in the supervisor"
 
 
+def test_an_idle_server_does_not_decode(server: Supervised) -> None:
+    """It is asked every two seconds; at FLUX's widths each decode would cost a quarter of a second of a core."""
+
+    def count(name: str) -> float:
+        with DIRECT.open(f"http://{server.address('metrics')}/metrics", timeout=30) as answer:
+            found = re.search(rf"^{name}{{.*}} ([\d.e+]+)$", answer.read().decode(), re.MULTILINE)
+        assert found is not None, name
+        return float(found[1])
+
+    asked, decoded = count("nv_inference_request_success"), count("fluxvae_decodes_total")
+    wait_for(lambda: count("nv_inference_request_success") >= asked + 2, "two questions")
+    assert count("fluxvae_decodes_total") == decoded
+
+
 def test_a_killed_stub_comes_back(server: Supervised, library: Decoder) -> None:
     stub, triton = server.stub, server.triton
     stub.kill()

@@ -34,7 +34,7 @@ from fluxvae.serve.supervisor.settings import ServeSettings
 from fluxvae.serve.triton import guardian
 from fluxvae.serve.triton.installation import Installation, TritonServerError
 from fluxvae.serve.triton.ports import PortTakenError
-from fluxvae.serve.triton.processes import cpu_seconds, exited, how_it_ended, in_group, is_running, listens
+from fluxvae.serve.triton.processes import Deaths, cpu_seconds, exited, how_it_ended, in_group, is_running, listens
 from fluxvae.serve.triton.repository import model_folder, write_repository
 from serve.supervised import wait_for
 
@@ -424,6 +424,28 @@ def test_processes() -> None:
     assert how_it_ended(3) == "ended with exit status 3"
 
 
+def test_deaths_are_told_at_once() -> None:
+    """Of children, and of their children, which others may wait for."""
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '1000']); print(p.pid, flush=True); p.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", code + "; sys.stdin.read()"], stdin=-1, stdout=-1, text=True)
+    assert parent.stdout is not None
+    grandchild = int(parent.stdout.readline())
+    deaths, other = Deaths([parent.pid, grandchild]), Deaths([parent.pid])
+    try:
+        assert not deaths.wait(0)
+        os.kill(grandchild, signal.SIGKILL)
+        assert deaths.wait(5)
+        assert not other.wait(0)
+    finally:
+        parent.communicate()
+    assert other.wait(5)
+    for each in (deaths, other):
+        each.close()
+        assert each.wait(0), "nothing is known"
+    assert Deaths([2**22]).wait(0), "gone already"
+    assert not Deaths([]).wait(0)
+
+
 def test_who_listens() -> None:
     code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
     child = subprocess.Popen([sys.executable, "-c", f"{code} sys.stdin.read()"], stdin=-1, stdout=-1, text=True)
@@ -590,6 +612,10 @@ class Fragile:
     def started(self) -> bool:
         if isinstance(self.fate, Exception):
             raise self.fate
+        return True
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        time.sleep(0.001)
         return True
 
     def trouble(self) -> str | None:

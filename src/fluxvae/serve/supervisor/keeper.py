@@ -13,6 +13,10 @@ from fluxvae.serve.triton.server import TritonServerError
 __all__ = ["Keeper"]
 
 _TICK_S = 0.1
+_WATCH_S = 0.25
+"""How soon a stop is noticed. An end is noticed at once, by the kernel's word, where it gives one; else as late."""
+_LOOK_EVERY_S = 1.0
+"""For what an end does not tell. To look often would cost an idle server a part of a core."""
 _DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _PORT_DELAY_S = 1.0
 _STEADY_S = 60.0
@@ -106,7 +110,11 @@ class Keeper:
         return True
 
     def _watch(self) -> str | None:
-        while not self._stop.wait(_TICK_S):
+        look_at = 0.0
+        while not self._stop.is_set():
+            if not self.service.wait_for_end(_WATCH_S) and time.monotonic() < look_at:
+                continue
+            look_at = time.monotonic() + _LOOK_EVERY_S
             if reason := self.service.trouble():
                 return reason
             if notice := self.service.notice():

@@ -18,6 +18,7 @@ from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decod
 from fluxvae.serve.supervisor.notices import Notices
 from fluxvae.serve.triton.ports import free_ports, url_host
 from fluxvae.serve.triton.processes import (
+    Deaths,
     Process,
     command_line,
     cpu_seconds,
@@ -50,6 +51,9 @@ class Service(Protocol):
         Raises:
             FluxVAEError: it never will.
         """
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Once it has started: wait until a process of it may have ended, or the time is up."""
 
     def trouble(self) -> str | None:
         """Once it has started: what is wrong with it."""
@@ -86,6 +90,7 @@ class TritonService:
     def launch(self) -> None:
         """Start it on its ports."""
         self._processes = []
+        self._deaths = Deaths([])
         self._notices = Notices(self._log)
         self._models = [
             _Model(name, self.server, patience_s=self._patience_s, busy_limit_s=self._busy_limit_s)
@@ -105,11 +110,16 @@ class TritonService:
                 return False
             assert self.server.pid is not None
             self._processes = [process for process in in_group(self.server.pid) if process.pid != self.server.pid]
+            self._deaths = Deaths([self.server.pid, *(process.pid for process in self._processes)])
         if self._dead_model():
             raise TritonServerError(f"the model's Python process died before it was ready. {self.server.log_tail()}")
         now = time.monotonic()
         answered = [model.started(now, self._processes) for model in self._models]  # all are asked at once
         return all(answered)
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Of Triton, or of one of its models' processes."""
+        return self._deaths.wait(timeout_s)
 
     def trouble(self) -> str | None:
         """The rule of `fluxvae.serve.supervisor.health`, and what is plain to see."""
@@ -126,6 +136,7 @@ class TritonService:
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         """SIGTERM: no new requests, those under way are answered."""
+        self._deaths.close()
         self.server.stop(hurry)
 
     def _check_ports(self) -> None:
@@ -228,6 +239,7 @@ class GatewayService:
                 env=self._env,
                 start_new_session=True,  # so that Ctrl-C reaches only us
             )
+        self._deaths = Deaths([self._process.pid])
 
     def started(self) -> bool:
         """Whether it answers."""
@@ -243,6 +255,10 @@ class GatewayService:
         if not listens(self._process.pid, self._port):  # another program with this port might answer
             return False
         return get(self._address, "/healthz", _GATEWAY_PATIENCE_S).answer is Answer.OK
+
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Of its process."""
+        return self._deaths.wait(timeout_s)
 
     def trouble(self) -> str | None:
         """That it ended, or two questions in a row without an answer."""
@@ -265,6 +281,7 @@ class GatewayService:
         """SIGTERM: no new requests, those under way are answered."""
         if self._process is None:
             return
+        self._deaths.close()
         group = self._process.pid
         if not hurry():
             with contextlib.suppress(ProcessLookupError):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 __all__ = [
+    "Deaths",
     "Process",
     "command_line",
     "cpu_seconds",
@@ -86,6 +88,38 @@ def listens(pid: int, port: int) -> bool:
                 if os.readlink(descriptor) in sockets:
                     return True
     return False
+
+
+class Deaths:
+    """Tells at once, and for almost nothing, that one of some processes has ended: by the kernel's own word.
+
+    Args:
+        pids: of processes that run, or ended and were not waited for; also those that are not our children.
+    """
+
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._descriptors: list[int] = []
+        self._poll: select.poll | None = select.poll()
+        try:
+            for pid in pids:
+                self._descriptors.append(os.pidfd_open(pid))
+                self._poll.register(self._descriptors[-1], select.POLLIN)
+        except OSError:  # it is gone already; or the kernel has no such thing (before Linux 5.3)
+            self.close()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for one; whether there was one, or it cannot be told in this way. Then this takes no less time."""
+        if self._poll is None:
+            time.sleep(timeout_s)
+            return True
+        return bool(self._poll.poll(timeout_s * 1000))
+
+    def close(self) -> None:
+        """Give the descriptors back; from now on it cannot be told."""
+        self._poll = None
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
 
 
 def command_line(pid: int) -> str:
