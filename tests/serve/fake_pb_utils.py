@@ -68,7 +68,7 @@ TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 
 
 class ResponseSender:
-    """Takes exactly one response, and then the end."""
+    """Takes exactly one response, the final one."""
 
     full: ClassVar[bool] = False
     """There is no room for responses in shared memory."""
@@ -76,15 +76,9 @@ class ResponseSender:
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
         self.counted = 0
-        self.closed = False
 
-    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
-        assert flags in (0, TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        assert not self.closed, "ended twice"
-        self.closed = flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        if response is None:
-            assert self.counted, "ended before a response"
-            return
+    def send(self, response: InferenceResponse, flags: int) -> None:
+        assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
         assert isinstance(response, InferenceResponse)
         assert not self.counted, "answered twice"
         self.counted += 1  # as Triton does, before there is room

@@ -17,7 +17,8 @@ from PIL import Image
 
 from fluxvae import Decoder
 from fluxvae.serve.model import outputs, triton_model
-from fluxvae.serve.model.handover import LOG_MARK
+from fluxvae.serve.model.handover import LOG_MARK, Room
+from fluxvae.serve.triton.guardian import RUN_VARIABLE
 from serve import fake_pb_utils
 from serve.client import assert_same_pixels
 from serve.fake_pb_utils import InferenceRequest, TritonError
@@ -52,7 +53,6 @@ def arguments(**parameters: str) -> dict[str, str]:
 def execute(model: Any, requests: list[InferenceRequest]) -> list[fake_pb_utils.InferenceResponse]:
     """The answer to each request; there is exactly one."""
     assert model.execute(requests) is None, "answers are sent, not returned"
-    assert all(request.sender.closed for request in requests)
     return [response for request in requests for [response] in [request.sender.responses]]
 
 
@@ -244,15 +244,37 @@ def test_finalize_lets_the_weights_go(model: Any) -> None:
     assert model.decoder is None
 
 
-def test_an_answer_without_room_ends_its_request(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton takes no second response; the end tells the client that none came."""
+@pytest.mark.parametrize("supervised", [False, True])
+def test_an_answer_that_triton_does_not_take(model: Any, monkeypatch: pytest.MonkeyPatch, supervised: bool) -> None:
+    """It takes no other either: under `fluxvae serve` the process ends, for Triton to tell the client."""
+    ended: list[int] = []
+    monkeypatch.setattr(triton_model.os, "_exit", ended.append)
+    monkeypatch.setenv(RUN_VARIABLE, "a run") if supervised else monkeypatch.delenv(RUN_VARIABLE, raising=False)
     requests = [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)]
     monkeypatch.setattr(requests[0].sender, "full", True, raising=False)
     model.execute(requests)
     assert [len(request.sender.responses) for request in requests] == [0, 1]
-    assert all(request.sender.closed for request in requests)
     assert any(line.startswith(LOG_MARK) for line in fake_pb_utils.Logger.lines)
     assert count("fluxvae_in_flight") == 0
+    assert ended == [1] * supervised
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_where_room_is_tight_a_single_answer_is_returned(
+    model: Any, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
+    """Triton can tell its client of a failure then; with neighbours that were answered already it could not."""
+    monkeypatch.setattr(triton_model, "find_room", lambda sizes: Room.TIGHT)
+    asked = [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(requests)]
+    returned = model.execute(asked)
+    assert count("fluxvae_in_flight") == 0
+    if requests == 1:
+        [answer] = returned
+        assert asked[0].sender.counted == 0
+        assert answer.outputs()["images"].shape == (1, 32, 32, 3)
+    else:
+        assert returned is None
+        assert [request.sender.counted for request in asked] == [1, 1]
 
 
 def probe() -> InferenceRequest:

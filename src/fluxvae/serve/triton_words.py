@@ -11,7 +11,6 @@ __all__ = ["passing_trouble"]
 _TROUBLES = {
     "not healthy": "the model's process has died, and will be back once it is restarted",
     "shared memory pool": "the server's shared memory is full: who runs it can give it more",
-    "expected a single response, got 0": "the server could not hand the answer over: its shared memory is full",
 }
 
 

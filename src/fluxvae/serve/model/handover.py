@@ -1,13 +1,13 @@
-"""How an answer gets to Triton, and whether there is room for it: a region of /dev/shm, which grows and never shrinks.
+"""Whether there is room to hand an answer to Triton: a region of /dev/shm, which grows and never shrinks.
 
 Triton's ``send`` counts a response before it makes room for it. Where the region cannot grow any more, ``send`` raises,
-no error can be sent in the response's place, and the client would wait for ever. Two things are done against that. What
-certainly has no room is refused before the work, and once more before it is sent (`check_room`). And images are sent in
-two steps, themselves and then the end (`send_images`): whatever becomes of the first, the second ends the request, and
-Triton tells the client that nothing came ("expected a single response, got 0"). Errors are small, and sent in one step:
-Triton forgets one that the end follows.
+no error can be sent in the response's place, and the client would wait for ever. So what has no room is refused, before
+the work where its size is known, and again before it is sent. Between the two lies an answer for which the region has
+enough that may not be in one piece. If it is alone, ``execute`` returns it instead of sending it: Triton then answers a
+failure with an error of its own. (To send the response and the end one after the other would do as well, were it not
+that Triton 2.51 crashes where the client has left in between.)
 
-Source: Triton's python_backend, ``response_sender.cc`` and ``shm_manager.h``; seen to hold with Triton 2.51.
+Source: Triton's python_backend, ``response_sender.cc``, ``shm_manager.h`` and ``pb_stub.cc``; seen with Triton 2.51.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,22 @@ from fluxvae.errors import UnavailableError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LOG_MARK", "check_room", "lacks_room", "least_bytes", "send_images", "sent_bytes"]
+__all__ = ["LOG_MARK", "Room", "find_room", "least_bytes", "room_for", "sent_bytes"]
 
 LOG_MARK = "fluxvae: shared memory"
 """What lines of the log about it begin with; `fluxvae serve` looks for them."""
 _SHM = Path("/dev/shm")
 _GROWTH = 2**20  # the region grows by whole ones of these, at least one (shm-growth-byte-size, by default)
+_SPARE = 2**26  # what others may take in the moment between our look and Triton's
 _BYTES_PER_PIXEL = {"images": 3, "images_np": 12, "images_pt": 12, "images_raw": 12}
+
+
+class Room(Enum):
+    """What there is for an answer."""
+
+    AMPLE = "the region can grow by all of it"
+    TIGHT = "the region has as much, but perhaps not in one piece, or can grow by hardly more"
+    NONE = "it cannot be handed over"
 
 
 def least_bytes(outputs: Iterable[str], pixels: int) -> list[int]:
@@ -42,38 +52,36 @@ def sent_bytes(arrays: Iterable[np.ndarray[Any, Any]]) -> list[int]:
     return [sum(4 + len(file) for file in array.flat) if array.dtype == object else array.nbytes for array in arrays]
 
 
-def check_room(sizes: list[int]) -> None:
-    """Refuse outputs for which there is no room.
+def find_room(sizes: list[int]) -> Room:
+    """The room for outputs of these sizes, in bytes: `Room.AMPLE` or `Room.TIGHT`.
 
     Raises:
-        UnavailableError: says what they take, and what there is.
+        UnavailableError: there is none; it says what they take, and what there is.
     """
     stat = os.statvfs(_SHM)
     disk = stat.f_bavail * stat.f_frsize
     region = _region_free()
-    if region is not None and lacks_room(sizes, region, disk):
+    room = room_for(sizes, sum(sizes) if region is None else region, disk)
+    if room is Room.NONE:
+        assert region is not None
         raise UnavailableError(
             f"shared memory: the answer takes {sum(sizes) / 1e6:.1f} MB; {_SHM} has {disk / 1e6:.1f} MB free, the "
             f"server's region {region / 1e6:.1f} MB; try again later, or ask for 'images', a quarter of the bytes"
         )
+    return room
 
 
-def lacks_room(sizes: list[int], region: int, disk: int) -> bool:
-    """Whether tensors of these sizes can certainly not be handed over.
+def room_for(sizes: list[int], region: int, disk: int) -> Room:
+    """What there is for tensors of these sizes.
 
     Args:
         region: bytes that are free in the region; perhaps not in one piece.
         disk: bytes by which regions can grow.
     """
-    return sum(sizes) > region and sum(_GROWTH * (size // _GROWTH + 1) for size in sizes) > disk
-
-
-def send_images(pb_utils: Any, sender: Any, response: Any) -> None:
-    """Send the one response to a request, and end the request, whether or not that went well."""
-    try:
-        sender.send(response)
-    finally:
-        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    growth = sum(_GROWTH * (size // _GROWTH + 1) for size in sizes)
+    if growth + _SPARE <= disk:
+        return Room.AMPLE
+    return Room.TIGHT if growth <= disk or sum(sizes) <= region else Room.NONE
 
 
 def _region_free() -> int | None:

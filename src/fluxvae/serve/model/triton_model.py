@@ -22,13 +22,14 @@ from fluxvae import Decoder, FluxVAEError
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.latents import PREVIEW_NOTE
 from fluxvae.serve.model.answering import answer, code_of
-from fluxvae.serve.model.handover import LOG_MARK, check_room, least_bytes, send_images, sent_bytes
+from fluxvae.serve.model.handover import LOG_MARK, Room, find_room, least_bytes, sent_bytes
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
 from fluxvae.serve.model.metrics import Metrics
 from fluxvae.serve.model.outputs import make_outputs
 from fluxvae.serve.model.proof import Proof
 from fluxvae.serve.model.requests import Job, read_job
 from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
+from fluxvae.serve.triton.guardian import RUN_VARIABLE
 
 try:
     import triton_python_backend_utils as pb_utils
@@ -69,10 +70,14 @@ class TritonPythonModel:
             + (f"; {PREVIEW_NOTE}" if self.decoder.approximate else "")
         )
 
-    def execute(self, requests: list[Any]) -> None:
-        """Answer every request, with its images or with an error of its own, as soon as its group is decoded."""
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """Answer every request, with its images or with an error of its own, as soon as its group is decoded.
+
+        Returns:
+            None: answers are sent. The one answer of a single request, where room for it is tight.
+        """
         comment = PREVIEW_NOTE if self.decoder.approximate else None
-        replies = [_Reply(request, self.metrics, comment) for request in requests]
+        replies = [_Reply(request, self.metrics, comment, alone=len(requests) == 1) for request in requests]
         self.metrics.taken(len(replies))
         try:
             jobs = []
@@ -95,6 +100,9 @@ class TritonPythonModel:
         except Exception as error:  # whatever went wrong, nobody is left without an answer
             for reply in replies:
                 reply.fail(error)
+        if any(reply.lost for reply in replies) and RUN_VARIABLE in os.environ:
+            os._exit(1)  # Triton answers its clients then, and `fluxvae serve` starts anew
+        return [reply.returned for reply in replies if reply.returned is not None] or None
 
     def finalize(self) -> None:
         """Free the weights, on the GPU too."""
@@ -121,7 +129,7 @@ class TritonPythonModel:
             max_pixels=self.settings.max_pixels,
         )
         self.budget.check(job)
-        check_room(least_bytes(job.outputs, job.pixels))
+        find_room(least_bytes(job.outputs, job.pixels))
         return job
 
     def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
@@ -151,14 +159,19 @@ class TritonPythonModel:
 class _Reply:
     """The one answer to one request."""
 
-    def __init__(self, request: Any, metrics: Metrics, comment: str | None) -> None:
+    def __init__(self, request: Any, metrics: Metrics, comment: str | None, *, alone: bool) -> None:
         self.request = request
+        self.returned: Any = None
+        """What ``execute`` is to return for it."""
+        self._alone = alone
         self._comment = comment
         given = "".join(letter if letter.isprintable() else "?" for letter in request.request_id()[:64])
         self.id = given or uuid.uuid4().hex[:12]
         self._metrics = metrics
         self._sender = request.get_response_sender()
         self._sent = False
+        self.lost = False
+        """Triton did not take its answer, and takes no other: its client would wait for ever."""
 
     def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
         """Send the outputs that were asked for, or the error."""
@@ -166,13 +179,17 @@ class _Reply:
             if isinstance(outcome, Exception):
                 raise outcome
             made = make_outputs(job, outcome, comment=self._comment)
-            check_room(sent_bytes(made.values()))
+            room = find_room(sent_bytes(made.values()))
             tensors = [pb_utils.Tensor(name, array) for name, array in made.items()]
             response = pb_utils.InferenceResponse(output_tensors=tensors)
         except Exception as error:  # answered; an unexpected one is logged
             self.fail(error)
         else:
-            self._send(lambda: send_images(pb_utils, self._sender, response))
+            if self._alone and room is Room.TIGHT:
+                self._settle()
+                self.returned = response
+            else:
+                self._send(response)
 
     def fail(self, error: Exception) -> None:
         """Send an error, unless there was an answer; what is not meant for clients goes to the log under the id."""
@@ -190,15 +207,18 @@ class _Reply:
             message = f"{kind}; the server's log has the details under request {self.id}"
         self._metrics.failed(error)
         told = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-        response = pb_utils.InferenceResponse(error=told)
-        self._send(lambda: self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL))
+        self._send(pb_utils.InferenceResponse(error=told))
 
-    def _send(self, send: Callable[[], None]) -> None:
-        self._sent = True  # a response that Triton does not take is counted there too: no other may follow
+    def _settle(self) -> None:
+        self._sent = True
         self._metrics.answered()
+
+    def _send(self, response: Any) -> None:
+        self._settle()  # a response that Triton does not take is counted there too: no other may follow
         try:
-            send()
-        except Exception as unsent:  # Triton tells the client; its neighbours are still to be answered
+            self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as unsent:  # its neighbours are still to be answered
             self._metrics.failed(unsent)
             mark = LOG_MARK if "shared memory" in str(unsent) else "fluxvae"
             pb_utils.Logger.log_error(f"{mark}: request {self.id}: Triton did not take its answer: {unsent}")
+            self.lost = True
