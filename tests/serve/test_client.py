@@ -18,6 +18,7 @@ from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -66,6 +67,25 @@ def regions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]
 def client(serving: Serving, protocol: str, regions: Callable[[], set[str]]) -> Iterator[Client]:
     with Client(url_of(serving, protocol), protocol=protocol) as client:
         yield client
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_close_leaves_no_connection(serving: Serving, protocol: str) -> None:
+    """Also after an error that somebody still holds: an open one holds up the server's shutdown."""
+    port = int(url_of(serving, protocol).rpartition(":")[2])
+
+    def connections() -> list[Any]:
+        found = psutil.Process().net_connections("tcp")
+        return [one for one in found if one.raddr and one.raddr.port == port and one.status != psutil.CONN_TIME_WAIT]
+
+    before = len(connections())
+    client = Client(url_of(serving, protocol), protocol=protocol)
+    with pytest.raises(InvalidLatentsError) as held:
+        client.decode(torch.full((1, 4, 64), float("nan")), height=32, width=32)
+    assert len(connections()) == before + 1
+    client.close()
+    wait_for(lambda: len(connections()) == before, "the connection's end")
+    assert held.value
 
 
 @protocols

@@ -25,7 +25,7 @@ class Http:
     def __init__(self, url: str, model: str, connections: int = 32) -> None:
         self._model = model
         self._address = f"http://{url}/v2/models/{model}/infer"
-        self._pool = urllib3.PoolManager(maxsize=connections, block=False)
+        self._pool = urllib3.connection_from_url(self._address, maxsize=connections, block=False)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fluxvae-http")
 
     def start(self, request: Request, timeout_s: float) -> Call:
@@ -38,14 +38,14 @@ class Http:
     def close(self) -> None:
         """Close the connections: open ones hold up a server's shutdown."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._pool.clear()
+        self._pool.close()  # at once, also where the error of a request still holds its response, and that the pool
 
     def _post(self, request: Request, timeout_s: float) -> Any:
         body, header_length = _body(request, timeout_s)
         try:
             response = self._pool.request(
                 "POST",
-                self._address,
+                f"/v2/models/{self._model}/infer",
                 body=body,
                 headers={"Inference-Header-Content-Length": str(header_length)},
                 timeout=urllib3.Timeout(total=timeout_s),
