@@ -201,7 +201,15 @@ def test_plan_refuses_what_is_no_size(words: list[str]) -> None:
         invoke("plan", *words)
 
 
-@pytest.mark.parametrize("command", [["plan", "1024x1024", "--device", "cpu"], ["info", "demo"], ["--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "1024x1024", "--device", "cpu"],
+        ["plan", "1024x1024", "--device", "cpu", "--kernels", "torch"],
+        ["info", "demo"],
+        ["--help"],
+    ],
+)
 def test_what_answers_at_once_imports_nothing_heavy(command: list[str]) -> None:
     """Seconds of each call were imports of what none of them needs: PyTorch alone takes two."""
     heavy = ("torch", "diffusers", "transformers", "sympy", "torchvision", "accelerate", "pandas")

@@ -68,6 +68,18 @@ def test_plans_are_the_decoders(name: str, dtype: str, kernels: str, tmp_path: P
         assert str(ours.value) == str(theirs.value)
 
 
+def test_where_the_faster_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch, threads_kept: None) -> None:
+    """PyTorch's serve, and the plan says why."""
+    monkeypatch.setattr("fluxvae.engine.kernels.no_winograd", lambda device: "this machine is too old for them")
+    decoder = Decoder.from_pretrained("demo", device="cpu")
+    plan = plan_decode("demo", 64, 96, device="cpu").plan
+    assert plan.kernels == "torch"
+    assert "Winograd would be faster, but this machine is too old for them" in plan.kernels_note
+    assert timeless(plan) == timeless(decoder.plan(64, 96))
+    with pytest.raises(InvalidOptionError, match="this machine is too old for them"):
+        plan_decode("demo", 64, 96, device="cpu", kernels="winograd")
+
+
 REFUSED: list[tuple[dict[str, Any], type[FluxVAEError]]] = [
     ({"device": "tpu"}, InvalidOptionError),
     ({"dtype": "int8"}, InvalidOptionError),

@@ -1,8 +1,9 @@
 """What a decode with a checkpoint would need, without reading its weights: `plan_decode`, which ``fluxvae plan`` shows.
 
-On a CPU, with the kernels that serve there, a plan follows from the checkpoint's headers, the size and the machine, and
-is made without importing PyTorch or diffusers, which takes seconds. Anything else (a GPU, whose libraries are asked
-what they take; previews; PyTorch's kernels) is planned by the decoder itself, with zeros for weights.
+On a CPU a plan follows from the checkpoint's headers, the size and the machine, and is made without importing PyTorch
+or diffusers, which takes seconds. Anything else (a GPU, whose libraries are asked what they take; previews; half
+precision with PyTorch's kernels, where oneDNN is asked what it computes in) is planned by the decoder itself, with zeros
+for weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from fluxvae.checkpoints import open_checkpoint
 from fluxvae.checkpoints.load import Checkpoint
-from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
+from fluxvae.engine.plan import Costs, Plan, check_size, parse_memory_limit
 from fluxvae.engine.records import Network
 
 __all__ = ["Planned", "plan_decode"]
@@ -65,12 +66,14 @@ def plan_decode(
     checkpoint = open_checkpoint(source, **options)
     checkpoint.warn()
     network = checkpoint.network
-    if network is None or not _on_cpu(device) or dtype not in _ITEMSIZES or not _by_winograd(kernels):
+    costs = _costs(kernels, dtype) if network is not None and _on_cpu(device) and dtype in _ITEMSIZES else None
+    if network is None or costs is None:
         return _by_decoder(checkpoint, height, width, batch, device, dtype, kernels, memory_limit)
     check_size(height, width, batch, network.scale)
     limit = None if memory_limit is None else parse_memory_limit(memory_limit)
-    plan, smallest = _by_headers(network, height, width, batch, _ITEMSIZES[dtype], limit)
-    plan = dataclasses.replace(plan, kernels_note=checkpoint.assumed)
+    plan, smallest = _by_headers(network, costs, height, width, batch, _ITEMSIZES[dtype], limit)
+    notes = "; ".join(note for note in (plan.kernels_note, checkpoint.assumed) if note)
+    plan = dataclasses.replace(plan, kernels_note=notes)
     stored = "float32" if dtype == "auto" else dtype
     return Planned(plan, smallest, "cpu", stored, False, checkpoint.assumed)
 
@@ -82,22 +85,29 @@ def _on_cpu(device: str) -> bool:
     return device == "cpu"
 
 
-def _by_winograd(kernels: str) -> bool:
-    from fluxvae.engine.kernels import no_winograd
+def _costs(kernels: str, dtype: str) -> Costs | None:
+    """Of the kernels that would serve on a CPU; None where that is not for us to say."""
+    from fluxvae.engine.kernels import instead_of, no_winograd
+    from fluxvae.engine.kernels.direct_costs import DirectCosts
+    from fluxvae.engine.kernels.winograd_costs import WinogradCosts
 
-    return kernels in ("auto", "winograd") and no_winograd("cpu") is None
+    reason = no_winograd("cpu")
+    if kernels in ("auto", "winograd") and reason is None:
+        return WinogradCosts("cpu")
+    if kernels not in ("auto", "torch") or _ITEMSIZES[dtype] != 4:
+        return None
+    return DirectCosts("cpu", instead=instead_of("winograd", reason) if kernels == "auto" and reason else "")
 
 
 def _by_headers(
-    network: Network, height: int, width: int, batch: int, stored: int, limit: int | None
+    network: Network, costs: Costs, height: int, width: int, batch: int, stored: int, limit: int | None
 ) -> tuple[Plan, int]:
     from fluxvae.engine import torch_library
-    from fluxvae.engine.kernels.winograd_costs import WinogradCosts
     from fluxvae.engine.planner import limit_of, make_planner
     from fluxvae.engine.room import free_disk, free_memory, spill_folder
 
     planner = make_planner(
-        network, WinogradCosts("cpu"), (height // network.scale, width // network.scale), batch=batch,
+        network, costs, (height // network.scale, width // network.scale), batch=batch,
         computed=4, stored=stored, cast=stored != 4, on_cpu=True, threads=torch_library.threads(),
     )  # fmt: skip
     folder = spill_folder(None)

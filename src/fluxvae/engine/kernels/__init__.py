@@ -120,7 +120,7 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     if reason is not None:
         if asked:
             raise InvalidOptionError(f"kernels: got {name!r}, but {reason}; use 'auto' or 'torch'")
-        return TorchKernels(device, instead=f"{_IN_WORDS[name]} would be faster, but {reason}")
+        return TorchKernels(device, instead=instead_of(name, reason))
     if name == "winograd":
         from fluxvae.engine.kernels.winograd import WinogradKernels
 
@@ -128,6 +128,11 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     from fluxvae.engine.kernels.cuda import CudaKernels
 
     return CudaKernels(device)
+
+
+def instead_of(name: str, reason: str) -> str:
+    """What a plan says where PyTorch's kernels serve because the faster ones of this name do not run."""
+    return f"{_IN_WORDS[name]} would be faster, but {reason}"
 
 
 def no_winograd(device: torch.device | str) -> str | None:
