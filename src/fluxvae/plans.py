@@ -1,9 +1,9 @@
 """What a decode with a checkpoint would need, without reading its weights: `plan_decode`, which ``fluxvae plan`` shows.
 
 On a CPU a plan follows from the checkpoint's headers, the size and the machine, and is made without importing PyTorch
-or diffusers, which takes seconds. Anything else (a GPU, whose libraries are asked what they take; previews; half
-precision with PyTorch's kernels, where oneDNN is asked what it computes in) is planned by the decoder itself, with zeros
-for weights.
+or diffusers, which takes seconds. Anything else is planned by the decoder itself, with zeros for weights: a GPU, whose
+libraries are asked what they take; previews; half precision with PyTorch's kernels, where oneDNN is asked what it
+computes in.
 """
 
 from __future__ import annotations
