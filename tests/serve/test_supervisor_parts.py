@@ -24,7 +24,7 @@ from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
 from fluxvae.serve.models import MODELS, read_memory_limits, read_models
-from fluxvae.serve.supervisor import checks, command, services, supervisor
+from fluxvae.serve.supervisor import checks, command, services, supervisor, triton_service
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
 from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
@@ -276,14 +276,14 @@ def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And out of it when one fails, while the other answers."""
     answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
-    monkeypatch.setattr(services, "decode_tiny", lambda address, model, timeout_s: answers[model])
-    monkeypatch.setattr(services, "_ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(triton_service, "decode_tiny", lambda address, model, timeout_s: answers[model])
+    monkeypatch.setattr(triton_service, "ASK_EVERY_S", 0.0)
     process = in_group(os.getpgid(0))[:1]
-    monkeypatch.setattr(services, "in_group", lambda group: process)
+    monkeypatch.setattr(triton_service, "in_group", lambda group: process)
     server: Any = type(
         "Server", (), {"running": True, "pid": -1, "http_url": "", "launch": int, "ready": lambda _: True}
     )
-    triton = services.TritonService(server(), ["one", "two"], tmp_path / "log", patience_s=100, busy_limit_s=100)
+    triton = triton_service.TritonService(server(), ["one", "two"], tmp_path / "log", patience_s=100, busy_limit_s=100)
     triton.launch()
     seen: list[bool] = []
     wait_for(lambda: len(seen) > 20 or seen.append(triton.started()), "some looks")
@@ -526,7 +526,7 @@ def stand_in(tmp_path: Path, code: str) -> GatewayService:
 
 def test_a_gateway_that_dies_or_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "_GATEWAY_PATIENCE_S", 0.2)
-    monkeypatch.setattr(services, "_ASK_EVERY_S", 0.1)
+    monkeypatch.setattr(services, "ASK_EVERY_S", 0.1)
     service = stand_in(tmp_path, STAND_IN)
     for number, reason in ((signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "no answer within 0.2 s")):
         service.launch()

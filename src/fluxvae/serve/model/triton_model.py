@@ -171,7 +171,7 @@ class _Reply:
         self._sender = request.get_response_sender()
         self._sent = False
         self.lost = False
-        """Triton did not take its answer, and takes no other: its client would wait for ever."""
+        """There was no room for its answer, and Triton takes no other: its client would wait for ever."""
 
     def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
         """Send the outputs that were asked for, or the error."""
@@ -219,6 +219,6 @@ class _Reply:
             self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as unsent:  # its neighbours are still to be answered
             self._metrics.failed(unsent)
-            mark = LOG_MARK if "shared memory" in str(unsent) else "fluxvae"
+            self.lost = "shared memory" in str(unsent)
+            mark = LOG_MARK if self.lost else "fluxvae"
             pb_utils.Logger.log_error(f"{mark}: request {self.id}: Triton did not take its answer: {unsent}")
-            self.lost = True

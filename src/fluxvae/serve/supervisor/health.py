@@ -20,8 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["Answer", "Outcome", "Probe", "Watch", "decode_tiny", "get"]
+__all__ = ["ASK_EVERY_S", "Answer", "Outcome", "Probe", "Watch", "decode_tiny", "get"]
 
+ASK_EVERY_S = 2.0
+"""Between an answer and the next question."""
 WORK_S = 0.3
 """Processor time that an idle Python process does not use in `patience_s`; one that decodes does, within a second."""
 _DEAD_STUB = "not healthy"

@@ -28,8 +28,9 @@ from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.supervisor.checks import check_numpy, check_shared_memory, choose_ports
 from fluxvae.serve.supervisor.health import Answer, get
 from fluxvae.serve.supervisor.keeper import Keeper
-from fluxvae.serve.supervisor.services import GatewayService, TritonService
+from fluxvae.serve.supervisor.services import GatewayService
 from fluxvae.serve.supervisor.settings import ServeSettings
+from fluxvae.serve.supervisor.triton_service import TritonService
 from fluxvae.serve.triton import guardian
 from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 from fluxvae.serve.triton.installation import find_tritonserver
