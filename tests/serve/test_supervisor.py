@@ -31,7 +31,7 @@ from serve.supervised import Supervised, a_request, wait_for
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLUX = LatentFormat()
-NOTICED_S = 1.5  # of a death: 0.1 to 0.3 measured; before it was 3
+NOTICED_S = 1.5  # of a death: 0.05 measured; before it was 3
 BACK_IN_S = 15.0  # beyond the time that loading takes
 
 
