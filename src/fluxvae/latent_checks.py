@@ -16,7 +16,7 @@ from fluxvae.packing import floor_size, token_positions
 if TYPE_CHECKING:
     from fluxvae.latents import LatentFormat
 
-__all__ = ["check_options", "check_raw", "check_shape", "not_finite"]
+__all__ = ["check_options", "check_shape", "not_finite"]
 
 
 def check_shape(
@@ -41,7 +41,7 @@ def check_shape(
         InvalidLatentsError: the rank, features, patch count, size or ids are wrong.
         InvalidOptionError: ``raw`` is no bool, or true for a preview.
     """
-    check_raw(format, raw)
+    _check_raw(format, raw)
     if 0 in shape:
         raise InvalidLatentsError(
             f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
@@ -132,7 +132,7 @@ def check_options(
         InvalidOptionError: a factor where there are statistics, an eps where there are factors, any for a preview
             or with ``raw``; not a finite number; a scaling factor of 0; a negative eps.
     """
-    check_raw(format, raw)
+    _check_raw(format, raw)
     given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
     for name, value in given.items():
         if value is None:
@@ -158,7 +158,7 @@ def check_options(
             raise InvalidOptionError(f"batch_norm_eps: got {value}, expected 0 or more: it is added to a variance")
 
 
-def check_raw(format: LatentFormat, raw: object) -> None:
+def _check_raw(format: LatentFormat, raw: object) -> None:
     """Refuse ``raw`` where it is no bool, or true for a preview."""
     if raw is not None and not isinstance(raw, bool):
         raise InvalidOptionError(f"raw: got {raw!r}, expected True, False or None")

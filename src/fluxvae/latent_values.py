@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.latent_checks import check_raw, check_shape, not_finite
+from fluxvae.latent_checks import check_shape, not_finite
 from fluxvae.latent_layout import unpacked_shape
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def check_latents(
         InvalidLatentsError: the rank, features, patch count, size, ids, dtype or a value is wrong.
         InvalidOptionError: ``raw`` is no bool, or true for a preview.
     """
-    check_raw(format, raw)
     if not isinstance(latents, torch.Tensor):
         raise InvalidLatentsError(_no_tensor(format, latents))
     plain(latents)

@@ -173,20 +173,6 @@ class LatentFormat:
 
         return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
 
-    def check_shape(
-        self,
-        shape: tuple[int, ...],
-        height: object = None,
-        width: object = None,
-        *,
-        latent_ids: object = None,
-        raw: bool | None = None,
-    ) -> tuple[int, int]:
-        """As `check`, for who has no values yet: `latent_checks.check_shape`."""
-        from fluxvae.latent_checks import check_shape
-
-        return check_shape(self, shape, height, width, latent_ids=latent_ids, raw=raw)
-
     def check_options(
         self,
         scaling_factor: object = None,

@@ -190,11 +190,13 @@ def test_a_port_that_is_taken_in_mid_service(tiny_checkpoint: Path, request: pyt
     def take() -> ThreadingHTTPServer:
         process = getattr(supervised, part)
         process.kill()
+        deadline = time.monotonic() + 30
         while True:
             try:
                 taken = ThreadingHTTPServer((host, int(port)), Everything)
                 break
             except OSError:
+                assert time.monotonic() < deadline, f"port {port} was not to be had"
                 time.sleep(0.001)
         threading.Thread(target=taken.serve_forever, daemon=True).start()
         return taken

@@ -446,7 +446,7 @@ def test_deaths_are_told_at_once() -> None:
     assert not Deaths([]).wait(0)
 
 
-def test_who_listens() -> None:
+def test_who_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True);"
     child = subprocess.Popen([sys.executable, "-c", f"{code} sys.stdin.read()"], stdin=-1, stdout=-1, text=True)
     assert child.stdout is not None
@@ -457,6 +457,9 @@ def test_who_listens() -> None:
             assert not listens(os.getpid(), port), "a connection to it is not it"
             assert not listens(child.pid, ours.getsockname()[1])
         assert not listens(2**22, port)
+        with monkeypatch.context() as unseen:
+            unseen.setattr(os, "listdir", lambda path: (_ for _ in ()).throw(PermissionError(path)))
+            assert listens(child.pid, port), "what cannot be told is not held against it"
     finally:
         child.communicate()
 

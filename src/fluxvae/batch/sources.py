@@ -22,6 +22,7 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
+from fluxvae.latent_checks import check_shape
 from fluxvae.packing import SizeFlooredWarning
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
@@ -272,7 +273,7 @@ def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int],
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
-        size = format.check_shape(shape, h, w, latent_ids=entry.ids, raw=is_raw)
+        size = check_shape(format, shape, h, w, latent_ids=entry.ids, raw=is_raw)
     return size, is_raw, not unpacked and h is not None and size != (h, w)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_checks import not_finite
+from fluxvae.latent_checks import check_shape, not_finite
 from fluxvae.latent_layout import Layout, read_layout
 from fluxvae.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of
@@ -122,5 +122,5 @@ def _check(asked: Asked, layout: Layout) -> str | None:
     """The library's own check of such a shape; what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SizeFlooredWarning)
-        layout.format.check_shape(asked.shape, asked.height, asked.width, raw=asked.raw)
+        check_shape(layout.format, asked.shape, asked.height, asked.width, raw=asked.raw)
     return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)

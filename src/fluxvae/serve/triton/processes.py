@@ -74,7 +74,10 @@ def is_running(process: Process) -> bool:
 
 
 def listens(pid: int, port: int) -> bool:
-    """Whether it is this process that takes connections on a port, rather than another program that has it."""
+    """Whether it is this process that takes connections on a port, rather than another program that has it.
+
+    True as well where the kernel does not let us look into the process: then it cannot be told.
+    """
     sockets = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):  # no IPv6 here
@@ -82,11 +85,15 @@ def listens(pid: int, port: int) -> bool:
                 fields = line.split()
                 if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
                     sockets.add(f"socket:[{fields[9]}]")
-    with contextlib.suppress(OSError):  # it ended while we looked
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                if os.readlink(descriptor) in sockets:
+    try:
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed while we looked
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in sockets:
                     return True
+    except PermissionError:
+        return True
+    except OSError:  # it ended while we looked
+        return False
     return False
 
 

@@ -183,13 +183,14 @@ class TritonServer:
 
     def ready(self) -> bool:
         """Whether the server says that it and all its models are ready: this server, not another on its port."""
-        if self.pid is None or not listens(self.pid, self.http_port):
-            return False
         try:
             with _LOOPBACK.open(f"http://{self.http_url}/v2/health/ready", timeout=5) as answer:
-                return bool(answer.status == 200)
+                if answer.status != 200:
+                    return False
         except (urllib.error.URLError, OSError):
             return False
+        # Any of its group: a tritonserver on the PATH may be a script that starts the real one.
+        return self.pid is not None and any(listens(process.pid, self.http_port) for process in in_group(self.pid))
 
     def log(self) -> str:
         """What this launch logged, its models included; the last of it once stopped."""
