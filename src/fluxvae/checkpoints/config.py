@@ -1,4 +1,4 @@
-"""The config of a VAE, read off the shapes of its decoder's tensors: what a single file has in place of config.json."""
+"""Works out the config of a VAE from the shapes of its decoder's tensors, because a single file has no config.json."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from fluxvae.errors import CheckpointError
 __all__ = ["config_of_shapes", "describe", "fits"]
 
 _MOST_BLOCKS = 16
-"""Residual blocks of a level, of any autoencoder there is."""
+"""The largest number of residual blocks a level may have. No autoencoder has nearly as many: more means damage."""
 _STATISTICS = ("bn.running_mean", "bn.running_var")
 
 
 def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]]:
-    """What the tensors say of the config, and the families whose VAE has such tensors, the likeliest first.
+    """Read from the tensors what they say about the config, and which families they may belong to.
+
+    Args:
+        vae: the decoder as `find_vae` found it.
+        where: the file, for error messages.
+
+    Returns:
+        The config, as far as the shapes determine it, and the families whose VAE has such tensors, the likeliest first.
 
     Raises:
-        CheckpointError: tensors without which nothing can be said, or more levels than any VAE has.
+        CheckpointError: the tensors from which the config is read are missing or have another shape than a
+            convolution's, or there are more levels than any VAE has.
     """
     if vae.preview:
         width, channels = vae.shapes["decoder.layers.0.weight"][:2]
@@ -33,7 +41,8 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
         return config, [
             family
             for family in FAMILIES.values()
-            if family.channels == channels and family.levels == 4 and family.name != "ernie"  # nothing of it differs
+            # ERNIE's differs from FLUX.2's only in batch_norm_eps, which a preview does not use: one of them is enough.
+            if family.channels == channels and family.levels == 4 and family.name != "ernie"
         ]
     channels, widths, blocks = _network(vae.shapes, where)
     post_quant = "post_quant_conv.weight" in vae.shapes
@@ -53,7 +62,8 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
     }
     if flux2 and vae.encoder_widths is not None and vae.encoder_widths != widths:
         config |= {"block_out_channels": list(vae.encoder_widths), "decoder_block_out_channels": list(widths)}
-    attention = config["mid_block_add_attention"]  # CogView's and GLM-Image's, else like FLUX.1's, have none
+    # CogView's and GLM-Image's VAEs have FLUX.1's sizes but no attention; they are no family that is known here.
+    attention = config["mid_block_add_attention"]
     fitting = [
         family
         for family in FAMILIES.values()
@@ -68,7 +78,7 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
 
 
 def describe(vae: Vae) -> str:
-    """Its tensors in words."""
+    """Describe in words what the tensors show of a VAE, for messages."""
     if vae.preview:
         return f"a preview's, with {vae.shapes['decoder.layers.0.weight'][1]} latent channels"
     shapes = vae.shapes
@@ -84,7 +94,10 @@ def describe(vae: Vae) -> str:
 
 
 def fits(config: Mapping[str, Any], vae: Vae) -> bool:
-    """Whether a config that lies beside a single file may describe it: its class and sizes are those of the tensors."""
+    """Return whether a config.json that lies beside a single file may describe that file.
+
+    It may where its class and its sizes are those that the tensors have; otherwise it belongs to something else.
+    """
     found, _ = config_of_shapes(vae, "")
     names = ("_class_name", "latent_channels") if vae.preview else (
         "_class_name", "latent_channels", "block_out_channels", "layers_per_block",
@@ -96,7 +109,7 @@ def fits(config: Mapping[str, Any], vae: Vae) -> bool:
 
 
 def _network(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[int, ...], int]:
-    """Latent channels, widths from the narrowest level on, and residual blocks of a level."""
+    """Return the latent channels, the levels' widths (full resolution first), and the residual blocks per level."""
     levels: dict[int, set[int]] = {}
     for name in shapes:
         if match := re.match(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", name):

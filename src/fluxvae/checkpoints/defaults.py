@@ -1,6 +1,8 @@
-"""What diffusers' autoencoders take for settings that a config leaves out, and which configs are known entirely.
+"""The values that diffusers' autoencoders use for settings a config leaves out, and a check that nothing is unknown.
 
-Read from diffusers 0.42.1: ``autoencoders/autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``.
+A decoder can be planned without diffusers only if every setting of its config is understood here. `complete` fills in
+the defaults and says whether that is so. The defaults come from diffusers 0.42.1:
+``autoencoders/autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``.
 """
 
 from __future__ import annotations
@@ -64,21 +66,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "shift_factor": 0.0,
     },
 }
-"""Of every setting that a config may leave out, diffusers' own."""
+"""For each class of diffusers', its default for every setting that a config may leave out."""
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config with every setting it leaves out; None where its class or something in it is not known here."""
+    """Return the config with diffusers' defaults for the settings it leaves out.
+
+    Returns:
+        None where the class, a setting or a value is not known here. Then only diffusers can tell what it means.
+    """
     kind = config.get("_class_name")
     if kind not in DEFAULTS:
         return None
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     if kind == "AutoencoderTiny":
-        given.pop("block_out_channels", None)  # diffusers writes it, and derives it anew
+        given.pop("block_out_channels", None)  # diffusers adds it to the config itself, and derives it anew each time
     whole = {**DEFAULTS[kind], **given}
     try:
         known = whole.keys() == DEFAULTS[kind].keys() and _KNOWN[kind](whole)
-    except TypeError:  # no list where one belongs
+    except TypeError:  # a value that should be a list is none
         known = False
     return whole if known else None
 

@@ -1,4 +1,4 @@
-"""What is known of a tensor before it is read."""
+"""What is known about a tensor before it is read: its shape, its dtype and the file that holds it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ DTYPES = {
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
     "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "BOOL": ("bool", 1),
 }  # fmt: skip
-"""By safetensors' names: PyTorch's, and bytes of one value."""
+"""For each dtype by its name in safetensors files: PyTorch's name for it, and the bytes that one value takes."""
 
 
 class Entry(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file, described without its values."""
 
     shape: tuple[int, ...]
     dtype: str
-    """PyTorch's name for it, such as ``"bfloat16"``; the file's own where PyTorch has none."""
+    """PyTorch's name for the dtype, such as ``"bfloat16"``; where PyTorch has no such dtype, the file's own name."""
     path: Path
-    """The file it is in."""
+    """The file that holds the tensor."""
 
 
 def itemsize(dtype: str) -> int:
-    """Bytes of one value of a dtype by PyTorch's name; 0 of one that is not known."""
+    """Return the bytes that one value of a dtype takes, by PyTorch's name; 0 where the dtype is not known."""
     return next((size for name, size in DTYPES.values() if name == dtype), 0)
 
 
 def first_line(error: BaseException | None) -> str:
-    """Of an error's message, for one of ours."""
+    """Return the first line of an error's message, without its full stop, to be quoted in a message of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

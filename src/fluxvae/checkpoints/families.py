@@ -1,8 +1,8 @@
-"""Whose VAE it is: what no tensor of a single file says, above all the factors of its latents.
+"""Families: which model a VAE belongs to, which decides what no tensor says, above all the factors of its latents.
 
-Several models' VAEs have the same tensors in the same shapes and other factors. Where the file does not tell which it
-is, one is assumed, the caller is warned, and ``family=`` or the factors themselves say it. A transformer or UNet in the
-same file tells.
+The VAEs of several models have the same tensors in the same shapes and differ only in their factors, which a single
+file does not hold. If the file also holds the model's transformer or UNet, that shows which model it is. Otherwise the
+likeliest family is assumed and the caller is warned; ``family=``, or the factors themselves, settle it.
 
 Sources: the config.json of each model's VAE on the hub; ComfyUI's ``latent_formats.py`` for Playground's statistics;
 ``ErnieImagePipeline``, which computes with an eps of 1e-5 whatever its config says.
@@ -33,26 +33,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Family:
-    """A model, or several that share one VAE, and the part of the VAE's config that its tensors do not say."""
+    """A model, or several that share one VAE, with the part of the VAE's config that its tensors do not show."""
 
     name: str
     models: str
-    """For people."""
+    """The models of this family, in words, for messages."""
     channels: int
     scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
     batch_norm_eps: float | None = None
-    """Of FLUX.2's class only, which has no factors."""
+    """Only FLUX.2's class has this; it normalises its latents by statistics and has no factors."""
     levels: int | None = 4
-    """Of the decoder."""
+    """How many levels the decoder has."""
     post_quant_conv: bool = True
     sample_size: int = 1024
 
     @property
     def config(self) -> dict[str, Any]:
-        """What a config.json of the full VAE would say."""
+        """The settings that the config.json of the full VAE would hold besides those that the shapes show."""
         if self.batch_norm_eps is not None:
             return {"batch_norm_eps": self.batch_norm_eps, "sample_size": self.sample_size}
         return {
@@ -65,7 +65,7 @@ class Family:
 
     @property
     def formula(self) -> str:
-        """Its factors, in words."""
+        """The factors of this family's latents, in words, for messages."""
         if self.batch_norm_eps is not None:
             return f"batch_norm_eps {self.batch_norm_eps:g}"
         shift = f", shift_factor {self.shift_factor}" if self.shift_factor is not None else ""
@@ -91,25 +91,25 @@ FAMILIES = {
         Family("ernie", "ERNIE-Image", 32, batch_norm_eps=1e-5),
     )
 }  # fmt: skip
-"""Of those that fit a file, the first is assumed."""
+"""All families by name. The order matters: of those that fit a file, the first is the one that is assumed."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found out of a file's family."""
+    """The family that was chosen for a single file, and what the choice rests on."""
 
     family: Family | None
-    """None: the caller gave the factors of a VAE that is no family's."""
+    """None where the caller gave all the factors: then it does not matter which family the VAE belongs to, if any."""
     told_by: Literal["shapes", "neighbours", "family", "factors", "assumed"]
     others: tuple[Family, ...] = ()
-    """That would fit as well, where one was assumed."""
+    """The other families that would fit as well, where one was assumed."""
 
 
 def known_family(name: str) -> Family:
-    """The family of this name.
+    """Return the family of this name.
 
     Raises:
-        InvalidOptionError: there is none.
+        InvalidOptionError: no family has this name.
     """
     if name not in FAMILIES:
         raise InvalidOptionError(f"family: got {name!r}, expected one of {', '.join(FAMILIES)}")
@@ -117,10 +117,10 @@ def known_family(name: str) -> Family:
 
 
 def check_factors(factors: Mapping[str, float | None]) -> dict[str, float]:
-    """Those of ``scaling_factor``, ``shift_factor`` and ``batch_norm_eps`` that were given.
+    """Return those of ``scaling_factor``, ``shift_factor`` and ``batch_norm_eps`` that the caller gave, as floats.
 
     Raises:
-        InvalidOptionError: not a finite number, a scaling factor of 0, a negative eps.
+        InvalidOptionError: a factor is not a finite number, the scaling factor is 0, or the eps is negative.
     """
     given: dict[str, float] = {}
     for name, value in factors.items():
@@ -133,7 +133,7 @@ def check_factors(factors: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def wanted_factor(name: str, value: object) -> str:
-    """What a factor of this name has to be, where ``value`` is not it; else nothing."""
+    """Return in words what a factor of this name must be, if ``value`` is not that; otherwise an empty text."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return "a finite number"
     if name == "scaling_factor" and value == 0:
@@ -154,16 +154,16 @@ def choose_family(
     """Decide whose VAE a single file holds.
 
     Args:
-        fits: families whose VAE has these tensors.
-        told: name of the family of what else is in the file (`told_by_neighbours`).
-        family: the one the caller named.
-        given: the factors the caller gave.
-        batch_norm: its class has `Family.batch_norm_eps` in the place of factors.
-        where, is_: the file and what its tensors are, for messages.
+        fits: the families whose VAE has these tensors, the likeliest first.
+        told: the name of the family that the other tensors in the file belong to (`told_by_neighbours`), if known.
+        family: the family that the caller named, if any.
+        given: the factors that the caller gave.
+        batch_norm: the VAE is of FLUX.2's class, which has `Family.batch_norm_eps` in place of factors.
+        where, is_: the file, and its tensors described in words, for messages.
 
     Raises:
-        InvalidOptionError: the family that was named does not fit.
-        CheckpointError: none fits, and no factors were given.
+        InvalidOptionError: the family that the caller named does not fit the file.
+        CheckpointError: no family fits, and the caller gave no factors either.
     """
     if told is not None and any(one.name == told for one in fits):
         fits = [one for one in fits if one.name == told]
@@ -206,14 +206,19 @@ _NEIGHBOURS = (
 
 
 def told_by_neighbours(entries: Mapping[str, Entry]) -> str | None:
-    """The family that the transformer or UNet in the same file belongs to; None: there is none that is known."""
+    """Return the name of the family that the transformer or UNet in the same file belongs to.
+
+    Returns:
+        None where the file holds no such model, or none that is known here.
+    """
     if any(name.rpartition(".")[2] == "edm_mean" for name in entries):
         return "playground-v2.5"
     for name, entry in entries.items():
         for family, pattern in _NEIGHBOURS:
             if pattern.match(name):
                 return family
-        # The width of what its attention reads: CLIP's, OpenCLIP's, or both of SDXL's.
+        # A UNet's cross-attention reads the text encoder's features, whose width differs between the families: 768 from
+        # CLIP (SD 1), 1024 from OpenCLIP (SD 2), and 2048 where SDXL puts the features of its two encoders together.
         if name.endswith(".attn2.to_k.weight") and len(entry.shape) == 2:
             return {768: "sd", 1024: "sd", 2048: "sdxl"}.get(entry.shape[1])
     return None

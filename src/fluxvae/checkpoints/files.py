@@ -1,7 +1,7 @@
-"""The tensors of one file or of several shards, whatever kind of file they are: names, shapes, and reading some.
+"""The tensors of one file, or of several shards, whatever kind of file it is: their names and shapes, and their values.
 
-What a file is, its first bytes say, not its suffix. Only headers are read until a tensor is asked for, so a checkpoint
-that holds a transformer too costs no more than its VAE.
+The kind of a file is told by its first bytes, because suffixes are often wrong. Only headers are read until a tensor
+is asked for, so a checkpoint that also holds a transformer costs no more than its VAE does.
 """
 
 from __future__ import annotations
@@ -22,20 +22,24 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "Weights", "is_safetensors", "open_weights"]
 
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
-"""Of files that may hold weights; what a file is, its content decides."""
+"""The suffixes of files that may hold weights. They only help to find files; what a file is, its content decides."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of one file, or of all shards of one checkpoint."""
+    """The tensors of one file, or of all shards of one checkpoint. Their values are read only when asked for."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
-    """Of safetensors files: text that their writers added."""
+    """Text that the writers of safetensors files added to the headers; empty for files of ``torch.save``."""
     _files: tuple[SafetensorsFile | TorchFile, ...]
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read tensors one after another, on the CPU, as stored; what is read shares no memory with the file.
+        """Read the tensors of these names one after another.
+
+        Returns:
+            Pairs of a name and its tensor, on the CPU, in the shape and dtype that the file has. A tensor shares no
+            memory with the file, so that what is written to the file later changes nothing.
 
         Raises:
             CheckpointError: the file has become shorter, or holds a dtype that this PyTorch does not know.
@@ -48,10 +52,11 @@ class Weights:
 
 
 def open_weights(paths: Iterable[Path]) -> Weights:
-    """Read what these files hold, without their tensors.
+    """Read the headers of these files: what they hold, without the tensors' values.
 
     Raises:
-        CheckpointError: a file that is truncated, damaged, or of a kind that is not read; by its name and kind.
+        CheckpointError: a file cannot be read, is truncated or damaged, or is of a kind that is not read here; the
+            message names the file and its kind. Also where two of the files hold a tensor of the same name.
     """
     entries: dict[str, Entry] = {}
     metadata: dict[str, str] = {}
@@ -71,13 +76,13 @@ def open_weights(paths: Iterable[Path]) -> Weights:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the file starts as safetensors files do."""
+    """Return whether the file starts as a safetensors file does: the JSON header begins after 8 bytes of length."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def _kind(path: Path) -> str:
-    """``"safetensors"`` or ``"torch"``, by the first bytes: suffixes are often wrong."""
+    """Return ``"safetensors"`` or ``"torch"``, told by the file's first bytes, or refuse any other kind by its name."""
     try:
         with path.open("rb") as file:
             start = file.read(512)

@@ -1,7 +1,8 @@
-"""From a source to the files that are there: which file holds the weights, and which config describes them.
+"""Finds the files of a source: which files hold the weights, and which config describes them.
 
-What a caller may pass: ``"demo"``; a diffusers VAE folder, or its ``config.json``, its weights file or its index; a
-pipeline folder; a folder with one VAE's file; a single file; the folder of a repository in the hub's cache; a hub id.
+A caller may pass any of these as the source: ``"demo"``; a diffusers VAE folder, or its ``config.json``, its weights
+file or its index; a pipeline folder; a folder with one VAE's file; a single file; the folder of a repository in the
+hub's cache; a hub id.
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ __all__ = ["ASSETS", "CLASSES", "Found", "check_config", "find"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
-"""diffusers' classes that are decoded with."""
+"""The classes of diffusers that can be decoded with. A config.json of any other class is refused."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a source is on disk."""
+    """The files that a source turned out to be."""
 
     files: tuple[Path, ...]
-    """One file, or all shards."""
+    """The files that hold the weights: one file, or all shards."""
     config: dict[str, Any] | None = None
-    """Of the ``config.json`` that belongs to the weights; None: a single file."""
+    """The content of the ``config.json`` that belongs to the weights. None where they are a single file's."""
     beside: dict[str, Any] | None = None
-    """Of a ``config.json`` that lies beside a single file and may describe it, or another one."""
+    """The content of a ``config.json`` that lies beside a single file. It may describe that file, or something else."""
     variant: str | None = None
+    """The variant of the weights, such as ``"fp16"``; None for the weights without one."""
     index: Path | None = None
-    """Of shards."""
+    """The index that lists the shards; None where there is none."""
 
     @property
     def name(self) -> Path:
-        """What messages call it."""
+        """What messages call this checkpoint: the folder that has a config, otherwise the single file."""
         return self.files[0] if self.config is None else self.files[0].parent
 
 
@@ -51,11 +53,14 @@ def find(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Found:
-    """Find the files of a source; a hub id's are downloaded into the hub's cache unless they are there.
+    """Find the files of a source. Those of a hub id are downloaded into the hub's cache unless they are there already.
+
+    Args:
+        source, subfolder, revision, variant: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: nothing there, no VAE or several in it, or out of reach.
-        InvalidOptionError: subfolder, revision or variant given where it means nothing.
+        CheckpointError: there is nothing at the source, it holds no VAE or several, or it cannot be reached.
+        InvalidOptionError: a subfolder, revision or variant was given for a source that cannot have one.
     """
     path = ASSETS / "demo" if source == "demo" else Path(os.path.expanduser(source))
     is_cache = path.name.startswith("models--") and (path / "snapshots").is_dir()
@@ -102,7 +107,11 @@ def _file(path: Path, subfolder: str | None, variant: str | None) -> Found:
 
 
 def _folder(path: Path, subfolder: str | None, variant: str | None) -> Found:
-    """The VAE's folder in this one, or the one file in it that holds a VAE."""
+    """Find the VAE in a folder: in the folder itself or its vae/, by a config.json or as the one file with a VAE.
+
+    Of several folders with a config.json the first whose config is a VAE's is taken. If none is a VAE's, the last is
+    taken all the same, so that the error names what its config describes instead.
+    """
     candidates = [path / subfolder] if subfolder is not None else [path, path / "vae"]
     with_config = [folder for folder in candidates if (folder / "config.json").is_file()]
     for folder in with_config:
@@ -123,7 +132,10 @@ def _weights_in(folder: Path) -> list[Path]:
 
 
 def _lone_file(folder: Path, files: list[Path], variant: str | None) -> Found:
-    """Take the one file, or the one of several that holds a VAE: what others hold, their headers say."""
+    """Take the only file of weights, or the one of several that holds a VAE, which the headers tell.
+
+    Only safetensors files are opened for this. A file of another kind counts as one that may hold a VAE.
+    """
     from fluxvae.checkpoints.files import is_safetensors, open_weights
     from fluxvae.checkpoints.layouts import holds_vae
 
@@ -166,10 +178,10 @@ def _diffusers_folder(folder: Path, variant: str | None, only: str | None = None
 
 
 def check_config(path: Path) -> dict[str, Any]:
-    """Read ``config.json`` of one of `CLASSES`.
+    """Read a ``config.json`` that must describe one of `CLASSES`.
 
     Raises:
-        CheckpointError: unreadable, or another component's.
+        CheckpointError: the file cannot be read as JSON, or it describes another component, such as a transformer.
     """
     config = read_json(path)
     found = config.get("_class_name") if isinstance(config, dict) else None
@@ -183,7 +195,7 @@ def check_config(path: Path) -> dict[str, Any]:
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
-    """A config of unknown origin: None unless it is one of `CLASSES`'."""
+    """Read a config that may be any component's; return None unless it describes one of `CLASSES`."""
     try:
         return check_config(path)
     except CheckpointError:

@@ -1,4 +1,7 @@
-"""A diffusers folder's weights by the names of its files, on disk or on the hub: variants, shards, indices."""
+"""Chooses the weights of a diffusers folder by the names of its files, which tell variants, shards and indices.
+
+Names are all it takes, so that the same rules serve a folder on disk and the listing of a repository on the hub.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,21 @@ INDEX = re.compile(
 
 @dataclass
 class Choice:
-    """The files of one variant, in one format."""
+    """The names of the files that hold one variant of the weights, in one format."""
 
     variant: str | None
     index: str | None = None
+    """The index that lists the shards, where there is one."""
     single: str | None = None
+    """The one file that holds all the weights, where they are not split into shards."""
     parts: dict[int, str] = field(default_factory=dict)
+    """The shards that are there, by their number, which counts from 1."""
     count: int = 0
+    """How many shards there should be, as their names say ("-of-00003")."""
 
     @property
     def shards(self) -> list[str]:
-        """Names of all files with weights, where no index lists them; those that are missing too."""
+        """The names of all files with weights, for a folder without an index; shards that are missing are included."""
         if self.single is not None:
             return [self.single]
         known = next(iter(self.parts.values()))
@@ -47,19 +54,22 @@ class Choice:
 def choose_weights(
     names: Collection[str], variant: str | None, where: str, *, only: str | None = None, exact: bool = False
 ) -> Choice | None:
-    """Choose a diffusers folder's weights by the names of its files: safetensors before ``.bin``, an index first.
+    """Choose the weights of a diffusers folder by the names of its files. Safetensors are preferred to ``.bin`` files.
 
     Args:
-        variant: None: the weights without one; where there are none, the only variant.
-        where: for messages.
-        only: ``"safetensors"`` or ``"bin"``.
-        exact: a variant of None is meant: that of the file that was named.
+        names: the names of all files in the folder.
+        variant: which variant is wanted. None means the weights without a variant; where the folder has none such,
+            its only variant.
+        where: the folder or repository, for messages.
+        only: ``"safetensors"`` or ``"bin"``, where only one format will do.
+        exact: a variant of None means the weights without a variant and nothing else. This is so where the caller
+            named one file of the folder, and that file has no variant.
 
     Returns:
         None where there are no weights at all.
 
     Raises:
-        CheckpointError: no such variant, or several and none named.
+        CheckpointError: the folder does not have the variant, or it has several and the caller named none.
     """
     found: dict[tuple[str | None, str], Choice] = {}
     for name in names:
@@ -97,10 +107,10 @@ def choose_weights(
 
 
 def read_index(path: Path) -> list[str]:
-    """Names of the shards that an index lists, which are beside it.
+    """Return the names of the shards that an index lists. They lie in the same folder as the index.
 
     Raises:
-        CheckpointError: not an index, or one that lists files elsewhere.
+        CheckpointError: the file is not an index, or it lists files that lie elsewhere.
     """
     content = read_json(path)
     places = content.get("weight_map") if isinstance(content, dict) else None
@@ -115,10 +125,10 @@ def read_index(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: the file cannot be read, or is not JSON.
     """
     parse: Callable[[str], object] = json.loads
     try:

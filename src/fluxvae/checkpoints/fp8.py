@@ -1,14 +1,18 @@
-"""Weights stored as scaled 8-bit floats, and the weights they stand for: ``weight * scale``.
+"""Weights that are stored as scaled 8-bit floats: finds their scales and multiplies them in (``weight * scale``).
 
-What the tensors beside a weight mean, by ComfyUI's ``utils.convert_old_quants`` and ``ops.mixed_precision_ops``:
+ComfyUI stores further tensors beside such weights. This is what they mean, according to its
+``utils.convert_old_quants`` and ``ops.mixed_precision_ops``:
 
-    <layer>.scale_weight, <layer>.weight_scale    the factor, for the tensor or for each output channel
-    <layer>.scale_input, <layer>.input_scale      of the layer's input, where it is rounded to 8 bits too: not here
+    <layer>.scale_weight, <layer>.weight_scale    the factor to multiply by, one for the tensor or one for each output
+                                                  channel
+    <layer>.scale_input, <layer>.input_scale      the factor for the layer's input, for software that rounds the input
+                                                  to 8 bits too; it is ignored here, where nothing computes in 8 bits
     <layer>.comfy_quant                           JSON as bytes: {"format": "float8_e4m3fn", ...}
-    scaled_fp8                                    the weights of this model are scaled; its dtype is theirs
+    scaled_fp8                                    a marker: the weights of this model are scaled and of its dtype
     _quantization_metadata (in the header)        JSON: {"layers": {<layer>: {"format": ...}}}
 
-8-bit floats without any of these are plain numbers. Every other kind of quantised weight is refused by its name.
+8-bit floats without any of these are plain numbers. Every other kind of quantised weight is refused by its name, for
+read as plain numbers it would give a wrong image.
 """
 
 from __future__ import annotations
@@ -37,17 +41,20 @@ _FORMAT = "comfy_quant"
 def find_scales(
     weights: Weights, names: Mapping[str, str], prefix: str, where: str
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Tell the decoder's tensors from what is stored beside them.
+    """Separate the decoder's own tensors from the scales and markers that are stored beside them.
 
     Args:
-        names: diffusers' names to the file's, of everything that the decoder's part of the file holds.
-        prefix: what stands before the VAE in the file.
+        weights: the file; besides the headers, only the ``comfy_quant`` tensors are read.
+        names: maps diffusers' names to the file's, for everything that the decoder's part of the file holds.
+        prefix: what stands before the names of the VAE's tensors in the file.
+        where: the file, for messages.
 
     Returns:
-        ``names`` without scales and markers, and the file's names of weights to those of their scales.
+        ``names`` without scales and markers; and a map from the file's name of each scaled weight to that of its scale.
 
     Raises:
-        CheckpointError: weights quantised in a way that is not known here, or scales that are lost or of a wrong shape.
+        CheckpointError: weights are quantised in a way that is not known here, or a scale is missing, has no weight,
+            is there twice, or has a wrong shape or dtype.
     """
     entries = weights.entries
     kept: dict[str, str] = {}
@@ -95,14 +102,18 @@ def find_scales(
 def read_weights(
     weights: Weights, names: Mapping[str, str], scales: Mapping[str, str], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read the tensors of ``names`` one by one: scales multiplied in, in ``dtype``.
+    """Read the tensors of ``names`` one after another, with their scales multiplied in.
 
     Args:
-        names: diffusers' names to the file's.
-        dtype: None: as stored; 8-bit floats, in which nothing computes, become float32.
+        weights: the file.
+        names: maps diffusers' names to the file's.
+        scales: maps the file's names of scaled weights to those of their scales, from `find_scales`.
+        dtype: the dtype of the result. None keeps the dtype that is stored, except that 8-bit floats become float32,
+            because nothing can compute in them. Integers always stay as they are.
 
     Returns:
-        diffusers' names and the tensors, in the file's shape.
+        Pairs of diffusers' name and the tensor, in the file's shape. A scale is multiplied in float32, before the
+        result is rounded to ``dtype``.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Hub ids: which files of a repository are needed, from the hub's cache or from the hub, in a time that is bounded.
+"""Gets the VAE's files of a hub id, from the hub's cache or from the hub itself, within a bounded time.
 
-The hub's library tries again for most of a minute where there is no network. Here the hub is asked once, for what the
-repository holds, and has `_PATIENCE_S` seconds to answer (or HF_HUB_ETAG_TIMEOUT, where that is set); without an answer
-the cached files are used if they are complete.
+Where there is no network, the hub's own library keeps trying for most of a minute. Here the hub is asked only once,
+for the list of files in the repository, and has `_PATIENCE_S` seconds to answer (or HF_HUB_ETAG_TIMEOUT, where that is
+set). Without an answer the cached files are used, if they are complete.
 """
 
 from __future__ import annotations
@@ -27,10 +27,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def snapshot(source: str, *, subfolder: str | None, revision: str | None, variant: str | None) -> Path:
-    """The folder in the hub's cache that holds the VAE of a repository, complete.
+    """Return the folder in the hub's cache that holds the VAE of a repository, after downloading what was missing.
+
+    Args:
+        source: the hub id, ``"owner/name"``.
+        subfolder, revision, variant: as for `open_checkpoint`.
 
     Raises:
-        CheckpointError: no such repository or revision, no VAE in it, no access; or not cached and out of reach.
+        CheckpointError: the repository or the revision does not exist, holds no VAE, or may not be read with this
+            login; or the hub cannot be reached and the cache does not hold everything.
     """
     from huggingface_hub import constants
 
@@ -39,7 +44,7 @@ def snapshot(source: str, *, subfolder: str | None, revision: str | None, varian
     if constants.HF_HUB_OFFLINE:
         return _from_cache(repository, where, subfolder, revision, variant, "HF_HUB_OFFLINE is set")
     if revision is not None and _COMMIT.fullmatch(revision):
-        try:  # a commit never changes: what is there is what the hub has
+        try:  # a commit never changes, so the cached files are the hub's and the hub need not be asked
             return _from_cache(repository, where, subfolder, revision, variant, "")
         except CheckpointError:
             pass
@@ -61,10 +66,15 @@ def snapshot(source: str, *, subfolder: str | None, revision: str | None, varian
 
 
 def cached_snapshot(repository: Path, revision: str | None) -> Path:
-    """The snapshot of a revision in a repository's folder of the hub's cache, ``models--owner--name``.
+    """Return the snapshot of a revision in the folder that the hub's cache has for a repository.
+
+    Args:
+        repository: that folder, named ``models--owner--name``.
+        revision: a branch, tag or commit. None means main; where the cache does not say which commit main is, the only
+            snapshot.
 
     Raises:
-        CheckpointError: no such revision is cached.
+        CheckpointError: the revision is not cached, or there are several snapshots and nothing says which is meant.
     """
     snapshots = repository / "snapshots"
     reference = repository / "refs" / (revision or "main")
@@ -94,6 +104,7 @@ def _from_cache(
     reason: str,
     cause: Exception | None = None,
 ) -> Path:
+    """Return the VAE's folder from the cache alone; ``reason`` says in the error why the hub was not asked."""
     from fluxvae.checkpoints.find import find
 
     unreachable = (
@@ -112,7 +123,11 @@ def _from_cache(
 
 
 def _listing(source: str, revision: str | None) -> set[str]:
-    """Names of the files in the repository; within `_PATIENCE_S`, also where resolving the hub's name hangs."""
+    """Return the names of the files in the repository.
+
+    The hub is asked in a thread of its own, because looking up the hub's address may hang, and no timeout of the HTTP
+    request covers that.
+    """
     from huggingface_hub import HfApi, constants
 
     seconds = float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else _PATIENCE_S
@@ -139,7 +154,10 @@ def _listing(source: str, revision: str | None) -> set[str]:
 def _download(
     source: str, where: str, names: set[str], subfolder: str | None, revision: str | None, variant: str | None
 ) -> Path:
-    """Fetch config and weights, those that are not cached, and return their folder."""
+    """Download the config and the weights, unless they are cached, and return the folder that holds them.
+
+    All weights are fetched at the commit that the config came from, so that a push in between cannot mix two revisions.
+    """
     from huggingface_hub import hf_hub_download
 
     def fetch(name: str, of: str | None) -> Path:
@@ -181,7 +199,10 @@ def _is_vae(config: Path) -> bool:
 
 
 def _refuse(where: str, error: Exception) -> None:
-    """Raise for what trying again would not change; return for what the cache may make up for."""
+    """Raise a `CheckpointError` for an answer that is final, such as that there is no such repository.
+
+    Return for any other error, such as a lost connection: then the cached files may still do.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,

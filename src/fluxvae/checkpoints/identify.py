@@ -1,4 +1,4 @@
-"""What a checkpoint is: its config, whose VAE it is, and what says so."""
+"""Finds out what a checkpoint is: its config, whose VAE it is, and which source that knowledge comes from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,32 @@ from fluxvae.errors import CheckpointError, InvalidOptionError
 __all__ = ["assumption", "identify"]
 
 _MOST_BLOCKS = 64
-"""Residual blocks of a level: many times those of any autoencoder there is."""
+"""The most residual blocks that a config may claim for a level: many times those of any autoencoder there is."""
 
 
 def identify(
     found: Found, weights: Weights, vae: Vae, named: Any, given: dict[str, float], where: str
 ) -> tuple[dict[str, Any], Choice | None, str]:
-    """The config, whose VAE it is where that was asked or had to be found out, and what says so.
+    """Find the config of a checkpoint and, where a config.json does not settle it, whose VAE it is.
+
+    A config.json that belongs to the weights, or that fits a single file it lies beside, is taken as it is. Without
+    one, the shapes of the tensors give the sizes and the family gives the factors.
+
+    Args:
+        found: the files and configs of the source.
+        weights: their headers.
+        vae: the decoder among their tensors.
+        named: the `Family` that the caller named, if any.
+        given: the factors that the caller gave. They replace those of the config or the family.
+        where: the checkpoint, for messages.
+
+    Returns:
+        The config; the choice of a family, None where a config.json made it needless; and, in words, what all this
+        was told by.
 
     Raises:
-        CheckpointError: a config with numbers that no model has.
-        InvalidOptionError: a factor that this class has no place for.
+        CheckpointError: no family fits the file, or the config holds numbers that no model has.
+        InvalidOptionError: the named family does not fit, or a factor was given that this class has no place for.
     """
     config = found.config
     if config is None and found.beside is not None and fits(found.beside, vae):
@@ -65,7 +80,7 @@ def identify(
 
 
 def _check_given(model: str, given: dict[str, float], where: str) -> None:
-    """Refuse factors that this class has no place for."""
+    """Refuse factors that this class of VAE has no place for: FLUX.2's has an eps, all others a scale and a shift."""
     batch_norm = model == "AutoencoderKLFlux2"
     for name in given:
         if (name == "batch_norm_eps") != batch_norm:
@@ -76,7 +91,7 @@ def _check_given(model: str, given: dict[str, float], where: str) -> None:
 
 
 def _check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse sizes that would take for ever to build, and factors that would make every image NaN."""
+    """Refuse sizes that would take for ever to build, and factors that would turn every image into NaN."""
 
     def wrong(name: str, expected: str) -> None:
         raise CheckpointError(
@@ -105,6 +120,7 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def assumption(choice: Choice | None, vae: Vae, where: str) -> str:
+    """Say in a sentence which family was assumed and how to name another; empty where nothing was assumed."""
     if choice is None or choice.told_by != "assumed" or choice.family is None:
         return ""
     first = choice.family

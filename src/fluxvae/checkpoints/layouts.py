@@ -1,8 +1,9 @@
-"""Names of tensors to diffusers' names: whatever stands before them, BFL's layout, diffusers' old names, previews.
+"""Finds the decoder among the tensors of a file and translates their names into diffusers' names.
 
-`find_vae` looks for the one tensor that each kind of decoder begins with, so any prefix is found, and everything else
-in the file (a transformer, text encoders, an encoder) stays unread. `diffusers_name` converts the names of both halves;
-`find_vae` keeps the decoder's.
+The names may have any prefix, and may be BFL's, diffusers' current or old ones, or a preview's. `find_vae` looks for
+the tensor that each kind of decoder begins with, and what stands before its name is the prefix. Everything else in the
+file (a transformer, text encoders, an encoder) stays unread. `diffusers_name` translates the names of the encoder and
+the decoder; `find_vae` keeps only the decoder's.
 
 Sources of the names: BFL's ``flux/modules/autoencoder.py`` (SD's, SDXL's and SD3's are the same) and
 ``flux2/autoencoder.py``, whose quantisation convolutions lie inside encoder and decoder; diffusers'
@@ -21,14 +22,14 @@ from fluxvae.errors import CheckpointError
 __all__ = ["MOST_LEVELS", "Vae", "diffusers_name", "find_vae", "holds_vae", "linear_shape"]
 
 MOST_LEVELS = 8
-"""Of any autoencoder there is; a file that claims more is damaged."""
+"""The most levels that any autoencoder has. A file that claims more is damaged."""
 _FIRST = {
     "full": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv_in\.weight"),
     "preview": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.layers\.0\.weight"),
     "taesd": re.compile(r"(?P<prefix>(?:.*\.)?taesd_decoder\.)1\.weight"),
 }
 _HALVES = ("decoder.", "post_quant_conv.", "bn.")
-"""What decoding needs; the other half is ``encoder.`` and ``quant_conv.``."""
+"""How the names of the decoder's half begin. The encoder's half, ``encoder.`` and ``quant_conv.``, is not needed."""
 _ATTENTION = {
     "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
     "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
@@ -38,22 +39,24 @@ _LINEAR = re.compile(r".*\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
 @dataclass(frozen=True)
 class Vae:
-    """One decoder in a file: where its tensors are and what they are called in diffusers."""
+    """One decoder in a file: which of the file's tensors it has, and what diffusers calls them."""
 
     prefix: str
+    """What stands before the names of its tensors in the file."""
     preview: bool
+    """Whether this is a preview's small decoder (`AutoencoderTiny`) rather than a full VAE's."""
     layout: str
-    """In words, for people."""
+    """Whose names the file uses, in words, for messages."""
     names: Mapping[str, str]
-    """diffusers' names of the decoder's tensors to the file's."""
+    """Maps diffusers' names of the decoder's tensors to the file's names."""
     shapes: Mapping[str, tuple[int, ...]]
-    """By diffusers' names, as diffusers has them."""
+    """The shapes of the tensors by diffusers' names, as diffusers' modules have them (see `linear_shape`)."""
     encoder_widths: tuple[int, ...] | None
-    """Of the encoder's levels, where the file holds one."""
+    """The widths of the encoder's levels, full resolution first; None where the file holds no encoder."""
 
 
 def holds_vae(entries: Mapping[str, Entry]) -> bool:
-    """Whether there is a decoder among these tensors."""
+    """Return whether there is at least one decoder among these tensors."""
     return bool(_decoders(entries))
 
 
@@ -61,10 +64,12 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
     """Find the one decoder among these tensors.
 
     Args:
-        where: for messages.
+        entries: the tensors of a file by the file's names.
+        where: the file, for messages.
 
     Raises:
-        CheckpointError: there is none, or there are several; or two tensors claim one place.
+        CheckpointError: there is no decoder, or there are several; or two tensors of the file are the same tensor of
+            the VAE.
     """
     found = _decoders(entries)
     if not found:
@@ -110,10 +115,12 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
 
 
 def diffusers_name(name: str, levels: int) -> str:
-    """diffusers' name of a tensor of either half, for a name without its prefix; its own name if it is that already.
+    """Translate the name of a tensor of the encoder or the decoder into diffusers' name for it.
 
     Args:
-        levels: of the decoder, which BFL counts from the other end.
+        name: the name without its prefix. A name that is diffusers' already comes back as it is.
+        levels: how many levels the decoder has. It is needed because BFL counts them from the full resolution down,
+            and diffusers from the latents up.
     """
 
     def upwards(match: re.Match[str]) -> str:
@@ -139,14 +146,22 @@ def diffusers_name(name: str, levels: int) -> str:
 
 
 def linear_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that diffusers has for a tensor of this name: attention's 1x1 convolutions are linear layers there."""
+    """Return the shape that diffusers has for a tensor of this name and shape.
+
+    It differs only for the 1x1 convolutions of attention, ``(out, in, 1, 1)``, which are linear layers in diffusers.
+    """
     if _LINEAR.fullmatch(name) and len(shape) > 2 and all(length == 1 for length in shape[2:]):
         return shape[:2]
     return shape
 
 
 def _decoders(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
-    """Kind and prefix of each decoder."""
+    """Return the kind and the prefix of each decoder among these tensors.
+
+    Besides the kinds of `_FIRST` there are files with only a decoder's own state, whose names do not begin with
+    ``decoder.``: kind ``"bare"``, and ``"taesd"`` without a prefix. They are looked for only where nothing else is
+    found, because their first names are so common.
+    """
     found = [
         (kind, match["prefix"])
         for name in entries
@@ -155,11 +170,11 @@ def _decoders(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
     ]
     if found:
         return found
-    for name in entries:  # the state of a decoder without its VAE
+    for name in entries:
         prefix = name.removesuffix("conv_in.weight")
         if name == f"{prefix}conv_in.weight" and len(entries[name].shape) == 4 and not prefix.endswith("encoder."):
             rest = {other.removeprefix(prefix).split(".")[0] for other in entries if other.startswith(prefix)}
-            # A UNet has a conv_in too, and what a decoder lacks.
+            # A UNet begins with a conv_in too, but it also has down blocks and a time embedding, which a decoder lacks.
             if rest & {"up", "up_blocks"} and not rest & {"down", "down_blocks", "time_embedding", "temb"}:
                 found.append(("bare", prefix))
         prefix = name.removesuffix("1.weight")
@@ -187,13 +202,13 @@ def _no_vae(entries: Mapping[str, Entry], where: str) -> str:
 
 
 def _taesd_name(name: str) -> str:
-    """taesd.py's decoder begins with a clamp, which diffusers does not count as a layer."""
+    """Translate a name from taesd.py, which counts the decoder's first clamp as a layer; diffusers does not."""
     index, _, rest = name.partition(".")
     return f"decoder.layers.{int(index) - 1}.{rest}"
 
 
 def _count(pattern: str, names: Iterable[str], where: str) -> int:
-    """How many levels there are, which must be numbered from 0 without a gap."""
+    """Return how many levels the names show, and refuse numbers that do not run from 0 without a gap."""
     found = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     if found != set(range(len(found))) or len(found) > MOST_LEVELS:
         raise CheckpointError(

@@ -1,8 +1,8 @@
-"""A checkpoint opened by its headers (`open_checkpoint`), and its decoder loaded (`load_vae`).
+"""Opens a checkpoint by its headers (`open_checkpoint`), and loads its decoder (`load_vae`).
 
-The module is built without weights from a config, the one that lies beside the weights or one that is read off their
-shapes, and every tensor of the decoder must find its place in it, and every place a tensor. Only then are the
-decoder's tensors read, one after another, and put there. The encoder is neither read nor kept.
+A config says which tensors the decoder has: the one that lies beside the weights, or one that is read off their shapes.
+Every tensor of the decoder must have its place in that network, and every place its tensor. Only then are the
+decoder's tensors read, one after another, and put into diffusers' module. The encoder is neither read nor kept.
 """
 
 from __future__ import annotations
@@ -35,60 +35,62 @@ if TYPE_CHECKING:
 __all__ = ["AssumedFamilyWarning", "Checkpoint", "load_vae", "open_checkpoint", "weights_files"]
 
 _MOST_BYTES = 16 * 2**30
-"""Of a decoder: ten times the largest there is."""
+"""The most memory a decoder may claim in float32: ten times the largest there is."""
 _warned: set[tuple[Path, ...]] = set()
+"""The checkpoints (by their files) that this process has already been warned of."""
 
 
 class AssumedFamilyWarning(UserWarning):
-    """A single file does not tell whose VAE it holds, and one of several families was assumed."""
+    """Warns that a single file does not tell whose VAE it holds, so that one of several families was assumed."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers were read and fit together; `load` reads the weights."""
+    """A checkpoint whose headers have been read and fit together; `load` reads the weights."""
 
     files: tuple[Path, ...]
-    """One file, or all shards."""
+    """The files that hold the weights: one file, or all shards."""
     variant: str | None
     index: Path | None
     model: str
-    """diffusers' class."""
+    """The name of diffusers' class for this VAE."""
     layout: str
-    """Of its tensors' names, in words; what stands before them is `prefix`."""
+    """Whose names the file gives its tensors, in words; `prefix` is what stands before these names."""
     prefix: str
     config: dict[str, Any]
-    """Of the VAE: its config.json's, or what its tensors and its family say."""
+    """The config of the VAE: that of its config.json, or the one that its tensors and its family imply."""
     family: str | None
-    """Whose VAE it is; None: its config.json or the caller's factors say all that matters, and no family."""
+    """Whose VAE it is. None where its config.json or the caller's factors settle all that the family would."""
     told_by: str
-    """What says so, in words."""
+    """What the config and the family were told by, in words."""
     assumed: str
-    """What was assumed, in a sentence, and what to do; empty: nothing was."""
+    """A sentence on what was assumed and how to settle it; empty where nothing was assumed."""
     stored_dtypes: tuple[str, ...]
+    """The dtypes of the decoder's tensors in the files, by PyTorch's names."""
     scaled: bool
-    """8-bit floats with scales."""
+    """Whether the weights are stored as 8-bit floats with scales."""
     _weights: Weights = field(repr=False)
     _names: dict[str, str] = field(repr=False)
     _scales: dict[str, str] = field(repr=False)
     _shapes: dict[str, tuple[int, ...]] = field(repr=False)
     _outline: Outline | None = field(repr=False)
-    """None: only diffusers can tell what the config means."""
+    """None where only diffusers can tell what the config means."""
     _build: Callable[[], Any] = field(repr=False)
-    """Makes diffusers' module, on the ``meta`` device."""
+    """Makes diffusers' module without weights, on the ``meta`` device."""
 
     @property
     def decoder_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the decoder's own tensors, by diffusers' names."""
+        """The shapes of the decoder's own tensors, by diffusers' names."""
         return {name: shape for name, shape in self._shapes.items() if name.startswith("decoder.")}
 
     @property
     def network(self) -> Network | None:
-        """Its layers, without modules; None: a preview, or a config of which only diffusers knows everything."""
+        """The decoder's layers, without modules. None for a preview, and where only diffusers can read the config."""
         return None if self._outline is None else self._outline.network
 
     @property
     def decoder_bytes(self) -> int:
-        """Of the decoder's own tensors, as stored."""
+        """The bytes that the decoder's own tensors take in the files."""
         entries = self._weights.entries
         return sum(
             math.prod(entries[whole].shape) * itemsize(entries[whole].dtype)
@@ -98,14 +100,14 @@ class Checkpoint:
 
     @property
     def format(self) -> Any:
-        """`LatentFormat`: how its latents become raw latents."""
+        """The `LatentFormat`, which says how the latents of this VAE become raw latents."""
         from fluxvae.latents import LatentFormat
 
         config = self._module.config if self._outline is None else self._outline.config
         return LatentFormat.from_config(config, self.model)
 
     def warn(self, stacklevel: int = 2) -> None:
-        """Say what was assumed, once for these files in this process."""
+        """Warn of what was assumed, if anything was; once in a process for the same files."""
         files = tuple(path.resolve() for path in self.files)
         if self.assumed and files not in _warned:
             _warned.add(files)
@@ -116,7 +118,7 @@ class Checkpoint:
         return self._build()
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> VAE:
-        """What `load` gives, with zeros for weights: enough for a plan."""
+        """Return the module that `load` returns, but with zeros for weights, which is enough for a plan."""
         import torch
 
         vae: VAE = self._build()
@@ -124,24 +126,25 @@ class Checkpoint:
             zeros = {
                 name: torch.empty(
                     tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device
-                ).zero_()  # written, so that they take the memory that the weights take
+                ).zero_()  # written to, so that the zeros really take the memory that the weights will take
                 for name, tensor in vae.state_dict().items()
             }
             vae.load_state_dict(zeros, strict=True, assign=True)
             return vae.eval().requires_grad_(False)
 
     def load(self, dtype: torch.dtype | None = None) -> VAE:
-        """Read the decoder's weights; every call fills and returns the same module.
+        """Read the decoder's weights into the module. Every call fills and returns the same module.
 
         Args:
-            dtype: of the weights; None: as stored, or float32 where they are 8-bit floats.
+            dtype: the dtype of the weights. None keeps the dtype that is stored, or float32 where they are stored as
+                8-bit floats.
 
         Returns:
-            The decoder half, on the CPU, in evaluation mode, without gradients. Nothing of the process's settings
-            (default dtype and device, inference mode) plays a part.
+            The decoder half, on the CPU, in evaluation mode, without gradients. The settings of the process (default
+            dtype and device, inference mode) have no influence on it.
 
         Raises:
-            CheckpointError: the files changed meanwhile.
+            CheckpointError: the files have changed since they were opened.
         """
         import torch
 
@@ -162,7 +165,7 @@ def load_vae(source: str | Path, *, dtype: torch.dtype | None = None, **options:
 
     Args:
         source, options: as for `open_checkpoint`.
-        dtype: of the weights; as stored where left out.
+        dtype: the dtype of the weights. None keeps the dtype that is stored, or float32 for 8-bit floats.
 
     Raises:
         CheckpointError, InvalidOptionError: as `open_checkpoint`.
@@ -175,10 +178,10 @@ def load_vae(source: str | Path, *, dtype: torch.dtype | None = None, **options:
 def weights_files(
     source: str | Path, *, subfolder: str | None = None, revision: str | None = None, variant: str | None = None
 ) -> tuple[Path, ...]:
-    """The files whose weights `load_vae` loads, all shards: what a checkpoint's hash is of.
+    """Return the files whose weights `load_vae` loads, all shards included. A checkpoint's hash is computed from them.
 
     Raises:
-        CheckpointError, InvalidOptionError: as `open_checkpoint`, of the files alone.
+        CheckpointError, InvalidOptionError: as for `open_checkpoint`, as far as finding the files goes; none is opened.
     """
     return find(source, subfolder=subfolder, revision=revision, variant=variant).files
 
@@ -194,23 +197,25 @@ def open_checkpoint(
     shift_factor: float | None = None,
     batch_norm_eps: float | None = None,
 ) -> Checkpoint:
-    """Find a checkpoint and read its headers: everything that can be wrong with it is found here.
+    """Find a checkpoint and read its headers. Whatever is wrong with the checkpoint is found here, before it is loaded.
 
     Args:
         source: ``"demo"``; a diffusers VAE folder, its ``config.json``, its weights file or its index; a pipeline
             folder; a folder that holds one VAE's file; a single file, safetensors or ``torch.save``'s, with diffusers'
             or BFL's names behind any prefix, of a VAE or of everything; the folder of a repository in the hub's cache;
             or a hub id ``"owner/name"``, downloaded once into that cache.
-        subfolder: where in the folder or repository the VAE lies; found by itself where it is ``vae``.
-        revision: branch, tag or commit; for hub ids only.
-        variant: ``"fp16"``: of a folder or repository that has several; left out, the weights without a variant, or
-            the only one.
-        family: whose VAE a single file holds, one of `families.FAMILIES`; instead of what its config says, of a folder.
-        scaling_factor, shift_factor, batch_norm_eps: of its latents, instead of its family's or its config's.
+        subfolder: where in the folder or repository the VAE lies. A subfolder ``vae`` is found without it.
+        revision: the branch, tag or commit of a hub id, or of a folder in the hub's cache.
+        variant: which of several variants of the weights in a folder or repository is meant, such as ``"fp16"``. Left
+            out, it is the weights without a variant, or the only variant where there are none without.
+        family: whose VAE a single file holds, one of `families.FAMILIES`. For a folder, the family's factors replace
+            those of its config.
+        scaling_factor, shift_factor, batch_norm_eps: the factors of the latents, instead of the family's or the
+            config's.
 
     Raises:
-        CheckpointError: nothing there, damaged, another model's, or out of reach.
-        InvalidOptionError: an option that means nothing here, or a family that does not fit the tensors.
+        CheckpointError: there is nothing at the source, or what is there is damaged, another model's, or out of reach.
+        InvalidOptionError: an option means nothing for this source, or the family does not fit the tensors.
     """
     named = None if family is None else known_family(family)
     given = check_factors(

@@ -1,4 +1,4 @@
-"""The module that the weights go into: built without weights, without its encoder, and held against the tensors."""
+"""Builds diffusers' module that the weights go into, without its encoder, and compares its tensors with the file's."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from fluxvae.errors import CheckpointError
 __all__ = ["COUNTS", "build_module", "check_tensors", "has_pools", "own_settings"]
 
 COUNTS = "bn.num_batches_tracked"
-"""Of training only, and often left out."""
+"""The counter of a BatchNorm. Only training uses it, and checkpoints often leave it out, so nobody has to have it."""
 
 
 def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: bool) -> Any:
-    """The module without weights, and without its encoder."""
+    """Build the module on the ``meta`` device, so without weights, and without its encoder.
+
+    Args:
+        config: the config of the VAE.
+        vae: the decoder as `find_vae` found it.
+        where: the checkpoint, for messages.
+        from_config: the config is a config.json's; otherwise it was read off the shapes. For messages.
+
+    Raises:
+        CheckpointError: diffusers cannot build a module from this config.
+    """
     import torch
 
     kind = _class(config["_class_name"])
-    if vae.preview:  # what diffusers writes into a preview's config itself, and then warns of
+    if vae.preview:  # diffusers adds this to a preview's config itself, and warns of it when it reads the config again
         config = {name: value for name, value in config.items() if name != "block_out_channels"}
     try:
         with own_settings(), torch.device("meta"):
@@ -45,7 +55,7 @@ def build_module(config: dict[str, Any], vae: Vae, where: str, *, from_config: b
 
 
 def has_pools(vae: Vae) -> bool:
-    """Whether it is TAEF2, whose blocks have a branch that diffusers' ``AutoencoderTiny`` lacks (`previews`)."""
+    """Return whether this is TAEF2, whose blocks have a branch that ``AutoencoderTiny`` lacks (see `previews`)."""
     return vae.preview and any(".pool." in name for name in vae.names)
 
 
@@ -57,12 +67,16 @@ def check_tensors(
     *,
     from_config: bool,
 ) -> None:
-    """Every tensor must find its place, and every place a tensor; nothing is filled with random numbers or dropped.
+    """Check that every tensor has a place in the network, and that every place has a tensor.
+
+    So no place is left with random numbers, and no tensor is dropped: either would give a wrong image without an error.
 
     Args:
-        kind: diffusers' class.
-        places: of its decoder half, by name.
-        shapes: of the checkpoint's tensors.
+        kind: the name of diffusers' class.
+        places: the shapes of the tensors in its decoder half, by name.
+        shapes: the shapes of the checkpoint's tensors, by diffusers' names.
+        where: the checkpoint, for messages.
+        from_config: the places come from a config.json; otherwise from the shapes themselves. For messages.
 
     Raises:
         CheckpointError: a tensor of the decoder is missing, has no place, or has another shape.
@@ -99,7 +113,10 @@ def _class(name: str) -> Any:
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """PyTorch's defaults for what is made within, whatever the process has set."""
+    """Build modules and tensors by PyTorch's own defaults within this context, whatever the process has set.
+
+    What a process may have set is the default dtype, the default device, inference mode and the recording of gradients.
+    """
     import torch
 
     before = torch.get_default_dtype()

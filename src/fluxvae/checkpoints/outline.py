@@ -1,9 +1,9 @@
-"""The decoder that a config describes, as shapes and records: without its modules, diffusers or PyTorch.
+"""Describes the decoder of a config by shapes and records of layers, without PyTorch, diffusers or any module.
 
-Importing those takes seconds, and what a checkpoint must hold and a decode would need follows from the config alone.
-Read from diffusers 0.42.1: ``autoencoders/vae.py``, ``autoencoder_kl.py``, ``autoencoder_kl_flux2.py``,
-``autoencoder_tiny.py``. Only configs of which everything is known have an outline; for any other the caller builds
-diffusers' own module.
+Importing those two takes seconds, while the tensors that a checkpoint must hold, and the memory that a decode needs,
+follow from the config alone. The structure is that of diffusers 0.42.1: ``autoencoders/vae.py``,
+``autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``. Only a config in which everything is known
+has an outline; for any other the caller builds diffusers' own module.
 """
 
 from __future__ import annotations
@@ -20,26 +20,30 @@ __all__ = ["Outline", "outline"]
 
 _NO_MODULE: Any = None
 _EPS = 1e-6
-"""Of every GroupNorm."""
+"""The eps of every GroupNorm in diffusers' decoder."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The decoder half of an autoencoder."""
+    """What is known of the decoder half of an autoencoder from its config."""
 
     config: dict[str, Any]
-    """Complete: with diffusers' defaults."""
+    """The complete config, with diffusers' defaults for the settings that were left out."""
     shapes: dict[str, tuple[int, ...]]
-    """Of its tensors, by the names in diffusers' ``state_dict``; the encoder's are not among them."""
+    """The shapes of the decoder's tensors by their names in diffusers' ``state_dict``; the encoder's are left out."""
     network: Network | None
-    """Its layers, which name no modules. None: a preview, which the exact engine does not decode with."""
+    """The layers, as records without modules. None for a preview, which the exact engine does not decode."""
 
 
 def outline(config: Mapping[str, Any], *, pools: bool = False) -> Outline | None:
-    """The decoder half of the autoencoder that this config describes; None where something in it is not known here.
+    """Describe the decoder half of the autoencoder that this config stands for.
 
     Args:
-        pools: TAEF2's, which diffusers' ``AutoencoderTiny`` does not have (`previews`).
+        config: a config of diffusers, which may leave out settings.
+        pools: the preview has TAEF2's pooling branches, which diffusers' ``AutoencoderTiny`` lacks (`previews`).
+
+    Returns:
+        None where something in the config is not known here.
     """
     whole = complete(config)
     if whole is None:
@@ -144,7 +148,7 @@ def _tiny_shapes(config: dict[str, Any], pools: bool) -> dict[str, tuple[int, ..
             found[f"{name}.bias"] = (after,)
 
     conv("decoder.layers.0", config["latent_channels"], width)
-    index = 2  # after an activation
+    index = 2  # layer 1 is an activation, which has no tensors
     for level, count in enumerate(blocks):
         for _ in range(count):
             for part in (0, 2, 4):
@@ -156,7 +160,7 @@ def _tiny_shapes(config: dict[str, Any], pools: bool) -> dict[str, tuple[int, ..
                 conv(f"{pool}.3", 4 * width, width, 1, bias=False)
             index += 1
         last = level == len(blocks) - 1
-        index += not last  # an enlargement
+        index += not last  # the upsampling before the convolution is a layer too, without tensors
         conv(f"decoder.layers.{index}", width, config["out_channels"] if last else width, bias=last)
         index += 1
     return found

@@ -1,7 +1,8 @@
-"""TAEF2's own blocks, which diffusers' ``AutoencoderTiny`` lacks.
+"""The blocks of the preview TAEF2, which diffusers' ``AutoencoderTiny`` lacks.
 
-In TAEF2's blocks below the first upsampling, a branch over the whole map is added before the convolutions. diffusers
-would load the rest and drop the branch without an error.
+The blocks before TAEF2's first upsampling have a further branch, whose GroupNorm looks at the whole map, and whose
+output is added to the input of the block's convolutions. diffusers would load everything else and drop this branch
+without an error, and the images would be wrong.
 
 Source of the architecture and the key names: madebyollin's ``taesd.py`` (``use_midblock_gn``), and the model card of
 ``madebyollin/taef2``.
@@ -17,7 +18,7 @@ __all__ = ["PooledBlock", "add_pools"]
 
 
 class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
-    """``block(x + pool(x))``; the pool's GroupNorm sees the whole map."""
+    """A block of TAEF2, ``block(x + pool(x))``. The GroupNorm of ``pool`` takes its statistics of the whole map."""
 
     def __init__(self, channels: int, act_fn: str) -> None:
         super().__init__(channels, channels, act_fn)
@@ -31,13 +32,13 @@ class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) to the same."""
+        """Apply the block to a map (B, channels, H, W); the result has the same shape."""
         result: torch.Tensor = super().forward(x + self.pool(x))
         return result
 
 
 def add_pools(vae: AutoencoderTiny) -> None:
-    """Make the decoder TAEF2's: new `PooledBlock`\\ s in place of the blocks below the first upsampling."""
+    """Turn the decoder into TAEF2's: put new `PooledBlock`\\ s in place of the blocks before the first upsampling."""
     channels, act_fn = vae.config["decoder_block_out_channels"][0], vae.config["act_fn"]
     for index in range(2, 2 + vae.config["num_decoder_blocks"][0]):
         vae.decoder.layers[index] = PooledBlock(channels, act_fn)

@@ -1,8 +1,8 @@
-"""A safetensors file: its header, and the bytes of single tensors.
+"""Reads a safetensors file: its header, and the values of single tensors.
 
-The header is read here rather than by the safetensors package because of what it must tell: a file that ends early from
-one that is damaged, and both from another kind of file; and because the package's tensors are a map of the file, so
-that what is written to the file later would change the weights.
+The safetensors package is not used for this, for two reasons. An error must tell a file that ends early from a damaged
+one, and both from another kind of file, so the header is read and checked here. And the package's tensors are a memory
+map of the file, so that writing to the file later would change weights that are already loaded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 __all__ = ["SafetensorsFile"]
 
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format itself."""
+"""The longest header, in bytes, that the safetensors format itself allows."""
 
 
 class SafetensorsFile:
-    """A safetensors file: 8 bytes with the header's length, the header in JSON, the tensors' bytes."""
+    """A safetensors file: 8 bytes with the header's length, the header in JSON, then the bytes of all tensors.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, or of another kind; the tensors must fill it without a gap.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -97,6 +101,7 @@ class SafetensorsFile:
         )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read these tensors one after another into memory of their own, on the CPU, as `files.Weights.read` says."""
         import torch
 
         with self.path.open("rb", buffering=0) as file:

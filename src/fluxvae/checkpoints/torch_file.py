@@ -1,4 +1,4 @@
-"""A file that ``torch.save`` wrote, read by ``torch.load(weights_only=True)``, which runs no code."""
+"""Reads a file that ``torch.save`` wrote by ``torch.load(weights_only=True)``, which runs no code from the file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ _CONVERT = (
 
 
 class TorchFile:
-    """A file of ``torch.save``, nested dictionaries flattened: ``{"state_dict": {"a.b": ...}}`` is ``state_dict.a.b``.
+    """The tensors of a file that ``torch.save`` wrote.
 
-    The format of PyTorch 1.6 and later is mapped rather than read, so tensors cost memory only once they are asked for.
+    Nested dictionaries are flattened into one: the tensor in ``{"state_dict": {"a.b": ...}}`` is ``state_dict.a.b``.
+    Files in the format of PyTorch 1.6 and later are mapped rather than read, so that a tensor takes memory only once it
+    is asked for.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, of another kind, or holds anything that could run code.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,9 +57,10 @@ class TorchFile:
 
         zipped = self._check_zip()
         try:
-            with warnings.catch_warnings():  # of what a refusal says better
+            with warnings.catch_warnings():  # PyTorch warns of what it then refuses, and our error says it better
                 warnings.simplefilter("ignore")
-                if self.path.suffix == ".safetensors":  # a wrong suffix, by which torch.load would go
+                # torch.load goes by this suffix, which is wrong here: given an open file, it looks at the content.
+                if self.path.suffix == ".safetensors":
                     with self.path.open("rb") as file:
                         return torch.load(file, map_location="cpu", weights_only=True)
                 return torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -67,8 +73,8 @@ class TorchFile:
             ) from error
         except (EOFError, struct.error) as error:
             raise self._truncated("it ends within the list of its tensors") from error
-        except Exception as error:  # on damaged bytes its reader raises whatever its instructions lead to
-            if str(error) == "index out of range":  # Python's words for a byte that is to be read where there is none
+        except Exception as error:  # damaged bytes are read as instructions, which may fail in any way there is
+            if str(error) == "index out of range":  # this is how it fails where the bytes end too early
                 raise self._truncated("it ends within the list of its tensors") from error
             if "unexpected EOF" in str(error):
                 raise self._truncated(first_line(error)) from error
@@ -78,7 +84,10 @@ class TorchFile:
             ) from error
 
     def _check_zip(self) -> bool:
-        """Whether it is a zip archive; one that is not as torch.save writes them is refused before it is unpacked."""
+        """Return whether the file is a zip archive, as torch.save writes them since PyTorch 1.6.
+
+        An archive that torch.save would not have written is refused before anything in it is unpacked.
+        """
         with self.path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -109,7 +118,7 @@ class TorchFile:
         return True
 
     def _check_pickles(self, pickles: Iterable[bytes | mmap.mmap]) -> None:
-        """Refuse the one thing that PyTorch allows in a pickle and that takes memory by a number alone."""
+        """Refuse a bytearray: of all that PyTorch allows in a pickle, only it can take any memory by a number alone."""
         if any(data.find(b"\nbytearray\n") >= 0 for data in pickles):
             raise CheckpointError(f"checkpoint: {self.path} is refused, for it holds a bytearray. {_CONVERT}")
 
@@ -119,6 +128,7 @@ class TorchFile:
         )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Copy these tensors one after another into memory of their own, on the CPU, as `files.Weights.read` says."""
         for name in names:
             yield name, self._tensors[name].detach().clone()
 
@@ -135,7 +145,7 @@ def _flatten(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, 
 
 
 def _reason(error: BaseException) -> str:
-    """The line of PyTorch's message that names what was refused."""
+    """Return the line of PyTorch's message that names what was refused, at most 160 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next(
         (line for line in lines if "GLOBAL" in line or "nsupported" in line), lines[0] if lines else "no reason"
