@@ -1,4 +1,4 @@
-"""What `fluxvae serve` looks at before it starts anything: what would otherwise fail late, or corrupt images."""
+"""What `fluxvae serve` checks before it starts anything, because it would otherwise fail late or corrupt images."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from fluxvae.serve.triton.ports import free_ports
 __all__ = ["check_numpy", "check_positive", "check_shared_memory", "choose_ports", "is_loopback", "model_error"]
 
 _SHM = Path("/dev/shm")
-_REGION_GROWTH = 2  # a region grows to 1.5 to 2 times its largest request and answer together, and never shrinks
-_LATENT_BYTES, _UINT8_BYTES, _FLOAT_BYTES = 1, 3, 12  # per pixel: 64 float32 for 16x16 pixels, and the outputs
+# A model's region grows to 1.5 to 2 times the size of its largest request and answer together, and never shrinks.
+_REGION_GROWTH = 2
+# Bytes per pixel. Latents are 64 float32 values for 16x16 pixels; an answer is three uint8 or three float32 values.
+_LATENT_BYTES, _UINT8_BYTES, _FLOAT_BYTES = 1, 3, 12
 _MODEL_ERROR = re.compile(r"TritonModelException: (\w+): (.+?)\s*$", flags=re.MULTILINE)
 
 
 def check_numpy(installation: Installation) -> None:
-    """The wheel's stub reads NumPy 2's tensors wrongly, without an error; the model would refuse too, only later.
+    """Refuse NumPy 2 beside the wheel's Triton, whose Python stub reads its tensors wrongly without an error.
+
+    The model refuses NumPy 2 as well, but only after Triton has started.
 
     Raises:
-        TritonServerError: NumPy 2 or later beside the wheel's server.
+        TritonServerError: the server is the nvidia-pytriton wheel's, and NumPy is version 2 or later.
     """
     version = importlib.metadata.version("numpy")
     if installation.wheel is not None and int(version.partition(".")[0]) >= 2:
@@ -36,17 +40,18 @@ def check_numpy(installation: Installation) -> None:
 
 
 def check_shared_memory(max_pixels: int, models: int = 1, folder: Path = _SHM) -> str | None:
-    """Whether what Triton and its Python process exchange fits.
+    """Check that shared memory has room for what Triton and its Python processes exchange: latents and images.
 
     Args:
-        max_pixels: of the largest request.
-        models: how many there are; each has a region of its own, which never shrinks.
+        max_pixels: the pixels of the largest request that is allowed.
+        models: how many models are served. Each has a region of its own, which never shrinks.
+        folder: where shared memory is mounted.
 
     Returns:
-        A warning, where a large float32 answer would not fit.
+        A warning, where uint8 answers to the largest request fit but float32 answers do not; otherwise None.
 
     Raises:
-        TritonServerError: not even a large uint8 answer would.
+        TritonServerError: not even uint8 answers to the largest request fit.
     """
     stat = os.statvfs(folder)
     free = stat.f_bavail * stat.f_frsize
@@ -68,14 +73,18 @@ def check_shared_memory(max_pixels: int, models: int = 1, folder: Path = _SHM) -
 
 
 def choose_ports(gateway: tuple[str, int], triton_host: str, triton: Mapping[str, int]) -> tuple[int, dict[str, int]]:
-    """Each 0 replaced by a free port, and a taken one named by its option, before anything is started.
+    """Choose all ports before anything is started: a 0 becomes a free port, and any other port must be free.
 
     Args:
-        gateway: host and port of the gateway.
-        triton_host, triton: host of Triton's endpoints, and their ports by option.
+        gateway: the host and port of the gateway.
+        triton_host: the host of Triton's endpoints.
+        triton: the ports of Triton's endpoints by the option that sets them, such as ``--http-port``.
+
+    Returns:
+        The gateway's port, and Triton's ports by option.
 
     Raises:
-        TritonServerError: a port is taken, or wanted twice.
+        TritonServerError: a port is taken, or two options want the same one. The message names the options.
     """
     host, port = gateway
     everything = {"--port": port, **triton}
@@ -88,18 +97,23 @@ def choose_ports(gateway: tuple[str, int], triton_host: str, triton: Mapping[str
         except TritonServerError as error:
             raise TritonServerError(f"{option}: {error}") from error
     found = free_ports(triton_host, list(triton.values()))
-    while (chosen := free_ports(host, [port])[0]) in found:  # only a free one of ours can be the same: look again
+    # A free port found for the gateway may be one of those just found for Triton, which nobody has bound yet.
+    while (chosen := free_ports(host, [port])[0]) in found:
         continue
     return chosen, dict(zip(triton, found, strict=True))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what is bound to ``host``."""
+    """Return whether what is bound to ``host`` can be reached from this machine only."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def model_error(log: str) -> FluxVAEError | None:
-    """The error with which the model refused to load, as itself, from Triton's log."""
+    """Find in Triton's log the error with which the model refused to load, and return it as the class it was raised as.
+
+    Returns:
+        None where the log holds no such error, or one that is not fluxvae's.
+    """
     match = _MODEL_ERROR.search(log)
     if match is None:
         return None
@@ -110,10 +124,10 @@ def model_error(log: str) -> FluxVAEError | None:
 
 
 def check_positive(**values: float | None) -> None:
-    """Refuse numbers that must be above 0.
+    """Refuse numbers that are not above 0. None stands for an option that was left out.
 
     Raises:
-        InvalidOptionError: names the first.
+        InvalidOptionError: names the first such number.
     """
     for name, value in values.items():
         if value is not None and not value > 0:

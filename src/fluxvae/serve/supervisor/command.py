@@ -1,4 +1,4 @@
-"""`fluxvae serve` in a terminal, in a container or under systemd: signals, and what people read meanwhile."""
+"""Runs the supervisor in a terminal, in a container or under systemd: handles signals and tells people what happens."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ __all__ = ["read_token", "run"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK_S = 0.1
-_WATCH_S = 0.25  # ten times a second would cost an idle server a part of a core
-_TELL_EVERY_S = 5.0
+_WATCH_S = 0.25  # looking ten times a second would cost an idle server a noticeable part of a core
+_TELL_EVERY_S = 5.0  # into a log; a terminal is told twice a second
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token of the gateway: from a file, else from FLUXVAE_TOKEN; None where neither is there.
+    """Read the token that the gateway will ask for, from this file, or without one from FLUXVAE_TOKEN.
+
+    Returns:
+        None where there is neither a file nor the variable: the gateway then asks for no token.
 
     Raises:
-        InvalidOptionError: both are there, or the file cannot be read.
+        InvalidOptionError: there are both, or the file cannot be read.
     """
     from_environment = os.environ.get("FLUXVAE_TOKEN")
     if path is None:
@@ -44,17 +47,17 @@ def read_token(path: Path | None) -> str | None:
 
 
 def run(settings: ServeSettings, *, follow_logs: bool) -> int:
-    """Serve until a signal says stop.
+    """Serve until SIGTERM, SIGINT or SIGHUP. A second signal ends the waiting for requests that are under way.
 
     Args:
-        settings: all there is to know.
+        settings: what to serve, and how.
         follow_logs: copy the logs of Triton and the gateway to standard error.
 
     Returns:
         The exit status: 0 after a clean stop.
 
     Raises:
-        FluxVAEError: it could not be started.
+        FluxVAEError: Triton or the gateway could not be started, or can no longer be kept running.
     """
     signals: list[int] = []
     before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in _SIGNALS}
@@ -69,7 +72,7 @@ def _run(settings: ServeSettings, signals: list[int], follow_logs: bool) -> int:
     console = Console(highlight=False, soft_wrap=True)
 
     def report(line: str) -> None:
-        with contextlib.suppress(OSError):  # nobody reads any more: no reason to stop serving
+        with contextlib.suppress(OSError):  # the terminal or pipe is gone, which is no reason to stop serving
             console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False)
 
     supervisor = Supervisor(settings, report=report)
@@ -139,14 +142,14 @@ def _announce(supervisor: Supervisor, console: Console) -> None:
 
 
 def _notify(state: str) -> None:
-    """Tell systemd, where it started us with Type=notify: one datagram, as sd_notify(3) says."""
+    """Tell systemd our state by one datagram, as sd_notify(3) describes, if it started us with Type=notify."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
 def _follow(paths: set[Path]) -> None:
-    """Copy what is appended to these files to standard error, until the process ends."""
+    """Copy what is appended to these files to standard error, in threads that run until the process ends."""
 
     def copy(path: Path) -> None:
         with path.open("ab"), path.open("rb") as log:

@@ -1,14 +1,17 @@
-"""Whether a server that does not answer is busy or gone: the rule, and the tiny decode that asks.
+"""Decides whether a server that does not answer is busy or hung, by asking it for a tiny decode.
 
-Triton says that it is ready while its Python process is dead, and a decode of a large image on a CPU takes minutes in
-which nothing else is answered. So a tiny decode is asked for, one at a time, and the rule is:
+Triton's own readiness cannot decide this: Triton says that it is ready even while the Python process of a model is
+dead. And a missing answer alone does not mean that the server hangs: decoding a large image on a CPU takes minutes, in
+which nothing else is answered. So a tiny decode is asked for, one at a time (a model that decoded a moment ago may
+answer with an earlier image, see `fluxvae.serve.model.proof`), and this is the rule:
 
-- answered: healthy;
-- refused with UNAVAILABLE (the queue is full), or not answered yet: busy, as long as the Python processes compute:
-  at least `WORK_S` seconds of processor time within every `patience_s`;
-- not answered and not computing for `patience_s`: hung;
-- not answered for `busy_limit_s`, however busy: hung;
-- any other answer, such as that the Python process is not healthy: one is forgiven, a second in a row is not.
+- A decode that is answered means that the server is healthy.
+- A decode that is refused with UNAVAILABLE (the queue is full), or not answered yet, means that it is busy, as long as
+  its Python processes compute: at least `WORK_S` seconds of processor time within every `patience_s`.
+- A server that has neither answered nor computed for `patience_s` is hung.
+- A server that has not answered for `busy_limit_s` is hung, however busy it is.
+- Any other answer is a failure. One is forgiven, but not a second in a row, and not Triton's word that the Python
+  process is not healthy.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ from enum import Enum
 __all__ = ["ASK_EVERY_S", "Answer", "Outcome", "Probe", "Watch", "decode_tiny", "get"]
 
 ASK_EVERY_S = 2.0
-"""Between an answer and the next question."""
+"""Seconds between an answer and the next question."""
 WORK_S = 0.3
-"""Processor time that an idle Python process does not use in `patience_s`; one that decodes does, within a second."""
+"""Seconds of processor time that show work: an idle Python process does not use them in `patience_s`, and one that
+decodes uses them within a second."""
 _DEAD_STUB = "not healthy"
 _TINY = json.dumps(
     {
         "id": "supervisor",
-        # It is small, and its own queue is never full; "probe" is for askers who do not know the model's features.
+        # The decode is tiny, so it may go before all others, and the queue of priority 1 is never full. "probe" makes
+        # the model decode zeros of its own format instead of these latents, because the supervisor does not know how
+        # many features the latents of a model have.
         "parameters": {"priority": 1, "probe": True},
         "inputs": [
             {"name": "latents", "datatype": "FP32", "shape": [1, 1, 1], "data": [0.0]},
@@ -43,7 +49,7 @@ _TINY = json.dumps(
 
 
 class Answer(Enum):
-    """What became of one question."""
+    """What a question to the server led to: a good answer, a refusal because it is busy, or a failure."""
 
     OK = "ok"
     BUSY = "busy"
@@ -52,21 +58,21 @@ class Answer(Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """An answer, and its reason where it is not OK."""
+    """The answer to one question, with the reason where it is not OK."""
 
     answer: Answer
     reason: str = ""
     final: bool = False
-    """No second question is needed."""
+    """Whether this failure settles the matter, so that no second question is needed."""
 
 
 def decode_tiny(address: str, model: str, timeout_s: float) -> Outcome:
-    """Decode 16x16 pixels over Triton's HTTP endpoint.
+    """Ask a model of a running Triton to decode 16x16 pixels, over Triton's HTTP endpoint.
 
     Args:
-        address: ``host:port``.
-        model: any of ours.
-        timeout_s: for connecting and answering.
+        address: the ``host:port`` of that endpoint.
+        model: the name of any of our models.
+        timeout_s: how long connecting, and then answering, may take.
     """
     outcome, body = _request("POST", address, f"/v2/models/{model}/infer", _TINY, timeout_s)
     if outcome.answer is Answer.OK:
@@ -81,12 +87,12 @@ def decode_tiny(address: str, model: str, timeout_s: float) -> Outcome:
 
 
 def get(address: str, path: str, timeout_s: float) -> Outcome:
-    """GET a page that says by its status whether all is well."""
+    """GET a page whose HTTP status says whether all is well: 200 is OK, 503 busy, and anything else a failure."""
     return _request("GET", address, path, None, timeout_s)[0]
 
 
 def _request(method: str, address: str, path: str, body: str | None, timeout_s: float) -> tuple[Outcome, bytes]:
-    connection = http.client.HTTPConnection(address, timeout=timeout_s)  # a connection of its own, never by a proxy
+    connection = http.client.HTTPConnection(address, timeout=timeout_s)  # unlike urllib, this never uses a proxy
     try:
         connection.request(method, path, body, {"Connection": "close"})
         response = connection.getresponse()
@@ -105,7 +111,13 @@ def _request(method: str, address: str, path: str, body: str | None, timeout_s: 
 
 
 class Probe:
-    """One question at a time, asked in a thread, so that nobody waits and no questions pile up in a busy queue."""
+    """Asks one question at a time, in a thread.
+
+    So the caller never waits for an answer, and no questions pile up in the queue of a busy server.
+
+    Args:
+        ask: asks the question and returns what it led to; it may take as long as it likes.
+    """
 
     def __init__(self, ask: Callable[[], Outcome]) -> None:
         self._ask = ask
@@ -113,13 +125,13 @@ class Probe:
         self._outcomes: list[Outcome] = []
 
     def start(self) -> None:
-        """Ask, unless the last question is still open."""
+        """Ask, unless the answer to the last question has not been taken yet."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="probe", daemon=True)
             self._thread.start()
 
     def take(self) -> Outcome | None:
-        """The answer, once."""
+        """Return the answer to the last question, once. None while there is none, or after it was taken."""
         if not self._outcomes:
             return None
         self._thread = None
@@ -127,7 +139,7 @@ class Probe:
 
     @property
     def open(self) -> bool:
-        """Whether a question waits for its answer."""
+        """Whether a question was asked whose answer has not been taken."""
         return self._thread is not None
 
     def _run(self) -> None:
@@ -135,11 +147,14 @@ class Probe:
 
 
 class Watch:
-    """The rule of this module, over time. It knows no clock and no process: both are told to it.
+    """Applies the rule of this module to one server over time.
+
+    It reads no clock and looks at no process: the caller passes the time and the processor time, so tests need neither.
 
     Args:
-        patience_s: without an answer and without work.
-        busy_limit_s: without an answer, whatever the work.
+        now: the time at which the watch begins, in seconds; until then the server counts as having answered.
+        patience_s: after how many seconds without an answer and without work the server counts as hung.
+        busy_limit_s: after how many seconds without an answer it counts as hung, however much it works.
     """
 
     def __init__(self, *, now: float, patience_s: float, busy_limit_s: float) -> None:
@@ -151,12 +166,12 @@ class Watch:
         self._failures = 0
 
     def judge(self, now: float, outcome: Outcome | None, cpu_s: float) -> str | None:
-        """What is wrong, or None.
+        """Return in words what is wrong with the server, or None where nothing is.
 
         Args:
-            now: seconds.
-            outcome: of a question that was answered since the last call.
-            cpu_s: processor time of the working processes so far.
+            now: the time, in seconds, by the same clock as at the start.
+            outcome: what a question led to that was answered since the last call; None where none was answered.
+            cpu_s: the processor time, in seconds, that the server's Python processes have used so far.
         """
         if self._cpu_s is None or cpu_s - self._cpu_s >= WORK_S:
             self._cpu_s, self._worked = cpu_s, now

@@ -1,4 +1,4 @@
-"""The thread of one child of the supervisor: it starts the child, watches it, and starts it again."""
+"""The thread that keeps one child of the supervisor running: it starts the child, watches it, and starts it again."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ __all__ = ["Keeper"]
 
 _TICK_S = 0.1
 _WATCH_S = 0.25
-"""How soon a stop is noticed. An end is noticed at once, by the kernel's word, where it gives one; else as late."""
+"""After how many seconds at most the order to stop is noticed. The end of the child is noticed at once where the kernel
+can announce it (see `processes.Deaths`), and otherwise as late as this."""
 _LOOK_EVERY_S = 1.0
-"""For what an end does not tell. To look often would cost an idle server a part of a core."""
+"""Seconds between two looks for troubles other than the child's end, such as that it no longer answers. Looking more
+often would cost an idle server a noticeable part of a core."""
 _DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+"""Seconds before the restart after the first failure, the second, and so on; the last value serves all later ones."""
 _PORT_DELAY_S = 1.0
+"""Seconds before the next try, at least, where another program has the child's port."""
 _STEADY_S = 60.0
-"""Service of this length forgets earlier failures."""
+"""A child that served for this many seconds is steady: its earlier failures no longer lengthen the delay."""
 
 
 class Keeper:
-    """The thread of one child.
+    """Keeps one child running, in a thread.
+
+    A child that fails at its first start is not tried again: `failure` says why. Later, whatever goes wrong is
+    reported, the child is killed, and it is started again after a delay that grows with each failure.
 
     Args:
         service: the child.
-        stop: ends the thread; stopping the child is then its owner's.
-        report: takes lines for people.
-        ready_timeout_s: for each start; also how long a port is waited for that another program has.
+        stop: the event that ends the thread. Whoever sets it must then stop the child.
+        report: is called with lines for people to read.
+        ready_timeout_s: how long the child may take until it serves, at each start; also how long a port is waited for
+            that another program has taken.
     """
 
     def __init__(
@@ -38,31 +46,31 @@ class Keeper:
     ) -> None:
         self.service = service
         self.serving = threading.Event()
-        """It serves, as far as is known."""
+        """Set while the child serves, as far as is known."""
         self.failure: Exception | None = None
-        """Why it could not be started the first time, or cannot be kept any longer."""
+        """The reason why the child could not be started the first time, or can no longer be kept running."""
         self._stop = stop
         self._report = report
         self._ready_timeout_s = ready_timeout_s
         self._thread = threading.Thread(target=self._run, name=service.name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread, and with it the child."""
+        """Start the thread, which starts the child."""
         self._thread.start()
 
     def join(self) -> None:
-        """Wait for the thread, after ``stop`` was set."""
+        """Wait until the thread has ended, which it does after the event ``stop`` was set."""
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._keep()
-        except Exception as error:  # for the thread that waits for this child, or tends it
+        except Exception as error:  # kept for the thread that waits for this child or tends it, which raises it
             self.failure = error
 
     def _keep(self) -> None:
         failures, started_once = 0, False
-        wait_until: float | None = None  # for a port
+        wait_until: float | None = None  # when to give up waiting for a port that another program has taken
         while not self._stop.is_set():
             launched = time.monotonic()
             try:
@@ -96,7 +104,7 @@ class Keeper:
             self._stop.wait(delay)
 
     def _start(self) -> bool:
-        """Launch, and wait until it serves; False where a stop came first."""
+        """Launch the child and wait until it serves. Return False where the order to stop came first."""
         self.service.launch()
         deadline = time.monotonic() + self._ready_timeout_s
         while not self.service.started():
@@ -110,6 +118,7 @@ class Keeper:
         return True
 
     def _watch(self) -> str | None:
+        """Watch the child that serves, and return what is wrong with it; None once the order to stop has come."""
         look_at = 0.0
         while not self._stop.is_set():
             if not self.service.wait_for_end(_WATCH_S) and time.monotonic() < look_at:

@@ -1,4 +1,7 @@
-"""What in Triton's log people should hear of at once: that shared memory is full. One line of it now and then."""
+"""Finds in Triton's log what people should hear of at once, which is that shared memory is full.
+
+A full shared memory fails many requests in a row, so people are told by one line a minute at most.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ __all__ = ["Notices"]
 
 _LOOK_EVERY_S = 1.0
 _TELL_EVERY_S = 60.0
-_MOST = 2**20  # bytes of the log that are looked at in one go
+_MOST = 2**20  # bytes of the log that are looked at in one go; where more was appended, only the last of it
 
 
 class Notices:
-    """Reads what is appended to a log. It knows no clock: the time is told to it.
+    """Reads what is appended to a log, and says what people should hear of.
+
+    It reads no clock: the caller passes the time.
 
     Args:
-        log: may not exist yet; what it holds now is not looked at.
+        log: the log, which need not exist yet. What it holds when this object is made is never looked at.
     """
 
     def __init__(self, log: Path) -> None:
@@ -27,7 +32,14 @@ class Notices:
         self._untold = 0
 
     def take(self, now: float) -> str | None:
-        """What there is to tell at this time, in seconds; None: nothing, or it was told a moment ago."""
+        """Return a line to tell people, if there is one.
+
+        Args:
+            now: the time, in seconds.
+
+        Returns:
+            None where the log says nothing new, or where people were told less than `_TELL_EVERY_S` seconds ago.
+        """
         if now - self._looked < _LOOK_EVERY_S:
             return None
         self._looked = now
@@ -49,7 +61,7 @@ class Notices:
                 self._at = max(self._at if self._at < size else 0, size - _MOST)
                 file.seek(self._at)
                 data = file.read(_MOST)
-        except OSError:  # nobody is told then; the server goes on
+        except OSError:  # without its log nobody can be told, but the server itself goes on
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._at += len(whole)

@@ -1,6 +1,6 @@
-"""What the supervisor keeps alive, each started, asked and stopped in the same few words: the words, and the gateway.
+"""The interface of what the supervisor keeps alive (`Service`), and the gateway as such a service.
 
-Triton is in `fluxvae.serve.supervisor.triton_service`.
+Triton as a service is in `fluxvae.serve.supervisor.triton_service`.
 """
 
 from __future__ import annotations
@@ -26,41 +26,49 @@ _GATEWAY_PATIENCE_S = 10.0
 
 
 class Service(Protocol):
-    """One child of the supervisor. Nothing here blocks for more than seconds."""
+    """One child of the supervisor: started, asked how it is, and stopped. No method but `stop` blocks for long.
+
+    `wait_for_end`, `trouble` and `notice` are for a child that has started: `started` has returned true.
+    """
 
     name: str
+    """What messages call the child."""
 
     def launch(self) -> None:
-        """Start it, without waiting; `stop` is owed from here on, also after an error."""
+        """Start the child without waiting for it. From here on `stop` must be called, also after an error."""
 
     def started(self) -> bool:
-        """Whether it serves by now.
+        """Return whether the child serves by now.
 
         Raises:
-            FluxVAEError: it never will.
+            FluxVAEError: the child has failed and never will serve.
         """
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Once it has started: wait until a process of it may have ended, or the time is up."""
+        """Wait until one of the child's processes may have ended (true), or the time is up (false)."""
 
     def trouble(self) -> str | None:
-        """Once it has started: what is wrong with it."""
+        """Return in words what is wrong with the child, so that it must be restarted; None where nothing is."""
 
     def notice(self) -> str | None:
-        """Once it has started: what people should hear of, though it goes on."""
+        """Return what people should hear of although the child goes on; None where there is nothing."""
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """Let it finish what it does, until ``hurry``; then nothing of it is left."""
+        """Let the child finish what it does, then end all its processes.
+
+        Args:
+            hurry: asked while waiting; as soon as it returns true the child is killed.
+        """
 
 
 class GatewayService:
-    """An HTTP server of ours in a process of its own, which answers GET /healthz with 200.
+    """The gateway as a service: an HTTP server in a process of its own, which answers GET /healthz with 200.
 
     Args:
-        command: its command line.
+        command: the command line that starts it.
         host, port: where it listens.
-        env: its whole environment.
-        log_path: its output is appended to this file.
+        env: its whole environment; nothing of this process's is added.
+        log_path: the file to which its output is appended.
     """
 
     name = "gateway"
@@ -75,14 +83,19 @@ class GatewayService:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, also its process group's; None where it is not running."""
+        """The id of its process, which is also the id of its process group; None where it was not launched."""
         return self._process.pid if self._process else None
 
     def launch(self) -> None:
-        """Start it."""
+        """Start the gateway, as `Service.launch` says.
+
+        Raises:
+            PortTakenError: another program has its port.
+        """
         free_ports(self._host, [self._port])
         self._probe = Probe(lambda: get(self._address, "/healthz", _GATEWAY_PATIENCE_S))
-        # Two failures in a row are enough: it is never busy for long, since it does not decode.
+        # No limits of time are needed: the gateway does not decode, so it is never busy for long, and two failures in a
+        # row are enough to judge it by.
         self._watch = Watch(now=time.monotonic(), patience_s=math.inf, busy_limit_s=math.inf)
         self._ask_at = 0.0
         with self._log_path.open("ab") as log:
@@ -98,26 +111,26 @@ class GatewayService:
         self._deaths = Deaths([self._process.pid])
 
     def started(self) -> bool:
-        """Whether it answers."""
+        """Return whether the gateway answers; raise an error with the end of its log where it has ended."""
         assert self._process is not None
         if (status := exited(self._process.pid)) is not None:
-            free_ports(self._host, [self._port])  # says so, if that is why
+            free_ports(self._host, [self._port])  # raises an error of its own if a taken port is why it ended
             with self._log_path.open("rb") as log:
                 log.seek(self._log_start)
                 lines = log.read().decode(errors="replace").splitlines()[-20:]
             raise FluxVAEError(
                 f"the gateway {how_it_ended(status)} before it was ready. The end of its log:\n  " + "\n  ".join(lines)
             )
-        if not listens(self._process.pid, self._port):  # another program with this port might answer
+        if not listens(self._process.pid, self._port):  # otherwise another program on this port might answer instead
             return False
         return get(self._address, "/healthz", _GATEWAY_PATIENCE_S).answer is Answer.OK
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Of its process."""
+        """Wait for the end of its process, as `Service.wait_for_end` says."""
         return self._deaths.wait(timeout_s)
 
     def trouble(self) -> str | None:
-        """That it ended, or two questions in a row without an answer."""
+        """Say that the process has ended, or that two questions in a row failed."""
         assert self._process is not None
         if (status := exited(self._process.pid)) is not None:
             return how_it_ended(status)
@@ -130,11 +143,11 @@ class GatewayService:
         return self._watch.judge(now, outcome, 0.0)
 
     def notice(self) -> str | None:
-        """Nothing: its log has what it says."""
+        """Return None: there is nothing in the gateway's log that people must hear of at once."""
         return None
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """SIGTERM: no new requests, those under way are answered."""
+        """Stop it by SIGTERM, on which it takes no new requests and answers those that are under way."""
         if self._process is None:
             return
         self._deaths.close()
@@ -144,7 +157,7 @@ class GatewayService:
                 os.kill(group, signal.SIGTERM)
             while exited(group) is None and not hurry():
                 time.sleep(0.05)
-        os.killpg(group, signal.SIGKILL)  # not reaped yet: the id is still ours
+        os.killpg(group, signal.SIGKILL)  # the process is not reaped yet, so no other group can have this id
         self._process.wait()
         for _ in until(10.0):
             if not in_group(group):

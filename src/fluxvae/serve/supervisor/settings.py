@@ -1,4 +1,4 @@
-"""What `fluxvae serve` can be told, and what it makes of that for Triton's models and for the gateway."""
+"""The settings of `fluxvae serve`, and what Triton's models and the gateway are told because of them."""
 
 from __future__ import annotations
 
@@ -33,27 +33,29 @@ _OUR_VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings:
-    """Of one Triton server and one gateway.
+    """The settings of one Triton server and one gateway, checked when they are made.
 
     Raises:
-        InvalidOptionError: a number that must be above 0, an empty token, a revision, variant or family for several
-            models, a memory limit that cannot be read, is of no model served, or leaves nothing for another.
-        CheckpointError: a checkpoint that looks like a path where there is nothing.
+        InvalidOptionError: a number is not above 0 and must be; the token is empty; a revision, variant or family is
+            given for several models; or a memory limit cannot be read, is for a model that is not served, or leaves
+            nothing for another model.
+        CheckpointError: a checkpoint looks like a path, and there is nothing at that path.
     """
 
     host: str = "127.0.0.1"
-    """What the gateway binds to."""
+    """The address that the gateway binds to."""
     port: int = 8080
-    """Of the gateway; each port may be 0: a free one."""
+    """The gateway's port. This port, and each of Triton's, may be 0, which picks a free one."""
     triton_host: str = "127.0.0.1"
-    """What Triton's own endpoints bind to. They ask for no token."""
+    """The address that Triton's own endpoints bind to. They ask for no token."""
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
     allow_client_shm: bool = False
-    """Clients on this machine may have Triton read and write shared memory of theirs."""
+    """Whether clients on this machine may have Triton read and write shared memory of theirs."""
     models: Mapping[str, str] = field(default_factory=lambda: {MODEL: "demo"})
-    """Checkpoint by name, of `fluxvae.serve.models.MODELS`; the first is the one the gateway's page decodes with."""
+    """The checkpoint of each model by the model's name, which is one of `fluxvae.serve.models.MODELS`. The gateway's
+    page decodes with the first."""
     revision: str | None = None
     variant: str | None = None
     family: str | None = None
@@ -61,35 +63,36 @@ class ServeSettings:
     device: str = "auto"
     dtype: str | None = None
     engine: str | None = None
-    """Of the full VAEs; a preview has one of its own."""
+    """The engine of the full VAEs. A preview always has its own engine."""
     memory_limit: str | None = None
-    """Of all models on a device together: what `model_memory_limits` leaves is shared equally among the others."""
+    """The limit of all models on a device together. What `model_memory_limits` leaves of it is shared equally among the
+    models that have no limit of their own."""
     model_memory_limits: Mapping[str, str] = field(default_factory=dict)
-    """Of single models, by name; together no more than ``memory_limit``, where there is one."""
+    """The limits of single models by name. Together they are no more than ``memory_limit``, where there is one."""
     max_pixels: int = 4096 * 4096
-    """Of one request, its batch counted."""
+    """The most pixels that one request may decode to, all images of its batch together."""
     threads: int | None = None
-    """CPU threads of one instance; None: PyTorch's choice."""
+    """The CPU threads of one instance of a model; None leaves the choice to PyTorch."""
     token: str | None = field(default=None, repr=False)
-    """What clients of the gateway must send."""
+    """The secret that clients of the gateway must send; None: the gateway asks for none."""
     max_request_bytes: int | None = None
-    """Of one request to the gateway; None: its own default."""
+    """The largest request, in bytes, that the gateway takes; None: the gateway's own default."""
     max_queue: int | None = None
-    """Requests that may wait in the gateway; None: its own default."""
+    """How many requests may wait in the gateway; None: the gateway's own default."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names that requests may call the gateway by, besides loopback's."""
+    """The names that requests may call the gateway by, besides those of loopback."""
     request_timeout_s: float = 300.0
-    """From a request's arrival at the gateway to its answer."""
+    """How long a request may take from its arrival at the gateway to its answer."""
     log_file: str | Path | None = None
-    """Both logs are appended to it; None: kept until the server stops."""
+    """The file to which both logs are appended. None: each has a file of its own, which goes when the server stops."""
     ready_timeout_s: float = 300.0
-    """For loading the checkpoint and a first decode."""
+    """How long loading the checkpoints and a first decode may take."""
     drain_s: float = 30.0
-    """For what is under way when the server is told to stop."""
+    """How long requests that are under way get to finish when the server is told to stop."""
     patience_s: float = 30.0
-    """Triton neither answers nor computes for this long: hung."""
+    """For how long Triton may neither answer nor compute before it counts as hung."""
     busy_limit_s: float = 3600.0
-    """No decode is answered for this long, although it computes: hung."""
+    """For how long Triton may leave every decode unanswered before it counts as hung, although it computes."""
 
     def __post_init__(self) -> None:
         names = ("max_pixels", "threads", "max_request_bytes", "request_timeout_s", "ready_timeout_s")
@@ -121,10 +124,11 @@ class ServeSettings:
                 )
 
     def check_exposure(self, installation: Installation) -> list[str]:
-        """Who can reach this server: warnings.
+        """Return warnings about who can reach this server and decode with it.
 
         Raises:
-            TritonServerError: the wheel's Triton, which has known security holes, beyond this machine.
+            TritonServerError: Triton could be reached from other machines, and it is the nvidia-pytriton wheel's, which
+                has known security holes.
         """
         warnings = []
         if not is_loopback(self.triton_host):
@@ -140,7 +144,7 @@ class ServeSettings:
         return warnings
 
     def check_memory(self) -> list[str]:
-        """Whether several models may want the same memory: warnings."""
+        """Return a warning where several models may want the same memory at the same time."""
         without = [name for name, limit in self._memory_limits().items() if limit is None]
         if len(self.models) == 1 or not without:
             return []
@@ -151,9 +155,9 @@ class ServeSettings:
         ]
 
     def _memory_limits(self) -> dict[str, str | None]:
-        """By model; None: what is free. On each device they add up to ``memory_limit`` at most.
+        """Return the memory limit of each model; None for a model that may use what is free.
 
-        Every model has one instance on each device.
+        Every model has one instance on each device, so the limits on a device add up to ``memory_limit`` at most.
         """
         option, own = "--model-memory-limit", self.model_memory_limits
         taken = 0
@@ -182,7 +186,7 @@ class ServeSettings:
         return {name: own.get(name, share) for name in self.models}
 
     def model_parameters(self, model: str) -> dict[str, str]:
-        """For the ``parameters`` of a model's ``config.pbtxt``, an empty text is the default."""
+        """Return the values for the ``parameters`` of a model's ``config.pbtxt``. An empty text means the default."""
         checkpoint = self.models[model]
         path = Path(checkpoint).expanduser()
         values = {
@@ -200,7 +204,11 @@ class ServeSettings:
         return {name: "" if value is None else str(value) for name, value in values.items()}
 
     def without_our_variables(self) -> dict[str, str]:
-        """Environment for Triton: its config file must not be overruled, and the token is not its business."""
+        """Return variables for Triton's environment that blank our own, FLUXVAE_CHECKPOINT and the like.
+
+        The models would otherwise let these variables overrule their ``config.pbtxt``, and Triton has no business with
+        the gateway's token.
+        """
         return dict.fromkeys(_OUR_VARIABLES, "")
 
     def gateway_command(self, port: int, triton_grpc_url: str, triton_metrics_url: str) -> list[str]:

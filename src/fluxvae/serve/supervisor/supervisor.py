@@ -1,4 +1,4 @@
-"""Triton and the gateway as one service: started together, watched, restarted, and stopped without a trace.
+"""Runs Triton and the gateway as one service: starts, watches and restarts them, and stops them without a trace.
 
     supervisor = Supervisor(ServeSettings(models={"vae_decoder": "demo"}), report=print)
     supervisor.launch()
@@ -6,9 +6,10 @@
     ...
     supervisor.stop(hurry=lambda: False)
 
-A thread for each child launches it, waits until it serves, and watches it; whatever goes wrong then is reported, the
-child is killed (what it was doing fails at once, its clients get UNAVAILABLE), and started again after a growing
-delay. What a supervisor that was itself killed leaves behind is taken away by `fluxvae.serve.triton.guardian`.
+Each of the two children has a thread (`keeper`) that launches it, waits until it serves, and watches it. When anything
+goes wrong with a child that served, this is reported, the child is killed (what it was doing fails at once, and its
+clients get UNAVAILABLE), and it is started again after a delay that grows. If the supervisor itself is killed, what it
+leaves behind is taken away by `fluxvae.serve.triton.guardian`.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ _TICK_S = 0.1
 
 
 class Supervisor:
-    """One Triton server and one gateway.
+    """One Triton server and one gateway, kept running until `stop`.
 
     Args:
-        settings: all there is to know.
-        report: takes lines for people: warnings, restarts.
+        settings: what to serve, and how.
+        report: is called with lines for people to read, such as warnings and restarts; also from other threads.
     """
 
     def __init__(self, settings: ServeSettings, *, report: Callable[[str], None]) -> None:
@@ -64,10 +65,12 @@ class Supervisor:
     # Starting.
 
     def launch(self) -> None:
-        """Check what can be checked, and start both; `wait_ready` tells how it went, `stop` is owed.
+        """Check what can be checked beforehand, then start both children without waiting for them.
+
+        `wait_ready` tells whether they could be started. From here on `stop` must be called, also after an error.
 
         Raises:
-            FluxVAEError: a port is taken, shared memory too small, the installation cannot work.
+            FluxVAEError: a port is taken, shared memory is too small, or this installation of Triton cannot work.
         """
         check_numpy(self.installation)
         self.installation.check()
@@ -116,25 +119,25 @@ class Supervisor:
 
     @property
     def url(self) -> str:
-        """Of the gateway, as this machine reaches it."""
+        """The gateway's URL, as this machine reaches it."""
         return f"http://{url_host(self.settings.host)}:{self.port}"
 
     @property
     def serving(self) -> bool:
-        """Whether both are in service, as far as is known."""
+        """Whether both children are in service, as far as is known."""
         return all(keeper.serving.is_set() for keeper in self._keepers)
 
     def wait_ready(self, stopped: Callable[[], bool]) -> bool:
-        """Wait until a decode has answered, through Triton and through the gateway.
+        """Wait until a decode has been answered, by Triton directly and through the gateway.
 
         Args:
-            stopped: asked while waiting; true ends the wait.
+            stopped: asked while waiting; the wait ends when it returns true.
 
         Returns:
-            Whether it is ready; False only where ``stopped`` said so.
+            Whether everything is ready. It is False only where ``stopped`` ended the wait.
 
         Raises:
-            FluxVAEError: one of the two could not be started.
+            FluxVAEError: one of the two children could not be started.
         """
         while not stopped():
             for keeper in self._keepers:
@@ -146,10 +149,12 @@ class Supervisor:
         return False
 
     def tend(self) -> None:
-        """To be called now and then: who watches is watched too.
+        """See after the watchers themselves: the threads that keep the children, and the guardian, which is restarted.
+
+        To be called now and then while serving.
 
         Raises:
-            Exception: a child can no longer be kept.
+            Exception: a child can no longer be kept running; this is the reason.
         """
         for keeper in self._keepers:
             if keeper.failure is not None:
@@ -161,16 +166,18 @@ class Supervisor:
     # Stopping.
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """Finish what is under way, for `ServeSettings.drain_s` at most, and leave nothing. Safe to call again.
+        """Let both children finish what is under way, for `ServeSettings.drain_s` at most, then remove all traces.
+
+        No process, shared memory or temporary file is left. Calling it again does no harm.
 
         Args:
-            hurry: asked while waiting; true ends the wait.
+            hurry: asked while waiting; the wait ends when it returns true.
         """
         deadline = time.monotonic() + self.settings.drain_s
         self._stop.set()
         for keeper in self._keepers:
             keeper.join()
-        for keeper in reversed(self._keepers):  # the gateway first: what it still waits for, Triton decodes
+        for keeper in reversed(self._keepers):  # the gateway goes first, because Triton decodes what it still waits for
             known_dead = not keeper.serving.is_set()
             keeper.service.stop(partial(_no_more_time, known_dead, deadline, hurry))
         self._keepers = []

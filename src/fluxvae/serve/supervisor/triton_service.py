@@ -1,4 +1,7 @@
-"""Triton as a service of the supervisor: every model is asked, its processes are watched, its log is read."""
+"""Triton as a service of the supervisor.
+
+Every model is asked for tiny decodes, Triton's processes are watched for their end, and its log is read for notices.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ __all__ = ["TritonService"]
 
 
 class TritonService:
-    """A Triton server whose every model is asked for tiny decodes.
+    """A Triton server whose models are all asked for tiny decodes.
 
     Args:
-        server: not yet started, with fixed ports.
-        models: the names of those it serves.
-        log: where it and its models write.
-        patience_s, busy_limit_s: of `fluxvae.serve.supervisor.health.Watch`.
+        server: the server, not yet started, with fixed ports.
+        models: the names of the models that it serves.
+        log: the file that Triton and its models write to.
+        patience_s, busy_limit_s: as for `fluxvae.serve.supervisor.health.Watch`.
     """
 
     name = "Triton"
@@ -48,7 +51,7 @@ class TritonService:
         self._processes: list[Process] = []
 
     def launch(self) -> None:
-        """Start it on its ports."""
+        """Start Triton, as `Service.launch` says."""
         self._processes = []
         self._deaths = Deaths([])
         self._notices = Notices(self._log)
@@ -59,7 +62,12 @@ class TritonService:
         self.server.launch()
 
     def started(self) -> bool:
-        """Whether every model has answered a decode."""
+        """Return whether every model has answered a decode.
+
+        Raises:
+            FluxVAEError: Triton or the Python process of a model has ended, or a model does not decode. Where a model
+                refused to load with an error of fluxvae's, it is that error.
+        """
         if not self.server.running:
             self._check_ports()
             raise model_error(self.server.log()) or TritonServerError(
@@ -74,15 +82,16 @@ class TritonService:
         if self._dead_model():
             raise TritonServerError(f"the model's Python process died before it was ready. {self.server.log_tail()}")
         now = time.monotonic()
-        answered = [model.started(now, self._processes) for model in self._models]  # all are asked at once
+        # A list, not a generator given to all(): every model is to be asked now, not only up to the first that waits.
+        answered = [model.started(now, self._processes) for model in self._models]
         return all(answered)
 
     def wait_for_end(self, timeout_s: float) -> bool:
-        """Of Triton, or of one of its models' processes."""
+        """Wait for the end of Triton or of one of its models' processes, as `Service.wait_for_end` says."""
         return self._deaths.wait(timeout_s)
 
     def trouble(self) -> str | None:
-        """The rule of `fluxvae.serve.supervisor.health`, and what is plain to see."""
+        """Say that a process has ended, or what is wrong by the rule of `fluxvae.serve.supervisor.health`."""
         if not self.server.running:
             return self._end()
         if self._dead_model():
@@ -91,16 +100,16 @@ class TritonService:
         return next(filter(None, [model.trouble(now) for model in self._models]), None)
 
     def notice(self) -> str | None:
-        """That answers find no room in shared memory."""
+        """Say that answers find no room in shared memory, where the log tells so."""
         return self._notices.take(time.monotonic())
 
     def stop(self, hurry: Callable[[], bool]) -> None:
-        """SIGTERM: no new requests, those under way are answered."""
+        """Stop it by SIGTERM, on which it takes no new requests and answers those that are under way."""
         self._deaths.close()
         self.server.stop(hurry)
 
     def _check_ports(self) -> None:
-        """Say which port it was, where one is why it ended."""
+        """Raise an error that names the port, if Triton ended because a port was taken."""
         if PORT_TAKEN.search(self.server.log()):
             free_ports(self.server.host, self.server.ports)
 
@@ -113,7 +122,7 @@ class TritonService:
 
 
 class _Model:
-    """One model of a running Triton: tiny decodes, and the processor time of its own processes."""
+    """One model of a running Triton, judged by tiny decodes and by the processor time of its own processes."""
 
     def __init__(self, name: str, server: TritonServer, *, patience_s: float, busy_limit_s: float) -> None:
         self._name = name
@@ -124,17 +133,22 @@ class _Model:
         self._processes: list[Process] = []
 
     def started(self, now: float, processes: Sequence[Process]) -> bool:
-        """Whether it has answered a decode.
+        """Return whether the model has answered a decode.
 
         Args:
-            processes: of all models.
+            now: the time, in seconds.
+            processes: the Python processes of all models; the model's own are picked out by their command lines.
+
+        Raises:
+            TritonServerError: Triton says that the model's Python process is not healthy.
         """
         if self._watch is not None:
             return True
         outcome = self._ask(now)
         if outcome is not None and outcome.answer is Answer.OK:
             mine = [process for process in processes if f"/{self._name}/1/model.py" in command_line(process.pid)]
-            # A Triton that starts its processes in another way: the work of any is the work of each.
+            # Where Triton starts its processes in another way, none is known to be this model's. Then the work of all
+            # of them counts.
             self._processes = mine or list(processes)
             self._watch = Watch(now=now, **self._limits)
         elif outcome is not None and outcome.final:
@@ -142,13 +156,13 @@ class _Model:
         return self._watch is not None
 
     def trouble(self, now: float) -> str | None:
-        """What is wrong with it, once it has started."""
+        """Return in words what is wrong with the model, once it has started; None where nothing is."""
         assert self._watch is not None
         reason = self._watch.judge(now, self._ask(now), sum(map(cpu_seconds, self._processes)))
         return None if reason is None else f"{self._name}: {reason}"
 
     def _ask(self, now: float) -> Outcome | None:
-        """The answer to the last question; asks the next when it is time."""
+        """Return the answer to the last question, if there is a new one; ask the next question when it is time."""
         outcome = self._probe.take()
         if outcome is not None:
             self._ask_at = now + ASK_EVERY_S

@@ -1,1 +1,1 @@
-"""A ``tritonserver`` of one's own: finding it, its model folder, its ports, its process."""
+"""Runs a ``tritonserver`` of one's own: finds the program, model folders and free ports, and starts and stops it."""

@@ -1,10 +1,11 @@
-"""Who may use Triton's endpoints for more than decoding: nobody, unless told otherwise.
+"""Closes Triton's endpoints for anything but decoding, unless the caller opens some of them.
 
-Triton guards groups of its endpoints by a header of one's choice (``--http-restricted-api``,
-``--grpc-restricted-protocol``). Its command line, with that header, can be read by every user of the machine
-(``/proc/PID/cmdline``), so a secret alone would keep out the network but not the neighbours. What nobody needs is
-therefore closed by a value that no header can carry: it ends in a line feed. The one group that the gateway asks for,
-the configuration of models, is opened by a secret of its own; it lets nobody change anything.
+Triton can demand a header of one's choice for groups of its endpoints (``--http-restricted-api``,
+``--grpc-restricted-protocol``). But the value of that header stands on Triton's command line, which every user of the
+machine can read (``/proc/PID/cmdline``), so that a secret value would keep out the network but not other users of the
+machine. The groups that nobody needs are therefore closed by a value that no header can carry: one that ends in a line
+feed. Only the configuration of models is needed, by the gateway. It has a secret of its own, which other users of the
+machine may read, but which lets nobody change anything.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from fluxvae.errors import InvalidOptionError
 __all__ = ["APIS", "CONFIG_HEADER", "CONFIG_KEY_VARIABLE", "restrictions"]
 
 APIS = ("shared-memory", "model-config", "model-repository", "statistics", "trace", "logging")
-"""Triton's groups of endpoints beside inference, health and metadata, which are open."""
+"""Triton's groups of endpoints, except inference, health and metadata, which are always open."""
 CONFIG_HEADER = "fluxvae-config-key"
-"""Carries the key for ``model-config``; over gRPC after ``triton-grpc-protocol-``."""
+"""The header that carries the key for ``model-config``. Over gRPC its name begins with ``triton-grpc-protocol-``."""
 CONFIG_KEY_VARIABLE = "FLUXVAE_TRITON_CONFIG_KEY"
-"""Environment variable with that key, for the gateway."""
+"""The environment variable that hands this key to the gateway."""
 _CLOSED_HEADER = "fluxvae-closed"
 
 
 def restrictions(open_apis: Sequence[str], config_key: str) -> list[str]:
-    """Arguments for ``tritonserver``.
+    """Return the arguments for ``tritonserver`` that close its endpoints.
 
     Args:
-        open_apis: groups of `APIS` that anyone may use.
-        config_key: opens ``model-config``.
+        open_apis: the groups of `APIS` that anyone may use.
+        config_key: the key that opens ``model-config``.
 
     Raises:
-        InvalidOptionError: a group that is not among `APIS`.
+        InvalidOptionError: a group is not among `APIS`.
     """
     for name in open_apis:
         if name not in APIS:

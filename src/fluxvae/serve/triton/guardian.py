@@ -1,10 +1,11 @@
-"""Outlives a server that was killed, to take away what it left: processes, shared memory, files.
+"""Cleans up after a server whose starter was killed: takes away the processes, shared memory and files that are left.
 
     python -I -S guardian.py TAG SHM_PREFIX FOLDER < PIPE
 
-Who started the server holds the pipe's other end, and nobody else does: it closes when that process ends, however that
-was, SIGKILL included. What belongs to it is found by FLUXVAE_RUN=TAG in its environment, which children of
-children inherit. Standard library only, so that it starts in milliseconds and stays small.
+Only the process that started the server holds the other end of the pipe. The pipe closes when that process ends, in
+whatever way, SIGKILL included, and the guardian then cleans up. It finds the processes to end by FLUXVAE_RUN=TAG in
+their environment, which children of children inherit too. It uses the standard library only, so that it starts in
+milliseconds and stays small.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ RUN_VARIABLE = "FLUXVAE_RUN"
 
 
 def start(tag: str, shm_prefix: str, folder: str) -> subprocess.Popen[bytes]:
-    """Have this process guarded; `end` it once nothing is left to take away.
+    """Start a guardian for this process. Call `end` with it once nothing is left to take away.
 
     Args:
-        tag: what ``FLUXVAE_RUN`` is in the environment of all that is to be ended.
-        shm_prefix: of the shared memory to be removed.
-        folder: to be removed.
+        tag: the value of ``FLUXVAE_RUN`` in the environment of all processes that are to be ended.
+        shm_prefix: how the names of the shared-memory regions begin that are to be removed.
+        folder: the folder that is to be removed.
+
+    Returns:
+        The guardian's process.
     """
     return subprocess.Popen(
         [sys.executable, "-I", "-S", __file__, tag, shm_prefix, folder],
@@ -40,7 +44,7 @@ def start(tag: str, shm_prefix: str, folder: str) -> subprocess.Popen[bytes]:
 
 
 def end(guardian: subprocess.Popen[bytes]) -> None:
-    """Let a guardian go."""
+    """End a guardian: closing its pipe lets it clean up what there may still be, and end."""
     assert guardian.stdin is not None
     guardian.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -48,13 +52,13 @@ def end(guardian: subprocess.Popen[bytes]) -> None:
 
 
 def main(tag: str, shm_prefix: str, folder: str) -> None:
-    """Wait for the end of who started the server, then clean up; a clean stop leaves nothing to do."""
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are the other process's to act on
+    """Wait until the process that started the server has ended, then clean up. After a clean stop nothing is left."""
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the other process acts on them, and ends
         signal.signal(ignored, signal.SIG_IGN)
     sys.stdin.buffer.read()
     mark = f"{RUN_VARIABLE}={tag}".encode()
     nothing = 0
-    while nothing < 3:  # one may be starting another just now
+    while nothing < 3:  # a process that was not seen in one look may just have been started by another that was
         found = _marked(mark)
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
@@ -69,8 +73,8 @@ def main(tag: str, shm_prefix: str, folder: str) -> None:
 def _marked(mark: bytes) -> list[int]:
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or it ended while we looked
-            if mark in environ.read_bytes().split(b"\0"):  # an ended process has none
+        with contextlib.suppress(OSError):  # the process is another user's, or ended while we looked
+            if mark in environ.read_bytes().split(b"\0"):  # the environment of an ended process is empty
                 found.append(int(environ.parent.name))
     return found
 

@@ -1,4 +1,4 @@
-"""Find a ``tritonserver``, and make its Python models run with this environment's Python and packages."""
+"""Finds a ``tritonserver``, and makes its Python models run with this environment's Python and packages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TritonServerError(FluxVAEError):
 
 
 class Installation(NamedTuple):
-    """Where a ``tritonserver`` was found."""
+    """A ``tritonserver`` that was found, and whether it is the nvidia-pytriton wheel's."""
 
     binary: Path
     wheel: Path | None
-    """The nvidia-pytriton wheel's ``pytriton/tritonserver`` folder; None when the binary was on the PATH."""
+    """The nvidia-pytriton wheel's ``pytriton/tritonserver`` folder. None where the binary was found on the PATH."""
 
     def __str__(self) -> str:
         if self.wheel is None:
@@ -36,22 +36,29 @@ class Installation(NamedTuple):
         return f"{self.binary} (the nvidia-pytriton wheel: for tests and local use, not for production)"
 
     def check(self) -> None:
-        """Whether the wheel can run models of this Python, before anything is made of it.
+        """Check that the wheel can run models in this version of Python, before anything is started.
 
         Raises:
-            TritonServerError: it cannot, and what to do.
+            TritonServerError: it cannot; the message says what to do.
         """
         if self.wheel is not None:
             _stub(self.wheel)
             _libpython_folder()
 
     def prepare(self, folder: Path, environment: dict[str, str]) -> list[str]:
-        """Arguments the server needs on top of a user's; fills ``environment`` and a ``folder`` of the caller's.
+        """Prepare the environment and the files that the server needs to run our models.
+
+        Args:
+            folder: a folder of the caller's, into which the wheel's backends are linked.
+            environment: the server's environment, which is changed in place.
+
+        Returns:
+            The arguments that ``tritonserver`` needs because of this.
 
         Raises:
-            TritonServerError: the wheel cannot run models of this Python.
+            TritonServerError: the wheel cannot run models in this version of Python.
         """
-        # The stub takes the packages of the first python3 on the PATH, and nothing else tells it where they are.
+        # Triton's stub uses the packages of the first python3 on the PATH, and can be told of them in no other way.
         environment["PATH"] = os.pathsep.join([f"{sys.prefix}/bin", environment.get("PATH", os.defpath)])
         environment["PYTHONUNBUFFERED"] = "1"  # so that what a dying model printed is in the log
         if self.wheel is None:
@@ -62,10 +69,12 @@ class Installation(NamedTuple):
         return [f"--backend-directory={_link_backends(self.wheel, folder / 'backends')}"]
 
     def needs_leave_for_shared_memory(self, environment: dict[str, str]) -> bool:
-        """Whether this server takes shared memory of clients only where its command line says so: from 26.05 on.
+        """Return whether this server needs an option to take shared memory of clients, as Triton does from 26.05 on.
+
+        Its help text tells, so the server is run once for it.
 
         Args:
-            environment: in which it is run, as `prepare` left it.
+            environment: the environment to run the server in, as `prepare` left it.
         """
         described = subprocess.run(
             [self.binary, "--help"], env=environment, capture_output=True, timeout=60, check=False
@@ -74,7 +83,7 @@ class Installation(NamedTuple):
 
 
 def find_tritonserver() -> Installation:
-    """The ``tritonserver`` on the PATH, else the nvidia-pytriton wheel's.
+    """Find the ``tritonserver`` on the PATH or, if there is none, the one in the nvidia-pytriton wheel.
 
     Raises:
         TritonServerError: there is neither.
@@ -93,7 +102,14 @@ def find_tritonserver() -> Installation:
 
 
 def _libpython_folder() -> str | None:
-    """The folder of this Python's shared library, which the stub links to; None: the loader knows it."""
+    """Return the folder of this Python's shared library, which Triton's stub links to.
+
+    Returns:
+        None where the system's loader finds the library by itself.
+
+    Raises:
+        TritonServerError: the library is not there.
+    """
     name = f"libpython{_PYTHON}.so.1.0"
     for folder in (sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"):
         if folder and Path(folder, name).is_file():
@@ -107,7 +123,7 @@ def _libpython_folder() -> str | None:
 
 
 def _stub(wheel: Path) -> Path:
-    """The wheel's program that runs models of this Python."""
+    """Return the wheel's stub, the program that runs models, for this version of Python."""
     stub = wheel / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         has = ", ".join(sorted(path.name for path in (wheel / "python_backend_stubs").glob("*")))
@@ -116,10 +132,11 @@ def _stub(wheel: Path) -> Path:
 
 
 def _link_backends(wheel: Path, into: Path) -> Path:
-    """A backend directory with the stub of the running Python beside the backend; the wheel stays as it is."""
+    """Make a backend directory in which the stub for this Python lies beside the backend; the wheel is not changed."""
     stub = _stub(wheel)
     python = into / "python"
     python.mkdir(parents=True)
     for path in [*(wheel / "backends" / "python").iterdir(), stub]:
-        (python / path.name).symlink_to(path)  # links: $ORIGIN in the library paths must lead back to the wheel
+        # Links rather than copies, because $ORIGIN in the paths of their libraries must lead back into the wheel.
+        (python / path.name).symlink_to(path)
     return into

@@ -1,4 +1,4 @@
-"""What ``/proc`` tells about processes, without a dependency. Linux only, as Triton is."""
+"""Reads from ``/proc`` what is known of processes, without a further package. Works on Linux only, as Triton does."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
-    """One process; ``started`` tells it from a later one with the same id."""
+    """A process as it was found at one time."""
 
     pid: int
     started: int
+    """When it started, in the kernel's clock ticks. It distinguishes the process from a later one with the same id."""
     cpu_s: float
-    """Processor time of all its threads so far."""
+    """The processor time, in seconds, that all its threads together had used by then."""
 
 
 def exited(pid: int) -> int | None:
-    """The exit status of our child if it has ended, negative for a signal; not reaped, so its id stays taken."""
+    """Return the exit status of a child of ours if it has ended; None while it runs.
+
+    The status is negative where a signal ended the child. The child is not reaped, so its id is not used again.
+    """
     result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if result is None:
         return None
@@ -47,7 +51,7 @@ def exited(pid: int) -> int | None:
 
 
 def how_it_ended(status: int | None) -> str:
-    """An exit status for people."""
+    """Describe an exit status in words."""
     if status is None:
         return "ended"
     if status >= 0:
@@ -58,7 +62,10 @@ def how_it_ended(status: int | None) -> str:
 
 
 def in_group(group: int) -> list[Process]:
-    """The processes of a group that still run. Orphans that ended may wait long for process 1 to reap them."""
+    """Return the processes of a group that still run.
+
+    Those that have ended but were not reaped are left out: process 1 may take long to reap an orphan.
+    """
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = _stat(int(folder.name))
@@ -68,40 +75,40 @@ def in_group(group: int) -> list[Process]:
 
 
 def is_running(process: Process) -> bool:
-    """Whether this very process still runs."""
+    """Return whether this very process still runs, rather than a later one with its id."""
     fields = _stat(process.pid)
     return fields is not None and int(fields[19]) == process.started
 
 
 def listens(pid: int, port: int) -> bool:
-    """Whether it is this process that takes connections on a port, rather than another program that has it.
+    """Return whether it is this process that listens on a port, rather than another program that has taken it.
 
-    True as well where the kernel does not let us look into the process: then it cannot be told.
+    The answer is true as well where the kernel does not let us look into the process, so that it cannot be known.
     """
     sockets = set()
     for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):  # no IPv6 here
+        with contextlib.suppress(OSError):  # without IPv6 there is no tcp6
             for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
                     sockets.add(f"socket:[{fields[9]}]")
     try:
         for descriptor in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed while we looked
+            with contextlib.suppress(FileNotFoundError):  # it was closed while we looked
                 if os.readlink(f"/proc/{pid}/fd/{descriptor}") in sockets:
                     return True
     except PermissionError:
         return True
-    except OSError:  # it ended while we looked
+    except OSError:  # the process ended while we looked
         return False
     return False
 
 
 class Deaths:
-    """Tells at once, and for almost nothing, that one of some processes has ended: by the kernel's own word.
+    """Waits for the end of any of several processes, which the kernel announces at once and at almost no cost.
 
     Args:
-        pids: of processes that run, or ended and were not waited for; also those that are not our children.
+        pids: the ids of the processes. They need not be our children. They must run still, or not be reaped yet.
     """
 
     def __init__(self, pids: Iterable[int]) -> None:
@@ -111,18 +118,23 @@ class Deaths:
             for pid in pids:
                 self._descriptors.append(os.pidfd_open(pid))
                 self._poll.register(self._descriptors[-1], select.POLLIN)
-        except OSError:  # it is gone already; or the kernel has no such thing (before Linux 5.3)
+        except OSError:  # the process is gone already, or the kernel has no such descriptors (before Linux 5.3)
             self.close()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for one; whether there was one, or it cannot be told in this way. Then this takes no less time."""
+        """Wait until one of the processes has ended, or the time is up.
+
+        Returns:
+            Whether one has ended. Where the kernel cannot tell, it waits for the whole time and returns true, so that
+            the caller looks for itself.
+        """
         if self._poll is None:
             time.sleep(timeout_s)
             return True
         return bool(self._poll.poll(timeout_s * 1000))
 
     def close(self) -> None:
-        """Give the descriptors back; from now on it cannot be told."""
+        """Close the descriptors. From now on `wait` cannot know of an end."""
         self._poll = None
         for descriptor in self._descriptors:
             os.close(descriptor)
@@ -130,14 +142,14 @@ class Deaths:
 
 
 def command_line(pid: int) -> str:
-    """Its arguments, with spaces between; empty where it ended."""
+    """Return the arguments of a process, with spaces between them; empty where the process has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
 
 
 def cpu_seconds(process: Process) -> float:
-    """Processor time it has had by now; what it was last known to have, once it is gone."""
+    """Return the processor time, in seconds, that a process has used by now, or the last known one once it is gone."""
     fields = _stat(process.pid)
     if fields is None or int(fields[19]) != process.started:
         return process.cpu_s
@@ -145,7 +157,7 @@ def cpu_seconds(process: Process) -> float:
 
 
 def until(timeout_s: float) -> Iterator[None]:
-    """Yield at short intervals until the time is up."""
+    """Yield at short intervals until the time is up, for loops that wait for something. A break ends the waiting."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         yield
@@ -157,8 +169,8 @@ def _process(pid: int, fields: list[str]) -> Process:
 
 
 def _stat(pid: int) -> list[str] | None:
-    """``/proc/PID/stat`` after the name: state, parent, group, ...; None where it ended."""
-    with contextlib.suppress(OSError):  # it ended while we looked
+    """Return the fields of ``/proc/PID/stat`` after the name (state, parent, group, ...); None where it has ended."""
+    with contextlib.suppress(OSError):  # the process ended while we looked
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         if fields and fields[0] not in "ZX":
             return fields

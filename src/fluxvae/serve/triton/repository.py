@@ -1,4 +1,4 @@
-"""The model folders: where they lie, and copies of them with the settings of one server."""
+"""Finds our Triton model folders, and makes copies of them that hold the settings of one server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 
 
 def model_folder(name: str) -> Path:
-    """The folder of one of `fluxvae.serve.models.MODELS`: inside the installed package, or at the root of a clone.
+    """Find the folder of one of `fluxvae.serve.models.MODELS`, inside the installed package or at the root of a clone.
 
     Raises:
         FluxVAEError: it is in neither place.
     """
-    package = Path(__file__).parents[1] / "triton_models" / name  # put there when the wheel is built: pyproject.toml
+    # pyproject.toml has the folder copied here when a wheel is built.
+    package = Path(__file__).parents[1] / "triton_models" / name
     clone = Path(__file__).parents[4] / "triton_models" / name
     for folder in (package, clone):
         if (folder / "config.pbtxt").is_file():
@@ -29,19 +30,20 @@ def model_folder(name: str) -> Path:
 
 
 def write_repository(into: Path, models: Mapping[str, Mapping[str, str]], *, device: str = "auto") -> Path:
-    """Make a model repository of these models, each ``config.pbtxt`` with its settings.
+    """Make a model repository of these models, whose ``config.pbtxt`` files hold the given settings.
 
     Args:
-        into: a folder to be made.
-        models: by name, values for the config's own ``parameters``, as text; those not named keep the value they have.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``: where Triton makes the instances.
+        into: the folder to make.
+        models: for each model by name, the values of its config's ``parameters`` as text. A parameter that is not named
+            keeps the value that it has.
+        device: where Triton makes the models' instances: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
     Returns:
         ``into``, for ``tritonserver --model-repository``.
 
     Raises:
-        InvalidOptionError: an unknown device.
-        FluxVAEError: the config has no such parameter.
+        InvalidOptionError: the device is unknown.
+        FluxVAEError: a config has no parameter of a name that is given.
     """
     for model, settings in models.items():
         source = model_folder(model)
@@ -74,6 +76,6 @@ def _replace(pattern: str, new: str, config: str, model: str, what: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A string of protobuf's text format, in the form ``re.sub`` takes."""
+    """Quote a value as a string of protobuf's text format, with its backslashes doubled once more for ``re.sub``."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'.replace("\\", "\\\\")

@@ -1,16 +1,16 @@
-"""Launch a real Triton Inference Server on a model folder, and take it down without a trace.
+"""Launches a real Triton Inference Server on a model folder, and takes it down without a trace.
 
     with TritonServer("triton_models", models=["vae_decoder"]) as server:
         client = tritonclient.http.InferenceServerClient(server.http_url)
 
-When the process that launched it ends without stopping it, however that was, a guardian ends it
+If the process that launched the server ends without stopping it, in whatever way, a guardian ends the server
 (`fluxvae.serve.triton.guardian`).
 
-The server is the ``tritonserver`` on the PATH (NVIDIA's container has one), else the one inside the
+The server is the ``tritonserver`` on the PATH, which NVIDIA's container has. If there is none, it is the one inside the
 ``nvidia-pytriton`` wheel, which is meant for tests and local use: see docs/triton.md.
 
-Not covered here: restarting what died, a gateway in front (both: `fluxvae.serve.supervisor`), TLS. Linux only, as
-Triton is.
+This module does not restart what died and puts no gateway in front of the server (`fluxvae.serve.supervisor` does
+both), and it does not do TLS. It works on Linux only, as Triton does.
 """
 
 from __future__ import annotations
@@ -42,40 +42,41 @@ __all__ = ["APIS", "PORT_TAKEN", "Installation", "TritonServer", "TritonServerEr
 
 _log = logging.getLogger(__name__)
 _SHM = Path("/dev/shm")
-_LAUNCHES = 3  # a free port may be taken between our look and Triton's bind; then we look again
+_LAUNCHES = 3  # another program may take a free port between our look and Triton's bind; then a new one is picked
 PORT_TAKEN = re.compile("failed to start (HTTP|GRPC|Metrics) service")
-"""Triton's words in its log, for whatever kept it from listening."""
-# Tables, and what Triton's core says at level I or W; errors, and whatever a model says, are kept.
+"""What Triton's log says when Triton cannot listen on a port, for whatever reason."""
+# The lines of the log that an error message leaves out: tables, and what Triton's core says at level I or W. Errors are
+# kept, and so is whatever a model says.
 _CHATTER = re.compile(r"[+|]|[IW]\d{4} \S+ \d+ (?!pb_stub)\w+\.cc:")
-_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
+_LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # opens URLs directly, never through a proxy
 
 
 class TritonServer:
-    """A Triton server on one model folder: started by ``with`` or ``start()``, ready when that returns.
+    """A Triton server on one model folder. ``with`` or ``start()`` starts it, and it is ready when that returns.
 
     Args:
         model_repository: the folder that holds one folder per model.
-        models: the folders to serve; none named: all. Which they are is settled at the start: no client can load
-            another model, nor unload one.
-        open_apis: groups of Triton's controls (`fluxvae.serve.triton.controls.APIS`) that any client may use beside
-            inference, health and metadata, such as ``"shared-memory"``; all others are closed.
-        http_port, grpc_port, metrics_port: 0 picks a free one.
-        host: the address all three bind to.
-        log_path: append the server's log to this file; by default it goes when the server stops.
-        env: variables for the server and its models, over this process's own. With ``FLUXVAE_RUN`` among them the
-            caller has a guardian of its own; else the server gets one.
+        models: the names of the models to serve; none named means all. They are settled at the start: no client can
+            load another model, nor unload one.
+        open_apis: the groups of Triton's controls (`fluxvae.serve.triton.controls.APIS`), such as ``"shared-memory"``,
+            that any client may use besides inference, health and metadata. All other groups are closed.
+        http_port, grpc_port, metrics_port: the ports of the three endpoints; 0 picks a free one.
+        host: the address that all three bind to.
+        log_path: the file to which the server's log is appended. By default the log goes when the server stops.
+        env: variables for the server and its models, on top of this process's own. If ``FLUXVAE_RUN`` is among them,
+            the caller has a guardian of its own; otherwise the server gets one.
         arguments: further command-line arguments for ``tritonserver``, but none about which models it serves.
         ready_timeout_s: how long loading all models may take.
-        stop_timeout_s: how long in-flight requests get to finish; after it and a short grace, SIGKILL.
-        shm_prefix: of the names of its shared-memory regions; by default one of its own.
-        folder: where its temporary folder is made; by default the system's place.
+        stop_timeout_s: how long requests under way get to finish. After it and a short grace the server is killed.
+        shm_prefix: how the names of its shared-memory regions begin; by default a prefix of its own.
+        folder: the folder in which its temporary folder is made; by default the system's place for such folders.
 
     Raises:
-        TritonServerError: no such repository, or it lacks one of the models.
-        InvalidOptionError: an unknown group of controls, or an argument that would open the choice of models.
+        TritonServerError: the repository does not exist, or lacks one of the models.
+        InvalidOptionError: a group of controls is unknown, or an argument would let clients choose the models.
 
     Raises (from ``start``):
-        TritonServerError: with the last lines of the log, and what to do.
+        TritonServerError: Triton ended, or was not ready in time; with the last lines of its log, and what to do.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class TritonServer:
                 )
         self._open_apis = list(open_apis)
         self.config_key = secrets.token_hex(16)
-        """Opens Triton's model configuration to who sends it: the gateway does."""
+        """The key that opens Triton's model configuration to whoever sends it; the gateway does."""
         self._restrictions = restrictions(self._open_apis, self.config_key)
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
@@ -133,30 +134,30 @@ class TritonServer:
         self._log_start = 0
         self._last_log = ""
 
-    # Where it listens, in the form tritonclient takes.
+    # Where the server listens, in the form that tritonclient takes.
 
     @property
     def http_url(self) -> str:
-        """``host:port`` of the HTTP endpoint."""
+        """The ``host:port`` of the HTTP endpoint."""
         return self._url(self.http_port)
 
     @property
     def grpc_url(self) -> str:
-        """``host:port`` of the gRPC endpoint."""
+        """The ``host:port`` of the gRPC endpoint."""
         return self._url(self.grpc_port)
 
     @property
     def metrics_url(self) -> str:
-        """The whole address of the Prometheus page."""
+        """The whole URL of the page with Prometheus metrics."""
         return f"http://{self._url(self.metrics_port)}/metrics"
 
     @property
     def ports(self) -> list[int]:
-        """Of HTTP, gRPC and metrics."""
+        """The ports of HTTP, gRPC and metrics, in this order."""
         return [self.http_port, self.grpc_port, self.metrics_port]
 
     def _served(self, folder: Path) -> Path:
-        """The repository that holds exactly the models to be served; made of links where that is not all there are."""
+        """Return a repository that holds exactly the models to serve: the given one, or one of links to some of it."""
         if not self._models:
             return self.model_repository
         into = folder / "models"
@@ -168,32 +169,35 @@ class TritonServer:
     def _url(self, port: int) -> str:
         return f"{url_host(self.host)}:{port}"
 
-    # What it is doing.
+    # What the server is doing.
 
     @property
     def pid(self) -> int | None:
-        """The server's process id, also its process group's; None before ``start`` and after ``stop``."""
+        """The id of the server's process and of its process group. None before ``start`` and after ``stop``."""
         return self._process.pid if self._process else None
 
     @property
     def running(self) -> bool:
-        """Whether the server process is there. A dead Python stub does not end it: only a decode tells."""
-        # WNOWAIT leaves the ended process in place, so that its id, and its group's, cannot be reused before stop().
+        """Whether the server's process runs. It goes on without a model's Python process: only a decode shows that."""
+        # `exited` does not reap the ended process, so its id, which is its group's too, cannot be reused before stop().
         return self._process is not None and exited(self._process.pid) is None
 
     def ready(self) -> bool:
-        """Whether the server says that it and all its models are ready: this server, not another on its port."""
+        """Return whether the server says that it and all its models are ready, and it is this server that says so.
+
+        Another server on the same port might answer in its place.
+        """
         try:
             with _LOOPBACK.open(f"http://{self.http_url}/v2/health/ready", timeout=5) as answer:
                 if answer.status != 200:
                     return False
         except (urllib.error.URLError, OSError):
             return False
-        # Any of its group: a tritonserver on the PATH may be a script that starts the real one.
+        # Any process of its group will do, because a tritonserver on the PATH may be a script that starts the real one.
         return self.pid is not None and any(listens(process.pid, self.http_port) for process in in_group(self.pid))
 
     def log(self) -> str:
-        """What this launch logged, its models included; the last of it once stopped."""
+        """Return what was logged since the last launch, by the server and its models; also after it was stopped."""
         path = self._current_log()
         if path is not None and path.is_file():
             with path.open("rb") as file:
@@ -202,13 +206,13 @@ class TritonServer:
         return self._last_log
 
     def shm_regions(self) -> list[Path]:
-        """The shared-memory regions of this server's Python models that exist now."""
+        """Return the shared-memory regions of this server's Python models that exist now."""
         return sorted(_SHM.glob(f"{self.shm_prefix}*"))
 
     # Starting.
 
     def start(self) -> None:
-        """Launch, and return when every model is ready."""
+        """Launch the server, and return when every model is ready. After an error nothing of the server is left."""
         self._check_not_started()
         for launch in range(1, _LAUNCHES + 1):
             try:
@@ -220,12 +224,16 @@ class TritonServer:
                 raced = PORT_TAKEN.search(str(error)) and 0 in self._wanted_ports
                 if not raced or launch == _LAUNCHES:
                     raise
-            except BaseException:  # also Ctrl-C while loading: leave nothing behind
+            except BaseException:  # Ctrl-C while it loads must leave nothing behind either
                 self.stop()
                 raise
 
     def launch(self) -> None:
-        """Launch, and return at once: `running` and `ready` tell the rest, `stop` is owed."""
+        """Launch the server and return at once. `running` and `ready` tell how it goes; `stop` must be called later.
+
+        Raises:
+            TritonServerError: it is started already, a port is taken, or the wheel cannot run models in this Python.
+        """
         self._check_not_started()
         if self.installation.wheel is not None:
             _log.info("using %s", self.installation)
@@ -234,9 +242,9 @@ class TritonServer:
         command = [
             str(self.installation.binary),
             f"--model-repository={self._served(self._folder)}",
-            "--model-control-mode=none",  # with model control a client's request could bring a model.py of its own
+            "--model-control-mode=none",  # with model control a client could send a model.py of its own to be run
             *self._restrictions,
-            "--disable-auto-complete-config",  # it would run the model in an interpreter without our packages
+            "--disable-auto-complete-config",  # otherwise Triton runs the model in an interpreter without our packages
             f"--http-address={self.host}",
             f"--grpc-address={self.host}",
             f"--metrics-address={self.host}",
@@ -263,8 +271,8 @@ class TritonServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=self._folder,  # Triton drops what it writes here
-                start_new_session=True,  # a group of its own: the stubs are in it, and Ctrl-C reaches only us
+                cwd=self._folder,  # where Triton leaves the files that it writes
+                start_new_session=True,  # a group of its own, which the stubs are in too; and Ctrl-C reaches only us
             )
 
     def _wait_until_ready(self) -> None:
@@ -285,22 +293,26 @@ class TritonServer:
     # Stopping.
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """SIGTERM, then SIGKILL after the deadline; no process, region or file of it is left. Safe to call again.
+        """Stop the server by SIGTERM, or by SIGKILL after the deadline. Calling it again does no harm.
+
+        No process, shared-memory region or temporary file of the server is left.
 
         Args:
-            hurry: asked while waiting; true ends the wait. What is already known to be dead or hung is not worth one.
+            hurry: asked while waiting; the wait ends when it returns true. A server that is already known to be dead or
+                hung need not be waited for.
         """
         if self._process is not None:
             group = self._process.pid
             if not hurry():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(group, signal.SIGTERM)
-            for _ in until(self._stop_timeout_s + 10):  # Triton counts its own seconds, and unloads after them
+            # Triton counts the same seconds by itself, and unloads its models only after them: hence 10 more.
+            for _ in until(self._stop_timeout_s + 10):
                 if exited(group) is not None or hurry():
                     break
             else:
                 _log.warning("Triton (process %d) did not stop in time: killed", group)
-            # The ended server still holds its id, so the group is ours: this ends stubs that outlived it.
+            # The ended server is not reaped, so its group's id is still ours. This ends stubs that outlived the server.
             os.killpg(group, signal.SIGKILL)
             self._process.wait()
             for _ in until(10.0):
@@ -332,6 +344,6 @@ class TritonServer:
         return self._folder / "triton.log" if self._folder is not None else None
 
     def log_tail(self, lines: int = 20) -> str:
-        """The end of the log without Triton's chatter, for an error message."""
+        """Return the last lines of the log for an error message, without those that Triton's core logs routinely."""
         kept = [line for line in self.log().splitlines() if line.strip() and not _CHATTER.match(line)]
         return "The end of its log:\n  " + "\n  ".join(kept[-lines:] or ["(empty)"])
