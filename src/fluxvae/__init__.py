@@ -1,4 +1,4 @@
-"""Packed FLUX latents in, exactly the image that diffusers' FluxPipeline would have made out."""
+"""Decodes packed FLUX latents to exactly the image that diffusers' FluxPipeline would have made of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# What needs PyTorch is imported when first used: the supervisor and `fluxvae --help` do without its seconds and memory.
+# These need PyTorch, whose import takes seconds and memory, so they are imported when they are first used. The
+# supervisor and `fluxvae --help` never use them.
 _WITH_TORCH = {
     "Decoder": "fluxvae.decoder",
     "SizeFlooredWarning": "fluxvae.packing",

@@ -1,4 +1,7 @@
-"""A short benchmark for one's own machine: decode time and peak memory at a few sizes, next to diffusers on request."""
+"""A short benchmark for one's own machine, which ``fluxvae bench`` runs.
+
+It measures the decode time and the peak memory at a few sizes and, on request, diffusers' own beside them.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,33 @@ __all__ = ["Row", "run"]
 
 @dataclass(frozen=True)
 class Row:
-    """One size."""
+    """What was measured at one size."""
 
     size: int
-    """Pixels each way."""
+    """The height and the width of the image, in pixels."""
     seconds: float
-    """Median of the rounds."""
+    """The median time of a decode over all rounds."""
     slowest: float
+    """The longest time of a decode, in seconds."""
     megapixels_per_second: float
     peak_bytes: int | None
-    """Measured, above what was held before. None: this system does not tell."""
+    """The measured peak of memory above what was held before the decode. None where this system does not tell."""
     planned_bytes: int
+    """The peak that the plan predicted."""
     diffusers_seconds: float | None
     diffusers_peak_bytes: int | None
 
 
 def run(decoder: Decoder, sizes: Sequence[int], *, rounds: int, diffusers: bool) -> Iterator[Row]:
-    """Measure each size in turn; the engines take turns too, after one decode each to warm up.
+    """Measure one size after another, and yield a row for each.
+
+    Each engine decodes once to warm up. Then the engines take turns, so that a slow moment of the machine hits both.
 
     Args:
-        decoder: with the exact engine.
-        sizes: pixels each way, multiples of 8.
-        rounds: timed decodes of each.
-        diffusers: measure diffusers' own decode of the same weights beside it.
+        decoder: a decoder with the exact engine.
+        sizes: the sizes of the square images in pixels, multiples of 8.
+        rounds: how many decodes of each engine are timed at each size.
+        diffusers: also measure diffusers' own decode with the same weights.
     """
     decoder.prepare()
     decoders = [decoder, Decoder(decoder.vae, engine="diffusers")] if diffusers else [decoder]
@@ -78,7 +85,10 @@ def _largest(peaks: list[int | None]) -> int | None:
 
 
 def _measure(decoder: Decoder, call: Callable[[], Any]) -> tuple[float, int | None]:
-    """Seconds of a call and the memory it added at its peak: resident on a CPU, allocated on CUDA."""
+    """Return how long a call took, in seconds, and how many bytes of memory it added at its peak.
+
+    On a CPU this is resident memory, None where the system does not tell; on CUDA it is what PyTorch allocated.
+    """
     cuda = decoder.device.type == "cuda"
     before = 0
     if cuda:
@@ -88,7 +98,7 @@ def _measure(decoder: Decoder, call: Callable[[], Any]) -> tuple[float, int | No
     else:
         resets = Path("/proc/self/clear_refs")
         if resets.exists():
-            resets.write_text("5")  # VmHWM begins again
+            resets.write_text("5")  # resets VmHWM, the peak of resident memory, to what is resident now
             before = _resident("VmRSS")
     start = time.perf_counter()
     call()

@@ -1,7 +1,8 @@
-"""What a file claims to hold, against what a decode may take: judged by its header, before a value is read.
+"""Refuses files of latents that claim far too much, by their headers, before any value is read.
 
-A few bytes can claim anything: zeros pack a thousandfold, and a tensor of stride 0 has any size at no cost. Whoever
-reads latents from outside asks here first, with shapes and sizes only; nothing here opens or allocates anything.
+A small file can claim any size: zeros pack a thousandfold, and a tensor of stride 0 has any size at no cost. Whoever
+reads latents from outside therefore asks here first. Only shapes and sizes are looked at; nothing here opens a file or
+allocates memory.
 """
 
 from __future__ import annotations
@@ -14,26 +15,32 @@ from fluxvae.errors import InvalidLatentsError
 __all__ = ["MAX_PIXELS", "MAX_ROWS", "check_member", "check_packing", "check_pixels", "check_rows", "most_unpacked"]
 
 MAX_PIXELS = 16384 * 16384
-"""Of one image, where the caller names no other: its latents take 256 MiB in float32, its pixels 3 GiB."""
+"""The most pixels of one image, unless the caller says otherwise. Such an image's latents take 256 MiB in float32, and
+its pixels 3 GiB."""
 MAX_ROWS = 1_000_000
-"""Images of one file."""
+"""The most images that one file may hold."""
 _UNSUSPICIOUS = 64 * 2**20
+"""Unpacking to so many bytes is harmless, whatever the file's size."""
 _RATIO = 64
+"""Beyond that, to how many times its stored size a file may unpack."""
 
 
 def check_pixels(
     name: str, shape: tuple[int, ...], channels: int, vae_scale_factor: int, max_pixels: int, advice: str
 ) -> None:
-    """Refuse latents of an image larger than allowed; packed or not, they have as many values.
+    """Refuse the latents of an image that is larger than allowed.
+
+    Packed or not, the latents of an image have the same number of values, so the number of pixels follows from it.
 
     Args:
-        name: of what claims it, for the message.
-        shape: of one image's latents, with or without a batch axis of 1.
-        channels, vae_scale_factor: of the checkpoint.
-        advice: how the caller allows more.
+        name: what the latents come from, such as a file and a tensor in it, for the message.
+        shape: the shape of one image's latents, with or without a batch axis of 1.
+        channels, vae_scale_factor: those of the checkpoint: 16 and 8 for FLUX.1.
+        max_pixels: the most pixels that the image may have.
+        advice: what the user can do to allow more, for the message.
 
     Raises:
-        InvalidLatentsError: more than ``max_pixels``.
+        InvalidLatentsError: the image would have more than ``max_pixels``.
     """
     pixels = math.prod(shape) * vae_scale_factor**2 // channels
     if pixels > max_pixels:
@@ -44,10 +51,10 @@ def check_pixels(
 
 
 def check_rows(name: str, rows: int) -> None:
-    """Refuse a file that claims more images than one may hold.
+    """Refuse a file that claims to hold more images than a file may.
 
     Raises:
-        InvalidLatentsError: more than `MAX_ROWS`.
+        InvalidLatentsError: it claims more than `MAX_ROWS`.
     """
     if rows > MAX_ROWS:
         raise InvalidLatentsError(
@@ -56,19 +63,23 @@ def check_rows(name: str, rows: int) -> None:
 
 
 def most_unpacked(stored: int) -> int:
-    """Bytes that a file, or a part of one, of ``stored`` bytes may unpack to. Latents are noise: they hardly pack."""
+    """Return how many bytes a file, or a part of one, may unpack to if it is stored in ``stored`` bytes.
+
+    Real latents look like noise and hardly pack, so this bound is generous to them.
+    """
     return max(_UNSUSPICIOUS, _RATIO * stored)
 
 
 def check_packing(name: str, claimed: int, stored: int) -> None:
-    """Refuse what claims far more bytes than are stored of it.
+    """Refuse a file, or a part of one, that claims far more bytes than it stores.
 
     Args:
-        claimed: bytes once unpacked, or of all elements of an expanded tensor.
-        stored: bytes in the file.
+        name: what claims this, for the message.
+        claimed: the bytes once unpacked, or of all elements of an expanded tensor.
+        stored: the bytes in the file.
 
     Raises:
-        InvalidLatentsError: more than `most_unpacked`.
+        InvalidLatentsError: it claims more than `most_unpacked` allows.
     """
     if claimed > most_unpacked(stored):
         raise InvalidLatentsError(
@@ -78,5 +89,5 @@ def check_packing(name: str, claimed: int, stored: int) -> None:
 
 
 def check_member(name: str, member: zipfile.ZipInfo) -> None:
-    """`check_packing` of one file in a zip archive, by what the archive's directory says of it."""
+    """Apply `check_packing` to one file in a zip archive, by the sizes that the archive's directory gives."""
     check_packing(f"{name}: {member.filename}", member.file_size, member.compress_size)

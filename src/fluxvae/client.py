@@ -1,9 +1,9 @@
-"""Clients for the Triton model: latents to a server, the images back, as `fluxvae.Decoder` would give them.
+"""Clients for our Triton models: they send latents to a server, and return the images as `fluxvae.Decoder` would.
 
     with fluxvae.client.Client("localhost:8001") as client:
         [image] = client.decode(latents, height=1024, width=1024)
 
-    fluxvae.client.install(pipe, "gpu-box:8001")   # pipe decodes there from now on
+    fluxvae.client.install(pipe, "gpu-box:8001")   # from now on the pipeline decodes on that server
 
 Needs the extra: ``pip install fluxvae[serve]``.
 """
@@ -22,7 +22,7 @@ __all__ = ["AsyncClient", "Client", "Installed", "RemoteVAE", "install"]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs diffusers is imported when it is first used: the clients themselves need not even PyTorch."""
+    """Import what needs diffusers only when it is first used: the clients themselves do not even need PyTorch."""
     if name not in ("Installed", "RemoteVAE", "install"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module("fluxvae.serve.client.remote_vae"), name)

@@ -1,4 +1,7 @@
-"""`Decoder`'s options: what each may be, for which model and engine; one that cannot be honoured is refused by name."""
+"""Checks the options of `Decoder`: which values each may have, and with which model and engine.
+
+An option that cannot be honoured is refused by its name rather than ignored.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,30 @@ from fluxvae.errors import InvalidOptionError
 
 __all__ = ["VAE", "check_engine_options", "is_a", "resolve_device", "resolve_dtype", "resolve_engine"]
 
-if TYPE_CHECKING:  # importing diffusers takes seconds, which a plan does without
+if TYPE_CHECKING:  # importing diffusers takes seconds, and making a plan does not need it
     from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 
 VAE: TypeAlias = "AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny"
-"""What can be decoded with; which one it is decides how latents become raw latents and which engines there are."""
+"""The classes of diffusers that can be decoded with. The class decides how latents become raw latents, and which
+engines there are."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def is_a(vae: object, *kinds: str) -> bool:
-    """Whether it is of a class of diffusers' by that name, or of one below it."""
+    """Return whether ``vae`` is an instance of a class of one of these names, or of a subclass.
+
+    Names are compared instead of classes, because importing the classes would import diffusers.
+    """
     return any(kind.__name__ in kinds for kind in type(vae).__mro__)
 
 
 def resolve_engine(engine: str, vae: VAE) -> str:
-    """The engine that is meant; refuse an unknown one, and one that this model has no use for."""
+    """Return the engine that is meant: for ``"auto"`` the one for this class of VAE, otherwise the named one.
+
+    Raises:
+        InvalidOptionError: the engine is unknown, or does not decode with this class of VAE.
+    """
     if engine not in ("auto", "exact", "diffusers", "preview"):
         raise InvalidOptionError(f"engine: got {engine!r}, expected 'auto', 'exact', 'diffusers' or 'preview'")
     tiny = is_a(vae, "AutoencoderTiny")
@@ -48,7 +59,15 @@ _OPTIONS_OF = {
 
 
 def check_engine_options(engine: str, given: Mapping[str, object]) -> None:
-    """Refuse options of another engine: none is ignored."""
+    """Refuse options that only another engine can honour.
+
+    Args:
+        engine: the engine that will decode.
+        given: the options by name. None, False and ``"auto"`` count as left out.
+
+    Raises:
+        InvalidOptionError: names the first option that is another engine's.
+    """
     for name, value in given.items():
         if value not in (None, False, "auto") and name not in _OPTIONS_OF[engine]:
             other = next(other for other, options in _OPTIONS_OF.items() if name in options)
@@ -58,6 +77,11 @@ def check_engine_options(engine: str, given: Mapping[str, object]) -> None:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device that is meant; ``"auto"`` is the GPU where there is one.
+
+    Raises:
+        InvalidOptionError: the device is no CPU or CUDA device, or this machine does not have it.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -76,6 +100,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, name: str = "dtype") -> torch.dtype:
+    """Return the dtype that is meant; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+
+    Args:
+        name: the option that the dtype comes from, for the message.
+
+    Raises:
+        InvalidOptionError: it is not float32, bfloat16 or float16.
+    """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype

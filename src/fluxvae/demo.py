@@ -1,7 +1,7 @@
-"""The demo: decode real packed latents to a picture, and check what the seed asks of a decoder.
+"""The demo: decodes real packed latents to a picture, and checks that the decoder keeps its promises.
 
-``uv run triton_models/vae_decoder/1/model.py`` runs this; it needs no server. Every check compares with diffusers
-itself, on the same weights.
+``uv run triton_models/vae_decoder/1/model.py`` runs it; no server is needed. The result is checked for its shape and
+its range, against diffusers itself with the same weights, and for being the same alone and in a batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_LATENTS = ASSETS / "latents" / "astronaut_512x512.safetensors"
 
 
 class Check(NamedTuple):
-    """One line of the closing table."""
+    """One line of the table that the demo prints at its end."""
 
     name: str
     passed: bool
@@ -43,7 +43,7 @@ class Check(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; returns the exit status: 0, 1 where a check failed, else the error's own (see `errors`)."""
+    """Run the demo and return the exit status: 0, or 1 where a check failed, or that of an error (see `errors`)."""
     args = _parser().parse_args(argv)
     console = Console(stderr=True)
     try:
@@ -91,15 +91,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_latents(path: Path, height: int | None = None, width: int | None = None) -> tuple[torch.Tensor, int, int]:
-    """Read packed latents and their size.
+    """Read packed latents and the size of their images.
 
     Args:
-        path: safetensors with ``latents`` (B, gh*gw, 64), and perhaps ``height`` and ``width`` in its metadata.
-        height, width: pixels; win over the metadata.
+        path: a safetensors file with a tensor ``latents`` of shape (B, gh*gw, 64). Its metadata may hold ``height`` and
+            ``width``.
+        height, width: the size in pixels; where given, they are used instead of the metadata's.
+
+    Returns:
+        The latents, the height and the width.
 
     Raises:
-        InvalidLatentsError: no such file, no such tensor, or no size; or its header claims an image larger than
-            `claims.MAX_PIXELS`.
+        InvalidLatentsError: the file cannot be read, has no tensor ``latents``, or no size is given; or its header
+            claims an image larger than `claims.MAX_PIXELS`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -127,11 +131,15 @@ def _named(height: int | None, width: int | None) -> list[tuple[str, int | None]
 def run(
     latents: torch.Tensor, height: int, width: int, args: argparse.Namespace, console: Console
 ) -> tuple[list[Check], str]:
-    """Decode, write the picture, and compare with diffusers; returns the checks and a line about the decode.
+    """Decode the latents, write the picture to ``args.output``, and compare the result with diffusers'.
 
-    Memory: what diffusers takes for a batch of two at this size; the decoder's own path takes less.
+    Memory: as much as diffusers takes for a batch of two at this size. The decoder's own path takes less.
+
+    Returns:
+        The checks, and a line about the decode for the caption of the table.
     """
-    # Here, not above: importing FluxPipeline takes seconds, and transformers then complains of what it does not need.
+    # The oracle is imported here rather than at the top, because importing FluxPipeline takes seconds. While it is
+    # imported, transformers complains of what is not needed here, and is therefore silenced first.
     transformers_logging.set_verbosity_error()
     from fluxvae import oracle
 
@@ -140,7 +148,7 @@ def run(
 
         def done(next_step: str) -> None:
             bar.update(step, advance=1, description=next_step)
-            if not console.is_terminal:  # no bar is drawn into a log
+            if not console.is_terminal:  # in a log there is no bar, so each step gets a line
                 console.print(next_step)
 
         decoder = Decoder.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype)
@@ -196,7 +204,7 @@ def run(
 
 
 def _bytes(image: torch.Tensor) -> NDArray[np.uint8]:
-    """Values in [0, 1] as the bytes of a picture."""
+    """Round values in [0, 1] to the bytes of a picture."""
     return (image.float().cpu().numpy() * 255).round().astype(np.uint8)
 
 

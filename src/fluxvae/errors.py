@@ -1,4 +1,4 @@
-"""Every error fluxvae raises on purpose, and what each becomes on the wire.
+"""Every error that fluxvae raises on purpose, with the HTTP status, Triton code and exit status it turns into.
 
     FluxVAEError
     ├── InvalidLatentsError (ValueError)   the latents, or the size given with them
@@ -35,11 +35,11 @@ __all__ = [
 
 
 class FluxVAEError(Exception):
-    """The root: ``except FluxVAEError`` catches all that fluxvae raises on purpose."""
+    """The root of the tree: ``except FluxVAEError`` catches every error that fluxvae raises on purpose."""
 
 
 class InvalidLatentsError(FluxVAEError, ValueError):
-    """The latents, or the height and width given with them, cannot be decoded as asked."""
+    """The latents, or the height and width that were given with them, cannot be decoded as asked."""
 
 
 class InvalidOptionError(FluxVAEError, ValueError):
@@ -75,14 +75,14 @@ class ForkedProcessError(FluxVAEError, RuntimeError):
 
 
 class Status(NamedTuple):
-    """How one class of error leaves the process."""
+    """What one class of error turns into at each of the ways out of the process."""
 
     http: int
-    """HTTP status; the one Triton's HTTP endpoint gives for ``triton``."""
+    """The HTTP status, which is also the one that Triton's HTTP endpoint gives for the code in ``triton``."""
     triton: str
-    """Name of a ``pb_utils.TritonError`` code; gRPC carries the same name."""
+    """The name of a ``pb_utils.TritonError`` code. gRPC uses the same name."""
     exit_code: int
-    """Exit status of the command line."""
+    """The exit status of the command line."""
 
 
 _STATUS: dict[type[Exception], Status] = {
@@ -100,9 +100,9 @@ _STATUS: dict[type[Exception], Status] = {
 
 
 def status_of(error: BaseException) -> Status:
-    """The row of the error table for ``error``: its own class's, or its nearest ancestor's.
+    """Return the row of the error table for ``error``: that of its own class, or of the nearest ancestor that has one.
 
-    An error that is not fluxvae's is an internal one.
+    An error that is not fluxvae's gets the row of internal errors.
     """
     for cls in type(error).__mro__:
         if cls in _STATUS:

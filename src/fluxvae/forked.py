@@ -1,14 +1,17 @@
-"""After ``os.fork()``: PyTorch's threads do not survive it, and the first operation that wants them waits for ever.
+"""Refuses to compute in a forked process in which PyTorch would wait for ever.
 
-OpenMP keeps a team of threads for every thread that has run a parallel operation. The child of a fork has its parent's
-record of that team, and none of its threads. Measured with PyTorch 2.13 and its libgomp: the child hangs if, and only
-if, the thread that forked had run a parallel operation before, and the same thread (the child's main thread) runs one
-with more than one thread. After ``torch.set_num_threads(1)``, and in threads that the child starts, everything works.
+PyTorch's threads do not survive ``os.fork()``, and the first operation that wants them waits for them without end.
+OpenMP keeps a team of threads for every thread that has run a parallel operation. The child of a fork inherits the
+record of that team, but none of its threads. Measured with PyTorch 2.13 and its libgomp: the child hangs if, and only
+if, the thread that forked had run a parallel operation before, and the same thread (which is the child's main thread)
+runs another with more than one thread. After ``torch.set_num_threads(1)``, and in threads that the child starts itself,
+everything works.
 
-OpenMP cannot be asked whether there is such a team, so it is tried out, once in every process that was forked: a child
-of the child runs one small parallel operation, and either ends at once or has to be ended. That says nothing where the
-main thread has a team that it started after the fork, whose threads a child of the child would lack as well; but those
-threads can be seen.
+OpenMP cannot be asked whether the process has inherited such a team, so it is tried out, once in every forked process:
+a child of the child runs one small parallel operation, which either ends at once or has to be killed. There is one case
+in which this shows nothing: a main thread that has started a team of its own after the fork. A child of the child would
+lack the threads of that team too, and hang although this process does not. But the threads of such a team can be seen
+in ``/proc``, so that is looked at first.
 """
 
 from __future__ import annotations
@@ -27,17 +30,17 @@ from fluxvae.errors import ForkedProcessError
 __all__ = ["refuse_to_hang"]
 
 _PATIENCE_S = 4.0
-"""Of an operation that takes less than a millisecond where it works at all."""
+"""How long the trial may take, in seconds. Its operation takes less than a millisecond where it works at all."""
 
 _FORKED_NOT_EXECUTED = 0x40
 """PF_FORKNOEXEC of Linux's ``include/linux/sched.h``, among the flags in ``/proc/self/stat``."""
 
 
 def _born_by_fork() -> bool:
-    """This process was forked, and imports fluxvae only now."""
+    """Return whether this process was forked before it imported fluxvae, so that `_after_fork` was not called."""
     try:
         after_name = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    except OSError:  # no Linux
+    except OSError:  # only Linux has this file
         return False
     return bool(int(after_name.split()[6]) & _FORKED_NOT_EXECUTED)
 
@@ -56,7 +59,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def refuse_to_hang() -> None:
-    """Call it before PyTorch computes anything on the CPU.
+    """Raise an error instead of hanging. To be called before PyTorch computes anything on the CPU.
+
+    In a process that was not forked this costs next to nothing. In one that was, the first call tries out whether
+    PyTorch works (see the module), and later calls remember the result.
 
     Raises:
         ForkedProcessError: this is a forked process in which PyTorch's operations would wait for ever.
@@ -65,7 +71,7 @@ def refuse_to_hang() -> None:
     if not (_untried or _hangs) or torch.get_num_threads() == 1:
         return
     if threading.current_thread() is not threading.main_thread():
-        return  # started after the fork: it has a team of its own
+        return  # this thread was started after the fork, so it has a team of its own
     if _untried:
         _hangs = not (_has_a_team() or _works_in_a_child())
         _untried = False
@@ -79,8 +85,10 @@ def refuse_to_hang() -> None:
 
 
 def _works_in_a_child() -> bool:
+    """Fork a child that runs a parallel operation, and return whether it came to an end."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of what is done here on purpose
+        # Python 3.12 warns of a fork in a process with several threads, which is done here on purpose.
+        warnings.simplefilter("ignore", DeprecationWarning)
         pid = os.fork()
     if pid == 0:
         try:
@@ -95,13 +103,16 @@ def _works_in_a_child() -> bool:
                 os.waitpid(pid, 0)
                 return False
             time.sleep(0.002)
-    except ChildProcessError:  # SIGCHLD is ignored, or somebody else waited for it: it has ended
+    except ChildProcessError:  # the child has ended: SIGCHLD is ignored, or somebody else has waited for it
         pass
     return True
 
 
 def _has_a_team() -> bool:
-    """The main thread has run a parallel operation in this process: all threads of OpenMP can only be its own."""
+    """Return whether the main thread has run a parallel operation in this process, so that it has a team of its own.
+
+    Where Python knows no thread but the main one, any thread of OpenMP can only belong to the main thread's team.
+    """
     if threading.active_count() > 1:
         return False
     deadline = time.monotonic() + 0.2
@@ -109,11 +120,14 @@ def _has_a_team() -> bool:
         waiting, running = _threads_of_openmp()
         if waiting or not running or time.monotonic() > deadline:
             return waiting > 0
-        time.sleep(0.005)  # after an operation they spin for a while before they wait
+        time.sleep(0.005)  # after an operation OpenMP's threads spin for a while before they wait
 
 
 def _threads_of_openmp() -> tuple[int, int]:
-    """How many threads wait inside of libgomp, and how many run and may be anybody's; none where Linux does not say."""
+    """Return how many threads wait inside libgomp, and how many run, of which it cannot be told whose they are.
+
+    Both are 0 where Linux does not show it. The main thread is not counted.
+    """
     waiting = running = 0
     try:
         areas = [

@@ -1,7 +1,7 @@
-"""The VAE's output to what a caller asked for: PIL, NumPy, torch, uint8, or an encoded file.
+"""Turns the VAE's output into what a caller asked for: PIL, NumPy, torch, uint8, or the bytes of an image file.
 
-``pil``, ``np`` and ``pt`` are diffusers' own ``VaeImageProcessor.postprocess``, so that they are its bits; ``uint8``
-holds the bytes of ``pil``.
+``pil``, ``np`` and ``pt`` are made by diffusers' own ``VaeImageProcessor.postprocess``, so that they have its bits;
+``uint8`` holds the same bytes as ``pil``.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ OUTPUT_TYPES: tuple[str, ...] = ("pil", "np", "pt", "uint8")
 
 FORMATS = ("png", "jpeg", "webp")
 _PNG_LEVEL = 4
-"""Of zlib: at 512x512 28 ms and 383 KB, where its own 6 takes 62 ms and saves 1.3 %."""
+"""The level of zlib's compression. At 512x512 it takes 28 ms and makes 383 KB, where zlib's default of 6 takes 62 ms
+and saves 1.3 %."""
 _DEFAULT_QUALITY = {"jpeg": 95, "webp": 95}
 
 _BAND_VALUES = 1 << 20
-"""Values post-processed at a time: a few MB of temporaries, whatever the size of the image."""
+"""How many values are post-processed at a time, so that the temporaries take a few MB whatever the image's size."""
 
 
 @functools.cache
 def _processor() -> Any:
-    from diffusers.image_processor import VaeImageProcessor  # importing diffusers takes seconds, and a plan needs none
+    # Importing diffusers takes seconds, and whoever only makes a plan does not need it.
+    from diffusers.image_processor import VaeImageProcessor
 
-    # FluxPipeline passes twice its vae_scale_factor here; postprocess does not use it, preprocess would.
+    # FluxPipeline passes twice its vae_scale_factor here. Only preprocess uses it, postprocess does not.
     return VaeImageProcessor(vae_scale_factor=16)
 
 
@@ -65,15 +67,16 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
         output_type: see below.
 
     Returns:
-        - ``"pil"``: list of B RGB ``PIL.Image.Image``;
+        - ``"pil"``: a list of B RGB ``PIL.Image.Image``;
         - ``"np"``: (B, H, W, 3) float32 in [0, 1];
         - ``"pt"``: (B, 3, H, W) in [0, 1], in the dtype and on the device of ``image``;
         - ``"uint8"``: (B, H, W, 3) uint8 ``numpy.ndarray``, the bytes of ``"pil"``.
 
     Raises:
-        InvalidOptionError: an unknown output type.
+        InvalidOptionError: the output type is unknown.
 
-    Memory: `postprocess_bytes`. It goes by bands of rows: every step is elementwise, so the bits are the same.
+    Memory: see `postprocess_bytes`. Bands of rows are processed one after another to bound it; every step is
+    elementwise, so the bits are the same as for the image as a whole.
     """
     check_output_type(output_type)
     batch, channels, height, width = image.shape
@@ -99,17 +102,21 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
 
 
 def _as_bytes(image: torch.Tensor) -> torch.Tensor:
-    """(C, H, W) as uint8, where it is: the roundings of VaeImageProcessor, one by one, but 3 bytes leave a GPU, not 12.
+    """Round a (C, H, W) image to uint8 on its own device, exactly as VaeImageProcessor does on the CPU.
 
-    It halves and clamps in the image's dtype, multiplies by 255 in float32 and rounds half to even (``numpy.round``).
+    So only 3 bytes of a pixel leave a GPU instead of 12. VaeImageProcessor halves and clamps in the image's dtype,
+    multiplies by 255 in float32 and rounds half to even (``numpy.round``); the same is done here, step by step.
     """
     return ((image * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
 def postprocess_bytes(output_type: OutputType, batch: int, height: int, width: int, itemsize: int) -> int:
-    """What `postprocess` adds to memory at its peak, its result included; ``itemsize`` is that of the VAE's dtype.
+    """Return how many bytes `postprocess` adds to memory at its peak, its result included.
 
-    On CUDA this is host memory, but for ``"pt"`` and the temporaries of bytes.
+    With a GPU this is host memory, except for ``"pt"`` and for the temporaries of uint8 and PIL images.
+
+    Args:
+        itemsize: the bytes of one value of the VAE's dtype.
     """
     pixels = height * width
     band = min(_BAND_VALUES, 3 * pixels) * 20  # the float32 temporaries of one band
@@ -119,7 +126,7 @@ def postprocess_bytes(output_type: OutputType, batch: int, height: int, width: i
 
 
 def _bands(image: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Every image of the batch in bands of rows."""
+    """Yield every image of the batch, cut into bands of rows, as the image's index and a slice of rows."""
     batch, channels, height, width = image.shape
     step = max(1, _BAND_VALUES // (channels * width))
     for one in range(batch):
@@ -128,7 +135,7 @@ def _bands(image: torch.Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def check_format(format: object, quality: object = None) -> None:
-    """Raise `InvalidOptionError` unless `encode` would take this format and quality."""
+    """Raise `InvalidOptionError` unless `encode` takes this format and this quality."""
     if format not in FORMATS:
         raise InvalidOptionError(f"format: got {format!r}, expected one of {', '.join(FORMATS)}")
     if quality is None:
@@ -145,19 +152,20 @@ def encode(
     quality: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Encode one picture.
+    """Encode one picture as an image file.
 
     Args:
-        pixels: (H, W, 3) uint8, RGB.
+        pixels: the picture, (H, W, 3) uint8 in RGB.
         format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
-        quality: 1 to 100, for jpeg and webp; 95 where it is left out.
-        metadata: kept in the file: PNG text chunks; in JPEG and WebP one JSON object, EXIF's ImageDescription.
+        quality: from 1 to 100, for jpeg and webp only; 95 where it is left out.
+        metadata: texts to keep in the file by their names. In a PNG each becomes a text chunk; in JPEG and WebP they
+            become one JSON object, which is EXIF's ImageDescription.
 
     Returns:
         The bytes of the file.
 
     Raises:
-        InvalidOptionError: an unknown format, a quality out of range, or a quality for png.
+        InvalidOptionError: the format is unknown, the quality is out of range, or a quality is given for png.
     """
     check_format(format, quality)
     options: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""`install`: exact decoding inside any diffusers pipeline that holds an ``AutoencoderKL``."""
+"""`install` makes any diffusers pipeline that holds an ``AutoencoderKL`` decode exactly and in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
 
-if TYPE_CHECKING:  # and inside the functions: `import fluxvae` does without PyTorch and diffusers
+if TYPE_CHECKING:  # elsewhere they are imported inside the functions, so that `import fluxvae` does not import them
     import torch
     from diffusers import AutoencoderKL
 
@@ -18,25 +18,25 @@ __all__ = ["Installed", "install"]
 
 
 class Installed:
-    """What `install` put into a VAE; `remove` takes it out again. Also a context manager."""
+    """The handle of an `install`: `remove` undoes it, and so does leaving a ``with`` block of the handle."""
 
     def __init__(self, vae: AutoencoderKL, engine: ExactEngine) -> None:
         import torch
 
         self.vae = vae
         self.engine = engine
-        # Code that is compiled around a decode calls ours as it is: tracing it would take minutes or fail. Here, not
-        # by a decorator, because importing this module does without PyTorch.
+        # torch.compile must not trace our decode when code around it is compiled: tracing would take minutes or fail.
+        # This is not done by a decorator, because a decorator would import PyTorch together with this module.
         if not hasattr(Installed._exact_decode, "_torchdynamo_orig_callable"):
             Installed._exact_decode = torch.compiler.disable(Installed._exact_decode)  # type: ignore[method-assign, no-untyped-call]
         self._decode = self._exact_decode
         vae._decode = self._decode
 
     def remove(self) -> None:
-        """Undo `install`; a second call does nothing.
+        """Undo `install`. A second call does nothing.
 
         Raises:
-            InvalidOptionError: something else replaced ``vae._decode`` since; undo that first.
+            InvalidOptionError: something else has replaced ``vae._decode`` since; that must be undone first.
         """
         mine = self.vae.__dict__.get("_decode")
         if mine is None:
@@ -54,7 +54,10 @@ class Installed:
         self.remove()
 
     def _exact_decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
-        """In place of ``AutoencoderKL._decode``, below ``decode``'s own hooks, slicing and return types."""
+        """Replace ``AutoencoderKL._decode``: decode raw latents (B, C, lh, lw) to (B, 3, H, W) with the exact engine.
+
+        ``vae.decode`` calls this method, and its own hooks, slicing and return types stay as they are.
+        """
         import torch
         from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -74,7 +77,8 @@ class Installed:
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _trainable(self) -> list[torch.nn.Parameter]:
-        # A model fresh from from_pretrained has requires_grad everywhere; only training mode means it.
+        # Every parameter of a model fresh from from_pretrained has requires_grad, so only the training mode shows that
+        # gradients are really wanted.
         return list(self.vae.decoder.parameters()) if self.vae.training else []
 
 
@@ -85,23 +89,24 @@ def install(
     spill_dir: str | Path | None = None,
     kernels: str = "auto",
 ) -> Installed:
-    """Make ``vae.decode`` exact and bounded in memory, in place, for whatever pipeline holds it.
+    """Make ``vae.decode`` exact and bounded in memory, in place, for whatever pipeline holds the VAE.
 
-    Only ``vae._decode`` is replaced: offload hooks on ``decode`` run as before, ``return_dict`` and slicing work as
-    before (slicing saves nothing here: images are decoded one by one anyway), ``vae.encode`` is not touched.
+    Only ``vae._decode`` is replaced. Offload hooks on ``decode`` run as before, ``return_dict`` and slicing work as
+    before (slicing saves nothing, because images are decoded one by one anyway), and ``vae.encode`` is not touched.
 
     Args:
-        vae: ``pipe.vae``.
-        memory_limit: bytes a decode may add above the loaded weights, or ``"4GiB"``; None: what is free.
-        spill_dir: where feature maps go that memory has no room for.
+        vae: the pipeline's VAE, ``pipe.vae``.
+        memory_limit: the bytes that a decode may add above the loaded weights, as a number or as a text such as
+            ``"4GiB"``. None allows what is free.
+        spill_dir: the folder for feature maps that memory has no room for.
         kernels: as for `fluxvae.Decoder`.
 
     Returns:
         A handle whose ``remove()`` undoes it.
 
     Raises:
-        InvalidOptionError: an option that is unknown, a VAE this engine cannot read, one with tiling switched on (also
-            when it is switched on later, at the next decode), or one that has been installed into already.
+        InvalidOptionError: an option is unknown, the engine cannot read this VAE, tiling is switched on, or this VAE
+            has been installed into already. If tiling is switched on later, the next decode raises this error.
     """
     from fluxvae.engine.exact import ExactEngine
     from fluxvae.engine.module_state import unwrapped

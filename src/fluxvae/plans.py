@@ -1,9 +1,9 @@
-"""What a decode with a checkpoint would need, without reading its weights: `plan_decode`, which ``fluxvae plan`` shows.
+"""Plans a decode without reading the checkpoint's weights: `plan_decode`, whose result ``fluxvae plan`` shows.
 
 On a CPU a plan follows from the checkpoint's headers, the size and the machine, and is made without importing PyTorch
-or diffusers, which takes seconds. Anything else is planned by the decoder itself, with zeros for weights: a GPU, whose
-libraries are asked what they take; previews; half precision with PyTorch's kernels, where oneDNN is asked what it
-computes in.
+or diffusers, which takes seconds. Everything else is planned by a decoder that has zeros for weights. That is so on a
+GPU, whose libraries are asked how much memory they take; for previews; and for half precision with PyTorch's kernels,
+where oneDNN is asked which dtype it computes in.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ __all__ = ["Planned", "plan_decode"]
 
 _ITEMSIZES = {"auto": 4, "float32": 4, "bfloat16": 2, "float16": 2}
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
-"""Of NVIDIA's driver, of Windows' for WSL, of AMD's, whose GPUs PyTorch calls cuda too."""
+"""The device files by which a GPU is found without PyTorch: those of NVIDIA's driver, of Windows' driver for WSL, and
+of AMD's driver, whose GPUs PyTorch calls cuda too."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and what it is a plan of."""
+    """A plan, and the decode that it is for."""
 
     plan: Plan
     smallest_limit: int
-    """Bytes: the smallest ``memory_limit`` that decodes this size."""
+    """The smallest ``memory_limit``, in bytes, with which this size can be decoded."""
     device: str
     dtype: str
     approximate: bool
+    """Whether the checkpoint is a preview, whose images are approximate."""
     assumed: str
-    """What was assumed of the checkpoint; empty: nothing was."""
+    """A sentence on what was assumed about the checkpoint; empty where nothing was assumed."""
 
 
 def plan_decode(
@@ -53,15 +55,17 @@ def plan_decode(
     memory_limit: str | int | None = None,
     **options: Any,
 ) -> Planned:
-    """What decoding ``batch`` images of this size by this checkpoint would take now.
+    """Plan how ``batch`` images of this size would be decoded with this checkpoint on this machine now.
 
     Args:
-        source, options: as for `open_checkpoint`: family and variant.
-        height, width: pixels, multiples of what one latent stands for.
+        source: the checkpoint, as for `open_checkpoint`.
+        height, width: the size of the images in pixels, multiples of what one latent stands for.
+        batch: how many images are decoded together.
         device, dtype, kernels, memory_limit: as for `Decoder.from_pretrained`.
+        options: further options of `open_checkpoint`, such as family and variant.
 
     Raises:
-        CheckpointError, InvalidLatentsError, InvalidOptionError, MemoryLimitError: as the decode would.
+        CheckpointError, InvalidLatentsError, InvalidOptionError, MemoryLimitError: where the decode would raise them.
     """
     checkpoint = open_checkpoint(source, **options)
     checkpoint.warn()
@@ -79,14 +83,19 @@ def plan_decode(
 
 
 def _on_cpu(device: str) -> bool:
-    """Whether PyTorch would decode on the CPU, as far as that can be told without it."""
+    """Return whether PyTorch would decode on the CPU, as far as that can be told without importing it."""
     if device == "auto" and sys.platform == "linux":
         return not any(map(os.path.exists, _GPU_FILES))
     return device == "cpu"
 
 
 def _costs(kernels: str, dtype: str) -> Costs | None:
-    """Of the kernels that would serve on a CPU; None where that is not for us to say."""
+    """Return the costs of the kernels that would be used on a CPU.
+
+    Returns:
+        None where a decoder must be asked: for kernels that are unknown or do not run here, which it refuses, and for
+        PyTorch's kernels with half precision, where oneDNN decides which dtype it computes in.
+    """
     from fluxvae.engine.kernels import instead_of, no_winograd
     from fluxvae.engine.kernels.direct_costs import DirectCosts
     from fluxvae.engine.kernels.winograd_costs import WinogradCosts

@@ -1,7 +1,8 @@
-"""Every tolerance of the project, with the value it was measured at beside it: tests, demo and benchmarks read these.
+"""Every tolerance of the project, each beside the measured value that it was set by.
 
-A bound is set once from a measurement and then kept; a looser one needs a reason in its commit. Where a contract
-says *identical*, there is no tolerance and nothing stands here.
+The tests, the demo and the benchmarks read their bounds here. A bound is set once, from a measurement, and then kept; a
+commit that loosens one must give a reason. Where a contract says *identical*, there is no tolerance, and so nothing
+stands here.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ __all__ = [
 
 
 class Tolerance(NamedTuple):
-    """One bound and where it comes from."""
+    """One bound, what it bounds, and the measurement that it comes from."""
 
     bound: float
     measured: float
-    """The worst value seen when the bound was set."""
+    """The worst value that was seen when the bound was set; NaN where nothing was measured yet."""
     what: str
+    """What is bounded, in words, with its unit."""
 
 
 EXACT_VS_REFERENCE_LEVELS = {
@@ -69,7 +71,7 @@ WINOGRAD_ATTENTION = Tolerance(4e-6, 1e-6, "largest error of attention, relative
 WINOGRAD_STATISTICS = Tolerance(1e-5, 1.3e-6, "error of a block's mean, and relative error of its squared deviations")
 WINOGRAD_SILU = Tolerance(4, 2.61, "error of SiLU in units of 2**-24 of its value")
 WINOGRAD_CHANGED = Tolerance(1e-3, 4.1e-4, "share of uint8 values that Winograd kernels change from a float64 decode")
-WINOGRAD_LEVELS = Tolerance(1, 1, "by how many levels")
+WINOGRAD_LEVELS = Tolerance(1, 1, "largest difference in uint8 levels between Winograd kernels and a float64 decode")
 
 CUDA_PASS = Tolerance(4, 1.8, "error of a pass between convolutions in the interpreter, in units of the last place")
 CUDA_STATISTICS = Tolerance(
