@@ -1,18 +1,21 @@
-"""Bulk decoding: two Ray workers against one, what the decoder waits, and the job against a plain loop of diffusers.
+"""Measures bulk decoding: Ray workers, how long the decoder waits for files, and a plain loop of diffusers beside it.
 
-    uv run benchmarks/batch.py                    # all; about five minutes on two cores
+    uv run benchmarks/batch.py                    # all parts; about five minutes on two cores
     uv run benchmarks/batch.py --only overlap loop
 
-The demo checkpoint, photographs' latents at 512x512 (a little noise makes each another), PNG on a local disk.
+It decodes latents of photographs at 512x512 with the demo checkpoint (a little noise makes each image different), and
+writes PNGs to a local disk. It has three parts:
 
-- ray: the same job by one worker of one thread and by two. Images a second between the moments when a quarter and nine
-  tenths of the files are there (their times): workers start some seconds apart, and stop apart; the whole is told too.
-- overlap: how long the decoder waits for reading and writing in `fluxvae.batch.decode_files`, and in the same steps one
-  after another.
-- loop: `decode_files` against load, decode, save by diffusers and Pillow, image by image.
+- ray: the same job by one Ray worker of one thread, and by two. Workers start and stop some seconds apart, so images
+  per second are counted between the moments when a quarter and nine tenths of the files are there, by the files' times.
+  The time of the whole job is given too.
+- overlap: how much of its time the decoder waits for reading and writing in `fluxvae.batch.decode_files`, and in the
+  same steps done one after another.
+- loop: `decode_files` against loading, decoding and saving with diffusers and Pillow, image by image.
 
-Checks: Ray's files and those of the steps one after another are the job's, byte for byte; diffusers' pictures are
-within the exact engine's tolerance. Exits 1 where a check fails or a bar is missed. The last line is JSON.
+It checks that the files by Ray and by the steps one after another are those of `decode_files`, byte for byte, and that
+diffusers' pictures are within the exact engine's tolerance. Exits 1 where a check fails or a bar is missed. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ PARTS = ("ray", "overlap", "loop")
 
 
 def make_latents(folder: Path, count: int) -> None:
-    """``0000.safetensors``, ... of 512x512."""
+    """Write ``count`` files of latents of 512x512 pixels: ``0000.safetensors`` and so on."""
     folder.mkdir()
     photographs = [
         read_latents(ASSETS / "latents" / f"{name}_512x512.safetensors")[0] for name in ("astronaut", "chelsea")
@@ -75,18 +78,18 @@ def job_of(folder: Path, out: Path, count: int) -> Job:
 
 
 def warm_decoder() -> Decoder:
-    """With everything compiled and allocated that is so once."""
+    """Make a decoder that has compiled and allocated everything that is compiled or allocated only once."""
     decoder = Decoder.from_pretrained("demo", device="cpu")
     decoder.prepare()
     decoder.decode_raw(torch.zeros(1, 16, SIDE // 8, SIDE // 8))
     return decoder
 
 
-# -- what is timed, each in a process of its own ---------------------------------------------------------------------
+# -- the jobs that are timed, each in a process of its own ----------------------------------------------------------
 
 
 def on_ray(folder: Path, out: Path, workers: int) -> dict[str, Any]:
-    """The job by so many workers of one thread."""
+    """Run the job on Ray, with this many workers of one thread each."""
     start = time.perf_counter()
     report = decode_files_on_ray(job_of(folder, out, RAY_IMAGES), workers=workers, threads=1)
     whole = time.perf_counter() - start
@@ -97,13 +100,13 @@ def on_ray(folder: Path, out: Path, workers: int) -> dict[str, Any]:
 
 
 def overlapped(folder: Path, out: Path) -> dict[str, Any]:
-    """The job in this process."""
+    """Run the job in this process, as `decode_files` does: reading and writing overlap with decoding."""
     report = decode_files(job_of(folder, out, IMAGES), decoder=warm_decoder())
     return {"decoded": report.decoded, "seconds": report.seconds, "wait_share": report.idle_share}
 
 
 def one_after_another(folder: Path, out: Path) -> dict[str, Any]:
-    """Its steps, each waiting for the one before."""
+    """Run the steps of the job one after another, each waiting for the one before."""
     decoder, job = warm_decoder(), job_of(folder, out, IMAGES)
     record = record_of(job, checkpoint_sha256(job), decoder)
     store, library = open_store(job.out, "serial"), Library(job.expected(decoder.format))
@@ -124,7 +127,7 @@ def one_after_another(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def diffusers_loop(folder: Path, out: Path) -> dict[str, Any]:
-    """What one would write by hand: load, decode, save."""
+    """Run the loop that one would write by hand with diffusers: load, decode, save."""
     vae = load_vae("demo")
     out.mkdir()
     vae.decode(torch.zeros(1, 16, SIDE // 8, SIDE // 8))
@@ -160,13 +163,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def same_files(folder: Path, other: Path, count: int) -> bool:
-    """Images of both, ``count`` of each, are the same bytes wherever both have them."""
+    """Return whether ``folder`` holds ``count`` images, and ``other`` holds the same bytes under the same names."""
     one, two = digests(folder), digests(other)
     return len(one) == count and all(two.get(name) == digest for name, digest in one.items())
 
 
 def close_pictures(folder: Path, other: Path) -> tuple[bool, str]:
-    """Pixels within the tolerance of the exact engine against diffusers."""
+    """Return whether the pictures of both folders agree within the exact engine's tolerance, and how they differ."""
     pixels = [
         np.stack([np.asarray(Image.open(path)) for path in sorted(where.glob("*.png"))]) for where in (folder, other)
     ]
@@ -175,7 +178,7 @@ def close_pictures(folder: Path, other: Path) -> tuple[bool, str]:
 
 
 def measure_all(only: list[str], work: Path) -> list[dict[str, Any]]:
-    """Rows of the table; ``passed`` in each."""
+    """Run the parts and return the rows of the table. ``passed`` in each row says whether its checks held."""
     rows = []
     if "ray" in only:
         one, two = run_child("ray1", work), run_child("ray2", work)

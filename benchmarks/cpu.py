@@ -1,4 +1,4 @@
-"""A full FLUX decoder on a CPU: this engine and every other one, in turn, on the same latents.
+"""Compares a full FLUX decoder on a CPU in this engine and in every other one, on the same latents.
 
     uv run --group bench benchmarks/cpu.py                                  # all engines, 512 and 1024
     uv run --group bench benchmarks/cpu.py --sizes 512 --only fluxvae diffusers-f32 openvino-f32
@@ -6,11 +6,12 @@
     uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1 and 2 threads
     uv run --group bench benchmarks/cpu.py --profile      # ours: each kernel's share
 
-Every engine runs in a process of its own, so that its peak memory and its threads are its own; building, converting
-and compiling a model is timed apart. The first decode gives the peak above the loaded model, the median of
-``--repeats`` the time. CPU seconds, of all threads, tell more than wall time where other processes are running; with
-one thread none of them is spent waiting. Errors are against a float64 decode by diffusers (kept in ``--work``: it takes
-minutes): the largest, the share of bytes that change, by how many levels. The last line is JSON.
+Every engine runs in a process of its own, so that its peak memory and its threads are its own. Building, converting and
+compiling a model is timed separately. The first decode gives the peak of memory above the loaded model, and the median
+of ``--repeats`` decodes gives the time. CPU seconds, summed over all threads, tell more than wall time where other
+processes are running; with one thread none of them is spent waiting. Errors are measured against a float64 decode by
+diffusers, which takes minutes and is kept in ``--work``: the largest error, the share of bytes that change, and by how
+many levels at most. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latent
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 Build = Callable[[str, torch.Tensor], Decode]
-"""From the model's name and latents of the size to come."""
+"""Builds an engine from the model's name and raw latents of the size that it will decode."""
 TIMEOUT = 3600
+"""How long one engine may take at one size, in seconds."""
 
 
 class _Decoder(torch.nn.Module):
-    """What is exported: raw latents in, pixels out."""
+    """The module that is exported and compiled for other engines: raw latents in, pixels out."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class _Decoder(torch.nn.Module):
 def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Build:
     def build(model: str, raw: torch.Tensor) -> Decode:
         engine = ExactEngine(full_vae(model, dtype), kernels=kernels)
-        engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads them
+        engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads compiled ones
         return lambda raw: engine.decode(raw.to(dtype))
 
     return build
@@ -115,14 +117,15 @@ ENGINES: dict[str, tuple[str, Build]] = {
     "openvino-bf16": ("OpenVINO bf16", _openvino("bf16")),
 }
 LARGEST_REFERENCE = 768
-"""Pixels each way: above, diffusers' float64 decode takes more than 24 GB, and the exact engine's stands in. In float64
-the two are the same function to 4e-14 (`fluxvae.tolerances.ENGINE_FLOAT64_ERROR`)."""
+"""The largest size, in pixels each way, at which diffusers makes the float64 reference. Above it that takes more than
+24 GB, and the exact engine makes the reference instead. In float64 the two are the same function to 4e-14
+(`fluxvae.tolerances.ENGINE_FLOAT64_ERROR`)."""
 FLOAT32 = ("diffusers-f32", "openvino-f32")
-"""Against the faster of these the ratio is taken."""
+"""The float32 engines that others are compared with: "times faster" is against the faster of these."""
 
 
 def reference(model: str, size: int, work: Path) -> torch.Tensor:
-    """The float64 decode by diffusers, computed once."""
+    """Return the float64 decode, from the file of an earlier run if there is one."""
     path = work / f"reference-{model}-{size}.npy"
     if not path.exists():
         print(f"float64 reference of {model} at {size} ...", file=sys.stderr, flush=True)
@@ -137,12 +140,12 @@ def reference(model: str, size: int, work: Path) -> torch.Tensor:
 
 
 def to_uint8(image: torch.Tensor) -> Any:
-    """As VaeImageProcessor rounds."""
+    """Round an image to bytes as VaeImageProcessor does."""
     return ((image.double() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def run_one(name: str, model: str, size: int, threads: int, repeats: int, work: Path, compare: bool) -> dict[str, Any]:
-    """One engine, one size: the row of the table."""
+    """Measure one engine at one size in this process, and return its row of the table."""
     torch.set_num_threads(threads)
     raw = raw_latents(model, size)
     with torch.inference_mode():
@@ -174,7 +177,7 @@ def run_one(name: str, model: str, size: int, threads: int, repeats: int, work: 
 
 
 def profile(model: str, size: int, threads: int) -> dict[str, Any]:
-    """The time in each kind of call, of one decode by the Winograd kernels."""
+    """Return how much time of one decode with the Winograd kernels goes into each kind of call."""
     torch.set_num_threads(threads)
     spent: collections.Counter[str] = collections.Counter()
     make = exact.make_kernels
@@ -211,7 +214,7 @@ def _timed(call: Callable[..., Any], method: str, spent: collections.Counter[str
 
 
 def child(*options: object) -> dict[str, Any]:
-    """Run this file in a process of its own; its last line."""
+    """Run this file in a process of its own, and return its last line, which is JSON; or that it failed."""
     command = [sys.executable, __file__, "--child", *map(str, options)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
     if done.returncode:
@@ -253,7 +256,7 @@ def scaling_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars: seconds per engine, one panel per size."""
+    """Draw bars of seconds per engine, one panel per size."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,18 +1,18 @@
-"""The full FLUX decoder on an NVIDIA GPU: the card's floor, diffusers in every form, this engine; one run, ten minutes.
+"""Measures the full FLUX decoder on an NVIDIA GPU: this engine, diffusers in every form, and what the card could do.
 
     python benchmarks/gpu.py                     # everything, 9 minutes; rows that there is no time for are named
     python benchmarks/gpu.py --minutes 3         # the most important rows
-    python benchmarks/gpu.py --dry-run           # tiny, on the CPU, seconds: that the script still runs
+    python benchmarks/gpu.py --dry-run           # shows that the script still runs: tiny, on the CPU, in seconds
 
-On a borrowed machine it needs PyTorch with CUDA, diffusers and what that needs, and this repository: with
-`PYTHONPATH=src`, or its wheel (`uv build --wheel`). Wheels for a machine without a network: `pip download --no-deps
-diffusers ...` here, `pip install --no-index --no-deps *.whl` there. Numba is not needed on a GPU.
+The machine needs PyTorch with CUDA, diffusers and what that needs, and this repository, either with `PYTHONPATH=src` or
+as a wheel (`uv build --wheel`). For a machine without a network, get the wheels elsewhere with `pip download --no-deps
+diffusers ...`, and install them there with `pip install --no-index --no-deps *.whl`. Numba is not needed on a GPU.
 
 Every row is written to `$OUT/gpu.json` (`--out` names another file) as soon as it is measured, the most important ones
-first, so a run that is cut off has lost little. Times are medians by CUDA events, with the least and the most. Peaks
-are of allocated memory above what was allocated before, after a decode to warm up. Errors are rms against a float64
-decode by diffusers of the same weights and latents, on this card. PyTorch's convolutions in float32 use TF32 unless
-told otherwise: diffusers is measured both ways. The last line is JSON. Exits 1 where an image depended on the
+first, so that a run that is cut off loses little. Times are medians by CUDA events, with the least and the most. Peaks
+are of allocated memory above what was allocated before, after a decode to warm up. Errors are rms errors against a
+float64 decode by diffusers of the same weights and latents, on this card. PyTorch's convolutions in float32 use TF32
+unless told otherwise, so diffusers is measured both ways. The last line is JSON. Exits 1 where an image depended on the
 limit or the batch, a peak was above its limit, or an error was larger than diffusers' at the same dtype.
 """
 
@@ -28,7 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:  # before anything imports the language
+if "--dry-run" in sys.argv:  # the interpreter must be asked for before anything imports the Triton language
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
@@ -42,11 +42,11 @@ from measure import flux_vae, machine
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 COMPILE_SECONDS = 150
-"""`max-autotune` of this decoder takes minutes: no such row is begun with less time left."""
+"""The seconds that must be left to begin the row with torch.compile, whose `max-autotune` takes minutes here."""
 
 
 class Run:
-    """One run: its rows, its time, what is wrong so far."""
+    """One run of the benchmark: its rows, how much time it has, and what went wrong so far."""
 
     def __init__(self, seconds: float, out: Path, dry: bool) -> None:
         self.end, self.out, self.dry = time.monotonic() + seconds, out, dry
@@ -58,7 +58,7 @@ class Run:
         self.vaes: dict[str, AutoencoderKL] = {}
 
     def add(self, section: str, row: Row) -> None:
-        """Print a row, keep it, write everything."""
+        """Print a row, keep it, and write all rows so far to the file."""
         row = {"section": section} | row
         self.rows.append(row)
         shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
@@ -66,32 +66,32 @@ class Run:
         self.out.write_text(self.json())
 
     def json(self) -> str:
-        """Everything so far."""
+        """Return everything so far as JSON."""
         report = {"benchmark": "gpu", "machine": machine(), "dry_run": self.dry, "rows": self.rows}
         return json.dumps(report | {"skipped": self.skipped, "wrong": self.wrong})
 
     def has_time(self, what: str, seconds: float) -> bool:
-        """There are so many seconds left; else ``what`` is noted as skipped."""
+        """Return whether so many seconds are left. If not, note ``what`` as skipped."""
         if time.monotonic() + (0 if self.dry else seconds) < self.end:
             return True
         self.skipped.append(what)
         return False
 
     def vae(self, dtype: str, layout: torch.memory_format = torch.channels_last) -> AutoencoderKL:
-        """The decoder with the same weights in every dtype and layout; the last one asked for is kept."""
+        """Return the decoder in this dtype and layout, with the same weights in all. The last dtype's is kept."""
         if dtype not in self.vaes:
             self.vaes.clear()
             self.vaes[dtype] = tiny_vae(dtype) if self.dry else flux_vae(getattr(torch, dtype), "cuda")
         return self.vaes[dtype].to(memory_format=layout)
 
     def raw(self, size: int, batch: int, dtype: str) -> torch.Tensor:
-        """(batch, channels, size / 8, size / 8), the same image every time."""
+        """Return raw latents (batch, channels, size / 8, size / 8), which hold the same image throughout the batch."""
         generator, channels = torch.Generator().manual_seed(0), self.vae(dtype).config["latent_channels"]
         one = torch.randn(1, channels, size // 8, size // 8, generator=generator)
         return one.expand(batch, -1, -1, -1).to(self.device, getattr(torch, dtype)).contiguous()
 
     def true(self, size: int, dtype: str) -> torch.Tensor | None:
-        """diffusers in float64, on this card; None where that takes too much memory."""
+        """Return diffusers' float64 decode, made on this card; None for sizes at which it takes too much memory."""
         if size > 1024:
             return None
         if (size, dtype) not in self.truth:
@@ -101,7 +101,7 @@ class Run:
 
 
 def tiny_vae(dtype: str) -> AutoencoderKL:
-    """For the dry run."""
+    """Make a tiny network for the dry run."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     vae = AutoencoderKL(
@@ -113,7 +113,7 @@ def tiny_vae(dtype: str) -> AutoencoderKL:
 
 
 def peak_of(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, int]:
-    """What ``call`` returns and the bytes it had allocated at its peak; 0 on a CPU."""
+    """Return what ``call`` returns, and the bytes that it had allocated at its peak (0 on a CPU)."""
     if device.type != "cuda":
         return call(), 0
     torch.cuda.synchronize()
@@ -125,7 +125,7 @@ def peak_of(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[tor
 
 
 def diffusers_decode(vae: AutoencoderKL, tiled: bool = False, compiled: bool = False) -> Decode:
-    """diffusers' own decode of one batch."""
+    """Return a function that decodes a batch with diffusers, in tiles or compiled where that is asked for."""
     decode = torch.compile(vae.decoder, mode="max-autotune") if compiled else None
 
     def run(raw: torch.Tensor) -> torch.Tensor:
@@ -134,13 +134,13 @@ def diffusers_decode(vae: AutoencoderKL, tiled: bool = False, compiled: bool = F
             image: torch.Tensor = vae.decode(raw, return_dict=False)[0] if decode is None else decode(raw)
         finally:
             vae.use_tiling = False
-        return image.clone() if compiled else image  # a graph's output is overwritten by its next replay
+        return image.clone() if compiled else image  # the next replay of a CUDA graph overwrites its output
 
     return run
 
 
 def measure(run: Run, name: str, decode: Decode, size: int, batch: int, dtype: str, **more: Any) -> Row | None:
-    """A row of the table; also where it failed."""
+    """Measure one decode and add its row, also where it fails. Return the row with its image; None where it failed."""
     row: Row = {"engine": name, "size": size, "batch": batch, "dtype": dtype} | more
     raw = run.raw(size, batch, dtype)
     try:
@@ -159,7 +159,12 @@ def measure(run: Run, name: str, decode: Decode, size: int, batch: int, dtype: s
 
 
 def decodes(run: Run, size: int, batch: int, dtype: str, limits: list[int | None]) -> None:
-    """Every engine on one size; the limits of ours in bytes, None: none, 0: the smallest, -1: a third of diffusers'."""
+    """Measure every engine at one size, and check our images and peaks.
+
+    Args:
+        limits: our memory limits in bytes. None stands for no limit, 0 for the smallest that works, and -1 for a third
+            of diffusers' peak.
+    """
     estimate = 3 + batch * size * size / 1e6 * (0.7 if dtype == "bfloat16" else 2)
     what = f"{size}x{size}, batch {batch}, {dtype}"
     if not run.has_time(f"all of {what}", estimate):
@@ -216,7 +221,7 @@ def decodes(run: Run, size: int, batch: int, dtype: str, limits: list[int | None
 
 
 def floor(run: Run, rates: Row, size: int, dtype: str) -> None:
-    """What the card would need for the decode's products and its traffic, at the rates measured above."""
+    """Add how long the card needs at least for a decode's products and its memory traffic, at the measured rates."""
     engine = ExactEngine(run.vae(dtype), kernels="torch" if run.dry else "cuda")
     macs = engine.plan(size // 8, size // 8).macs
     moved = traffic(engine.network, size // 8, size // 8, getattr(torch, dtype).itemsize)
@@ -226,7 +231,10 @@ def floor(run: Run, rates: Row, size: int, dtype: str) -> None:
 
 
 def blocks(run: Run, size: int, dtype: str) -> None:
-    """Our time by the values of a block: where launches cost more than they start, and where the cache is left."""
+    """Measure our time by the size of a block.
+
+    With small blocks launching a kernel costs more than running it, and large blocks no longer fit the cache.
+    """
     for shift in (8,) if run.dry else (22, 23, 24, 25, 26, 27):
         if run.has_time(f"blocks of 2**{shift}", 5):
             engine = ExactEngine(run.vae(dtype), kernels="torch" if run.dry else "cuda", block_values=1 << shift)
@@ -234,7 +242,7 @@ def blocks(run: Run, size: int, dtype: str) -> None:
 
 
 def graph(run: Run, size: int, dtype: str) -> None:
-    """What a CUDA graph of a whole decode would gain: not built into the engine, captured here by hand."""
+    """Measure what a CUDA graph of a whole decode would gain. The engine has none, so it is captured here by hand."""
     if run.device.type != "cuda" or not run.has_time("a CUDA graph", 10):
         return
     engine, raw = ExactEngine(run.vae(dtype), kernels="cuda"), run.raw(size, 1, dtype)
@@ -244,7 +252,7 @@ def graph(run: Run, size: int, dtype: str) -> None:
     image = torch.empty_like(expected)
     row: Row = {"size": size, "dtype": dtype}
     try:
-        runner._checks.settle = lambda: None  # type: ignore[method-assign]  # it reads from the device
+        runner._checks.settle = lambda: None  # type: ignore[method-assign]  # it reads from the device: not in a graph
         captured = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(captured):
             runner.run(raw[0], image[0])
@@ -256,7 +264,7 @@ def graph(run: Run, size: int, dtype: str) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """The decodes, for people."""
+    """Return the rows of decodes as a table of text."""
     head = ("engine", "size", "batch", "dtype", "limit MB", "ms", "least", "most", "peak MB", "work", "rms error")
     lines = [head]
     for row in rows:
@@ -298,7 +306,7 @@ def main() -> int:
 
 
 def measure_all(run: Run) -> None:
-    """The most important rows first."""
+    """Measure everything, the most important rows first."""
     main_size, sizes = (16, [16, 24]) if run.dry else (1024, [512, 1024, 2048, 4096])
     rates = card(run.device, run.dry)
     run.add("card", rates)

@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` below a whole decode: the card's floor, each kernel against plain PyTorch, attention."""
+"""What `gpu.py` measures below a whole decode: what the card can do, our kernels against plain PyTorch, attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ Row = dict[str, Any]
 
 
 def timed(call: Callable[[], Any], device: torch.device, *, seconds: float = 1.0, most: int = 20) -> Row:
-    """Median and spread of ``call`` by CUDA events, after one call to warm up; on a CPU one call by the clock."""
+    """Time a call and return the median, the least and the most, in milliseconds, after one call to warm up.
+
+    On a GPU CUDA events measure it, three times at least and then up to ``most`` times within ``seconds``. On a CPU it
+    is measured once, by the clock.
+    """
     call()
     least, most = (3, most) if device.type == "cuda" else (1, 1)
     times: list[float] = []
@@ -38,7 +42,7 @@ def timed(call: Callable[[], Any], device: torch.device, *, seconds: float = 1.0
 
 
 def card(device: torch.device, small: bool) -> Row:
-    """What this card can do: products in bfloat16 and float32 (no TF32), a copy on the card, copies over the bus."""
+    """Measure what this card can do: matrix products in bfloat16 and float32 (no TF32), and copies on it and to it."""
     rates: Row = {}
     for name, dtype, n in (("bfloat16", torch.bfloat16, 8192), ("float32", torch.float32, 4096)):
         n = 64 if small else n
@@ -58,7 +62,7 @@ def card(device: torch.device, small: bool) -> Row:
 
 
 def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
-    """Bytes a decode of these latents must move if every map is read and written once by each layer that has it."""
+    """Return how many bytes a decode must move if each layer reads its maps from memory once, and writes them once."""
     values = height * width * (network.conv_in.cin + network.conv_in.cout)
     for layer in network.layers:
         pixels = height * width
@@ -67,14 +71,14 @@ def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
             height, width = 2 * height, 2 * width
         elif isinstance(layer, Attention):
             values += 3 * pixels * layer.q.cin
-        elif isinstance(layer, Resnet):  # conv1 reads and writes; conv2 reads that and the residual, and writes
+        elif isinstance(layer, Resnet):  # conv1 reads and writes a map; conv2 reads that and the residual, and writes
             values += pixels * (2 * layer.conv1.cin + 3 * layer.conv2.cout)
     values += height * width * (network.conv_out.cin + network.conv_out.cout)
     return values * itemsize
 
 
 def passes(device: torch.device, small: bool) -> Iterator[Row]:
-    """Each pass of `triton_loops` on a block of the last level against the same in plain PyTorch."""
+    """Measure each pass of `triton_loops` on a block of the last level, and the same computation in plain PyTorch."""
     rows, width, channels = (5, 6, 16) if small else (128, 1024, 128)
     for dtype in (torch.bfloat16, torch.float32):
         block = torch.randn(rows, width, channels, device=device).to(dtype)
@@ -124,7 +128,10 @@ def passes(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def attention(device: torch.device, small: bool) -> Iterator[Row]:
-    """Heads of 512: every cut of ours and what PyTorch picks, with the rate and the error against float64."""
+    """Measure attention with a head of 512, in every cut of our kernel and as PyTorch does it.
+
+    Each row holds the time, the rate, and the error against float64.
+    """
     for tokens in (20,) if small else (4096, 16384):
         for dtype in (torch.bfloat16, torch.float32):
             dim = 16 if small else 512
@@ -139,7 +146,7 @@ def attention(device: torch.device, small: bool) -> Iterator[Row]:
                     error = float((call()[:64].double() - true).abs().max())
                     row |= timed(call, device)
                     yield row | {"error": error, "tflops": 4 * tokens**2 * dim / row["ms"] / 1e9}
-                except Exception as error_:  # a cut that this card has no room for, a kernel that does not compile
+                except Exception as error_:  # this card has no room for the cut, or the kernel does not compile
                     yield row | {"failed": f"{type(error_).__name__}: {str(error_)[:200]}"}
 
 

@@ -1,9 +1,10 @@
-"""What a server costs while nobody asks for anything: processor time of each of its processes, in percent of a core.
+"""Measures what a server costs while nobody asks it for anything: processor time per process, in percent of a core.
 
-    python benchmarks/idle.py                          the demo
+    python benchmarks/idle.py                          the demo checkpoint
     python benchmarks/idle.py --full --seconds 120     FLUX.1's widths, with random weights
 
-It starts ``fluxvae serve`` on free ports, waits until it serves, and reads what the kernel has counted.
+It starts ``fluxvae serve`` on free ports, waits until it serves, and reads the processor time that the kernel counts
+for each process. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from diffusers import AutoencoderKL
 
 from fluxvae.checkpoints import ASSETS
 
-SETTLE_S = 3.0  # the first questions after the start are answered by decodes
+SETTLE_S = 3.0  # the first health checks after the start are answered by real decodes, which are not the idle state
 
 
 def full_widths(folder: Path) -> str:
-    """A checkpoint with FLUX.1's widths and random weights."""
+    """Write a checkpoint with FLUX.1's widths and random weights, and return its path."""
     torch.manual_seed(0)
     AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1")).save_pretrained(folder)
     return str(folder)
 
 
 def part(process: psutil.Process) -> str:
-    """What a process is, by its command line."""
+    """Tell by its command line which part of the server a process is."""
     words = " ".join(process.cmdline())
     for found, name in (
         ("triton_python_backend_stub", "model"),
@@ -48,7 +49,7 @@ def part(process: psutil.Process) -> str:
 
 
 def measure(server: subprocess.Popen[str], seconds: float) -> dict[str, float]:
-    """Percent of a core, by process."""
+    """Return the processor time of each part of the server while it is idle, in percent of a core."""
     assert server.stdout is not None
     if not any("Ctrl-C stops it." in line for line in server.stdout):
         raise SystemExit("the server did not start")

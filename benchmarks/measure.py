@@ -1,4 +1,4 @@
-"""What every benchmark needs: full decoders with seeded weights, peak memory of a call, the machine's name."""
+"""What every benchmark needs: full decoders with seeded weights, the peak memory of a call, and the machine's name."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ MODELS = {
     "flux2": "FLUX.2 decoder",
     "flux2-small": "FLUX.2-small-decoder",
 }
-"""Full widths with seeded weights; what each is called in tables."""
+"""The decoders of full width, with seeded random weights, and what each is called in tables."""
 
 
 class Measured(NamedTuple):
-    """One call: what it returned, its wall time, and what memory it added at its peak."""
+    """What was measured of one call."""
 
     result: Any
+    """What the call returned."""
     seconds: float
+    """Its wall time."""
     peak_bytes: int
+    """The memory that it added at its peak."""
     file_bytes: int = 0
-    """By how much the mapped pages of files (code, mostly) grew meanwhile: part of the peak, and not the decode's."""
+    """By how much the mapped pages of files (mostly code) grew meanwhile. They are part of the peak, but are not the
+    decode's memory."""
 
 
 def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> AutoencoderKL:
-    """FLUX.1's decoder in its full architecture, 49.5 M parameters, with seeded random weights, channels-last."""
+    """Make FLUX.1's decoder in its full architecture, 49.5 M parameters, with seeded random weights, channels-last."""
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
     vae.encoder = None
@@ -44,7 +48,7 @@ def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int 
 
 
 def full_vae(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
-    """One of `MODELS`, as `flux_vae` is."""
+    """Make one of `MODELS` as `flux_vae` makes FLUX.1's."""
     if model == "flux":
         return flux_vae(dtype, device, seed)
     torch.manual_seed(seed)
@@ -55,9 +59,10 @@ def full_vae(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
 
 
 def raw_latents(model: str, size: int) -> torch.Tensor:
-    """(1, 16 or 32, size / 8, size / 8): seeded noise, not smooth as real ones are: the harder case for tiles.
+    """Make raw latents (1, 16 or 32, size / 8, size / 8) of seeded noise.
 
-    FLUX.1's as its scale and shift make them; FLUX.2's of unit variance, which its statistics are near to.
+    Real latents are smoother than noise, so this is the harder case for tiles. FLUX.1's noise is scaled and shifted as
+    its latents are; FLUX.2's has unit variance, which is close to what its statistics say.
     """
     if model.startswith("flux2"):
         return torch.randn(1, 32, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
@@ -65,13 +70,16 @@ def raw_latents(model: str, size: int) -> torch.Tensor:
 
 
 def packed_latents(height: int, width: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
-    """(batch, patches, 64) float32, of unit variance as FLUX's are."""
+    """Make packed latents (batch, patches, 64) in float32, of unit variance as FLUX's latents are."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, (height // 16) * (width // 16), 64, generator=generator)
 
 
 def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
-    """Run ``call`` once. On a CPU the peak is of resident memory (VmHWM, reset before), on CUDA of allocated memory."""
+    """Run ``call`` once and measure it.
+
+    On a CPU the peak is that of resident memory (VmHWM, which is reset before), on CUDA that of allocated memory.
+    """
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.synchronize(device)
@@ -90,7 +98,7 @@ def measure(call: Callable[[], Any], device: str = "cpu") -> Measured:
 
 
 def machine() -> dict[str, Any]:
-    """What a number was measured on."""
+    """Describe the machine that a number was measured on."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
@@ -104,7 +112,7 @@ def machine() -> dict[str, Any]:
 
 
 def earlier_rows(files: list[Path]) -> list[dict[str, Any]]:
-    """The rows of earlier runs: each file is what a benchmark printed, its last line the JSON."""
+    """Return the rows of earlier runs. Each file holds what a benchmark printed, and its last line is the JSON."""
     return [row for file in files for row in json.loads(file.read_text().splitlines()[-1])["rows"]]
 
 

@@ -1,4 +1,4 @@
-"""Memory, time and error of decoding: diffusers untiled, diffusers tiled, and the exact engine at several limits.
+"""Measures memory, time and error of decoding: diffusers untiled and tiled, and the exact engine at several limits.
 
     uv run --group bench benchmarks/memory.py                                   # 512, 1024 and 2048
     uv run --group bench benchmarks/memory.py --sizes 512 --limits 0.35GB none
@@ -6,12 +6,12 @@
     uv run --group bench benchmarks/memory.py --sizes 4096 --only exact --model demo --limits 1GB --repeats 1
     uv run --group bench benchmarks/memory.py --sizes 1024 --model flux2 --only diffusers exact   # or flux2-small
 
-Every case runs in a process of its own: its peak above the loaded model is its own, and a case that is killed for
-memory is a row that says so. The cases of one size take turns (``--repeats`` rounds), so that a slow minute of the
-machine hits all alike; the time is the rounds' median, with its spread. Errors are against diffusers' untiled float32
-decode of the same size, where that was run: the largest and the rms difference in [-1, 1], the share of uint8 values
-that differ, the mean colour shift, and (for tiles) how much steeper the image is across tile borders than elsewhere.
-Exits 1 where an exact image depends on its limit. The last line is JSON.
+Every case runs in a process of its own, so that its peak above the loaded model is its own, and a case that is killed
+for lack of memory becomes a row that says so. The cases of one size take turns (``--repeats`` rounds), so that a slow
+minute of the machine hits all alike; the time is the median of the rounds, given with its spread. Errors are measured
+against diffusers' untiled float32 decode of the same size, where that was run: the largest and the rms difference in
+[-1, 1], the share of uint8 values that differ, the mean colour shift, and (for tiles) how much steeper the difference
+is across tile borders than elsewhere. Exits 1 where an exact image depends on its limit. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latent
 UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
 DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "0.7GB"], 2048: ["1GB"], 4096: ["2GB"]}
 TILE = 512
-"""Pixels: diffusers' FLUX tiles are 1024, which leaves 1024x1024 untiled; 512 tiles it."""
+"""The size of diffusers' tiles here, in pixels. For FLUX it is 1024 by default, which leaves an image of 1024x1024
+untiled."""
 
 
 def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: Path) -> dict[str, Any]:
-    """One decode in this process; the image goes to ``keep``."""
+    """Measure one decode in this process, and save its image as ``keep``."""
     torch.set_num_threads(threads)
     vae, raw, row = full_vae(model) if model in MODELS else load_vae(model), raw_latents(model, size), {}
     small = raw[:, :, :4, :4].contiguous()
@@ -69,7 +70,7 @@ def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: P
 
 
 def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, float]:
-    """How far ``image`` (1, 3, H, W) is from ``truth``."""
+    """Measure how far ``image`` is from ``truth``, both (1, 3, H, W); with a tile size also how much its seams show."""
     difference = image.astype(np.float64) - truth
     levels = [np.round((np.clip(x.astype(np.float64) / 2 + 0.5, 0, 1)) * 255) for x in (image, truth)]
     found = {
@@ -79,7 +80,8 @@ def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, 
         "colour": float(np.abs(difference.mean(axis=(0, 2, 3))).max()),
     }
     if tile is not None and image.shape[3] > tile:
-        # Tiles start every three quarters of a tile; blending spreads the step over the quarter before.
+        # A tile starts after every three quarters of a tile. diffusers blends it into the one before over the quarter
+        # that they share.
         steps = np.abs(np.diff(difference, axis=3)).mean(axis=(0, 1, 2))
         at = [x for start in range(tile * 3 // 4, image.shape[3], tile * 3 // 4) for x in (start - 1,)]
         found["seam"] = float(steps[at].mean() / steps.mean())
@@ -87,7 +89,7 @@ def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, 
 
 
 def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:
-    """`run_case` in a new process."""
+    """Run `run_case` in a new process, and return its row, or a row that says how it failed."""
     call = [sys.executable, __file__, "--child", kind, limit, str(size), str(keep)]
     call += ["--model", options.model, "--threads", str(options.threads)]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
@@ -98,7 +100,7 @@ def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: P
 
 
 def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All cases of one size, taking turns."""
+    """Measure all cases of one size, which take turns, and compare their images."""
     limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
     exact = [(f"{EXACT} {kernels}", limit) for kernels in options.kernels for limit in limits]
     cases = [(UNTILED, ""), (TILED, ""), *exact]
@@ -137,7 +139,7 @@ def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[
 
 
 def table(rows: list[dict[str, Any]], model: str) -> Table:
-    """For the terminal."""
+    """Show the rows as a table for the terminal."""
     shown = Table(title=f"{MODELS.get(model, model)}, float32; peak above the model; errors against diffusers untiled")
     for column in (
         "size",
@@ -174,7 +176,7 @@ def table(rows: list[dict[str, Any]], model: str) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Peak against size, and time against peak."""
+    """Plot the peak against the size, and the time against the peak."""
     try:
         import matplotlib
 
@@ -204,14 +206,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    right.set_xlim(right=right.get_xlim()[1] * 2)  # room for the words
+    right.set_xlim(right=right.get_xlim()[1] * 2)  # leaves room for the labels
     left.set_xticks(sorted({r["size"] for r in rows}), [str(s) for s in sorted({r["size"] for r in rows})])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
 def main() -> int:
-    """See the module."""
+    """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048])
     parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")

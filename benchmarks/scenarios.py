@@ -1,12 +1,12 @@
-"""The seed's scenarios on the full FLUX architecture with seeded weights: time, peak memory, the identity check.
+"""Measures typical decodes with the full FLUX architecture and seeded weights: time, peak memory and identity.
 
     uv run benchmarks/scenarios.py                       # all; 2048x2048 takes minutes on two cores
     uv run benchmarks/scenarios.py --only single limit
     uv run benchmarks/scenarios.py --device cuda --dtype bfloat16
 
 Each scenario runs in a process of its own, so that its peak memory is its own. Then diffusers decodes the same latents
-and the two are compared: the same bits for the reference engine, a stated tolerance for the exact one. Exits 1 where a
-check fails. The last line is JSON.
+and the two images are compared: the reference engine must give the same bits, and the exact engine must be within its
+stated tolerance. Exits 1 where a check fails. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from measure import flux_vae, machine, measure, packed_latents
 
 
 class Scenario(NamedTuple):
-    """One line of the table."""
+    """One decode, which makes one line of the table."""
 
     what: str
     height: int
@@ -49,12 +49,13 @@ SCENARIOS = {
 
 
 def run_one(name: str, device: str, dtype: str) -> dict[str, Any]:
-    """Decode, measure, compare; returns one row."""
+    """Decode, measure the decode, compare the image with diffusers' and return a row of the table."""
     scenario = SCENARIOS[name]
     size = {"height": scenario.height, "width": scenario.width}
     vae = flux_vae(getattr(torch, dtype), device)
     decoder = Decoder(vae, **scenario.options)
-    decoder.decode_raw(packed_latents(64, 64), height=64, width=64)  # what is allocated once is not the decode's
+    # A first tiny decode allocates what is allocated only once, so that it is not counted to the measured decode.
+    decoder.decode_raw(packed_latents(64, 64), height=64, width=64)
     packed = packed_latents(scenario.height, scenario.width, scenario.batch)
     ours = measure(lambda: decoder.decode_raw(packed, **size), device)
     oracle = flux_pipeline_tail_raw(vae, packed.to(decoder.device, decoder.dtype), **size)

@@ -1,16 +1,18 @@
-"""Load on a real Triton server with mixed sizes at rising concurrency, and what serving costs over the bare engine.
+"""Measures what serving costs over the bare engine, and a real Triton server under load of mixed sizes.
 
     uv run --group bench benchmarks/serve.py                         # about two minutes on two cores
     uv run --group bench benchmarks/serve.py --seconds 5 --rounds 2
     uv run --group bench benchmarks/serve.py --only load --concurrency 1 8 --sizes 512 1024
 
-1. Overhead: one 1024x1024 image, the demo checkpoint, by the library in this process, through Triton (gRPC, system
-   shared memory) and through the gateway, in turns; medians, and the median of each round's difference.
-2. Load: for each concurrency, for some seconds: images per second, latency percentiles, and the batch sizes that
-   Triton formed, by its own statistics. Resident and shared memory before and after.
+1. Overhead: one 1024x1024 image is decoded with the demo checkpoint by the library in this process, through Triton
+   (gRPC, system shared memory) and through the gateway, in turns. It gives the median times, and the median of the
+   differences within each round.
+2. Load: several clients ask at the same time for some seconds, at one concurrency after another. It gives images per
+   second, percentiles of the latency, and the sizes of the batches that Triton formed, by its own statistics; and the
+   resident and shared memory before and after.
 
-Every image is compared with the library's; exits 1 where one differs. The last line is JSON. Not covered: a network,
-and clients on another machine (these share the server's cores).
+Every image is compared with the library's. Exits 1 where one differs. The last line is JSON. A network and clients on
+another machine are not covered: these clients share the server's cores.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def main() -> int:
 
 
 def overhead(server: TritonServer, decoder: Decoder, size: int, rounds: int) -> dict[str, Any]:
-    """Seconds of one decode by each way in, and how much longer than the library's it takes."""
+    """Measure one decode in seconds by each way in, and how much longer it takes than by the library alone."""
     latents = packed_latents(size, size)
     pixels = {"height": size, "width": size}
     expected = decoder.decode(latents, **pixels, output_type="uint8")
@@ -99,7 +101,7 @@ def overhead(server: TritonServer, decoder: Decoder, size: int, rounds: int) -> 
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         wrong = 0
-        for turn in range(rounds + 1):  # the first warms up
+        for turn in range(rounds + 1):  # the first round warms up and is not counted
             for name, call in ways.items():
                 start = time.perf_counter()
                 image = call()
@@ -112,12 +114,12 @@ def overhead(server: TritonServer, decoder: Decoder, size: int, rounds: int) -> 
         "size": size,
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
         "spread": {name: [min(times), max(times)] for name, times in seconds.items()},
-        # Round by round: whatever slows the machine for a while slows all ways alike.
+        # Compared round by round, because whatever slows the machine for a while slows all ways alike.
         "over_library_percent": {
             name: 100 * statistics.median(a / b - 1 for a, b in zip(times, bare, strict=True))
             for name, times in seconds.items()
         },
-        # Within each request: two decodes of seconds differ by more than a gateway costs.
+        # Compared within each request, because two decodes of some seconds differ by more than a gateway costs.
         "gateway_over_triton_ms": 1e3
         * statistics.median(a - b for a, b in zip(seconds["gateway"], waits[1:], strict=True)),
         "wrong": wrong,
@@ -126,7 +128,7 @@ def overhead(server: TritonServer, decoder: Decoder, size: int, rounds: int) -> 
 
 @contextlib.contextmanager
 def run_gateway(server: TritonServer) -> Iterator[str]:
-    """The gateway in a process of its own; its address."""
+    """Run the gateway in a process of its own, and give its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -152,9 +154,9 @@ _HTTP = urllib3.PoolManager()
 
 
 def remote_decode(address: str, latents: torch.Tensor, size: int, waits: list[float]) -> np.ndarray:
-    """One request in diffusers' remote_decode protocol, for the same bytes as Triton's ``images``.
+    """Send one request in diffusers' remote_decode protocol, which asks for the same bytes as Triton's ``images``.
 
-    The seconds that the gateway waited for Triton are added to ``waits``: it tells them in its answer.
+    The gateway tells in its answer for how long it waited for Triton. These seconds are appended to ``waits``.
     """
     shape = "&".join(f"shape={n}" for n in latents.shape)
     query = f"{shape}&dtype=float32&height={size}&width={size}&output_type=pt&partial_postprocess=True&do_scaling=True"
@@ -188,7 +190,7 @@ def print_overhead(console: Console, row: dict[str, Any], size: int) -> None:
 
 
 def load(server: TritonServer, decoder: Decoder, args: argparse.Namespace) -> dict[str, Any]:
-    """Every concurrency in turn, after a warm-up that brings memory to the size it keeps."""
+    """Measure one concurrency after another, after a warm-up that brings memory to the size that it keeps."""
     cases = []
     for seed, height in enumerate(args.sizes):
         for width in {height, args.sizes[0]}:
@@ -216,7 +218,7 @@ def load(server: TritonServer, decoder: Decoder, args: argparse.Namespace) -> di
 async def run_load(
     server: TritonServer, cases: list[Any], concurrency: int, seconds: float, protocol: str
 ) -> dict[str, Any]:
-    """``concurrency`` clients, each with one request at a time, until the time is up."""
+    """Let ``concurrency`` clients decode, each one request at a time, until the time is up."""
     latencies: list[float] = []
     counts: Counter[str] = Counter()
     url = server.http_url if protocol == "http" else server.grpc_url
@@ -250,7 +252,7 @@ async def run_load(
 
 
 def batch_counts(server: TritonServer) -> Counter[int]:
-    """How often the model ran, by the rows of an ``execute``."""
+    """Return how often the model has run so far for each number of rows in an ``execute``."""
     with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
         [model] = client.get_inference_statistics(MODEL, as_json=True)["model_stats"]
     return Counter(
@@ -259,7 +261,7 @@ def batch_counts(server: TritonServer) -> Counter[int]:
 
 
 def memory(server: TritonServer) -> dict[str, int]:
-    """Bytes: resident in the server and its models, and in its shared-memory regions."""
+    """Return the bytes that are resident in the server and its models, and those of its shared-memory regions."""
     resident = 0
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
