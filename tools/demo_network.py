@@ -1,12 +1,12 @@
-"""The demo network: FLUX.1's `AutoencoderKL`, narrow, and started so that it learns quickly.
+"""The demo network: FLUX.1's `AutoencoderKL` with fewer channels, initialised so that it learns quickly.
 
 - **It starts as a linear transform.** The second convolution of every resnet and the attention's output start at zero,
-  so encoder and decoder start as chains of a few convolutions: the main path. While that is so the chain *is* the
-  network, and can be trained alone at about a fifth of the cost.
-- **Brightness passes the last GroupNorm.** A norm erases its group's mean and contrast, and in this architecture one
-  sits on the main path of either half. Channels start there in pairs (u + b, -u - b): the offset dominates the
-  group's variance, so the norm is nearly a fixed affine map of u whatever the picture, and SiLU(u) - SiLU(-u) = u makes
-  the pair pass through the activation unharmed.
+  so that the encoder and the decoder start as chains of a few convolutions, called the main path here. As long as they
+  stay zero, the chain *is* the network, and it can be trained alone at about a fifth of the cost.
+- **Brightness passes the last GroupNorm.** A norm erases the mean and the contrast of its group, and in this
+  architecture the main path of either half has a norm at its end. Its channels start in pairs (u + b, -u - b). The
+  offset b dominates the variance of a group, so that the norm is nearly a fixed affine map of u whatever the picture
+  is; and because SiLU(u) - SiLU(-u) = u, a pair passes through the activation unharmed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from diffusers import AutoencoderKL
 
 from demo_pictures import Crops
 
-SCALING_FACTOR, SHIFT_FACTOR, CHANNELS = 0.3611, 0.1159, 16  # FLUX.1's
-WIDTHS = (64, 64, 96, 128)  # 64 at full size: with 32, a norm's groups hold one channel each and erase its brightness
-OFFSET = 3.0  # b above
+SCALING_FACTOR, SHIFT_FACTOR, CHANNELS = 0.3611, 0.1159, 16  # those of FLUX.1's latents
+# 64 channels at full size, because with 32 each group of a norm holds one channel, and the norm erases its brightness.
+WIDTHS = (64, 64, 96, 128)
+OFFSET = 3.0  # the offset b of the channels before the last norm (see the module)
 
 
 def build() -> AutoencoderKL:
-    """FLUX.1's topology at the demo's widths, with diffusers' default initialisation."""
+    """Make a network of FLUX.1's topology and the demo's widths, with diffusers' default initialisation."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -52,7 +53,8 @@ def start_linear(vae: AutoencoderKL) -> None:
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     encoder, decoder = vae.encoder, vae.decoder
-    into_encoder_norm = encoder.down_blocks[-1].resnets[0].conv_shortcut  # exists: the last two widths differ
+    # This resnet has a shortcut convolution because the last two widths differ.
+    into_encoder_norm = encoder.down_blocks[-1].resnets[0].conv_shortcut
     for last, norm, out in (
         (into_encoder_norm, encoder.conv_norm_out, encoder.conv_out),
         (decoder.up_blocks[-2].upsamplers[0].conv, decoder.conv_norm_out, decoder.conv_out),
@@ -63,17 +65,17 @@ def start_linear(vae: AutoencoderKL) -> None:
         norm.weight.fill_(OFFSET)
         norm.bias.copy_(-OFFSET * sign)
         out.weight.copy_(out.weight[:, ::2].repeat_interleave(2, 1) * sign[:, None, None] / 2)
-    # The posterior's variance is not learned: nothing here samples, and a fixed small one keeps `sample()` sane.
+    # The posterior's variance is not learned, because nothing here samples; a small fixed one keeps `sample()` sane.
     encoder.conv_out.weight[CHANNELS:] = 0
     encoder.conv_out.bias[CHANNELS:] = -12
-    # Raw latents are latents / 0.3611 + 0.1159: start near unit variance after FLUX's scaling.
+    # Raw latents are latents / 0.3611 + 0.1159. With this start, latents have about unit variance after FLUX's scaling.
     encoder.conv_out.weight[:CHANNELS] /= SCALING_FACTOR
     encoder.conv_out.bias[:CHANNELS] = SHIFT_FACTOR
     decoder.conv_in.weight *= SCALING_FACTOR
 
 
 def chain(blocks: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
-    """What blocks do while their residual branches are zero: change the channels, change the size."""
+    """Compute what blocks compute while their residual branches are zero: they change the channels and the size."""
     for block in blocks:
         for resnet in block.resnets:
             x = x if resnet.conv_shortcut is None else resnet.conv_shortcut(x)
@@ -83,7 +85,7 @@ def chain(blocks: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
 
 
 def autoencode(vae: AutoencoderKL, pixels: torch.Tensor, linear: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw latents and reconstruction; with `linear`, through the main path alone."""
+    """Return the raw latents and the reconstruction of pictures; with `linear` through the main path alone."""
     encoder, decoder = vae.encoder, vae.decoder
     if not linear:
         raw = encoder(pixels)[:, :CHANNELS]
@@ -96,10 +98,11 @@ def autoencode(vae: AutoencoderKL, pixels: torch.Tensor, linear: bool) -> tuple[
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, crops: Crops, linear: bool, centre: bool) -> None:
-    """Give every scaled latent channel unit deviation over the training pictures, and with `centre` zero mean.
+    """Give every channel of the scaled latents unit deviation over the training pictures, and with `centre` zero mean.
 
-    What the encoder's last layer is divided by, the decoder's first is multiplied by. The scale is exact; the mean is
-    not at the border, where the decoder pads with zeros, so it is only moved while there is training left.
+    The encoder's last layer is divided by what the decoder's first layer is multiplied by, so that the pictures stay
+    the same. That is exact for the scale. Moving the mean changes pictures at their border, where the decoder pads with
+    zeros, so it is only done while there is training left to mend that.
     """
     samples = torch.cat([autoencode(vae, crops.batch(2**40 + i, 4, 128), linear)[0] for i in range(8)])
     latents = (samples - SHIFT_FACTOR) * SCALING_FACTOR

@@ -1,8 +1,9 @@
-"""The pictures of the demo checkpoint: what it learns from, under which licence, and what it is measured on.
+"""The pictures that the demo checkpoint is trained on, with their licences, and those that it is measured on.
 
 Every picture ships inside the scikit-image and scikit-learn packages (development dependencies), so nothing is
-downloaded. Left out because no free licence is stated for them: `moon`, `page`, `logo`, `color`, `phantom` and the
-Middlebury `motorcycle` pair. `astronaut` and `chelsea` are never trained on: they are the test.
+downloaded. Some of their pictures are left out because no free licence is stated for them: `moon`, `page`, `logo`,
+`color`, `phantom` and the Middlebury `motorcycle` pair. `astronaut` and `chelsea` are the test pictures, and are never
+trained on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Picture:
-    """One training picture: its file, how often a crop comes from it, and where it comes from."""
+    """One training picture: its file, how often crops are taken from it, its licence and its source."""
 
     file: str
     weight: float
@@ -29,8 +30,8 @@ class Picture:
         return Path(self.file).stem
 
 
-# Weights: colour photographs first, because faces, cloth and metal are what the two test pictures are made of. Grey
-# textures teach the fine detail and are tinted at random (see `Crops`).
+# Colour photographs have the largest weights, because the two test pictures consist of faces, cloth and metal. Grey
+# textures teach fine detail; they are tinted at random (see `Crops`).
 TRAINING = (
     Picture("china.jpg", 5.0, "CC BY 2.0", "danielbuechele, flickr.com/photos/danielbuechele/6061409035"),
     Picture("coffee.png", 5.0, "CC0", "Rachel Michetti, courtesy of Pikolo Espresso Bar"),
@@ -47,14 +48,14 @@ TRAINING = (
     Picture("text.png", 0.5, "public domain", "Wikipedia: Corner.png"),
     Picture("clock_motion.png", 0.5, "public domain", "Stefan van der Walt"),
 )
-# The scales at which training pictures are seen. Smaller is sharper: a photograph at half its size has twice the
-# detail per pixel. 1.6 is there because small pictures are often enlarged to be decoded.
+# The scales at which training pictures are seen. A smaller scale is sharper: a photograph at half its size has twice
+# the detail per pixel. 1.6 is among them because small pictures are often enlarged to be decoded.
 SCALES = (1.6, 1.0, 0.8, 0.6, 0.45)
 HELD_OUT = ("astronaut", "chelsea")
 
 
 def folders() -> tuple[Path, ...]:
-    """Where the two packages keep their pictures."""
+    """Return the folders in which the two packages keep their pictures."""
     import skimage
     import sklearn
 
@@ -62,7 +63,7 @@ def folders() -> tuple[Path, ...]:
 
 
 def open_picture(file: str) -> Image.Image:
-    """A picture of either package, as RGB."""
+    """Open a picture of either package, as RGB."""
     for folder in folders():
         if (folder / file).is_file():
             return Image.open(folder / file).convert("RGB")
@@ -70,7 +71,7 @@ def open_picture(file: str) -> Image.Image:
 
 
 def held_out(name: str, size: int = 512) -> np.ndarray:
-    """A test picture as (size, size, 3) uint8: the centred square, resized (Lanczos) unless it fits already."""
+    """Return a test picture as (size, size, 3) uint8: its centred square, resized (Lanczos) unless it fits already."""
     picture = open_picture(f"{name}.png")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -81,30 +82,30 @@ def held_out(name: str, size: int = 512) -> np.ndarray:
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 to (1, 3, H, W) float32 in [-1, 1], as diffusers' VAE wants it."""
+    """Turn an (H, W, 3) uint8 picture into (1, 3, H, W) float32 in [-1, 1], as diffusers' VAE wants it."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_pixels(image: torch.Tensor) -> np.ndarray:
-    """(1, 3, H, W) in about [-1, 1] to (H, W, 3) uint8, rounded and clamped as diffusers does."""
+    """Turn (1, 3, H, W) in about [-1, 1] into an (H, W, 3) uint8 picture, rounded and clamped as diffusers does."""
     return ((image[0].float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures, over all pixels and RGB, peak 255."""
+    """Return the peak signal-to-noise ratio of two uint8 pictures in dB, over all pixels and RGB, for a peak of 255."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 class Crops:
-    """Random training crops. A batch depends on the seed and the step alone, so a resumed run sees the same ones."""
+    """Makes random training crops, which depend only on the seed and the step, so a resumed run sees the same ones."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.images: list[list[np.ndarray]] = []
         for picture in TRAINING:
             full = open_picture(picture.file)
-            if max(full.size) > 1200:  # the retina: nothing is lost at half its size, it is that soft
+            if max(full.size) > 1200:  # the retina, which is so soft that nothing is lost at half its size
                 full = full.resize((full.width // 2, full.height // 2), Image.Resampling.LANCZOS)
             sizes = [(round(full.width * s), round(full.height * s)) for s in SCALES]
             self.images.append([np.asarray(full.resize(size, Image.Resampling.LANCZOS)) for size in sizes])
@@ -112,7 +113,7 @@ class Crops:
         self.probabilities = weights / weights.sum()
 
     def batch(self, step: int, count: int, size: int) -> torch.Tensor:
-        """(count, 3, size, size) float32 in [-1, 1]."""
+        """Return the crops of a step, (count, 3, size, size) float32 in [-1, 1]."""
         rng = np.random.default_rng((self.seed, step))
         return torch.from_numpy(np.stack([self._crop(rng, size) for _ in range(count)]))
 
@@ -120,7 +121,7 @@ class Crops:
         index = rng.choice(len(self.images), p=self.probabilities)
         fitting = [image for image in self.images[index] if min(image.shape[:2]) >= size]
         image = fitting[rng.integers(len(fitting))] if fitting else self.images[index][0]
-        if not fitting:  # smaller than the crop even when enlarged: mirror it outwards
+        if not fitting:  # the picture is smaller than the crop even when enlarged, so it is mirrored outwards
             pad = [(0, max(0, size - n)) for n in image.shape[:2]]
             image = np.pad(image, [*pad, (0, 0)], mode="symmetric")
         y, x = (rng.integers(n - size + 1) for n in image.shape[:2])
@@ -132,8 +133,8 @@ class Crops:
 
     @staticmethod
     def _recolour(rng: np.random.Generator, crop: np.ndarray) -> np.ndarray:
-        """Gain, offset and colour at random: fourteen pictures hold few of the colours there are."""
-        if np.ptp(crop, axis=2).max() < 0.02 and rng.random() < 0.7:  # grey: a random duotone
+        """Change gain, offset and colours at random, because fourteen pictures hold few of the colours there are."""
+        if np.ptp(crop, axis=2).max() < 0.02 and rng.random() < 0.7:  # a grey crop becomes a random duotone
             dark, light = rng.uniform(-1, 0.3, 3), rng.uniform(-0.3, 1, 3)
             crop = dark + (crop * 0.5 + 0.5) * (light - dark)
         elif rng.random() < 0.25:

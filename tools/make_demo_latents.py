@@ -1,8 +1,8 @@
-"""Encode the demo pictures with the demo checkpoint into packed latents: what FLUX's transformer would hand over.
+"""Encodes the demo pictures with the demo checkpoint into packed latents, as FLUX's transformer would hand them over.
 
 Each file `<picture>_<height>x<width>.safetensors` holds a float16 tensor `latents` (1, height/16 * width/16, 64), and
-strings `height`, `width`, `picture` and `checkpoint` (sha256 of the weights) in its metadata. Run it again whenever the
-checkpoint changes: latents of other weights decode to nonsense.
+the strings `height`, `width`, `picture` and `checkpoint` (the sha256 of the weights) in its metadata. Run this again
+whenever the checkpoint changes, because latents of other weights decode to nonsense.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ASSETS = Path(__file__).resolve().parent.parent / "src" / "fluxvae" / "assets"
 
 
 def centre(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """The centred part of a picture, height x width."""
+    """Return the centred part of a picture, height x width pixels."""
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 
 def pictures() -> dict[str, np.ndarray]:
-    """The two test pictures, an oblong one, and one large enough that diffusers would tile it."""
+    """Return the two test pictures, an oblong one, and one that is large enough for diffusers to tile it."""
     return {
         "astronaut": held_out("astronaut"),
         "chelsea": held_out("chelsea"),
@@ -42,14 +42,14 @@ def pictures() -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 to packed latents, as FLUX's image-to-image pipelines do it."""
+    """Encode an (H, W, 3) uint8 picture to packed latents, as FLUX's image-to-image pipelines do it."""
     raw = vae.encode(to_tensor(pixels)).latent_dist.mode()
     return pack_latents((raw - vae.config.shift_factor) * vae.config.scaling_factor)
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, packed: torch.Tensor, height: int, width: int) -> np.ndarray:
-    """Packed latents to (H, W, 3) uint8, by diffusers."""
+    """Decode packed latents to an (H, W, 3) uint8 picture with diffusers."""
     latents = unpack_latents(packed.float(), height, width)
     return to_pixels(vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample)
 
@@ -70,7 +70,7 @@ def main() -> None:
         path = args.output / f"{name}_{height}x{width}.safetensors"
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         save_file({"latents": packed}, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors makes private files
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(temporary, path)
         quality = psnr(pixels, decode(vae, packed, height, width))
         statistics = f"mean {packed.float().mean():.3f}, standard deviation {packed.float().std():.3f}"

@@ -1,8 +1,8 @@
-"""Make the README's pictures with the demo checkpoint.
+"""Makes the README's pictures with the demo checkpoint.
 
-`demo.png`: the two held-out photographs, original and decoded from packed latents.
-`seams.png`: one crop of a 2048x2048 decode, untiled and with diffusers' tiling, with the difference beside them. Tiling
-gives every tile its own GroupNorm statistics and its own attention, so colours shift and seams show.
+`demo.png` shows the two held-out photographs, each as the original and decoded from packed latents.
+`seams.png` shows one crop of a 2048x2048 decode, untiled and with diffusers' tiling, and the difference of the two.
+Tiling gives every tile its own GroupNorm statistics and its own attention, so colours shift and seams show.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEAMS_PICTURE, SEAMS_SIZE, SEAMS_CROP = "retina.jpg", 2048, (512, 768, 640)  # (
 
 
 def strip(panels: list[tuple[str, np.ndarray]], size: int) -> Image.Image:
-    """Pictures side by side, each with its words underneath."""
+    """Put pictures side by side, each with its words underneath."""
     font = ImageFont.load_default(15)
     width = len(panels) * (size + MARGIN) + MARGIN
     canvas = Image.new("RGB", (width, size + MARGIN + CAPTION), "white")

@@ -1,9 +1,9 @@
-"""Draw what ``fluxvae`` prints in a terminal: the SVG pictures of README.md and docs/batch.md.
+"""Draws what ``fluxvae`` prints in a terminal: the SVG pictures of README.md and docs/batch.md.
 
     uv run tools/terminal_pictures.py            # writes docs/images/terminal-*.svg
 
-Each command runs in a pseudo-terminal of so many columns; what it wrote is followed as a terminal would, to its last
-screen, and drawn by rich. Nothing is typed by hand, so the pictures say what this version and this machine say.
+Each command runs in a pseudo-terminal of a given width. What it writes is interpreted as a terminal would, and its last
+screen is drawn by rich. Nothing is typed by hand, so the pictures show what this version prints on this machine.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ PICTURES = {
     "plan": ("fluxvae plan 2048 2048 --memory-limit 600MB", 100, 0),
     "plan-80": ("fluxvae plan 2048 2048 --memory-limit 600MB", 80, 0),
 }
-"""Name: the command, columns, and the exit status it must end with."""
+"""For each picture by name: the command, the terminal's columns, and the exit status that the command must end with."""
 
 _PIECE = re.compile(r"\x1b\[\??(?P<numbers>[\d;]*)(?P<letter>[A-Za-z])|(?P<control>[\r\n])|(?P<text>[^\x1b\r\n]+)")
 
 
 def make_latents(folder: Path) -> None:
-    """Photographs' latents of two sizes, and one file that holds no numbers."""
+    """Write latents of photographs in two sizes, and one file whose values are all NaN."""
     for name, count in (("astronaut_512x512", 20), ("coffee_400x592", 12)):
         latents, height, width = read_latents(ASSETS / "latents" / f"{name}.safetensors")
         for index in range(count):
@@ -54,7 +54,7 @@ def make_latents(folder: Path) -> None:
 
 
 def run_in_terminal(command: str, columns: int, cwd: Path) -> tuple[str, int]:
-    """All that the command wrote to its terminal, and its exit status."""
+    """Run the command in a terminal, and return everything that it wrote there, and its exit status."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
     words = [sys.executable, "-m", "fluxvae.cli", *command.split()[1:]]
@@ -66,18 +66,18 @@ def run_in_terminal(command: str, columns: int, cwd: Path) -> tuple[str, int]:
         while block := os.read(master, 65536):
             written += block
     except OSError:
-        pass  # how Linux says that the other end is closed
+        pass  # this is how Linux says that the other end of the terminal is closed
     os.close(master)
     return written.decode(), child.wait()
 
 
 def last_screen(written: str) -> list[str]:
-    """The lines that stand on the terminal in the end, each with its own colour codes.
+    """Return the lines that stand on the terminal in the end, each with its own colour codes.
 
-    Only what rich does to redraw is known: carriage returns, lines erased whole, the cursor up.
+    Only what rich uses to redraw is understood: carriage returns, erasing whole lines, and moving the cursor up.
 
     Raises:
-        ValueError: something else, which would be drawn wrong.
+        ValueError: the terminal was sent something else, which would be drawn wrongly.
     """
     lines, row = [""], 0
     for piece in _PIECE.finditer(written):
@@ -93,20 +93,20 @@ def last_screen(written: str) -> list[str]:
             row -= int(numbers or 1)
         elif letter == "K" and numbers == "2":
             lines[row] = ""
-        elif piece["control"] != "\r" and letter not in ("h", "l"):  # shown and hidden cursors
+        elif piece["control"] != "\r" and letter not in ("h", "l"):  # these two show and hide the cursor
             raise ValueError(f"no rule for the terminal's {piece[0]!r}")
     return lines
 
 
 def draw(command: str, lines: list[str], columns: int, path: Path) -> None:
-    """As a picture of a terminal."""
+    """Draw a command and its output as a picture of a terminal."""
     console = Console(record=True, width=columns, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
     for line in lines:
         text = Text.from_ansi(line)
-        for part in text.divide(range(columns, len(text), columns)):  # as a terminal does: not at words
+        for part in text.divide(range(columns, len(text), columns)):  # a terminal breaks lines anywhere, not at words
             console.print(part, soft_wrap=True)
-    console.print()  # or the last line's descenders are cut off
+    console.print()  # without an empty line at the end, the picture cuts off the descenders of the last one
     path.write_text(console.export_svg(title="fluxvae", clear=False))
 
 

@@ -1,18 +1,18 @@
-"""Train the demo checkpoint: a small autoencoder in FLUX's format, from nothing, on a CPU.
+"""Trains the demo checkpoint, a small autoencoder in FLUX's format, from nothing on a CPU.
 
-FLUX's own weights cannot ship in this package and random weights only show noise, so the package carries this network:
-`AutoencoderKL` with FLUX.1's topology, factors and latent format, narrow enough for 8 MB and for two CPU cores.
+FLUX's own weights cannot ship in this package, and random weights only show noise. So the package carries this network:
+an `AutoencoderKL` with FLUX.1's topology, factors and latent format, narrow enough for 8 MB and for two CPU cores.
 `demo_pictures.py` says what it is trained on. Nothing is downloaded.
 
-How it gets to a usable picture in an hour rather than a day:
+This is how it gets to a usable picture in an hour rather than a day:
 
-- **The main path first.** `demo_network.py` starts both halves as chains of a few convolutions, which nearly reach the
-  quality of the whole; most of the hour goes to them alone, first on small crops, then on large ones (GroupNorm's
-  statistics are those of whole pictures). The residual branches join for the last phase.
-- **Muon** for the convolutions (momentum, orthogonalised by a Newton-Schulz iteration), AdamW for the rest; an
-  exponential average of the weights is what is kept; bfloat16 autocast, channels-last.
-- **One thread per part of the batch**, not all threads per operation: nothing waits at a barrier for a core that
-  another process holds, which on a busy machine more than doubles the speed.
+- **The main path is trained first.** `demo_network.py` starts both halves as chains of a few convolutions, which alone
+  nearly reach the quality of the whole network. Most of the hour goes to them, first on small crops and then on large
+  ones (because GroupNorm's statistics will be those of whole pictures). The residual branches join in the last phase.
+- **Muon trains the convolutions** (momentum, orthogonalised by a Newton-Schulz iteration), and AdamW the rest. What is
+  kept is an exponential average of the weights. It computes in bfloat16 autocast and channels-last.
+- **Each thread computes its own part of the batch**, instead of all threads sharing each operation. So nothing waits at
+  a barrier for a core that another process holds, which on a busy machine more than doubles the speed.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from demo_network import CHANNELS, SCALING_FACTOR, SHIFT_FACTOR, autoencode, bui
 from demo_pictures import HELD_OUT, Crops, held_out, psnr, to_pixels, to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 50  # steps, in every phase
-ADAM_RATE = 1 / 3  # AdamW's rate as a share of the main path's
-EMA = 0.998
-DRIFT = 2e-4  # weight of keeping latents standard: enough to guide, too little to cost quality
+WARM_UP = 50  # the steps in which the rates rise, at the start of every phase
+ADAM_RATE = 1 / 3  # AdamW's rate, as a share of the main path's
+EMA = 0.998  # how much of the average is kept at each step, once there have been enough steps
+DRIFT = 2e-4  # the weight of keeping latents standard in the loss: enough to guide, too little to cost quality
 
 
 class Phase(NamedTuple):
-    """A stretch of the run: what is trained, for how long, on what, and how fast."""
+    """One phase of the run: what is trained, for how long, on what, and how fast."""
 
     name: str
-    linear: bool  # the main path alone
-    minutes: float  # with --minutes, its share of them
-    steps: int
-    crops: tuple[tuple[int, int], ...]  # how many, pixels: taken in turn, each divided among the workers
-    main_rates: tuple[float, float]  # Muon's for the main path, from and to: it is fine-tuned by cancellation
-    residual_rates: tuple[float, float]  # Muon's for the residual branches
-    centre: bool = False  # afterwards, move the latents' means to zero
+    linear: bool  # whether only the main path is trained
+    minutes: float  # with --minutes, the phase gets a share of them that is proportional to this
+    steps: int  # without --minutes, its length
+    crops: tuple[tuple[int, int], ...]  # batches (crops, pixels) that are taken in turn, each divided among the workers
+    main_rates: tuple[float, float]  # Muon's first and last rate for the main path, which is fine-tuned by cancellation
+    residual_rates: tuple[float, float]  # Muon's first and last rate for the residual branches
+    centre: bool = False  # whether the latents' means are moved to zero afterwards
 
 
 ALL_SIZES = ((2, 192), (2, 256), (2, 384))
@@ -66,7 +66,10 @@ PHASES = (
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is replaced by the nearest (semi-)orthogonal matrix: every direction learns at one rate."""
+    """An optimizer that replaces momentum's update by the nearest (semi-)orthogonal matrix.
+
+    So every direction of a matrix learns at the same rate.
+    """
 
     def __init__(self, params: list[dict], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -94,7 +97,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(vae: AutoencoderKL) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for hidden matrices, of the main path and of residual branches; AdamW for vectors and pixels' layers."""
+    """Make Muon for the hidden matrices, in groups for the main path and the residual branches, and AdamW for the rest.
+
+    The rest are vectors and the two layers that read and write pixels.
+    """
     pixels = (vae.encoder.conv_in.weight, vae.decoder.conv_out.weight)
     main, residual, rest = [], [], []
     for name, p in vae.named_parameters():
@@ -107,7 +113,10 @@ def make_optimizers(vae: AutoencoderKL) -> tuple[Muon, torch.optim.AdamW]:
 
 
 def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, linear: bool) -> torch.Tensor:
-    """Root-mean-square error of each crop (so that hard crops do not drown the rest); latents kept from drifting."""
+    """Return the root-mean-square error, averaged over crops, plus a small term that keeps latents from drifting.
+
+    The root is taken for each crop, so that hard crops do not drown the rest.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         raw, picture = autoencode(vae, pixels, linear)
     error = (picture.float() - pixels).square().mean((1, 2, 3))
@@ -118,7 +127,7 @@ def loss_of(vae: AutoencoderKL, pixels: torch.Tensor, linear: bool) -> torch.Ten
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKL) -> dict[str, float]:
-    """PSNR of both held-out pictures at 512 pixels, and the statistics of their scaled latents."""
+    """Return the PSNR of both held-out pictures at 512 pixels in dB, and the statistics of their scaled latents."""
     figures, latents = {}, []
     for name in HELD_OUT:
         picture = held_out(name)
@@ -130,14 +139,14 @@ def evaluate(vae: AutoencoderKL) -> dict[str, float]:
 
 
 def write_atomically(write: Callable[[Path], object], path: Path) -> None:
-    """Call `write(temporary)`, then put the result in place: a reader never sees half a file or folder."""
+    """Call `write` with a temporary path, then move the result into place, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write(temporary)
     if temporary.is_dir():
         path.mkdir(exist_ok=True)
         for file in temporary.iterdir():
-            file.chmod(0o644)  # safetensors makes private files
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
             os.replace(file, path / file.name)
         temporary.rmdir()
     else:
@@ -145,10 +154,10 @@ def write_atomically(write: Callable[[Path], object], path: Path) -> None:
 
 
 def save(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """Write the diffusers layout in half precision; returns the network as a reader will get it, in float32."""
+    """Write a diffusers folder in half precision, and return the network as a reader of it gets it, in float32."""
     vae = build()
     vae.load_state_dict(weights)
-    torch.nn.Module.to(vae, dtype)  # diffusers' own `to` warns about layers this network has none of
+    torch.nn.Module.to(vae, dtype)  # diffusers' own `to` warns about layers that this network does not have
     write_atomically(lambda path: vae.save_pretrained(path, safe_serialization=True), folder)
     return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
 
@@ -177,7 +186,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Trainer:
-    """Everything a run is: network, optimizers, averaged weights, and how far it has come."""
+    """The state of a run: the network, its optimizers, the averaged weights, and how far it has come."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -209,7 +218,7 @@ class Trainer:
         self.phase, self.phase_step, self.phase_spent, self.step, self.spent, self.loss = state["progress"]
 
     def checkpoint(self) -> dict[str, float]:
-        """Save the averaged weights as a reader will get them, measure those, and keep what --resume needs."""
+        """Save the averaged weights, measure them as a reader will get them, and save what --resume needs."""
         figures = evaluate(save(self.average, self.args.output, getattr(torch, self.args.dtype)))
         state = {"vae": self.vae.state_dict(), "average": self.average}
         state |= {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
@@ -224,14 +233,14 @@ class Trainer:
             file.write(json.dumps(head | figures) + "\n")
 
     def done(self) -> float:
-        """The share of the current phase that is over."""
+        """Return the share of the current phase that is over, from 0 to 1."""
         phase = PHASES[self.phase]
         if self.args.minutes is None:
             return self.phase_step / (phase.steps * self.args.length)
         return self.phase_spent / (60 * self.args.minutes * phase.minutes / sum(phase.minutes for phase in PHASES))
 
     def gradients(self, pixels: torch.Tensor) -> tuple[float, list[torch.Tensor | None]]:
-        """Loss and gradients of one worker's part of the batch."""
+        """Compute the loss and the gradients of one worker's part of the batch."""
         loss = loss_of(self.vae, pixels.contiguous(memory_format=torch.channels_last), PHASES[self.phase].linear)
         return loss.item(), list(torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
@@ -246,7 +255,7 @@ class Trainer:
         losses, gradients = zip(*self.pool.map(self.gradients, parts), strict=True)
         for parameter, *of_parts in zip(self.parameters, *gradients, strict=True):
             parameter.grad = None if of_parts[0] is None else sum(of_parts) / len(of_parts)
-        self.vae.encoder.conv_out.weight.grad[CHANNELS:] = 0  # the fixed variance
+        self.vae.encoder.conv_out.weight.grad[CHANNELS:] = 0  # the variance stays fixed
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.muon.step()
         self.adam.step()
@@ -259,7 +268,7 @@ class Trainer:
         self.loss = loss if self.loss != self.loss else 0.98 * self.loss + 0.02 * loss
 
     def next_phase(self) -> None:
-        """Go on from the averaged weights, their latents made standard, with fresh optimizers."""
+        """Begin the next phase: from the averaged weights, with latents made standard and with fresh optimizers."""
         self.vae.load_state_dict(self.average)
         standardise(self.vae, self.crops, PHASES[self.phase].linear, PHASES[self.phase].centre)
         self.phase, self.phase_step, self.phase_spent = self.phase + 1, 0, 0.0
@@ -291,7 +300,7 @@ class Trainer:
 
 
 def machine() -> str:
-    """The processor and the library, for the record."""
+    """Describe the processor and the library, for the record."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
