@@ -1,4 +1,4 @@
-"""The real pipelines of models that borrow FLUX's autoencoders: tiny random transformers, embeddings given."""
+"""The real pipelines of models that borrow FLUX's autoencoders, with tiny random transformers and given embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of weights as other programs write them: BFL's names, old names, 8-bit floats; and files that are none."""
+"""Writes files of weights as other programs do (BFL's names, old names, 8-bit floats), and files without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: Hypothesis profiles, small models, the number of threads."""
+"""What all tests share: a Hypothesis profile, small models as fixtures, and the number of threads and processes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, settings
 from fluxvae import Decoder
 from models import random_vae
 
-# The models are tiny: a second thread would only wait for the first, for long where other work wants the cores.
+# The models are tiny, so a second thread would only wait for the first, and for long where other work wants the cores.
 torch.set_num_threads(1)
 
 settings.register_profile(
     "default",
-    deadline=None,  # a shared machine: time is no property of the code
+    deadline=None,  # the machine may be shared, so how long an example takes says nothing about the code
     max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     print_blob=True,
@@ -26,10 +26,11 @@ settings.load_profile("default")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the default suite, whose tests compute with one thread and often wait; else this process.
+    """Run the default suite in two processes, and any choice of tests in this one.
 
-    What is marked slow measures time and memory at full widths, so that it must have the machine to itself, and a few
-    files are done sooner than two processes have imported PyTorch.
+    Most tests of the default suite compute with one thread or wait for a server, so two processes are faster. Tests
+    that are marked slow measure time and memory at full widths and must have the machine to themselves; and a few files
+    are done sooner than two processes have imported PyTorch.
     """
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and config.getoption("markexpr") == "not slow"
     return 2 if whole else 0
@@ -37,7 +38,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture
 def threads_kept() -> Iterator[None]:
-    """The number of threads is as it was, whatever the test sets."""
+    """Set PyTorch's number of threads back after the test, whatever the test has set."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

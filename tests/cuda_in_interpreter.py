@@ -1,8 +1,9 @@
-"""The CUDA kernels in the Triton language's interpreter, on the CPU: run by `test_cuda_kernels` in a child process.
+"""Tests of the CUDA kernels in the Triton language's interpreter, on the CPU. `test_cuda_kernels` runs them in a child.
 
-That interpreter replaces the language for a whole process and must be asked for before anything imports it, so these
-tests are not collected beside others. cuDNN's part is F.conv2d here. The interpreter drops the low bits when it rounds
-to bfloat16 (the hardware rounds to nearest), so bfloat16 is held to twice the tolerance.
+The interpreter replaces the language for a whole process, and must be asked for before anything imports the language.
+That is why these tests are not collected beside the others. F.conv2d stands in for cuDNN here. When it rounds to
+bfloat16 the interpreter drops the low bits, where the hardware rounds to nearest, so bfloat16 is held to twice the
+tolerance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small seeded networks of many shapes for the exact engine's tests, and the oracle: diffusers in float64."""
+"""Small seeded networks of many shapes for the exact engine's tests, and their oracle: diffusers in float64."""
 
 from __future__ import annotations
 

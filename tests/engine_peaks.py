@@ -1,11 +1,12 @@
 """Measures the peak memory of exact decodes, or of previews, in a process of its own: ``engine_peaks.py '<json>'``.
 
-The JSON: {"preview": true or false, "vae": keywords of AutoencoderTiny or AutoencoderKL, "kernels": ..., "dtype": ...,
-"threads": n, "block_values": n or null, "cases": [{"size": [lh, lw], "batch": n, "fraction": f or null}]}; a fraction
-sets the limit that far between the smallest that works and the peak of the unlimited plan. One JSON line per case:
+The JSON on the command line is {"preview": true or false, "vae": keywords of AutoencoderTiny or AutoencoderKL,
+"kernels": ..., "dtype": ..., "threads": n, "block_values": n or null, "cases": [{"size": [lh, lw], "batch": n,
+"fraction": f or null}]}. A fraction of 0 sets the memory limit to the smallest that works, 1 to the peak of the
+unlimited plan, and values between them to limits between these. One line of JSON is printed for each case:
 {"predicted": bytes, "measured": bytes, "limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
 
-Measured is the high-water mark of resident memory during the decode, above what was resident before it.
+What is measured is the high-water mark of resident memory during the decode, above what was resident before it.
 """
 
 from __future__ import annotations

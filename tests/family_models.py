@@ -1,4 +1,4 @@
-"""Small seeded random models of the rest of the family, and the real diffusers pipelines around them."""
+"""Small seeded random models of the other VAEs (FLUX.1's is in `models`), and diffusers' real pipelines around them."""
 
 from __future__ import annotations
 

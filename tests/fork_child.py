@@ -1,9 +1,20 @@
-"""Forks with a PyTorch that has computed before or not, and prints what a decode in each child came to, as JSON.
+"""Forks after PyTorch has computed or has not, decodes in each child, and prints how each decode ended, as JSON.
 
-Before the fork ran: ``nothing``; ``thread``, an operation of two threads in a thread that has ended; ``parallel``, one
-in the thread that forks. The child decodes: in the ``same`` state; with ``one`` thread (torch.set_num_threads(1)); in a
-``thread`` of its own; ``computes`` an operation of two threads first; or ``loads`` the demo checkpoint first. It comes
-to ``equal``, ``different``, the child's error, or ``hangs``.
+Before the fork, the process ran one of these:
+
+- ``nothing``;
+- ``thread``: an operation of two threads, in a thread that has ended by then;
+- ``parallel``: an operation of two threads, in the thread that forks.
+
+After the fork, the child does one of these:
+
+- ``same``: it decodes at once;
+- ``one``: it decodes with one thread (torch.set_num_threads(1));
+- ``thread``: it decodes in a thread of its own;
+- ``computes``: it runs an operation of two threads first;
+- ``loads``: it loads the demo checkpoint first.
+
+The decode ends as ``equal`` or ``different`` (compared with the right image), with the child's error, or it ``hangs``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a decode may not leave behind: an open file, a thread."""
+"""Lists what a decode must not leave behind: open files and threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small seeded random models for tests: FLUX's topology, and a FluxPipeline around it."""
+"""Small random models for tests, made from a seed: a VAE with FLUX.1's topology, and a FluxPipeline around it."""
 
 from __future__ import annotations
 

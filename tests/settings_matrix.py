@@ -1,7 +1,7 @@
-"""Decodes under every setting of a process, and under every two of them; `test_settings.py` starts it.
+"""Decodes under every setting of a process, and under every pair of settings. `test_settings.py` starts it.
 
-A process of its own, for a tensor of the wrong dtype or device in compiled code can end it. It prints what it tries
-before it tries it, and ``all the same bits`` at the end.
+It runs in a process of its own, because a tensor of the wrong dtype or device in compiled code can end the process. It
+prints what it tries before it tries it, and ``all the same bits`` at the end.
 """
 
 from __future__ import annotations

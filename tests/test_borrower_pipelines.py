@@ -1,7 +1,7 @@
-"""Bit-identity of the reference engine with the real pipelines of models that borrow FLUX's autoencoders.
+"""The reference engine gives the same bits as the real pipelines of models that borrow FLUX's autoencoders.
 
-The transformers are tiny and random, the prompt embeddings given; everything else is the pipelines' own code. Not
-covered here: the models' own weights and text encoders.
+The transformers are tiny and random, and the prompt embeddings are given; everything else is the pipelines' own code.
+The models' own weights and text encoders are not covered here.
 """
 
 from __future__ import annotations

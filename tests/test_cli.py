@@ -1,4 +1,4 @@
-"""The command line: help that answers at once, plan and info that agree with the library, errors as one message."""
+"""The command line answers --help at once, agrees with the library in plan and info, and shows one message an error."""
 
 from __future__ import annotations
 

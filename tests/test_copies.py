@@ -1,4 +1,4 @@
-"""What users copy and send to other processes: decoders, plans, formats, clients, errors."""
+"""What users copy or send to other processes survives it: decoders, plans, formats, clients and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on a CPU: against float64, and the same bits for a query whoever computes it and beside whatever others."""
+"""Attention on a CPU: its error against float64, and that a query gets the same bits in every cut of the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: run in the Triton language's interpreter, compiled for cards that are not here."""
+"""The CUDA kernels, tested without a GPU: run in the Triton language's interpreter, and compiled for several cards."""
 
 from __future__ import annotations
 

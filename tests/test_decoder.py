@@ -1,4 +1,4 @@
-"""Decoder: options, errors, and what a caller gets back, on the reference engine."""
+"""`Decoder` with the reference engine: its options, its errors, and what a caller gets back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo, run as the README's first command runs it, and made to fail."""
+"""The demo passes when it is run as the README's first command, and its checks fail when the decoder is broken."""
 
 from __future__ import annotations
 

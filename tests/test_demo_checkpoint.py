@@ -1,7 +1,7 @@
-"""The checkpoint and the latents in the package show the right picture, and a wrong decode of them does not.
+"""The checkpoint and the latents in the package give the right picture, and a wrong decode of them does not.
 
-Random weights show noise, in which nobody can see a swapped channel. These pictures can: the bar of 26 dB that the
-right decode passes is one that every mix-up below fails.
+With random weights every image is noise, in which nobody sees a swapped channel. In these pictures it shows: the right
+decode is better than the bar of 26 dB, and every mix-up that is tried below is worse.
 """
 
 from __future__ import annotations

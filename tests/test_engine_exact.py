@@ -1,6 +1,6 @@
 """The exact engine against diffusers in float64, and against itself under other limits, batches and threads.
 
-Not covered: a GPU (the code is the same torch code; issue 8 measures it), and FLUX's full width outside ``-m slow``.
+A GPU is not covered here, but in `test_gpu.py` and benchmarks/gpu.py. FLUX's full width is covered by ``-m slow`` only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Every bar of the exact engine and the CPU kernels on FLUX.2's VAE and its small decoder, previews, SD, `install`.
+"""The other VAEs pass every bar of the exact engine and the CPU kernels, and `install` works with them.
 
-Not covered by default: the full widths, which ``-m slow`` has.
+They are FLUX.2's VAE and its small decoder, previews, and Stable Diffusion's VAE. The full widths are covered by
+``-m slow`` only.
 """
 
 from __future__ import annotations

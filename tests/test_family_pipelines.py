@@ -1,7 +1,7 @@
-"""Bit-identity of the reference engine with the real pipelines of FLUX.2 and of FLUX.1's borrowers.
+"""The reference engine gives the same bits as the real pipelines of FLUX.2 and of FLUX.1's borrowers.
 
-The transformers are tiny and random, the prompt embeddings given; everything else is the pipeline's own code. Not
-covered here: the models' own weights, which cannot ship.
+The transformers are tiny and random, and the prompt embeddings are given; everything else is the pipelines' own code.
+The models' own weights are not covered, because they cannot ship.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Identity with the real FluxPipeline: same latents in, the same bits out.
+"""The reference engine gives the same bits as the real FluxPipeline from the same latents.
 
-Not covered here: FLUX.1's own weights, which cannot ship; the code path does not depend on the values.
+FLUX.1's own weights are not covered, because they cannot ship; the path through the code does not depend on them.
 """
 
 from __future__ import annotations

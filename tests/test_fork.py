@@ -1,4 +1,4 @@
-"""After a fork: an error where PyTorch would hang, the same image where it would not."""
+"""After a fork, a decode raises an error where PyTorch would hang, and gives the same image where it would not."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What only an NVIDIA GPU can show; skipped without one. `pytest -m gpu` on a machine that has one.
+"""What only an NVIDIA GPU can show. Run `pytest -m gpu` on a machine that has one; elsewhere these tests are skipped.
 
-FLUX's widths where they matter (the head of 512, cuDNN's choices), few pixels: the times are benchmarks/gpu.py's.
+They use FLUX's widths where those matter (attention's head of 512, cuDNN's choices), but few pixels: benchmarks/gpu.py
+is what measures times.
 """
 
 from __future__ import annotations

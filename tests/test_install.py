@@ -1,6 +1,6 @@
 """`fluxvae.install` inside real diffusers pipelines.
 
-Not covered: a GPU's offloading itself (accelerate's hooks are exercised on the CPU), and pipelines other than FLUX's.
+Offloading from a GPU is not covered (accelerate's hooks are exercised on the CPU), nor are pipelines other than FLUX's.
 """
 
 from __future__ import annotations

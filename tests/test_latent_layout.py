@@ -1,4 +1,4 @@
-"""How a shape is read: packed or not, with or without batch and frame; right for every size, or refused."""
+"""The shape of latents (packed or not, with or without batch and frame) is read rightly for every size, or refused."""
 
 from __future__ import annotations
 

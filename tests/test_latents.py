@@ -1,4 +1,4 @@
-"""Packing, sizes and validation: pure functions, and what each refuses."""
+"""Packing, sizes and the checks of latents, which are pure functions: what each returns, and what it refuses."""
 
 from __future__ import annotations
 

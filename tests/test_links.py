@@ -1,4 +1,4 @@
-"""Links between the documents: every file is there, and every heading that one points at."""
+"""Every link between the documents leads to a file that exists, and to a heading that exists."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A VAE that is not what its weights say: unwrapped where that is the same function, refused by name otherwise.
+"""A VAE that computes something else than its weights say, because of a wrapper, a hook, an adapter and the like.
 
-Each is done with the real library, before a decoder is made and after, for a `Decoder` and for `install`.
+It is unwrapped where that leaves the function the same, and otherwise refused by name. Each case is made with the real
+library, before a decoder is made and after, for a `Decoder` and for `install`.
 """
 
 from __future__ import annotations

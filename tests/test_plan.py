@@ -1,4 +1,4 @@
-"""The planner: predicted against measured peaks, the ladder, memory limits in words, spill folders."""
+"""The planner: predicted peaks against measured ones, what it chooses as the limit falls, limits and spill folders."""
 
 from __future__ import annotations
 

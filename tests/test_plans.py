@@ -1,4 +1,4 @@
-"""`plan_decode` says what the decoder itself would, though it reads no weights and, on a CPU, imports no PyTorch."""
+"""`plan_decode` gives a decoder's own plan, but reads no weights and, on a CPU, does not even import PyTorch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Nothing is printed that nobody can do anything about: stderr stays empty where all is well, without accelerate too.
+"""Nothing is printed that a user can do nothing about: where all is well, standard error stays empty.
 
-A user who installs fluxvae alone has no accelerate, of which diffusers complains when it loads weights.
+That holds without accelerate too. A user who installs only fluxvae does not have it, and diffusers complains of that
+when it loads weights.
 """
 
 from __future__ import annotations

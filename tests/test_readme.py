@@ -1,4 +1,4 @@
-"""The README is run: its Python, its HTTP and gRPC clients against a real server, its error table and commands."""
+"""The README is run: its Python, its HTTP and gRPC clients (against a real server), its commands, its error table."""
 
 from __future__ import annotations
 

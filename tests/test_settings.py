@@ -1,4 +1,4 @@
-"""What a process has set for its own models changes no image, and is as it was afterwards."""
+"""What a process has set for its own models changes no image of ours, and is the same after a decode as before."""
 
 from __future__ import annotations
 

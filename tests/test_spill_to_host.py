@@ -1,4 +1,7 @@
-"""Maps in host memory, and memory that runs out, without a GPU: the same code with a queue of copies that is late."""
+"""Feature maps that are kept in host memory, and memory that runs out, tested without a GPU.
+
+The code is the same as on a GPU, with a queue of copies that completes late.
+"""
 
 from __future__ import annotations
 

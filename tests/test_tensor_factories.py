@@ -1,7 +1,7 @@
-"""Whatever makes a tensor says its dtype and its device: both have defaults that the process may have changed.
+"""Every call in our code that makes a tensor states its dtype and device, whose defaults a process may have changed.
 
-A tensor of another dtype or on another device than its reader takes it for is a wrong picture without a word, or a
-crash, where compiled code is handed its memory.
+Where compiled code is handed the memory of a tensor, and the tensor has another dtype or device than that code takes
+it for, the result is a wrong picture without any error, or a crash.
 """
 
 from __future__ import annotations

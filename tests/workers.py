@@ -1,4 +1,4 @@
-"""What worker processes of tests run: importable by a spawned process, and quickly."""
+"""Functions that the worker processes of tests run. A spawned process must be able to import them, and quickly."""
 
 from __future__ import annotations
 
