@@ -58,7 +58,7 @@ def demo_strip(vae: AutoencoderKL) -> Image.Image:
 
 
 def seams_strip(vae: AutoencoderKL) -> Image.Image:
-    """The same crop of a 2048x2048 decode, untiled and tiled. The first half is where the exact engine comes in."""
+    """Show the same crop of a 2048x2048 decode by diffusers, untiled and tiled, and the difference of the two."""
     picture = open_picture(SEAMS_PICTURE).resize((SEAMS_SIZE, SEAMS_SIZE), Image.Resampling.LANCZOS)
     packed = encode(vae, np.asarray(picture))
     untiled = decode(vae, packed, SEAMS_SIZE, SEAMS_SIZE)

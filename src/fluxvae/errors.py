@@ -4,12 +4,12 @@
     ├── InvalidLatentsError (ValueError)   the latents, or the size given with them
     ├── InvalidOptionError (ValueError)    an option: output_type, engine, dtype, format, ...
     ├── CheckpointError                    weights that are missing, damaged, foreign or out of reach
-    ├── MemoryLimitError                   the limit is below the smallest that works, or was outrun
+    ├── MemoryLimitError                   the limit is below the smallest that works, or the disk to spill to is full
     ├── NonFiniteOutputError               the decode gave NaN or Inf; never a picture
     ├── DecodeCancelled                    the caller's cancel() said so
-    ├── UnavailableError                   a server, or its memory, that cannot take it now: try again later
-    ├── DeadlineExceededError (TimeoutError)   a server's answer that did not come in time
-    └── ForkedProcessError (RuntimeError)  a forked process, in which PyTorch would wait for ever
+    ├── UnavailableError                   a server, or the machine's memory, cannot take it now: try again later
+    ├── DeadlineExceededError (TimeoutError)   a server's answer did not come in time
+    └── ForkedProcessError (RuntimeError)  the process was forked, and PyTorch would wait for ever in it
 
 A message names the field, what came, what was expected and what to do.
 """
@@ -51,7 +51,7 @@ class CheckpointError(FluxVAEError):
 
 
 class MemoryLimitError(FluxVAEError):
-    """The memory limit is below the smallest that works for this size."""
+    """The memory limit is below the smallest that works for this size, or the disk for spilled maps filled up."""
 
 
 class NonFiniteOutputError(FluxVAEError):

@@ -184,8 +184,8 @@ def choose_family(
             return Choice(None, "factors")
         factors = "batch_norm_eps=" if batch_norm else "scaling_factor= (and shift_factor=, if it has one)"
         raise CheckpointError(
-            f"checkpoint: {where} is {is_}, as no model's that is known here; a single file does not hold the factors "
-            f"of its latents: give {factors}, or load its diffusers folder"
+            f"checkpoint: {where} is {is_}, which fits no model that is known here; a single file does not hold the "
+            f"factors of its latents: give {factors}, or load its diffusers folder"
         )
     first, *others = fits
     if not others:

@@ -127,6 +127,10 @@ def _listing(source: str, revision: str | None) -> set[str]:
 
     The hub is asked in a thread of its own, because looking up the hub's address may hang, and no timeout of the HTTP
     request covers that.
+
+    Raises:
+        TimeoutError: there was no answer within `_PATIENCE_S` (or HF_HUB_ETAG_TIMEOUT) seconds.
+        Exception: whatever the hub's library raised.
     """
     from huggingface_hub import HfApi, constants
 

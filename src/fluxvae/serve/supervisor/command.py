@@ -95,7 +95,9 @@ def _run(settings: ServeSettings, signals: list[int], follow_logs: bool) -> int:
                 time.sleep(_WATCH_S)
         if signals:
             name = signal.Signals(signals[0]).name
-            report(f"{name}: finishing what is under way, for {settings.drain_s:g} s at most; once more stops at once")
+            report(
+                f"{name}: finishing what is under way, for {settings.drain_s:g} s at most; another signal stops at once"
+            )
             _notify("STOPPING=1")
     finally:
         supervisor.stop(lambda: len(signals) > 1)

@@ -30,8 +30,9 @@ _STEADY_S = 60.0
 class Keeper:
     """Keeps one child running, in a thread.
 
-    A child that fails at its first start is not tried again: `failure` says why. Later, whatever goes wrong is
-    reported, the child is killed, and it is started again after a delay that grows with each failure.
+    A child that fails at its first start is not started again, and `failure` says why; only a port that another program
+    has taken is waited for. Later, whatever goes wrong is reported, the child is killed, and it is started again after
+    a delay that grows with each failure.
 
     Args:
         service: the child.
@@ -88,7 +89,7 @@ class Keeper:
             except PortTakenError as error:
                 wait_until = wait_until or launched + self._ready_timeout_s
                 if time.monotonic() >= wait_until:
-                    raise TritonServerError(f"{error} (it was waited for, --ready-timeout)") from error
+                    raise TritonServerError(f"{error} (it was waited for as long as --ready-timeout allows)") from error
                 reason = str(error)
             except Exception as error:
                 if not started_once:

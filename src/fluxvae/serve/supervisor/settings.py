@@ -149,9 +149,9 @@ class ServeSettings:
         if len(self.models) == 1 or not without:
             return []
         return [
-            f"{len(self.models)} models, and no limit for {', '.join(without)}: what has none plans with what is free "
-            "when its decode begins, so that decodes at the same time may run out of memory; --memory-limit is shared "
-            "out among the models"
+            f"{len(self.models)} models, and no limit for {', '.join(without)}: a model without one plans with the "
+            "memory that is free when its decode begins, so that decodes at the same time may run out of memory; "
+            "--memory-limit sets a limit that is shared out among the models"
         ]
 
     def _memory_limits(self) -> dict[str, str | None]:

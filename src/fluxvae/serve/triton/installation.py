@@ -127,7 +127,10 @@ def _stub(wheel: Path) -> Path:
     stub = wheel / "python_backend_stubs" / _PYTHON / "triton_python_backend_stub"
     if not stub.is_file():
         has = ", ".join(sorted(path.name for path in (wheel / "python_backend_stubs").glob("*")))
-        raise TritonServerError(f"Python {_PYTHON}: this wheel has no stub for it, only for {has or 'none'}")
+        raise TritonServerError(
+            f"Python {_PYTHON}: this wheel has no stub for it, only for {has or 'none'}; use one of these versions, or "
+            "run in NVIDIA's Triton container"
+        )
     return stub
 
 

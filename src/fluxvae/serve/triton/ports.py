@@ -27,7 +27,7 @@ def free_ports(host: str, wanted: Sequence[int]) -> list[int]:
     """
     fixed = [port for port in wanted if port]
     if twice := [port for port in fixed if fixed.count(port) > 1]:
-        raise TritonServerError(f"port {twice[0]} on {host}: wanted twice; choose another, or 0")
+        raise TritonServerError(f"port {twice[0]} on {host}: wanted twice; choose another, or 0 for a free one")
     with contextlib.ExitStack() as stack:  # all are bound at the same time, so that no two can be the same
         return [stack.enter_context(_bind(host, port)).getsockname()[1] for port in wanted]
 
@@ -47,5 +47,5 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.close()
         reason = getattr(error, "strerror", None) or error
         kind = PortTakenError if getattr(error, "errno", None) == errno.EADDRINUSE else TritonServerError
-        raise kind(f"port {port} on {host}: {reason}; choose another, or 0") from error
+        raise kind(f"port {port} on {host}: {reason}; choose another, or 0 for a free one") from error
     return bound
