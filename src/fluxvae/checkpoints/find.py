@@ -107,10 +107,11 @@ def _file(path: Path, subfolder: str | None, variant: str | None) -> Found:
 
 
 def _folder(path: Path, subfolder: str | None, variant: str | None) -> Found:
-    """Find the VAE in a folder: in the folder itself or its vae/, by a config.json or as the one file with a VAE.
+    """Find the VAE in the given subfolder of a folder, or without one in the folder itself or its vae/.
 
-    Of several folders with a config.json the first whose config is a VAE's is taken. If none is a VAE's, the last is
-    taken all the same, so that the error names what its config describes instead.
+    A config.json shows where it is. If both have one, the first whose config describes a VAE is taken; if neither does,
+    the last is taken all the same, so that the error names what its config describes instead. Without any config.json,
+    the one file with a VAE is taken.
     """
     candidates = [path / subfolder] if subfolder is not None else [path, path / "vae"]
     with_config = [folder for folder in candidates if (folder / "config.json").is_file()]
