@@ -1,4 +1,4 @@
-"""Draws what ``fluxvae`` prints in a terminal: the SVG pictures of README.md and docs/batch.md.
+"""Draws what ``fluxvae`` prints in a terminal: the SVG pictures of README.md, docs/batch.md and docs/memory.md.
 
     uv run tools/terminal_pictures.py            # writes docs/images/terminal-*.svg
 

@@ -53,7 +53,7 @@ EXACT_VS_REFERENCE_CHANGED_FULL = Tolerance(
     1.2e-2,
     5.9e-3,
     "the same at 1024 pixels with FLUX's widths and random weights: nearly all of it is diffusers' own error, whose "
-    "channels-last convolutions sum in one chain (docs/performance.md)",
+    "channels-last convolutions sum in one chain (docs/notebook.md)",
 )
 
 ENGINE_FLOAT64_ERROR = Tolerance(1e-11, 4e-14, "largest float64 difference to diffusers, relative to the largest pixel")

@@ -1,6 +1,6 @@
 """Files as other programs write them: their picture is their tensor's, and what they do not tell is asked for.
 
-Every writer here keeps to the names, metadata and layout of the program's own source, which docs/batch.md names.
+Every writer here keeps to the names, metadata and layout of the program's own source, which docs/latent-files.md names.
 """
 
 from __future__ import annotations

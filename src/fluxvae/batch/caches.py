@@ -1,8 +1,8 @@
 """Latents as other programs keep them: ComfyUI's files and the caches of trainers, each known by its header.
 
 Every program has one small function here that looks at what a file holds, by name, and says which of its tensors are
-pictures and what is known of them; or None: it is not that program's. `docs/batch.md` says the same in a table, with
-the place in each program's source. What a file does not tell is asked for (`Picture.ask`), never guessed.
+pictures and what is known of them; or None: it is not that program's. `docs/latent-files.md` says the same in a table,
+with the place in each program's source. What a file does not tell is asked for (`Picture.ask`), never guessed.
 SimpleTuner's have no function: a tensor alone in a ``.pt``, scaled, is what any such tensor is taken for.
 """
 
