@@ -68,9 +68,21 @@ def run_size(tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
 def main() -> int:
     """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 131072], help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, torch.get_num_threads()])
-    parser.add_argument("--rounds", type=int, default=5, help="each, in turn (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[4096, 16384, 131072],
+        help="how many tokens the map has (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1, torch.get_num_threads()],
+        help="how many threads to compute with (default: one, and all)",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed, in turn (default: %(default)s)")
     options = parser.parse_args()
     rows = []
     for tokens in options.tokens:

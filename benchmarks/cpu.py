@@ -277,19 +277,55 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines to run")
-    parser.add_argument("--model", choices=MODELS, default="flux", help="full widths, seeded weights (default: flux)")
-    parser.add_argument("--sizes", nargs="*", type=int, default=[512, 1024], help="pixels (default: 512 1024)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=2, help="decodes per engine (default: %(default)s)")
-    parser.add_argument("--no-errors", action="store_true", help="skip the float64 decode and the errors")
     parser.add_argument(
-        "--scaling", action="store_true", help="ours alone, 256 to 2048 pixels, 1 and --threads threads"
+        "--only", nargs="+", choices=ENGINES, default=list(ENGINES), help="the engines to run (default: all)"
     )
-    parser.add_argument("--profile", action="store_true", help="ours alone: each kernel's share of the time")
-    parser.add_argument("--plot", type=Path, help="write an SVG or PNG")
-    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="what earlier runs printed, for the plot")
-    parser.add_argument("--work", type=Path, default=Path("out/benchmark-cpu"), help="keeps the float64 decodes")
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default="flux",
+        help="which decoder; each has full widths and seeded weights (default: flux)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="*",
+        type=int,
+        default=[512, 1024],
+        help="the sizes of the images in pixels each way (default: 512 1024)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="how many threads each engine computes with (default: PyTorch's choice, %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        help="how many decodes of each engine are timed; the median counts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-errors", action="store_true", help="measure no errors, which saves a float64 decode of minutes"
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="measure how ours alone grows instead: 256 to 2048 pixels, with 1 thread and with --threads",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="measure each kernel's share of the time instead, in ours alone"
+    )
+    parser.add_argument("--plot", type=Path, help="draw the results into this file, an SVG or a PNG")
+    parser.add_argument(
+        "--earlier", nargs="+", type=Path, default=[], help="files with what earlier runs printed, to be drawn too"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("out/benchmark-cpu"),
+        help="the folder that keeps the float64 decodes, so that they are computed once (default: %(default)s)",
+    )
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

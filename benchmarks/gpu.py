@@ -285,10 +285,20 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="no row is begun that would outlast this")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="how long the run may take; no row is begun that would outlast it (default: %(default)s)",
+    )
     default = Path(os.environ.get("OUT", ".")) / "gpu.json"
-    parser.add_argument("--out", type=Path, default=default, help="where rows are kept as they come")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default,
+        help="the file that rows are written to as they come (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show that the script still runs: tiny, on the CPU")
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("this PyTorch sees no NVIDIA GPU; --dry-run only tries the script")

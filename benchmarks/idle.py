@@ -68,8 +68,14 @@ def measure(server: subprocess.Popen[str], seconds: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="FLUX.1's widths instead of the demo's")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to look (%(default)s)")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="serve a model of FLUX.1's widths instead of the demo's, to see what its own tiny decodes cost",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="how many seconds to measure for (default: %(default)s)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = full_widths(Path(folder)) if args.full else "demo"

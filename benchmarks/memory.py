@@ -214,18 +214,49 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     """Run the benchmark; return the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048])
-    parser.add_argument("--limits", nargs="+", help="'none' or sizes such as 0.7GB; by default a few per size")
-    parser.add_argument("--only", nargs="+", choices=[UNTILED, TILED, EXACT])
-    parser.add_argument("--kernels", nargs="+", choices=["torch", "winograd"], default=["torch", "winograd"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default="flux", help=f"full widths, seeded weights: {', '.join(MODELS)}; or 'demo' (default: flux)"
+        "--sizes",
+        type=int,
+        nargs="*",
+        default=[512, 1024, 2048],
+        help="the sizes of the images in pixels each way (default: 512 1024 2048)",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--plot", type=Path, help="write a PNG: docs/images/memory.png is of the model flux")
-    parser.add_argument("--earlier", nargs="+", type=Path, default=[], help="what earlier runs printed, for the plot")
+    parser.add_argument(
+        "--limits",
+        nargs="+",
+        help="the memory limits of the exact engine: 'none', or sizes such as 0.7GB (default: a few for each size)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[UNTILED, TILED, EXACT], help="which kinds of decode to run (default: all)"
+    )
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        choices=["torch", "winograd"],
+        default=["torch", "winograd"],
+        help="which kernels the exact engine runs with (default: both)",
+    )
+    parser.add_argument(
+        "--model",
+        default="flux",
+        help=f"which decoder: {', '.join(MODELS)} have full widths and seeded weights, 'demo' ships (default: flux)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="how many threads a decode computes with (default: PyTorch's choice, %(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="how many rounds; the cases take turns in each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="draw the results into this PNG; docs/images/memory.png is of the model flux"
+    )
+    parser.add_argument(
+        "--earlier", nargs="+", type=Path, default=[], help="files with what earlier runs printed, to be drawn too"
+    )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

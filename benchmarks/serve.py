@@ -52,15 +52,47 @@ MODEL = "vae_decoder"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--checkpoint", default="demo", help="what is served (default: %(default)s)")
-    parser.add_argument("--only", choices=["overhead", "load"], help="one of the two parts")
-    parser.add_argument("--size", type=int, default=1024, help="pixels each way of the overhead's image (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of the overhead (%(default)s)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512], help="of the load's images")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8], help="%(default)s")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of load at each concurrency (%(default)s)")
-    parser.add_argument("--protocol", default="grpc", choices=["grpc", "http", "shared_memory"], help="of the load")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="demo", help="the checkpoint that is served (default: %(default)s)")
+    parser.add_argument("--only", choices=["overhead", "load"], help="run one of the two parts only (default: both)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=1024,
+        help="the size of the overhead's image, in pixels each way (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how many rounds the overhead is measured in; the ways take turns (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[256, 384, 512],
+        help="the sizes of the load's images in pixels each way, drawn at random (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8],
+        help="how many clients ask at the same time, one number after another (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        help="how many seconds of load there are at each concurrency (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--protocol",
+        default="grpc",
+        choices=["grpc", "http", "shared_memory"],
+        help="how the load's clients reach Triton (default: %(default)s)",
+    )
     args = parser.parse_args()
 
     console = Console()

@@ -29,10 +29,19 @@ def end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = Path(__file__).parent.parent / "triton_models"
-    parser.add_argument("--models", type=Path, default=models, help="the model folder (default: triton_models)")
-    parser.add_argument("--load", nargs="+", default=["vae_decoder"], help="which of them (default: vae_decoder)")
-    parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--models", type=Path, default=models, help="the folder of models (default: triton_models)")
+    parser.add_argument(
+        "--load",
+        nargs="+",
+        default=["vae_decoder"],
+        help="which of them to serve; the others need checkpoints of yours (default: vae_decoder)",
+    )
+    parser.add_argument(
+        "--http-port", type=int, default=8000, help="the port of Triton's HTTP; 0 is a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grpc-port", type=int, default=8001, help="the port of Triton's gRPC; 0 is a free one (default: %(default)s)"
+    )
     args = parser.parse_args()
     for number in _SIGNALS:
         signal.signal(number, end)

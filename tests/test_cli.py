@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
+from documents import parse
 from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, __version__, cli
 from fluxvae.errors import FluxVAEError, MemoryLimitError
@@ -49,6 +52,25 @@ def test_help_teaches(command: list[str]) -> None:
     assert max(map(len, shown.splitlines())) <= 80
     if not command:
         assert "FLUXVAE_CHECKPOINT" in shown
+
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_the_help_are_commands(name: str) -> None:
+    examples = [line.strip() for line in COMMANDS[name].help.splitlines() if line.startswith(f"  fluxvae {name}")]
+    assert examples
+    for example in examples:
+        parse(example.replace(" ... ", " ").partition("   ")[0])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_in_whole_sentences(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        text = parameter.help or ""
+        assert text[:1].isupper(), parameter.name
+        assert text.endswith("."), parameter.name
 
 
 def test_version() -> None:

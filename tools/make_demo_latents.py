@@ -56,8 +56,18 @@ def decode(vae: AutoencoderKL, packed: torch.Tensor, height: int, width: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ASSETS / "demo", help="default: the packaged one")
-    parser.add_argument("--output", type=Path, default=ASSETS / "latents", help="default: the package's folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=ASSETS / "demo",
+        help="the checkpoint that encodes (default: the one that ships)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "latents",
+        help="the folder that the latents are written to (default: the package's)",
+    )
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(args.checkpoint, torch_dtype=torch.float32).eval()
     weights = args.checkpoint / "diffusion_pytorch_model.safetensors"

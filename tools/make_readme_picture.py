@@ -83,9 +83,16 @@ def seams_strip(vae: AutoencoderKL) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ASSETS / "demo", help="default: the packaged one")
-    parser.add_argument("--output", type=Path, default=IMAGES, help="default: docs/images")
-    parser.add_argument("--only", choices=("demo", "seams"), help="default: both")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=ASSETS / "demo",
+        help="the checkpoint that decodes (default: the one that ships)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=IMAGES, help="the folder that the pictures are written to (default: docs/images)"
+    )
+    parser.add_argument("--only", choices=("demo", "seams"), help="make one of the two pictures only (default: both)")
     args = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(args.checkpoint, torch_dtype=torch.float32).eval()
     if args.only != "seams":

@@ -112,8 +112,12 @@ def draw(command: str, lines: list[str], columns: int, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PICTURES, default=list(PICTURES), help="pictures to draw")
-    parser.add_argument("--out", type=Path, default=IMAGES, help="folder (default: docs/images)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PICTURES, default=list(PICTURES), help="the pictures to draw (default: all)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=IMAGES, help="the folder that the pictures are written to (default: docs/images)"
+    )
     args = parser.parse_args()
     for name in args.only:
         command, columns, status = PICTURES[name]

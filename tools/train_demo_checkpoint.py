@@ -173,15 +173,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "The seed fixes the initial weights and every crop. The exact bits of the result still depend on the\n"
         "number of threads, the processor and the library; the quality should not.",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for config.json and the safetensors weights")
-    parser.add_argument("--length", type=float, default=1.0, help="factor on the steps of every phase (default: 1)")
-    parser.add_argument("--minutes", type=float, help="length of the run in minutes of wall time, instead of steps")
-    parser.add_argument("--seed", type=int, default=0, help="initial weights and crops (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue from the state file of an interrupted run")
-    parser.add_argument("--logs", type=Path, default=ROOT / "out" / "demo_training", help="curve and state file")
-    parser.add_argument("--evaluate-every", type=int, default=1000, metavar="STEPS", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="float16", help="of the saved weights")
-    parser.add_argument("--workers", type=int, default=2, help="threads, one per part of a batch (default: 2)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="the folder that config.json and the safetensors weights are written to",
+    )
+    parser.add_argument(
+        "--length", type=float, default=1.0, help="a factor on the steps of every phase (default: 1, the recipe)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, help="how many minutes of wall time the run takes, instead of counting steps"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the seed of the initial weights and of every crop (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the state file of an interrupted run")
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        default=ROOT / "out" / "demo_training",
+        help="the folder of the curve and the state file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--evaluate-every",
+        type=int,
+        default=1000,
+        metavar="STEPS",
+        help="how many steps lie between two evaluations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        default="float16",
+        help="the precision of the saved weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="how many threads train, each with a part of a batch of its own (default: 2)",
+    )
     return parser.parse_args(argv)
 
 

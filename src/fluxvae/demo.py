@@ -76,17 +76,34 @@ def _parser() -> argparse.ArgumentParser:
         "--latents",
         type=Path,
         default=DEFAULT_LATENTS,
-        help="a safetensors file with a tensor 'latents' of shape (batch, patches, 64), and height and width in its "
-        "metadata or given here (default: %(default)s)",
+        help="the latents to decode: a safetensors file with a tensor 'latents' of shape (batch, patches, 64), and "
+        "height and width in its metadata or given here; the default is a photograph's (%(default)s)",
     )
-    parser.add_argument("--height", type=int, help="pixels; instead of the file's own")
-    parser.add_argument("--width", type=int, help="pixels; instead of the file's own")
+    parser.add_argument("--height", type=int, help="the image's height in pixels, instead of what the file says")
+    parser.add_argument("--width", type=int, help="the image's width in pixels, instead of what the file says")
     parser.add_argument(
-        "--checkpoint", default="demo", help="'demo', a VAE folder, ae.safetensors, or a hub id (default: %(default)s)"
+        "--checkpoint",
+        default="demo",
+        help="what to decode with: a VAE folder, ae.safetensors, or a hub id; the "
+        "default is the small checkpoint that ships, so that nothing is downloaded (%(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=Path("fluxvae-demo.png"), help="default: %(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (default: %(default)s)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fluxvae-demo.png"),
+        help="the picture that is written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where to compute: auto, cpu, cuda or cuda:N; the default is the GPU where there is one (%(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="the precision: auto, float32, bfloat16 or float16; the "
+        "default is float32 on a CPU and bfloat16 on a GPU (%(default)s)",
+    )
     return parser
 
 

@@ -36,20 +36,21 @@ Examples:
   fluxvae bench                               how fast it is on this machine
   fluxvae serve --checkpoint ae.safetensors   decode for other machines
 
-ae.safetensors stands for your model's weights. Without --checkpoint it is
-"demo", a small one that ships, for trying things out.
+ae.safetensors stands for your model's weights. Without --checkpoint every command takes "demo", a small one that
+ships, so that you can try things out. Every command explains its options: fluxvae decode --help.
 
 Tab completes in your shell after: fluxvae --install-completion
 
-Environment: FLUXVAE_CHECKPOINT, FLUXVAE_FAMILY, FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT, FLUXVAE_TOKEN.
-Options win over it.
+These variables of the environment stand for options, and options win over them: FLUXVAE_CHECKPOINT, FLUXVAE_FAMILY,
+FLUXVAE_DEVICE, FLUXVAE_MEMORY_LIMIT. FLUXVAE_TOKEN is the token of fluxvae serve.
 """
 
 _OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="fluxvae",
-    help="Decode FLUX latents to images, exactly as diffusers' FluxPipeline would have." + _EXAMPLES,
+    help="Decode FLUX latents to images, exactly as diffusers' FluxPipeline would have, in the memory you name."
+    + _EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -65,16 +66,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _fluxvae(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="And exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
 
-app.command(cls=DecodeCommand, short_help="Many files of latents to images; can be resumed.")(decode)
-app.command(short_help="What decoding one size needs, before it happens.")(plan)
-app.command(short_help="What a checkpoint holds.")(info)
-app.command(short_help="How fast this machine decodes.")(bench)
-app.command(short_help="A server for other machines: Triton and HTTP.")(serve)
+app.command(cls=DecodeCommand, short_help="Decode files of latents to images; can be resumed.")(decode)
+app.command(short_help="Say what decoding one size would need.")(plan)
+app.command(short_help="Say what a checkpoint holds.")(info)
+app.command(short_help="Measure how fast this machine decodes.")(bench)
+app.command(short_help="Serve other machines, with Triton and over HTTP.")(serve)
 
 
 def main() -> None:

@@ -24,19 +24,42 @@ from fluxvae.errors import InvalidOptionError
 
 def bench(
     sizes: Annotated[
-        str, typer.Option(help="Pixels each way, multiples of 8, between commas.", metavar="N,N")
+        str,
+        typer.Option(
+            help="The sizes of the images in pixels each way: multiples of 8, with commas between them. The default is "
+            "what takes half a minute with the demo checkpoint.",
+            metavar="N,N",
+        ),
     ] = "512,1024",
     checkpoint: Checkpoint = "demo",
     family: Family = None,
     variant: Variant = None,
-    rounds: Annotated[int, typer.Option(help="Timed decodes of each size.", min=1, metavar="N")] = 3,
-    diffusers: Annotated[bool, typer.Option("--diffusers", help="Beside diffusers' own decode.")] = False,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            help="How many decodes of each size are timed. The median is shown, so that one slow decode does not "
+            "count.",
+            min=1,
+            metavar="N",
+        ),
+    ] = 3,
+    diffusers: Annotated[
+        bool,
+        typer.Option(
+            "--diffusers",
+            help="Decode with diffusers too, and show how many times faster this is. It is off by "
+            "default because it takes longer and much more memory.",
+        ),
+    ] = False,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How fast this machine decodes, and with how much memory: about half a minute with the demo checkpoint.
+    """Measure how fast this machine decodes, and with how much memory.
+
+    It takes about half a minute with the demo checkpoint. The demo's network is small: for the speed of your model give
+    its checkpoint.
 
     Examples:
 

@@ -20,6 +20,7 @@ from fluxvae.cli.options import (
     Dtype,
     Family,
     MemoryLimit,
+    Revision,
     Variant,
     busy,
     errors,
@@ -63,79 +64,118 @@ def decode(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Latents in safetensors, npy, npz, pt or Parquet, ComfyUI's .latent, or caches of trainers: "
-            "files, folders, globs, URLs.",
+            help="Files, folders, globs or URLs of latents: safetensors, npy, npz, pt, Parquet, ComfyUI's .latent, or "
+            "the caches of trainers.",
             metavar="INPUT",
         ),
     ],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder, or URL, for the images.", metavar="DIR")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="The folder, or URL, that the images are written to.", metavar="DIR")
+    ],
     checkpoint: Checkpoint = "demo",
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.", metavar="NAME")] = None,  # noqa: UP045
+    revision: Revision = None,
     variant: Variant = None,
     family: Family = None,
     image_format: Annotated[
-        str, typer.Option("--format", help="png, jpeg, webp, npy or safetensors.", metavar="NAME")
+        str,
+        typer.Option(
+            "--format",
+            help="What is written: png, jpeg, webp, npy or safetensors. The default loses nothing and opens "
+            "everywhere.",
+            metavar="NAME",
+        ),
     ] = "png",
     quality: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Of jpeg and webp, 1 to 100; 95 if left out.", metavar="N"),
+        typer.Option(
+            help="How good jpeg and webp should be, from 1 to 100. Left out it is 95, as for the server's pictures.",
+            metavar="N",
+        ),
     ] = None,
     height: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Of the images, instead of the files' own.", min=1, metavar="PIXELS"),
+        typer.Option(help="The height of all images, instead of what the files say.", min=1, metavar="PIXELS"),
     ] = None,
     width: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Of the images, instead of the files' own.", min=1, metavar="PIXELS"),
+        typer.Option(help="The width of all images, instead of what the files say.", min=1, metavar="PIXELS"),
     ] = None,
     raw: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(
             "--raw/--no-raw",
-            help="Latents are as the VAE decodes them, or as a transformer leaves them; instead of what the files say.",
+            help="Say that the latents are as the VAE decodes them (--raw), or as a transformer leaves them "
+            "(--no-raw). Left out, the files say it, and where they do not it is asked for and never guessed.",
             show_default=False,
         ),
     ] = None,
     max_pixels: Annotated[
         int,
         typer.Option(
-            help="Of one image. A file that claims more is refused by its header, before it is read.",
+            help="The most pixels that one image may have. A file that claims more is refused by its header, before "
+            "it is read, so that a damaged file cannot fill the memory. The default is 16384x16384.",
             min=1,
             metavar="N",
         ),
     ] = MAX_PIXELS,
-    batch: Annotated[int, typer.Option(help="Images of one size in one decode, at most.", min=1, metavar="N")] = 4,
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="How many images of one size are decoded together, at most. It changes no image. The default is "
+            "small because every image of a batch takes memory, and because a CPU is no faster with a larger one.",
+            min=1,
+            metavar="N",
+        ),
+    ] = 4,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Decode only what has no image yet.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and how long.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a job: decode only what has no image yet.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace the images that are there. Left out, a folder that holds some is refused."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done and how long it would take.")
+    ] = False,
     ray: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="On a Ray cluster: local (if left out), auto, host:port.", metavar="[ADDRESS]"),
+        typer.Option(
+            help="Spread the job over a Ray cluster: local (processes on this machine; what --ray alone stands for), "
+            "auto, or host:port.",
+            metavar="[ADDRESS]",
+        ),
     ] = None,
     workers: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="With --ray: decoders. Else as many as fit.", min=1, metavar="N"),
+        typer.Option(
+            help="With --ray, how many decoders there are. Left out, as many as fit the cluster.", min=1, metavar="N"
+        ),
     ] = None,
     threads: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="With --ray: cores of each. Else 4.", min=1, metavar="N"),
+        typer.Option(
+            help="With --ray, how many cores each decoder gets. Left out, 4, or all that the smallest machine has.",
+            min=1,
+            metavar="N",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decode many latents to images: a job that can be stopped, resumed and spread over machines.
+    """Decode files of latents to images. The job can be stopped, resumed and spread over machines.
 
-    The size is read beside the latents (height and width in safetensors metadata, npz or pt keys, Parquet columns), or
-    given here. Names are kept.
+    The size of each image is read beside its latents (height and width in safetensors metadata, npz or pt keys, Parquet
+    columns), or given here. The images keep the names of their files.
 
     ComfyUI's .latent and the latent caches of sd-scripts, musubi-tuner, ai-toolkit, SimpleTuner and OneTrainer are
-    known by what is in them, and may lie in one folder with the others. What a file does not tell, such as whether its
-    latents are raw, is asked for and never guessed. A file that claims more than a decode may take is refused by its
-    header.
+    known by what is in them, and may lie in one folder with the others.
 
-    What cannot be decoded is listed in failures.jsonl, and the exit status is 6. docs/batch.md has more.
+    What cannot be decoded does not stop the rest: it is listed in failures.jsonl, and the exit status is 6.
+    docs/batch.md has more.
 
     Examples:
 

@@ -7,25 +7,34 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fluxvae.cli.options import AsJson, Family, Variant, busy, print_facts, print_json
+from fluxvae.cli.options import AsJson, Family, Revision, Variant, busy, print_facts, print_json
 
 
 def info(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="'demo', a VAE or pipeline folder, a file such as ae.safetensors, or a hub id.", metavar="CHECKPOINT"
+            help="What to look at: 'demo' (the one that ships), a VAE or pipeline folder, a file such as "
+            "ae.safetensors, or a hub id.",
+            metavar="CHECKPOINT",
         ),
     ],
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id: branch, tag or commit.", metavar="NAME")] = None,  # noqa: UP045
-    subfolder: Annotated[Optional[str], typer.Option(help="Where the VAE lies in it.", metavar="DIR")] = None,  # noqa: UP045
+    revision: Revision = None,
+    subfolder: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The folder of the checkpoint that the VAE lies in. A folder called vae is found by itself.",
+            metavar="DIR",
+        ),
+    ] = None,
     variant: Variant = None,
     family: Family = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a checkpoint holds: its family, its latents, its size. A damaged or foreign one is an error that says how.
+    """Say what a checkpoint holds: its family, its latents and its size.
 
-    The headers of its files are read, not the weights.
+    Only the headers of its files are read and not the weights, so it answers at once. A checkpoint that is damaged, or
+    not a VAE's, is an error that says what is wrong with it.
 
     Examples:
 

@@ -20,6 +20,7 @@ __all__ = [
     "Dtype",
     "Family",
     "MemoryLimit",
+    "Revision",
     "Variant",
     "busy",
     "errors",
@@ -32,7 +33,9 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         envvar="FLUXVAE_CHECKPOINT",
-        help="'demo', a VAE or pipeline folder, ae.safetensors, or a hub id.",
+        help="What to decode with: a VAE or pipeline folder of diffusers, a single file such as ae.safetensors, or a "
+        "hub id such as black-forest-labs/FLUX.1-schnell. The default is the small checkpoint that ships, so that "
+        "everything can be tried without a download; FLUX's latents need FLUX's weights.",
         metavar="SOURCE",
     ),
 ]
@@ -40,25 +43,53 @@ Family = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         envvar="FLUXVAE_FAMILY",
-        help="Whose VAE a single file holds, such as flux1, sd3, sd, sdxl or flux2: some cannot be told apart.",
+        help="The model whose VAE a single file holds, such as flux1, sd3, sd, sdxl or flux2. Some models' files have "
+        "the same tensors and cannot be told apart; left out, the likelier model is assumed, with a warning.",
         metavar="NAME",
     ),
 ]
 Variant = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Of a folder's or repository's weights, such as fp16.", metavar="NAME"),
+    typer.Option(
+        help="The variant of a folder's or repository's weights, such as fp16. Left out, it is the weights without a "
+        "variant, or the only ones there.",
+        metavar="NAME",
+    ),
 ]
-Device = Annotated[str, typer.Option(envvar="FLUXVAE_DEVICE", help="auto, cpu, cuda or cuda:N.", metavar="NAME")]
+Revision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="The branch, tag or commit of a hub id. Left out, it is the repository's main branch.", metavar="NAME"
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        envvar="FLUXVAE_DEVICE",
+        help="Where to compute: auto, cpu, cuda or cuda:N. The default is the GPU where there is one, else the CPU.",
+        metavar="NAME",
+    ),
+]
 MemoryLimit = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         envvar="FLUXVAE_MEMORY_LIMIT",
-        help="What a decode may add above the weights, such as 2GiB; what is free if left out.",
+        help="How much memory a decode may add above the loaded weights, such as 2GiB or 700MB. The image is the same "
+        "for any limit; a tight one takes longer. Left out, it is nine tenths of what is free.",
         metavar="SIZE",
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", metavar="NAME")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="The precision of the weights: auto, float32, bfloat16 or float16. The default is float32 on a CPU, "
+        "which is as fast there and more accurate, and bfloat16 on a GPU, as pipelines use it.",
+        metavar="NAME",
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object, for programs, instead of text for people.")
+]
 
 
 def errors() -> Console:

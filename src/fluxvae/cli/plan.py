@@ -31,23 +31,34 @@ def plan(
     size: Annotated[
         list[str],
         typer.Argument(
-            help="Of the image, in pixels, multiples of 8: HEIGHTxWIDTH, or HEIGHT WIDTH, or N for N x N.",
+            help="The size of the image in pixels, multiples of 8. Write HEIGHTxWIDTH, or HEIGHT WIDTH, or N for N x "
+            "N.",
             metavar="SIZE",
         ),
     ],
     checkpoint: Checkpoint = "demo",
     family: Family = None,
     variant: Variant = None,
-    batch: Annotated[int, typer.Option(help="Images in one decode.", min=1, metavar="N")] = 1,
+    batch: Annotated[
+        int, typer.Option(help="How many images one decode has. The default is one.", min=1, metavar="N")
+    ] = 1,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     kernels: Annotated[
-        str, typer.Option(help="auto (the fastest for the device), winograd, torch.", metavar="NAME")
+        str,
+        typer.Option(
+            help="What computes: winograd (fast, on a CPU), cuda (on a GPU) or torch (PyTorch's operations, "
+            "anywhere). The default is the fastest for the device.",
+            metavar="NAME",
+        ),
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How an image of this size would be decoded: memory, and what is computed twice or spilled.
+    """Say how an image of this size would be decoded, before it happens.
+
+    It shows the peak of memory, what would be computed twice or spilled to a disk, and the smallest limit that works.
+    On a CPU only the checkpoint's headers are read, so it answers at once.
 
     Examples:
 

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxvae.cli.options import Device, Family, Variant
+from fluxvae.cli.options import Device, Family, Revision, Variant
 
 
 def serve(
@@ -16,80 +16,200 @@ def serve(
         Optional[str],  # noqa: UP045
         typer.Option(
             envvar="FLUXVAE_CHECKPOINT",
-            help="Of the model vae_decoder: 'demo' (the default), a VAE or pipeline folder, ae.safetensors, a hub id.",
+            help="What the model vae_decoder decodes with: a VAE or pipeline folder of diffusers, a single file such "
+            "as ae.safetensors, or a hub id. Left out, it is 'demo', the small one that ships.",
             metavar="SOURCE",
         ),
     ] = None,
     model: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Serve this model: vae_decoder (FLUX.1), vae_decoder_flux2 or vae_preview (approximate). Repeatable.",
+            help="Serve this model with this checkpoint: vae_decoder (FLUX.1 and its borrowers), vae_decoder_flux2 or "
+            "vae_preview (approximate). Repeat it for several models; the first is the one at the gateway's root.",
             metavar="NAME=SOURCE",
         ),
     ] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Of a hub id.")] = None,  # noqa: UP045
+    revision: Revision = None,
     variant: Variant = None,
     family: Family = None,
-    host: Annotated[str, typer.Option(help="Address of the gateway; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Of the gateway. Any port may be 0: a free one.", min=0, max=65535)] = 8080,
-    triton_host: Annotated[str, typer.Option(help="Address of Triton's own endpoints (no token).")] = "127.0.0.1",
-    grpc_port: Annotated[int, typer.Option(help="Of Triton's gRPC.", min=0, max=65535)] = 8001,
-    http_port: Annotated[int, typer.Option(help="Of Triton's HTTP.", min=0, max=65535)] = 8000,
-    metrics_port: Annotated[int, typer.Option(help="Of Triton's metrics.", min=0, max=65535)] = 8002,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="The address that the gateway listens on. The default is reached from this machine only; 0.0.0.0 "
+            "opens it to the network, and should go with a token.",
+            metavar="ADDRESS",
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(help="The gateway's port. Any port may be 0, which is a free one.", min=0, max=65535, metavar="N"),
+    ] = 8080,
+    triton_host: Annotated[
+        str,
+        typer.Option(
+            help="The address that Triton's own ports listen on. They ask for no token, so the default is this machine "
+            "only.",
+            metavar="ADDRESS",
+        ),
+    ] = "127.0.0.1",
+    grpc_port: Annotated[
+        int,
+        typer.Option(help="The port of Triton's gRPC; 8001 is Triton's own default.", min=0, max=65535, metavar="N"),
+    ] = 8001,
+    http_port: Annotated[
+        int,
+        typer.Option(help="The port of Triton's HTTP; 8000 is Triton's own default.", min=0, max=65535, metavar="N"),
+    ] = 8000,
+    metrics_port: Annotated[
+        int,
+        typer.Option(help="The port of Triton's metrics; 8002 is Triton's own default.", min=0, max=65535, metavar="N"),
+    ] = 8002,
     allow_client_shm: Annotated[
         bool,
-        typer.Option("--allow-client-shm", help="Let clients on this machine pass tensors in shared memory."),
+        typer.Option(
+            "--allow-client-shm",
+            help="Let clients on this machine pass tensors in shared memory, which is faster. It is off because such a "
+            "client can read and write any shared memory that Triton may.",
+        ),
     ] = False,
     device: Device = "auto",
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16.")] = None,  # noqa: UP045
+    dtype: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="The precision of the weights: float32, bfloat16 or float16. Left out, it is float32 on a CPU and "
+            "bfloat16 on a GPU.",
+            metavar="NAME",
+        ),
+    ] = None,
     engine: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="exact or diffusers, of the full VAEs."),
+        typer.Option(
+            help="What the full VAEs decode with: exact (in bounded memory) or diffusers (the reference). Left out, "
+            "it is exact.",
+            metavar="NAME",
+        ),
     ] = None,
     memory_limit: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
             envvar="FLUXVAE_MEMORY_LIMIT",
-            help="What decodes of all models may add above the weights, such as 4GiB; they share it equally.",
+            help="How much memory the decodes of all models together may add above the weights, such as 4GiB; the "
+            "models share it equally. Left out, each decode takes what is free when it begins.",
+            metavar="SIZE",
         ),
     ] = None,
     model_memory_limit: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="This model's own part of the memory limit. Repeatable; others share the rest.", metavar="NAME=SIZE"
+            help="Give this model a part of its own of --memory-limit; the others share the rest. A preview, for "
+            "example, needs little. Repeat it for several models.",
+            metavar="NAME=SIZE",
         ),
     ] = None,
-    max_pixels: Annotated[int, typer.Option(help="Of one request, its batch counted.", min=1)] = 4096 * 4096,
-    threads: Annotated[Optional[int], typer.Option(help="CPU threads of one instance.", min=1)] = None,  # noqa: UP045
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            help="The most pixels that one request may ask for, its whole batch counted. The default is one image of "
+            "4096x4096.",
+            min=1,
+            metavar="N",
+        ),
+    ] = 4096 * 4096,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="How many CPU threads one instance of a model computes with. Left out, it is PyTorch's own choice.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
     token_file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Holds the token that clients of the gateway must send; or set FLUXVAE_TOKEN."),
+        typer.Option(
+            help="The file that holds the token which clients of the gateway must send. FLUXVAE_TOKEN in the "
+            "environment does the same; there is no option for the token itself, since every user can read command "
+            "lines.",
+            metavar="FILE",
+        ),
     ] = None,
     log_file: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Append the logs of Triton and the gateway to this file; - is standard error."),
+        typer.Option(
+            help="Append the logs of Triton and the gateway to this file; - is standard error, as containers want it. "
+            "Left out, they are temporary files that are named at the start.",
+            metavar="FILE",
+        ),
     ] = None,
     max_request_bytes: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Of one request to the gateway.", min=1),
+        typer.Option(
+            help="The most bytes that the body of one request to the gateway may have. Left out, it is 16 MiB, the "
+            "latents of 4096x4096 in float32.",
+            min=1,
+            metavar="N",
+        ),
     ] = None,
     max_queue: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Requests that may wait in the gateway until one is done (512).", min=0),
+        typer.Option(
+            help="How many requests may wait in the gateway's line; beyond them the answer is 503 with a time to try "
+            "again. Left out, it is 512.",
+            min=0,
+            metavar="N",
+        ),
     ] = None,
     allowed_host: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A name that requests may call the gateway by, besides loopback's. Repeatable."),
+        typer.Option(
+            help="Another name that requests may call the gateway by. On loopback without a token it answers to "
+            "loopback's names only, so that no web page can pretend to be of its origin. Repeat it for several.",
+            metavar="NAME",
+        ),
     ] = None,
-    request_timeout: Annotated[float, typer.Option(help="Seconds from a request to its answer.")] = 300.0,
-    ready_timeout: Annotated[float, typer.Option(help="Seconds to load and decode a first time.")] = 300.0,
-    drain: Annotated[float, typer.Option(help="Seconds for requests under way when it is stopped.")] = 30.0,
-    patience: Annotated[float, typer.Option(help="Seconds without an answer and without work: Triton is hung.")] = 30.0,
-    busy_limit: Annotated[float, typer.Option(help="Seconds without an answer, despite work: it is hung.")] = 3600.0,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            help="How many seconds a request may take until its answer, waiting included. Raise it for very large "
+            "images on a CPU.",
+            metavar="SECONDS",
+        ),
+    ] = 300.0,
+    ready_timeout: Annotated[
+        float,
+        typer.Option(
+            help="How many seconds loading the checkpoint and a first decode may take before the start counts as "
+            "failed.",
+            metavar="SECONDS",
+        ),
+    ] = 300.0,
+    drain: Annotated[
+        float,
+        typer.Option(
+            help="How many seconds requests under way get to finish when the server is stopped.", metavar="SECONDS"
+        ),
+    ] = 30.0,
+    patience: Annotated[
+        float,
+        typer.Option(
+            help="How many seconds Triton may neither answer nor compute before it is taken for hung and restarted. "
+            "Raise it where decodes spill to a very slow disk.",
+            metavar="SECONDS",
+        ),
+    ] = 30.0,
+    busy_limit: Annotated[
+        float,
+        typer.Option(
+            help="How many seconds Triton may compute without an answer before it is taken for hung. Raise it for "
+            "single decodes that take longer than the default of an hour.",
+            metavar="SECONDS",
+        ),
+    ] = 3600.0,
 ) -> None:
-    """Serve the decoder: Triton Inference Server and the HTTP gateway, watched and restarted.
+    """Serve the decoder to other programs and machines, and keep it running.
 
-    Stops on Ctrl-C or SIGTERM after the requests under way; a second one stops at once. docs/serving.md has more.
+    It starts Triton Inference Server, and in front of it an HTTP gateway that speaks diffusers' remote_decode and has a
+    page at http://127.0.0.1:8080/. It watches both by decoding, and restarts what dies or hangs. Ctrl-C or SIGTERM
+    stops it after the requests under way; a second one stops it at once. docs/serving.md has more.
 
     Examples:
 

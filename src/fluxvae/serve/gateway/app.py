@@ -239,32 +239,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; requests under way get ``--drain`` seconds to finish."""
     parser = argparse.ArgumentParser(
         prog="python -m fluxvae.serve.gateway",
-        description="HTTP gateway to fluxvae's models on Triton: diffusers' remote_decode protocol, and a page.",
-        epilog="FLUXVAE_TOKEN in the environment: what every client must send as 'Authorization: Bearer TOKEN'.",
+        description="Serve an HTTP gateway to fluxvae's models on a Triton server that runs already. It speaks "
+        "diffusers' remote_decode protocol and has a page for people. 'fluxvae serve' starts both together.",
+        epilog="FLUXVAE_TOKEN in the environment is what every client must send as 'Authorization: Bearer TOKEN'; "
+        "without it the gateway asks for nothing. Example: python -m fluxvae.serve.gateway --triton 127.0.0.1:8001 "
+        "--metrics http://127.0.0.1:8002/metrics --port 8080. docs/gateway.md has the protocol.",
     )
     defaults = GatewaySettings(triton_grpc_url="127.0.0.1:8001")
-    parser.add_argument("--triton", default=defaults.triton_grpc_url, help="host:port of Triton's gRPC (%(default)s)")
-    parser.add_argument("--metrics", help="address of Triton's metrics, such as http://127.0.0.1:8002/metrics")
     parser.add_argument(
-        "--model", action="append", metavar="NAME", help=f"repeatable; the first is at / and /decode too ({MODEL})"
+        "--triton",
+        default=defaults.triton_grpc_url,
+        help="host and port of Triton's gRPC endpoint; the default is Triton's own on this machine (%(default)s)",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8080, help="default: %(default)s")
+    parser.add_argument(
+        "--metrics",
+        help="the address of Triton's metrics, such as http://127.0.0.1:8002/metrics; "
+        "without it /metrics shows the gateway's own only",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help=f"a model that Triton serves; repeat it for several. The first is at / and /decode too (default: {MODEL})",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen on; the default is reached from this machine only (%(default)s)",
+    )
+    parser.add_argument("--port", type=int, default=8080, help="the port to listen on (default: %(default)s)")
     parser.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="repeatable; a name that requests may call the gateway by, besides loopback's",
+        help="another name that requests may call the gateway by; repeat it for several. On loopback without a token "
+        "only loopback's names are answered, so that no web page can pretend to be of the gateway's origin",
     )
-    parser.add_argument("--max-request-bytes", type=int, default=defaults.max_request_bytes, help="%(default)s")
-    parser.add_argument("--max-pixels", type=int, default=defaults.max_pixels, help="of one request (%(default)s)")
-    parser.add_argument("--max-in-flight", type=int, default=defaults.max_in_flight, help="decodes (%(default)s)")
-    parser.add_argument("--max-queue", type=int, default=defaults.max_queue, help="requests that wait (%(default)s)")
     parser.add_argument(
-        "--timeout", type=float, default=defaults.timeout_s, help="seconds a request may take (%(default)s)"
+        "--max-request-bytes",
+        type=int,
+        default=defaults.max_request_bytes,
+        help="the most bytes of one request's body; the default is the latents of 4096x4096 in float32 (%(default)s)",
     )
-    parser.add_argument("--drain", type=int, default=30, help="seconds to finish when stopped (%(default)s)")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=defaults.max_pixels,
+        help="the most pixels that all images "
+        "of one request may have; keep it equal to the model's own (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-in-flight",
+        type=int,
+        default=defaults.max_in_flight,
+        help="how many decodes may be under way; each holds its body and its answer in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=defaults.max_queue,
+        help="how many requests may wait for one "
+        "of those; beyond them the answer is 503 with a time to try again (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.timeout_s,
+        help="how many seconds a request may take until its "
+        "answer, waiting included; Triton gets the same deadline (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--drain",
+        type=int,
+        default=30,
+        help="how many seconds requests under way get to finish when the gateway is stopped (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
