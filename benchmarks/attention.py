@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.cpu_attention import attention, attention_bytes
+from fluxvae.engine.kernels.cpu import threads as kernel_threads
+from fluxvae.engine.kernels.cpu.attention import attention, attention_bytes
 from measure import machine
 
 CHANNELS, QUERIES, CHECKED = 512, 2048, 128
@@ -37,7 +37,7 @@ def run_size(tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
     out, work = torch.empty_like(queries), torch.empty(attention_bytes(QUERIES, CHANNELS), dtype=torch.uint8)
 
     def ours() -> torch.Tensor:
-        with cpu_threads.alone():
+        with kernel_threads.alone():
             attention(queries, keys, SCALE, out, work)
         return out
 

@@ -184,7 +184,7 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
 
     def timed(name: str, device: torch.device) -> Any:
         kernels = make(name, device)
-        for method in ("load", "prologue", "conv3x3", "upsample", "linear", "attend"):
+        for method in ("load", "prologue", "convolve", "attend"):
             setattr(kernels, method, _timed(getattr(kernels, method), method, spent))
         return kernels
 
@@ -202,9 +202,9 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
 def _timed(call: Callable[..., Any], method: str, spent: collections.Counter[str]) -> Callable[..., Any]:
     def wrapped(*args: Any) -> Any:
         name = method
-        if method in ("conv3x3", "upsample"):
-            out = args[4] if method == "conv3x3" else args[2]
-            name = f"{method} {args[0].shape[2]}->{out.shape[2]}, {out.shape[1]} wide"
+        if method == "convolve":
+            (block,) = args
+            name = f"{block.kind} {block.rows.shape[2]}->{block.out.shape[2]}, {block.out.shape[1]} wide"
         start = time.perf_counter()
         result = call(*args)
         spent[name] += time.perf_counter() - start

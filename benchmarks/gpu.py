@@ -35,8 +35,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.runner import Runner
-from fluxvae.engine.storage import Spill
 from gpu_parts import Row, attention, card, passes, timed, traffic
 from measure import flux_vae, machine
 

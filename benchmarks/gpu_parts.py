@@ -10,8 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.kernels import triton_attention, triton_loops
-from fluxvae.engine.records import Attention, Network, Resnet, Upsample
+from fluxvae.engine.calls import Geometry
+from fluxvae.engine.kernels.cuda import attention as attention_kernel
+from fluxvae.engine.kernels.cuda import passes as kernel_passes
+from fluxvae.engine.kernels.direct.costs import DirectCosts
+from fluxvae.engine.network import Network
+from fluxvae.engine.sweep.carving import State
 
 Row = dict[str, Any]
 
@@ -62,23 +66,23 @@ def card(device: torch.device, small: bool) -> Row:
 
 
 def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
-    """Return how many bytes a decode must move if each layer reads its maps from memory once, and writes them once."""
-    values = height * width * (network.conv_in.cin + network.conv_in.cout)
+    """Return how many bytes a decode must move if each layer reads its maps from memory once, and writes them once.
+
+    They are the bytes that would pass between memory and disk if every map were spilled, and the latents and the image.
+    """
+    geometry, costs = Geometry(height, width, itemsize), DirectCosts("cpu")
+    size, state, moved = (height, width), State("memory"), height * width * network.latent_channels * itemsize
     for layer in network.layers:
-        pixels = height * width
-        if isinstance(layer, Upsample):
-            values += pixels * layer.conv.cin + 4 * pixels * layer.conv.cout
-            height, width = 2 * height, 2 * width
-        elif isinstance(layer, Attention):
-            values += 3 * pixels * layer.q.cin
-        elif isinstance(layer, Resnet):  # conv1 reads and writes a map; conv2 reads that and the residual, and writes
-            values += pixels * (2 * layer.conv1.cin + 3 * layer.conv2.cout)
-    values += height * width * (network.conv_out.cin + network.conv_out.cout)
-    return values * itemsize
+        choices = list(layer.choices(geometry, costs, size, state))
+        spilled = [choice for choice in choices if {choice[0].middle, choice[0].out} <= {None, "spill"}]
+        planned, state = (spilled or choices)[0]
+        moved += sum(step.moved for step in planned.steps)
+        size = (layer.enlarges * size[0], layer.enlarges * size[1])
+    return moved + size[0] * size[1] * network.out_channels * itemsize
 
 
 def passes(device: torch.device, small: bool) -> Iterator[Row]:
-    """Measure each pass of `triton_loops` on a block of the last level, and the same computation in plain PyTorch."""
+    """Measure each pass over memory on a block of the last level, and the same computation in plain PyTorch."""
     rows, width, channels = (5, 6, 16) if small else (128, 1024, 128)
     for dtype in (torch.bfloat16, torch.float32):
         block = torch.randn(rows, width, channels, device=device).to(dtype)
@@ -86,7 +90,7 @@ def passes(device: torch.device, small: bool) -> Iterator[Row]:
         bias = torch.randn(channels, device=device).to(dtype)
         scale, shift = torch.randn(2, channels, device=device)
         pixels = rows * width
-        parts = torch.empty(triton_loops.parts_bytes(2 * pixels, channels, 2) // 4, device=device)
+        parts = torch.empty(kernel_passes.parts_bytes(2 * pixels, channels, 2) // 4, device=device)
 
         def plain_prologue(x: torch.Tensor = block, a: torch.Tensor = scale, b: torch.Tensor = shift) -> torch.Tensor:
             return F.silu(torch.addcmul(b, x.float(), a)).to(x.dtype)
@@ -101,8 +105,8 @@ def passes(device: torch.device, small: bool) -> Iterator[Row]:
             x: torch.Tensor = block, b: torch.Tensor = bias, r: torch.Tensor = residual, o: torch.Tensor = out,
             p: torch.Tensor = parts, n: int = pixels, c: int = channels,
         ) -> None:  # fmt: skip
-            triton_loops.finish(x, b, r, 1.0, o, p)
-            triton_loops.combine(p, n, c)
+            kernel_passes.finish(x, b, r, 1.0, o, p)
+            kernel_passes.combine(p, n, c)
 
         phases = torch.randn(rows, width + 1, 2 * channels, device=device).to(dtype)
         large = torch.empty(2 * rows, 2 * width, channels, dtype=dtype, device=device)
@@ -116,10 +120,10 @@ def passes(device: torch.device, small: bool) -> Iterator[Row]:
 
         name, size = str(dtype)[6:], block.numel() * dtype.itemsize
         cases: list[tuple[str, Callable[[], Any], Callable[[], Any], int]] = [
-            ("prologue", lambda b=block, a=scale, s=shift, o=out: triton_loops.prologue(b, a, s, True, o),
+            ("prologue", lambda b=block, a=scale, s=shift, o=out: kernel_passes.prologue(b, a, s, True, o),
              plain_prologue, 2 * size),
             ("finish", ours_finish, plain_finish, 3 * size),
-            ("interleave", lambda x=phases, b=bias, o=large, p=parts: triton_loops.interleave(x, b, 0, o, p),
+            ("interleave", lambda x=phases, b=bias, o=large, p=parts: kernel_passes.interleave(x, b, 0, o, p),
              plain_interleave, 4 * size),
         ]  # fmt: skip
         for what, ours, plain, nbytes in cases:
@@ -138,7 +142,7 @@ def attention(device: torch.device, small: bool) -> Iterator[Row]:
             q, kv = (torch.randn(tokens, dim, device=device).to(dtype) for _ in range(2))
             true = _true_attention(q[:64], kv)
             ways: dict[str, Callable[[], torch.Tensor]] = {"PyTorch": lambda q=q, kv=kv: _pytorchs(q, kv)}
-            for cut in triton_attention.CUTS[dtype.itemsize]:
+            for cut in attention_kernel.CUTS[dtype.itemsize]:
                 ways[f"ours {cut}"] = lambda q=q, kv=kv, cut=cut: _ours(q, kv, cut)
             for name, call in ways.items():
                 row: Row = {"part": f"attention {tokens}", "dtype": str(dtype)[6:], "way": name}
@@ -156,7 +160,7 @@ def _pytorchs(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
 
 def _ours(q: torch.Tensor, kv: torch.Tensor, cut: tuple[int, int, int, int]) -> torch.Tensor:
     out = torch.empty_like(q)
-    triton_attention.attention(q, kv, q.shape[1] ** -0.5, out, cut)
+    attention_kernel.attention(q, kv, q.shape[1] ** -0.5, out, cut)
     return out
 
 

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from engine_models import Shape, rms, true_decode
 from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
-from fluxvae.engine.kernels.cuda import CudaKernels
-from fluxvae.engine.norm import FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.kernels.cuda import attention, passes, self_test
+from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 from fluxvae.engine.records import Norm
+from fluxvae.engine.sweep.statistics import FiniteChecks, Moments, NonFiniteMap, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 
@@ -45,7 +45,7 @@ maps = st.tuples(
 def cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make_kernels` refuses them here, so the engine gets them in its place; small heads go to our attention too."""
     monkeypatch.setattr(exact, "make_kernels", lambda name, device: CudaKernels(device))
-    monkeypatch.setattr(cuda_checks, "PYTORCH_HEAD", 0)
+    monkeypatch.setattr(self_test, "PYTORCH_HEAD", 0)
 
 
 engine = partial(ExactEngine, block_values=3000)
@@ -78,14 +78,14 @@ def test_prologue(shape: tuple[int, int, int], dtype: torch.dtype, silu: bool, i
     expected = rows.double() * scale + shift
     expected = F.silu(expected) if silu else expected
     out = rows if in_place else torch.empty_like(rows)
-    triton_loops.prologue(rows, scale, shift, silu, out)
+    passes.prologue(rows, scale, shift, silu, out)
     assert units(out, expected) <= CUDA_PASS.bound
 
 
 def test_prologue_of_large_values_is_what_silu_is() -> None:
     rows = torch.tensor([-1e30, -200.0, -90.0, 90.0, 200.0, 1e30])[:, None]
     out = torch.empty_like(rows)
-    triton_loops.prologue(rows, torch.ones(1), torch.zeros(1), True, out)
+    passes.prologue(rows, torch.ones(1), torch.zeros(1), True, out)
     assert torch.equal(out, F.silu(rows))
 
 
@@ -106,19 +106,19 @@ def test_finish(
     expected = (result.double() + bias.double() + (0 if added is None else added.double())) / factor
     out = added if added is not None and residual == "in place" else torch.empty_like(result)
     pixels = shape[0] * shape[1]
-    parts = torch.full((triton_loops.parts_bytes(pixels, shape[2]) // 4,), torch.nan)
-    triton_loops.finish(result, bias, added, factor, out, parts)
+    parts = torch.full((passes.parts_bytes(pixels, shape[2]) // 4,), torch.nan)
+    passes.finish(result, bias, added, factor, out, parts)
     assert units(out, expected) <= CUDA_PASS.bound
-    assert_moments(triton_loops.combine(parts, pixels, shape[2]), out)
+    assert_moments(passes.combine(parts, pixels, shape[2]), out)
 
 
 def test_statistics_of_many_programs() -> None:
     """More than one round of `_combine`, the last program's part not full."""
-    result = draw(0, torch.float32, 1, 34 * triton_loops.parts_pixels(64) - 5, 64, shift=5.0)
+    result = draw(0, torch.float32, 1, 34 * passes.parts_pixels(64) - 5, 64, shift=5.0)
     out, pixels = torch.empty_like(result), result.shape[1]
-    parts = torch.full((triton_loops.parts_bytes(pixels, 64) // 4,), torch.nan)
-    triton_loops.finish(result, torch.zeros(64), None, 1.0, out, parts)
-    assert_moments(triton_loops.combine(parts, pixels, 64), out)
+    parts = torch.full((passes.parts_bytes(pixels, 64) // 4,), torch.nan)
+    passes.finish(result, torch.zeros(64), None, 1.0, out, parts)
+    assert_moments(passes.combine(parts, pixels, 64), out)
 
 
 @given(shape=maps, dtype=dtypes, seed=st.integers(0, 99))
@@ -128,14 +128,14 @@ def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) 
     bias, out = draw(seed, dtype, channels), torch.full((2 * n, 2 * width, channels), torch.nan, dtype=dtype)
     expected = torch.empty(n, 2, width, 2, channels, dtype=torch.float64)
     pixels = 2 * n * width
-    parts = torch.full((triton_loops.parts_bytes(pixels, channels, 2) // 4,), torch.nan)
+    parts = torch.full((passes.parts_bytes(pixels, channels, 2) // 4,), torch.nan)
     for phase in range(2):
         result = draw(seed + 1 + phase, dtype, n, width + 1, 2 * channels)
-        triton_loops.interleave(result, bias, phase, out, parts)
+        passes.interleave(result, bias, phase, out, parts)
         expected[:, phase, :, 0] = result[:, :width, :channels].double() + bias.double()
         expected[:, phase, :, 1] = result[:, 1:, channels:].double() + bias.double()
     assert units(out, expected.view(out.shape)) <= CUDA_PASS.bound
-    assert_moments(triton_loops.combine(parts, pixels, channels, 2), out)
+    assert_moments(passes.combine(parts, pixels, channels, 2), out)
 
 
 @given(
@@ -187,14 +187,14 @@ def test_attention(queries: int, tokens: int, dim: int, dtype: torch.dtype, spre
     """``spread``: also weights so unequal that the running maximum and the rescaling matter."""
     q, kv = (spread * draw(seed, torch.float32, queries, dim)).to(dtype), draw(seed + 1, dtype, tokens, dim)
     out = torch.full_like(q, torch.nan)
-    triton_attention.attention(q, kv, dim**-0.5, out, (16, 16, 4, 1))
+    attention.attention(q, kv, dim**-0.5, out, (16, 16, 4, 1))
     expected = (q.double() @ kv.double().T * dim**-0.5).softmax(1) @ kv.double()
     assert units(out, expected) <= CUDA_ATTENTION[str(dtype)[6:]].bound
 
 
-@pytest.mark.parametrize("cut", triton_attention.CUTS[2])
+@pytest.mark.parametrize("cut", attention.CUTS[2])
 def test_every_way_to_cut_attention(cut: tuple[int, int, int, int]) -> None:
-    cuda_checks._check_attention(CPU, 40, cut)
+    self_test._check_attention(CPU, 40, cut)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,9 +234,9 @@ def test_nan_in_the_weights_is_an_error() -> None:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not tried the kernels yet."""
-    monkeypatch.setattr(cuda_checks, "_passes", {})
-    monkeypatch.setattr(cuda_checks, "_cuts", {})
-    monkeypatch.setattr(cuda_checks, "_DTYPES", (torch.float32,))
+    monkeypatch.setattr(self_test, "_passes", {})
+    monkeypatch.setattr(self_test, "_cuts", {})
+    monkeypatch.setattr(self_test, "_DTYPES", (torch.float32,))
 
 
 def _fails(*_: object, **__: object) -> None:
@@ -246,7 +246,7 @@ def _fails(*_: object, **__: object) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("broken", ["affine", "prologue", "finish", "interleave", "combine"])
 def test_a_pass_that_fails_is_not_used_and_the_plan_says_so(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_loops, broken, _fails)
+    monkeypatch.setattr(passes, broken, _fails)
     shape = Shape(widths=(16, 16), height=2, width=2)
     vae, raw = shape.vae(), shape.latents()
     plan = engine(vae).plan(2, 2)
@@ -259,7 +259,7 @@ def test_a_pass_that_fails_is_not_used_and_the_plan_says_so(broken: str, monkeyp
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("which", ["value", "statistics"])
 def test_a_pass_that_is_wrong_is_not_used(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = triton_loops.finish
+    right = passes.finish
 
     def wrong(*given: torch.Tensor) -> None:
         right(*given)  # type: ignore[arg-type]
@@ -268,14 +268,14 @@ def test_a_pass_that_is_wrong_is_not_used(which: str, monkeypatch: pytest.Monkey
         else:
             given[5][-1] *= 1.01
 
-    monkeypatch.setattr(triton_loops, "finish", wrong)
-    assert not cuda_checks.passes(CPU)
-    assert "is off by" in cuda_checks.note(CPU) or "are off by" in cuda_checks.note(CPU)
+    monkeypatch.setattr(passes, "finish", wrong)
+    assert not self_test.works(CPU)
+    assert "is off by" in self_test.note(CPU) or "are off by" in self_test.note(CPU)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_attention_that_fails_is_pytorchs_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_attention, "attention", _fails)
+    monkeypatch.setattr(attention, "attention", _fails)
     shape = Shape(widths=(16, 16), height=2, width=2)
     vae, raw = shape.vae(torch.float16), shape.latents(torch.float16)
     assert "PyTorch's own attention serves for a head of 16: RuntimeError" in str(engine(vae).plan(2, 2))
@@ -288,13 +288,13 @@ def test_a_smaller_cut_where_the_largest_does_not_fit(monkeypatch: pytest.Monkey
     class OutOfResources(Exception):
         """As the language's own, of which the checks know the name."""
 
-    right = triton_attention.attention
+    right = attention.attention
 
     def small_card(*given: object) -> None:
         if given[4][0] * given[4][1] > 64 * 32:  # type: ignore[index]
             raise OutOfResources("shared memory")
         right(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(triton_attention, "attention", small_card)
-    assert cuda_checks.attention_cut(CPU, 24, 2) == triton_attention.CUTS[2][1]
-    assert cuda_checks.note(CPU) == ""
+    monkeypatch.setattr(attention, "attention", small_card)
+    assert self_test.attention_cut(CPU, 24, 2) == attention.CUTS[2][1]
+    assert self_test.note(CPU) == ""

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_models import needs_vector_code, rms
-from fluxvae.engine.kernels.cpu_attention import KEYS, PANELS, attention, attention_bytes, padded_queries
-from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd import WinogradKernels
-from fluxvae.engine.kernels.winograd_loops import NR, TILES
+from fluxvae.engine.calls import Call
+from fluxvae.engine.kernels import AttentionBlock
+from fluxvae.engine.kernels.cpu.attention import KEYS, PANELS, attention, attention_bytes, padded_queries
+from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
+from fluxvae.engine.kernels.cpu.vector_code import LANES
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, TILES
+from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.network import read_network
-from fluxvae.engine.plan import Call
-from fluxvae.engine.records import Attention
 from fluxvae.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 
@@ -139,15 +140,18 @@ def test_its_results_lie_in_the_workspace() -> None:
     # What a block allocates comes to lie beside what the last one did: at 4096 pixels that was 127 MB in no plan.
     vae = random_vae()
     (layer,) = (layer for layer in read_network(vae).layers if isinstance(layer, Attention))
-    rows, channels = 16, layer.q.cin
+    rows, channels = 16, layer.projections.q.cin
     call = Call("attend", channels, channels, rows, 64, 4, False, tokens=2048)
     kernels = WinogradKernels(torch.device("cpu"))
     assert kernels.overhead(call) == 0
-    weights = kernels.load_attention(layer, torch.float32, torch.empty(kernels.loaded(call), dtype=torch.uint8))
+    weights = kernels.load_attention(
+        layer.projections, torch.float32, torch.empty(kernels.loaded(call), dtype=torch.uint8)
+    )
     normed, out = torch.randn(2048, channels), torch.randn(rows, 64, channels)
     work = torch.empty(kernels.workspace(call), dtype=torch.uint8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kernels.attend(layer, weights, normed[: rows * 64].view_as(out), normed, out, True, work)
+        queries = normed[: rows * 64].view_as(out)
+        kernels.attend(AttentionBlock(layer.projections, weights, queries, normed, out, work, True))
     most = max(event.cpu_memory_usage for event in profile.key_averages())
     assert 0 < most < out.nbytes / 8
 

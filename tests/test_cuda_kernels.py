@@ -16,9 +16,10 @@ import torch
 
 from engine_models import Shape
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.kernels import cudnn, make_kernels
-from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
+from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.kernels.direct import cudnn
+from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.sweep.statistics import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
 from fluxvae.images import _as_bytes, postprocess
 
@@ -47,10 +48,10 @@ def test_attention_compiles_for_cards_that_are_not_here(
     capability: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole way to machine code by the compiler's own ptxas; the first cut that fits each card."""
-    from fluxvae.engine.kernels import triton_attention
+    from fluxvae.engine.kernels.cuda import attention
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    queries, tokens, warps, stages = triton_attention.CUTS[2][cut]
+    queries, tokens, warps, stages = attention.CUTS[2][cut]
     signature = {
         "query": "*bf16",
         "token": "*bf16",
@@ -61,7 +62,7 @@ def test_attention_compiles_for_cards_that_are_not_here(
     }
     constants = {"DIM": 512, "QUERIES": queries, "TOKENS": tokens, "BLOCK_D": 512, "WIDE": False}
     kernel = compiled(
-        triton_attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
+        attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
     )
     assert kernel.metadata.shared <= SHARED_MEMORY[capability]
     if capability == 90:
@@ -70,7 +71,7 @@ def test_attention_compiles_for_cards_that_are_not_here(
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fluxvae.engine.kernels import triton_loops
+    from fluxvae.engine.kernels.cuda import passes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     floats = dict.fromkeys(["result", "bias", "residual", "dst"], f"*{dtype}")
@@ -78,20 +79,20 @@ def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatc
     signature = floats | {"parts": "*fp32"} | integers | {"factor": "fp32", "width": "i32", "phase": "i32"}
     for up in (False, True):
         constants = {"UP": up, "TILES": 8, "TILE": 32, "BLOCK_C": 128}
-        kernel = compiled(triton_loops._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
+        kernel = compiled(passes._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
         assert "ld.global.v4" in kernel.asm["ptx"]
     signature = {"src": f"*{dtype}", "dst": f"*{dtype}", "scale": "*fp32", "shift": "*fp32", "pixels": "i32"}
     constants = {"SILU": True, "TILE": 32, "BLOCK_C": 128}
-    kernel = compiled(triton_loops._prologue, signature | {"channels": "i32"}, constants, (0, 1, 2, 3, 5), 90)
+    kernel = compiled(passes._prologue, signature | {"channels": "i32"}, constants, (0, 1, 2, 3, 5), 90)
     assert "ld.global.v4" in kernel.asm["ptx"]
     numbers = dict.fromkeys(["programs", "phases", "each", "pixels", "channels"], "i32")
     signature = {"parts": "*fp32", "moments": "*fp64"} | numbers
-    kernel = compiled(triton_loops._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
+    kernel = compiled(passes._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
     assert "add.f64" in kernel.asm["ptx"] or "add.rn.f64" in kernel.asm["ptx"]
     pointers = {"means": "*fp64", "m2s": "*fp64", "weight": f"*{dtype}", "bias": f"*{dtype}", "scale": "*fp32"}
     numbers = {"shift": "*fp32", "blocks": "i32", "each": "i32", "last": "i32", "eps": "fp32", "channels": "i32"}
     constants = {"WIDTH": 4, "BLOCKS": 32, "BLOCK_C": 4}
-    compiled(triton_loops._affine, pointers | numbers, constants, (0, 1, 2, 3, 4, 5, 10), 90)
+    compiled(passes._affine, pointers | numbers, constants, (0, 1, 2, 3, 4, 5, 10), 90)
 
 
 def compiled(

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from engine_models import Shape, error_ratio, one_thread, rms, shapes, true_decode
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
-from fluxvae.engine.kernels import onednn
-from fluxvae.engine.norm import MOST_BLOCKS, FiniteChecks, Moments, block_moments
+from fluxvae.engine.kernels.direct import onednn
 from fluxvae.engine.records import Norm
 from fluxvae.engine.runner import Runner
+from fluxvae.engine.sweep.statistics import MOST_BLOCKS, FiniteChecks, Moments, block_moments
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
 from leftovers import nothing_left_behind
@@ -136,9 +136,9 @@ def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int) -> None
     vae, raw = shape.vae(), shape.latents()
     engine = direct(vae, block_values=blocks)
     planner, spill = engine._planner_for(5, 4, 1)
-    state, layers = None, []
-    for index in range(-1, len(engine.network.layers) + 1):
-        choices = planner._layers.of(index, state)
+    (state,), layers = planner._states[0], []
+    for index in range(len(engine.network.layers)):
+        choices = planner._choices(index, state)
         # The last is the one that keeps least: it computes the upsampled map and the middle behind it again.
         layer, state = choices[data.draw(st.one_of(st.integers(0, len(choices) - 1), st.just(len(choices) - 1)))]
         layers.append(layer)
@@ -275,7 +275,7 @@ def test_large_convolutions_find_a_trimmed_heap(dtype: torch.dtype, monkeypatch:
 
 def test_attention_finds_a_trimmed_heap_for_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     trimmed: list[int] = []
-    monkeypatch.setattr("fluxvae.engine.kernels.torch.trim_heap", lambda: trimmed.append(1))
+    monkeypatch.setattr("fluxvae.engine.kernels.direct.kernels.trim_heap", lambda: trimmed.append(1))
     shape = Shape(height=20, width=9)
     # A block of attention's has 2 * 9 * 32 values a row: 7 rows at once, so three blocks.
     direct(shape.vae(), block_values=2 * 9 * 32 * 7).decode(shape.latents())

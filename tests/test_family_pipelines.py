@@ -26,7 +26,7 @@ from family_models import (
     z_image_pipeline,
 )
 from fluxvae import Decoder, InvalidOptionError
-from fluxvae.engine.kernels.onednn import computes_directly
+from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.engine.preview import ApproximateWarning
 from models import flux_pipeline, random_vae, run_pipeline
 

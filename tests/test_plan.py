@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
 from engine_peaks import measure
-from fluxvae.engine import heap, planner, storage
+from fluxvae.engine import planner
+from fluxvae.engine.calls import RUNTIME_BYTES, Geometry
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, Plan, parse_memory_limit
+from fluxvae.engine.memory import heap, spill
+from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
 from fluxvae.tolerances import PEAK_PREDICTION
 from leftovers import nothing_left_behind
@@ -189,7 +191,7 @@ def test_a_spill_folder_in_memory_is_refused() -> None:
 
 def test_the_automatic_spill_folder_is_not_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/dev/shm")
-    folder = storage.Spill(torch.device("cpu"), None).folder
+    folder = spill.Spill(torch.device("cpu"), None).folder
     assert folder != Path("/dev/shm")
 
 
@@ -201,7 +203,7 @@ def test_a_missing_spill_folder_is_refused(tmp_path: Path) -> None:
 def test_without_room_to_spill_the_smallest_limit_is_larger_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = direct(Shape(height=16, width=16).vae(), block_values=3000)
     with_disk = engine.smallest_limit(16, 16)
-    monkeypatch.setattr(storage.Spill, "free", lambda self: None)
+    monkeypatch.setattr(spill.Spill, "free", lambda self: None)
     without = engine.smallest_limit(16, 16)
     assert without > with_disk
     engine.memory_limit = with_disk

@@ -16,6 +16,7 @@ import torch
 from engine_models import needs_vector_code
 from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError, MemoryLimitError, plans
+from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.engine.plan import Plan
 from fluxvae.plans import plan_decode
 from models import random_vae
@@ -50,6 +51,11 @@ def test_plans_are_the_decoders(name: str, dtype: str, kernels: str, tmp_path: P
     source = saved(name, tmp_path)
     options: dict[str, Any] = {"device": "cpu", "dtype": dtype}
     options |= {} if name == "preview" else {"kernels": kernels}
+    if name == "preview" and dtype != "auto" and not computes_directly(getattr(torch, dtype), torch.device("cpu")):
+        for refused in (Decoder.from_pretrained, lambda source, **options: plan_decode(source, 64, 96, **options)):
+            with pytest.raises(InvalidOptionError, match=f"on a processor without {dtype} arithmetic"):
+                refused(source, **options)
+        return
     decoder = Decoder.from_pretrained(source, **options)
     for threads, size in ((1, (64, 96, 2)), (3, (256, 128, 1))):
         torch.set_num_threads(threads)
@@ -70,7 +76,7 @@ def test_plans_are_the_decoders(name: str, dtype: str, kernels: str, tmp_path: P
 
 def test_where_the_faster_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch, threads_kept: None) -> None:
     """PyTorch's serve, and the plan says why."""
-    monkeypatch.setattr("fluxvae.engine.kernels.no_winograd", lambda device: "this machine is too old for them")
+    monkeypatch.setattr("fluxvae.engine.kernels.choose.no_winograd", lambda device: "this machine is too old for them")
     decoder = Decoder.from_pretrained("demo", device="cpu")
     plan = plan_decode("demo", 64, 96, device="cpu").plan
     assert plan.kernels == "torch"

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
-from fluxvae.engine import host_map, maps, storage
 from fluxvae.engine.exact import ExactEngine, OutOfMemoryWarning
-from fluxvae.engine.host_map import HostMap
-from fluxvae.engine.kernels.torch import TorchKernels
+from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.memory import host_map, maps, spill
+from fluxvae.engine.memory.host_map import HostMap
 from fluxvae.errors import UnavailableError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,12 +67,12 @@ def spilled_to_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     """Spilled maps are `HostMap`s of small chunks, as on a GPU."""
     made: list[HostMap] = []
 
-    def create(self: storage.Spill, shape: tuple[int, int, int], dtype: torch.dtype) -> HostMap:
+    def create(self: spill.Spill, shape: tuple[int, int, int], dtype: torch.dtype) -> HostMap:
         self._copies = self._copies or request.param()
         made.append(HostMap(shape, dtype, CPU, self._copies))
         return made[-1]
 
-    monkeypatch.setattr(storage.Spill, "create", create)
+    monkeypatch.setattr(spill.Spill, "create", create)
     monkeypatch.setattr(host_map, "_CHUNK_BYTES", 5000)
     return made
 

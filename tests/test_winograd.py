@@ -25,25 +25,25 @@ from safetensors import safe_open
 from engine_models import needs_vector_code, rms
 from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoints import ASSETS
-from fluxvae.engine import kernels as kernel_sets
+from fluxvae.engine.calls import Call
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.kernels import (
-    cpu_attention,
-    cpu_threads,
+from fluxvae.engine.kernels import ConvBlock
+from fluxvae.engine.kernels.choose import make_kernels, no_winograd
+from fluxvae.engine.kernels.cpu import (
+    attention,
     few_outputs,
-    make_kernels,
     row_tasks,
+    threads,
     vector_code,
     winograd_cut,
     winograd_loops,
     winograd_matrices,
     winograd_tasks,
 )
-from fluxvae.engine.kernels.winograd import WinogradKernels
-from fluxvae.engine.kernels.winograd_matrices import POINTS, matmul, toom_cook
-from fluxvae.engine.norm import Affine, Partial
-from fluxvae.engine.plan import Call
+from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
+from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, matmul, toom_cook
 from fluxvae.engine.records import Conv
+from fluxvae.engine.sweep.statistics import Affine, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.oracle import level_difference
 from fluxvae.tolerances import (
@@ -87,10 +87,9 @@ def run_conv(
 ) -> tuple[torch.Tensor, Partial]:
     rows, width = padded.shape[0] - 2, padded.shape[1]
     out = torch.full((rows, width, conv.cout), torch.nan) if residual is None else residual.clone()
-    partial = KERNELS.conv3x3(
-        padded, load(conv, "conv3"), None, (True, True), out, None if residual is None else out, scale, True,
-        workspace(conv, "conv3", rows, width),
-    )  # fmt: skip
+    work = workspace(conv, "conv3", rows, width)
+    added = None if residual is None else out
+    partial = KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work, added, scale, True))
     assert partial is not None
     return out, partial
 
@@ -98,7 +97,8 @@ def run_conv(
 def run_up(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
     rows, width = padded.shape[0] - 2, padded.shape[1]
     out = torch.full((2 * rows, 2 * width, conv.cout), torch.nan)
-    partial = KERNELS.upsample(padded, load(conv, "up"), out, True, workspace(conv, "up", rows, width))
+    work = workspace(conv, "up", rows, width)
+    partial = KERNELS.convolve(ConvBlock("up", padded, load(conv, "up"), out, work, statistics=True))
     assert partial is not None
     return out, partial
 
@@ -171,7 +171,7 @@ def test_a_residual_elsewhere() -> None:
     conv = conv_layer(32, 32)
     x, base, out = torch.randn(9, 7, 32), torch.randn(9, 7, 32), torch.empty(9, 7, 32)
     work = workspace(conv, "conv3", 9, 7)
-    KERNELS.conv3x3(pad(x), load(conv, "conv3"), None, (True, True), out, base, 1.0, False, work)
+    KERNELS.convolve(ConvBlock("conv3", pad(x), load(conv, "conv3"), out, work, base))
     assert torch.equal(out, run_conv(conv, pad(x), base)[0])
 
 
@@ -183,10 +183,10 @@ def test_linear(rows: int, cin: int, cout: int) -> None:
     into = torch.full((KERNELS.loaded(Call("linear", cin, cout, 1, rows, 4, False)),), 255, dtype=torch.uint8)
     weights = KERNELS.load(conv, "linear", torch.float32, into)
     x, outs = torch.randn(1, rows, cin), []
-    for threads in THREADS:
-        torch.set_num_threads(threads)
+    for number in THREADS:
+        torch.set_num_threads(number)
         outs.append(torch.full((1, rows, cout), torch.nan))
-        KERNELS.linear(x, weights, outs[-1])
+        KERNELS.convolve(ConvBlock("linear", x, weights, outs[-1], into[:0]))
     expected = F.linear(x.double(), conv.module.weight.double()[:, :, 0, 0], conv.module.bias.double())
     assert torch.allclose(outs[0].double(), expected, rtol=0, atol=2e-6)
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -197,9 +197,8 @@ LAST = conv_layer(48, 3)
 
 def run_last(padded: torch.Tensor, conv: Conv = LAST) -> torch.Tensor:
     out = torch.full((padded.shape[0] - 2, padded.shape[1], conv.cout), torch.nan)
-    none = KERNELS.conv3x3(
-        padded, load(conv, "conv3"), None, (True, True), out, None, 1.0, False, workspace(conv, "conv3", *out.shape[:2])
-    )
+    work = workspace(conv, "conv3", *out.shape[:2])
+    none = KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work))
     assert none is None
     return out
 
@@ -243,8 +242,8 @@ def test_the_last_layers_bits_depend_on_no_thread_and_no_cut() -> None:
     padded = pad(torch.randn(13, 29, 48))
     torch.set_num_threads(1)
     whole = run_last(padded)
-    for threads in THREADS:
-        torch.set_num_threads(threads)
+    for number in THREADS:
+        torch.set_num_threads(number)
         assert torch.equal(run_last(padded), whole)
     for start, stop in ((0, 1), (1, 6), (6, 13)):
         assert torch.equal(run_last(padded[start : stop + 2].contiguous()), whole[start:stop])
@@ -272,7 +271,7 @@ def test_float64_is_computed_directly() -> None:
     call = Call("conv3", 32, 32, 8, 9, 8, False)
     weights = KERNELS.load(conv, "conv3", x.dtype, torch.empty(KERNELS.loaded(call), dtype=torch.uint8))
     work, out = torch.empty(KERNELS.workspace(call), dtype=torch.uint8), torch.empty_like(x)
-    KERNELS.conv3x3(pad(x), weights, None, (True, True), out, None, 1.0, False, work)
+    KERNELS.convolve(ConvBlock("conv3", pad(x), weights, out, work))
     assert torch.allclose(out, direct(conv, x), rtol=0, atol=1e-12)
 
 
@@ -326,8 +325,8 @@ def test_threads_change_nothing(run: Any) -> None:
     conv = conv_layer(32, 512)
     padded = pad(torch.randn(25, 40, 32))
     results = []
-    for threads in THREADS:
-        torch.set_num_threads(threads)
+    for number in THREADS:
+        torch.set_num_threads(number)
         results.append(run(conv, padded))
     for out, partial in results[1:]:
         assert torch.equal(out, results[0][0])
@@ -368,12 +367,12 @@ def test_several_python_threads_at_once() -> None:
 
 def test_alone_gives_the_threads_back() -> None:
     torch.set_num_threads(3)
-    with cpu_threads.alone(), cpu_threads.alone():
-        assert (cpu_threads.count(), torch.get_num_threads()) == (3, 1)
-        with cpu_threads.pytorchs():
+    with threads.alone(), threads.alone():
+        assert (threads.count(), torch.get_num_threads()) == (3, 1)
+        with threads.pytorchs():
             assert torch.get_num_threads() == 3
         assert torch.get_num_threads() == 1
-    assert (cpu_threads.count(), torch.get_num_threads()) == (3, 3)
+    assert (threads.count(), torch.get_num_threads()) == (3, 3)
 
 
 # -- whole decodes -------------------------------------------------------------------------------------------------
@@ -444,7 +443,7 @@ def test_a_processor_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_code, "supported", lambda: "this processor is too old")
     with pytest.raises(ValueError, match="too old"):
         make_kernels("winograd", CPU)
-    assert kernel_sets.no_winograd(torch.device("cuda")) is not None
+    assert no_winograd(torch.device("cuda")) is not None
     assert make_kernels("auto", CPU).name == "torch"
     plan = ExactEngine(random_vae()).plan(4, 4)
     assert plan.kernels == "torch"
@@ -476,7 +475,7 @@ def test_numbas_cache_knows_the_vector_code() -> None:
     digest = hashlib.sha256()
     for module in (vector_code, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
-    for module in (winograd_tasks, row_tasks, few_outputs, cpu_attention):
+    for module in (winograd_tasks, row_tasks, few_outputs, attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
             f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
         )
@@ -511,7 +510,7 @@ def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
 
     assert addresses_taken(careless) == {"scratch": False}, "it would notice"
     held = {}
-    for module in (winograd_tasks, row_tasks, few_outputs, cpu_attention):
+    for module in (winograd_tasks, row_tasks, few_outputs, attention):
         for name, function in vars(module).items():
             if hasattr(function, "py_func"):
                 held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}

@@ -13,7 +13,8 @@ import torch
 from fluxvae.checkpoints import open_checkpoint
 from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.module_state import check_loaded, unwrapped
+from fluxvae.engine.layers.reading import unwrapped
+from fluxvae.engine.module_state import check_loaded
 from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
 from fluxvae.engine.preview import ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine

@@ -109,7 +109,7 @@ def install(
             has been installed into already. If tiling is switched on later, the next decode raises this error.
     """
     from fluxvae.engine.exact import ExactEngine
-    from fluxvae.engine.module_state import unwrapped
+    from fluxvae.engine.layers.reading import unwrapped
 
     vae = unwrapped(vae)
     if "_decode" in vae.__dict__:

@@ -17,8 +17,9 @@ from typing import Any
 
 from fluxvae.checkpoints import open_checkpoint
 from fluxvae.checkpoints.load import Checkpoint
-from fluxvae.engine.plan import Costs, Plan, check_size, parse_memory_limit
-from fluxvae.engine.records import Network
+from fluxvae.engine.calls import Costs
+from fluxvae.engine.network import Network
+from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
 
 __all__ = ["Planned", "plan_decode"]
 
@@ -96,9 +97,9 @@ def _costs(kernels: str, dtype: str) -> Costs | None:
         None where a decoder must be asked: for kernels that are unknown or do not run here, which it refuses, and for
         PyTorch's kernels with half precision, where oneDNN decides which dtype it computes in.
     """
-    from fluxvae.engine.kernels import instead_of, no_winograd
-    from fluxvae.engine.kernels.direct_costs import DirectCosts
-    from fluxvae.engine.kernels.winograd_costs import WinogradCosts
+    from fluxvae.engine.kernels.choose import instead_of, no_winograd
+    from fluxvae.engine.kernels.cpu.costs import WinogradCosts
+    from fluxvae.engine.kernels.direct.costs import DirectCosts
 
     reason = no_winograd("cpu")
     if kernels in ("auto", "winograd") and reason is None:
@@ -112,8 +113,8 @@ def _by_headers(
     network: Network, costs: Costs, height: int, width: int, batch: int, stored: int, limit: int | None
 ) -> tuple[Plan, int]:
     from fluxvae.engine import torch_library
+    from fluxvae.engine.memory.free import free_disk, free_memory, spill_folder
     from fluxvae.engine.planner import limit_of, make_planner
-    from fluxvae.engine.room import free_disk, free_memory, spill_folder
 
     planner = make_planner(
         network, costs, (height // network.scale, width // network.scale), batch=batch,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from fluxvae.decoder_options import VAE
-    from fluxvae.engine.records import Network
+    from fluxvae.engine.network import Network
 
 __all__ = ["AssumedFamilyWarning", "Checkpoint", "load_vae", "open_checkpoint", "weights_files"]
 

@@ -14,7 +14,14 @@ from itertools import pairwise
 from typing import Any
 
 from fluxvae.checkpoints.defaults import complete
-from fluxvae.engine.records import Attention, Conv, Layer, Network, Norm, Resnet, Upsample
+from fluxvae.engine.layers import Layer
+from fluxvae.engine.layers.attention import Attention
+from fluxvae.engine.layers.conv_in import ConvIn
+from fluxvae.engine.layers.conv_out import ConvOut
+from fluxvae.engine.layers.resnet import Resnet
+from fluxvae.engine.layers.upsample import Upsample
+from fluxvae.engine.network import Network
+from fluxvae.engine.records import Conv, Linear, Norm, Projections, records_of
 
 __all__ = ["Outline", "outline"]
 
@@ -75,15 +82,12 @@ def _network(config: dict[str, Any]) -> Network:
             layers.append(_resnet(f"{name}.resnets.{index}", width if index else before, width, groups))
         if level < len(widths) - 1:
             layers.append(Upsample(f"{name}.upsamplers.0", _conv(f"{name}.upsamplers.0.conv", width, width)))
+    conv_in, conv_out = _conv("decoder.conv_in", latent, first), _conv("decoder.conv_out", last, config["out_channels"])
+    pointwise = _conv("post_quant_conv", latent, latent, 1) if config["use_post_quant_conv"] else None
     return Network(
-        latent_channels=latent,
-        out_channels=config["out_channels"],
-        scale=2 ** (len(widths) - 1),
-        post_quant=_conv("post_quant_conv", latent, latent, 1) if config["use_post_quant_conv"] else None,
-        conv_in=_conv("decoder.conv_in", latent, first),
-        layers=tuple(layers),
-        norm_out=_norm("decoder.conv_norm_out", last, groups),
-        conv_out=_conv("decoder.conv_out", last, config["out_channels"]),
+        ConvIn(conv_in.name, pointwise, conv_in),
+        tuple(layers),
+        ConvOut(conv_out.name, _norm("decoder.conv_norm_out", last, groups), conv_out),
     )
 
 
@@ -100,8 +104,11 @@ def _resnet(name: str, before: int, width: int, groups: int) -> Resnet:
 
 
 def _attention(name: str, width: int, groups: int) -> Attention:
-    query, key, value, out = (_conv(f"{name}.{part}", width, width, 1) for part in ("to_q", "to_k", "to_v", "to_out.0"))
-    return Attention(name, _norm(f"{name}.group_norm", width, groups), query, key, value, out, width**-0.5, True, 1.0)
+    query, key, value, out = (
+        Linear(f"{name}.{part}", width, width, 1, _NO_MODULE) for part in ("to_q", "to_k", "to_v", "to_out.0")
+    )
+    projections = Projections(query, key, value, out, width**-0.5, True, 1.0)
+    return Attention(name, _norm(f"{name}.group_norm", width, groups), projections)
 
 
 def _conv(name: str, before: int, width: int, kernel: int = 3) -> Conv:
@@ -113,26 +120,13 @@ def _norm(name: str, width: int, groups: int) -> Norm:
 
 
 def _shapes(network: Network) -> Iterator[tuple[str, tuple[int, ...]]]:
-    convs: list[Conv | None] = [network.post_quant, network.conv_in, network.conv_out]
-    norms = [network.norm_out]
-    for layer in network.layers:
-        if isinstance(layer, Resnet):
-            convs += [layer.conv1, layer.conv2, layer.shortcut]
-            norms += [layer.norm1, layer.norm2]
-        elif isinstance(layer, Attention):
-            norms.append(layer.norm)
-            for linear in (layer.q, layer.k, layer.v, layer.out):
-                yield f"{linear.name}.weight", (linear.cout, linear.cin)
-                yield f"{linear.name}.bias", (linear.cout,)
+    for record in records_of(network):
+        if isinstance(record, Conv):
+            yield f"{record.name}.weight", record.shape
+            yield f"{record.name}.bias", (record.cout,)
         else:
-            convs.append(layer.conv)
-    for conv in convs:
-        if conv is not None:
-            yield f"{conv.name}.weight", (conv.cout, conv.cin, conv.kernel, conv.kernel)
-            yield f"{conv.name}.bias", (conv.cout,)
-    for norm in norms:
-        yield f"{norm.name}.weight", (norm.channels,)
-        yield f"{norm.name}.bias", (norm.channels,)
+            yield f"{record.name}.weight", (record.channels,)
+            yield f"{record.name}.bias", (record.channels,)
 
 
 # -- AutoencoderTiny -----------------------------------------------------------------------------------------------

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fluxvae.engine.clock import Cancel, Clock, Progress
-from fluxvae.engine.kernels import Kernels, make_kernels
+from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.memory.free import available_memory, is_out_of_memory
+from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import read_network
-from fluxvae.engine.norm import NonFiniteMap
 from fluxvae.engine.plan import Plan, size_in_words
 from fluxvae.engine.planner import Planner, limit_of, make_planner
 from fluxvae.engine.records import parameters
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.settings import set_aside
-from fluxvae.engine.storage import Spill, available_memory, is_out_of_memory
+from fluxvae.engine.sweep.statistics import NonFiniteMap
 from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class ExactEngine:
 
     @property
     def _weight(self) -> torch.Tensor:
-        return parameters(self.network.conv_in.module)[0]
+        return parameters(self.network.first.conv.module)[0]
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> Plan:
         """How ``batch`` images of this latent size would be decoded now.
@@ -301,7 +303,7 @@ class ExactEngine:
 
     def _kernels(self, device: torch.device) -> Kernels:
         kernels = make_kernels(self._kernels_name, device)
-        weight = parameters(self.network.conv_out.module)[0]
+        weight = parameters(self.network.last.conv.module)[0]
         kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return kernels
 

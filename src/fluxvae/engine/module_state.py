@@ -13,13 +13,12 @@ from typing import Any, NoReturn
 
 import torch
 
+from fluxvae.engine.layers.reading import OWN, is_of, unwrapped
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["check_loaded", "check_modules", "check_not_installed", "is_of", "unwrapped"]
+__all__ = ["check_loaded", "check_modules", "check_not_installed"]
 
 _INSTEAD = "or decode by diffusers itself (engine='diffusers', or without fluxvae.install)"
-_OWN = "diffusers."
-"""Where the classes of a VAE come from that are not PyTorch's."""
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _USUAL = torch.nn.Module().__dict__.keys()
 """What every module has in itself: no method among it."""
@@ -28,25 +27,6 @@ _PROCESSORS = frozenset(
     {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"}
 )
 """diffusers' own ways to compute the same attention, from its ``attention_processor.py``."""
-
-
-def unwrapped(module: Any) -> Any:
-    """The module that ``torch.compile(module)`` was given; any other as it is."""
-    while type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules:
-        module = module._modules["_orig_mod"]
-    return module
-
-
-def is_of(module: object, name: str) -> bool:
-    """Whether the class itself is PyTorch's or diffusers' of this name.
-
-    A subclass computes something else, and so does another library's class of the same name (peft's adapters are
-    called Conv2d and Linear too).
-    """
-    kind = type(module)
-    if hasattr(torch.nn, name):
-        return kind is getattr(torch.nn, name)
-    return kind.__name__ == name and kind.__module__.startswith(_OWN)
 
 
 def check_loaded(vae: torch.nn.Module) -> None:
@@ -90,7 +70,7 @@ def check_modules(vae: torch.nn.Module) -> None:
         if (found := _replaced(vae, root)) and getattr(found, "__module__", "") != "fluxvae.install":
             _refuse(f"its {root} has been replaced ({_words(found)})", "Undo that")
         own = getattr(type(vae), root, None)
-        if own is not None and not _definer(type(vae), root).__module__.startswith(_OWN):
+        if own is not None and not _definer(type(vae), root).__module__.startswith(OWN):
             _refuse(f"its {root} is that of {_words(type(vae))}", "Load diffusers' own class")
     for scope in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks):
         for hook in scope.values():

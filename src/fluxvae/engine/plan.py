@@ -1,4 +1,6 @@
-"""Which maps are kept, spilled or computed again: the cheapest way that fits the limit. No torch in here.
+"""How a decode will run: which maps are kept, spilled or computed again, and the memory that takes at its peak.
+
+This module does not import PyTorch.
 
 The model of memory. At any moment a decode holds, above the loaded weights:
 
@@ -6,195 +8,19 @@ The model of memory. At any moment a decode holds, above the loaded weights:
 - the arena: one allocation with at most two feature maps, one at each end, and the sweep's scratch between them;
 - ``overhead``: what the kernels allocate themselves during a call (PyTorch's results, reordered weights).
 
-A sweep reads rows of one map and writes rows of another. Whatever a sweep needs is counted by `Step`, built by the
-same functions that the sweeps carve their scratch with, so the prediction cannot drift from the code.
+A sweep reads rows of one map and writes rows of another. What it needs is counted from the very description that its
+scratch is carved by (`fluxvae.engine.sweep.carving`), so that the prediction cannot drift from the code.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from fluxvae.engine.calls import Geometry, LayerPlan, Step
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 
-if TYPE_CHECKING:
-    from fluxvae.engine.records import Network
-
-__all__ = [
-    "Call",
-    "Costs",
-    "Geometry",
-    "LayerPlan",
-    "Place",
-    "Plan",
-    "Step",
-    "block_values",
-    "check_size",
-    "parse_memory_limit",
-]
-
-Place: TypeAlias = Literal["memory", "spill", "recompute"]
-"""Where a map lives; ``recompute``: nowhere, its rows are computed again by each sweep that reads them."""
-
-ALIGN = 256
-BLOCK_VALUES = 1 << 20
-"""Values in one block of rows: 4 MB in float32, which with its halo and its result stays in a core's share of cache."""
-RUNTIME_BYTES = {2: 11 << 20, 4: 5 << 20, 8: 5 << 20}
-"""By item size: what oneDNN's generated code and MKL's buffers grow by in a process's first decodes of a size. Later
-ones take so much less than their plan says."""
-
-STAGES = 3
-"""Blocks of rows that a map in host memory has on the device at most: two readers' next ones, one on its way out."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One kernel call, in numbers."""
-
-    kind: Literal["conv3", "up", "linear", "attend"]
-    cin: int
-    cout: int
-    rows: int
-    """Rows of the input block, without its halo."""
-    width: int
-    """Of the input map."""
-    itemsize: int
-    cast: bool
-    """The weights are stored in another dtype than the one computed in."""
-    tokens: int = 0
-    """Of the whole map, for ``attend``."""
-    statistics: bool = True
-    """The statistics of the output are wanted."""
-
-
-class Costs(Protocol):
-    """What the planner asks of a kernel set; bytes and multiply-adds."""
-
-    @property
-    def name(self) -> str:
-        """As the ``kernels`` option spells it."""
-
-    @property
-    def note(self) -> str:
-        """Why these kernels and not those one would expect; plans print it. Usually nothing."""
-
-    @property
-    def block_values(self) -> int | None:
-        """Values of a block of rows; None: as `block_values` has it, for a core's cache."""
-
-    @property
-    def runtime_bytes(self) -> int:
-        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
-
-    @property
-    def stages_spills(self) -> bool:
-        """Spilled maps have blocks of rows on their way on the device (`HostMap`): overhead of every such sweep."""
-
-    @property
-    def row_multiple(self) -> int:
-        """Blocks are cut at multiples of this many rows, counted from the top of the map."""
-
-    def macs(self, call: Call) -> int:
-        """Multiply-adds of the call."""
-
-    def loaded(self, call: Call) -> int:
-        """Scratch inside the arena for weights held for the whole sweep, beside the model's own."""
-
-    def overhead(self, call: Call) -> int:
-        """Allocated outside the arena while the call runs."""
-
-    def workspace(self, call: Call) -> int:
-        """Scratch inside the arena while the call runs."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes that depend on the network, the image and the dtype, never on the limit."""
-
-    height: int
-    """Of the latents."""
-    width: int
-    itemsize: int
-    cast: bool = False
-    row_multiple: int = 1
-    block_values: int = BLOCK_VALUES
-
-    def block(self, kind: str, cin: int, cout: int, height: int, width: int) -> int:
-        """Rows per block of a layer whose *input* map has this size (an upsample's block has twice as many out)."""
-        values = width * max(cin, cout) * (4 if kind == "up" else 1)
-        if kind == "attend":
-            values *= 2
-        # Wide layers get more: each call pays once for its weights (oneDNN reorders them, 9.4 MB at 512 channels).
-        budget = self.block_values * max(256, cin, cout) // 256
-        rows = max(1, budget // values)
-        rows = max(rows // self.row_multiple, 1) * self.row_multiple
-        return min(rows, height)
-
-
-def block_values(network: Network, height: int, width: int) -> int:
-    """Values per block for latents of this size: a sixteenth of the last map, within bounds.
-
-    A function of the network and the image alone: where blocks are cut decides the last bits.
-    """
-    last = network.conv_out.cin * height * width * network.scale**2
-    return min(max(last // 16, BLOCK_VALUES // 4), BLOCK_VALUES)
-
-
-def aligned(nbytes: int) -> int:
-    """Rounded up to the arena's alignment."""
-    return -(-nbytes // ALIGN) * ALIGN
-
-
-@dataclass(frozen=True)
-class Step:
-    """One sweep: what it holds, what it computes, what it moves."""
-
-    kind: Literal["conv_in", "up", "conv1", "conv2", "norm", "attend", "conv_out"]
-    layer: int
-    near: int
-    """Bytes in memory of the map it starts from."""
-    far: int
-    """Bytes in memory of the map at the arena's other end."""
-    spilled: int
-    """Bytes of feature maps in the spill file(s) while it runs."""
-    scratch: int
-    overhead: int
-    macs: int
-    moved: int
-    """Bytes read from and written to spilled maps."""
-    blocks: int
-
-    @property
-    def maps(self) -> int:
-        """Bytes of feature maps in memory while it runs."""
-        return self.near + self.far
-
-    @property
-    def arena(self) -> int:
-        """Bytes of the arena it needs."""
-        return self.maps + self.scratch
-
-    @property
-    def held(self) -> int:
-        """All bytes beside the fixed ones."""
-        return self.arena + self.overhead
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What becomes of one layer's maps."""
-
-    name: str
-    height: int
-    width: int
-    channels: int
-    middle: Place | None
-    """Of a resnet: the first convolution's output. None: the layer has none."""
-    out: Place
-    flips: bool
-    """Its result is at the other end of the arena than its input."""
-    steps: tuple[Step, ...]
+__all__ = ["Plan", "check_size", "parse_memory_limit", "peak_of", "size_in_words"]
 
 
 def peak_of(layers: tuple[LayerPlan, ...]) -> int:

@@ -1,15 +1,20 @@
-"""Finds the cheapest way through the network that fits the limit. No torch in here."""
+"""Finds the cheapest way through the network that fits the limit. This module does not import PyTorch.
+
+Each layer says for itself what it may do with its maps (`Layer.choices`); the planner knows no kind of layer by name.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
-from fluxvae.engine.layer_choices import LayerChoices, State
-from fluxvae.engine.plan import RUNTIME_BYTES, Costs, Geometry, LayerPlan, Plan, peak_of, size_in_words
-from fluxvae.engine.plan import block_values as default_block_values
-from fluxvae.engine.records import Network
+from fluxvae.engine.calls import RUNTIME_BYTES, Costs, Geometry, LayerPlan
+from fluxvae.engine.calls import block_values as default_block_values
+from fluxvae.engine.network import Network
+from fluxvae.engine.plan import Plan, peak_of, size_in_words
+from fluxvae.engine.sweep.carving import State
 from fluxvae.errors import MemoryLimitError
 
 __all__ = ["Planner", "limit_of", "make_planner"]
@@ -30,14 +35,35 @@ class Planner:
         spill_bytes_per_second: float = 1e9,
     ) -> None:
         self.network, self.geometry, self.costs, self.batch = network, geometry, costs, batch
-        self._layers = LayerChoices(network, geometry, costs)
         self._rates = macs_per_second, spill_bytes_per_second
+        self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
         g, s = geometry, network.scale
-        latent = g.height * g.width * network.latent_channels * g.itemsize
-        image = g.height * s * g.width * s * network.out_channels
-        latent *= 1 if network.post_quant is None else 2
-        latent += RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes
-        self.fixed_bytes = batch * image * (output_itemsize or g.itemsize) + latent
+        latents = g.height * g.width * network.latent_channels * g.itemsize
+        if network.first.pointwise is not None:
+            latents *= 2  # before and after it
+        image = g.height * s * g.width * s * network.out_channels * (output_itemsize or g.itemsize)
+        self.fixed_bytes = batch * image + latents + RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes
+
+    # -- what each layer may do --------------------------------------------------------------------------------
+
+    def _choices(self, index: int, state: State) -> list[tuple[LayerPlan, State]]:
+        """What the layer of this index may do when the map it starts from is in ``state``; worked out once."""
+        key = (index, state)
+        if key not in self._known:
+            layers, g = self.network.layers, self.geometry
+            enlarged = math.prod(layer.enlarges for layer in layers[:index])
+            size = (enlarged * g.height, enlarged * g.width)
+            self._known[key] = list(layers[index].choices(g, self.costs, size, state))
+        return self._known[key]
+
+    @cached_property
+    def _states(self) -> list[list[State]]:
+        """For every layer, where the map that it starts from can be."""
+        states = [[_LATENTS]]
+        for index in range(len(self.network.layers) - 1):
+            after = (following for state in states[index] for _, following in self._choices(index, state))
+            states.append(list(dict.fromkeys(after)))
+        return states
 
     # -- choosing ----------------------------------------------------------------------------------------------
 
@@ -106,11 +132,11 @@ class Planner:
     def _overheads(self, floor: int | None) -> list[int]:
         """Every overhead a layer can have, from ``floor``, by default from the least that all layers can do with."""
         least, seen = 0, set()
-        for index in range(-1, len(self.network.layers) + 1):
+        for index, states in enumerate(self._states):
             peaks = [
                 max(step.overhead for step in layer.steps)
-                for state in self._layers.states(index)
-                for layer, _ in self._layers.of(index, state)
+                for state in states
+                for layer, _ in self._choices(index, state)
             ]
             least = max(least, min(peaks))
             seen.update(peaks)
@@ -151,11 +177,11 @@ class Planner:
 
         Bounds: on the arena, on every sweep's overhead, on both together (see `peak_of`), and on spilled bytes.
         """
-        front: dict[State | None, tuple[_Cost, _Layers]] = {None: (_Cost(0.0, 0), ())}
-        for index in range(-1, len(self.network.layers) + 1):
-            after: dict[State | None, tuple[_Cost, _Layers]] = {}
+        front: dict[State, tuple[_Cost, _Layers]] = {_LATENTS: (_Cost(0.0, 0), ())}
+        for index in range(len(self.network.layers)):
+            after: dict[State, tuple[_Cost, _Layers]] = {}
             for state, (cost, done) in front.items():
-                for layer, following in self._layers.of(index, state):
+                for layer, following in self._choices(index, state):
                     largest, fits = cost.arena, True
                     for step in layer.steps:
                         largest = max(largest, step.arena)
@@ -183,6 +209,9 @@ class Planner:
 
 
 _Layers: TypeAlias = tuple[LayerPlan, ...]
+
+_LATENTS = State("memory")
+"""Where the first layer finds the latents."""
 
 
 class _Cost(NamedTuple):
@@ -230,13 +259,18 @@ def make_planner(
         threads: of an operation on a CPU.
         block_values: instead of what the kernels and the size ask for.
     """
-    values = block_values or costs.block_values or default_block_values(network, *size)
+    values = block_values or costs.block_values or _block_values(network, *size)
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(
         network, geometry, costs, batch=batch, output_itemsize=stored,
         macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
     )  # fmt: skip
+
+
+def _block_values(network: Network, height: int, width: int) -> int:
+    """What latents of this size ask for."""
+    return default_block_values(network.last.conv.cin, height * width * network.scale**2)
 
 
 def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fluxvae.engine.heap import trim_heap
-from fluxvae.engine.kernels.onednn import computes_directly
+from fluxvae.engine.calls import RUNTIME_BYTES, Geometry, LayerPlan, Step
+from fluxvae.engine.kernels.direct.onednn import computes_directly
+from fluxvae.engine.memory.free import available_memory
+from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.module_state import check_loaded
-from fluxvae.engine.plan import RUNTIME_BYTES, Geometry, LayerPlan, Plan, Step, size_in_words
+from fluxvae.engine.plan import Plan, size_in_words
 from fluxvae.engine.planner import limit_of
 from fluxvae.engine.settings import set_aside
-from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.latents import PREVIEW_NOTE
 
@@ -120,7 +121,7 @@ class PreviewEngine:
             module.weight.numel() * latent_height * latent_width * scale_of**2
             for module, scale_of in self._convolutions(config["upsampling_scaling_factor"])
         )
-        step = Step("conv_out", 0, 0, 0, 0, live + 2 * one, 0, macs, 0, 1)
+        step = Step("conv_out", 0, 0, 0, live + 2 * one, 0, macs, 0, 1)
         limit, source = limit_of(self.memory_limit, lambda: available_memory(self._vae.device))
         return Plan(
             height=height,

@@ -1,107 +1,92 @@
-"""A VAE's decoder as a flat tuple of small records. No torch in here.
+"""What the kernels are told of a layer's weights: small records of plain numbers. This module does not import PyTorch.
 
-A record refers to the model's own modules (nothing is copied, so a model that moves between devices or dtypes stays
-in step) and says in plain integers what the planner needs. `network` reads them off a model; `checkpoints.outline`
-makes them from a config, without modules.
+A record refers to the model's own module and copies nothing, so that a model which moves between devices or dtypes
+stays in step with it. Each layer kind in `layers` is made of these records.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Attention", "Conv", "Layer", "Network", "Norm", "Resnet", "Upsample", "parameters"]
+__all__ = ["Conv", "Linear", "Norm", "Projections", "parameters", "records_of"]
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1, 3x3 with one zero of padding or 1x1, or a linear layer over pixels."""
+    """A convolution of stride 1: 3x3 with one zero of padding on each side, or 1x1 without padding."""
 
     name: str
     cin: int
     cout: int
     kernel: int
+    """Its height and width: 3 or 1."""
     module: nn.Module
-    """Holds ``weight`` (cout, cin[, kernel, kernel]) and ``bias`` (cout,) or None; read when used."""
+    """Holds ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, which are read when they are used."""
 
     @property
-    def weights(self) -> int:
-        """Number of values in the weight."""
-        return self.cin * self.cout * self.kernel * self.kernel
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (self.cout, self.cin, self.kernel, self.kernel)
+
+
+@dataclass(frozen=True)
+class Linear(Conv):
+    """A linear layer over the channels of each pixel: a 1x1 convolution whose weight has two dimensions."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (self.cout, self.cin)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A GroupNorm over the whole image."""
+    """A GroupNorm, whose statistics are those of the whole image."""
 
     name: str
     channels: int
     groups: int
     eps: float
     learned: bool
-    """Has a weight and a bias."""
+    """Whether it has a weight and a bias."""
     module: nn.Module
 
 
 @dataclass(frozen=True)
-class Resnet:
-    """``x -> (shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) / scale``."""
+class Projections:
+    """The weights of a self-attention of one head: ``x -> (out(attend(q(x), k(x), v(x))) + input) / scale``."""
 
-    name: str
-    norm1: Norm
-    conv1: Conv
-    norm2: Norm
-    conv2: Conv
-    shortcut: Conv | None
-    scale: float
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Self-attention of one head over all pixels: ``x -> (out(attend(norm(x))) + x) / scale``."""
-
-    name: str
-    norm: Norm
-    q: Conv
-    k: Conv
-    v: Conv
-    out: Conv
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
     softmax_scale: float
+    """What the products of queries and keys are multiplied by before the softmax."""
     residual: bool
+    """Whether the layer's input is added."""
     scale: float
-
-
-@dataclass(frozen=True)
-class Upsample:
-    """Nearest 2x enlargement, then a 3x3 convolution."""
-
-    name: str
-    conv: Conv
-
-
-Layer: TypeAlias = Resnet | Attention | Upsample
-
-
-@dataclass(frozen=True)
-class Network:
-    """A whole decoder, in the order it runs: raw latents in, pixels out."""
-
-    latent_channels: int
-    out_channels: int
-    scale: int
-    """Pixels per latent, in each direction."""
-    post_quant: Conv | None
-    conv_in: Conv
-    layers: tuple[Layer, ...]
-    norm_out: Norm
-    conv_out: Conv
 
 
 def parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a convolution or a linear layer, as they are now (a module may have moved)."""
+    """Weight and bias of a convolution or linear layer, as they are now: a module may have moved since it was read."""
     weight, bias = module.weight, module.bias
     return cast("torch.Tensor", weight).detach(), None if bias is None else cast("torch.Tensor", bias).detach()
+
+
+def records_of(record: object) -> Iterator[Conv | Norm]:
+    """Every convolution and norm that a layer, or any other record, is made of."""
+    if isinstance(record, (Conv, Norm)):
+        yield record
+    elif isinstance(record, tuple):
+        for part in record:
+            yield from records_of(part)
+    elif dataclasses.is_dataclass(record):
+        for field in dataclasses.fields(record):
+            yield from records_of(getattr(record, field.name))

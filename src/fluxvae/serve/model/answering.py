@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from fluxvae.engine.storage import is_out_of_memory
+from fluxvae.engine.memory.free import is_out_of_memory
 from fluxvae.errors import DecodeCancelled, status_of
 from fluxvae.serve.model.requests import Job
 

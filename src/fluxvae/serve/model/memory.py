@@ -9,9 +9,9 @@ import torch
 
 from fluxvae.decoder import Decoder
 from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.plan import Plan
 from fluxvae.engine.preview import PreviewEngine
-from fluxvae.engine.storage import available_memory
 from fluxvae.errors import MemoryLimitError, UnavailableError
 from fluxvae.serve.model.outputs import output_bytes
 from fluxvae.serve.model.requests import Job

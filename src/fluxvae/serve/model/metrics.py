@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluxvae.engine.memory.free import is_out_of_memory
 from fluxvae.engine.plan import Plan
-from fluxvae.engine.storage import is_out_of_memory
 from fluxvae.errors import FluxVAEError
 
 __all__ = ["Metrics", "kind_of", "rung_of"]

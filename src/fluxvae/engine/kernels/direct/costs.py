@@ -1,9 +1,9 @@
-"""What the direct kernels of `torch` cost: bytes and multiply-adds. No torch in here."""
+"""What the direct kernels cost: bytes and multiply-adds. This module does not import PyTorch."""
 
 from __future__ import annotations
 
 from fluxvae.engine import torch_library
-from fluxvae.engine.plan import Call
+from fluxvae.engine.calls import Call
 
 __all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts"]
 
@@ -18,7 +18,7 @@ workspace, a spilled map's rows on their way."""
 
 
 class DirectCosts:
-    """PyTorch's own convolution, matrix product and fused attention: see `fluxvae.engine.plan.Costs`."""
+    """PyTorch's own convolution, matrix product and fused attention: see `fluxvae.engine.calls.Costs`."""
 
     name = "torch"
     row_multiple = 1

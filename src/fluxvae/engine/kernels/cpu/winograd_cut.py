@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.winograd_loops import NR, THIRD
-from fluxvae.engine.kernels.winograd_tasks import POSITIONS, STEP
+from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
+from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, STEP
 
 __all__ = [
     "MOST_RUN",
@@ -70,10 +70,10 @@ def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
     thirds = -(-tiles // THIRD)
     units = -(-thirds * THIRD // longest_run(cin))
     run = -(-thirds // units) * THIRD
-    threads, total = cpu_threads.count(), -(-cout // NR)
+    workers, total = threads.count(), -(-cout // NR)
 
     def cost(slices: int) -> float:
-        return -(-units * slices // threads) / slices * (1 + SLICE_COST * slices)
+        return -(-units * slices // workers) / slices * (1 + SLICE_COST * slices)
 
     slices = min(
         (k for k in range(1, total + 1) if total % k == 0 and total // k * NR >= min(LEAST_SLICE, cout)), key=cost
@@ -81,7 +81,7 @@ def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
     panels = total // slices
     return Cut(
         across, tiles, run, units, slices, panels,
-        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(threads, units * slices),
+        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(workers, units * slices),
     )  # fmt: skip
 
 

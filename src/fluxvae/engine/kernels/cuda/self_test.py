@@ -16,12 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.kernels import triton_attention, triton_loops
-from fluxvae.engine.kernels.cudnn import convolve
-from fluxvae.engine.norm import FiniteChecks, Moments, Partial
+from fluxvae.engine.kernels.cuda import attention, passes
+from fluxvae.engine.kernels.direct.cudnn import convolve
 from fluxvae.engine.records import Norm
+from fluxvae.engine.sweep.statistics import FiniteChecks, Moments, Partial
 
-__all__ = ["PYTORCH_HEAD", "attention_cut", "note", "on", "passes", "prepare"]
+__all__ = ["PYTORCH_HEAD", "attention_cut", "note", "on", "prepare", "works"]
 
 PYTORCH_HEAD = 256
 """Up to this head dimension PyTorch has attention kernels for tensor cores."""
@@ -37,7 +37,7 @@ _cuts: dict[tuple[str, int, int], tuple[int, int, int, int] | str] = {}
 def prepare(device: torch.device) -> float:
     """Compile and try everything that a FLUX decoder needs; seconds it took."""
     start = time.perf_counter()
-    if passes(device):
+    if works(device):
         attention_cut(device, 512, 2)
     seconds = time.perf_counter() - start
     if seconds > 1:
@@ -50,8 +50,8 @@ def on(device: torch.device) -> AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def passes(device: torch.device) -> bool:
-    """The passes of `triton_loops`, and cuDNN as `cudnn` calls it, do on ``device`` what they should."""
+def works(device: torch.device) -> bool:
+    """Whether the kernels of `passes`, and cuDNN as `cudnn` calls it, do on ``device`` what they should."""
     with _lock:
         key = str(device)
         if key not in _passes:
@@ -61,7 +61,7 @@ def passes(device: torch.device) -> bool:
 
 
 def attention_cut(device: torch.device, dim: int, itemsize: int) -> tuple[int, int, int, int] | None:
-    """How `triton_attention.attention` is cut on ``device``; None: PyTorch's own attention is used.
+    """How `attention.attention` is cut on ``device``; None: PyTorch's own attention is used.
 
     A rule, not a race, so that the bits do not depend on the day: ours for half precision and heads that PyTorch has
     no kernel on tensor cores for. In float32, PyTorch's (benchmarks/gpu.py measures both).
@@ -80,7 +80,7 @@ def attention_cut(device: torch.device, dim: int, itemsize: int) -> tuple[int, i
 def note(device: torch.device) -> str:
     """What was tried on ``device`` and is not used, and why; "" is nothing."""
     wrong = []
-    if not passes(device):
+    if not works(device):
         wrong.append(f"PyTorch's own operations serve between convolutions: {_passes[str(device)]}")
     for (key, dim, _), found in _cuts.items():
         if key == str(device) and isinstance(found, str):
@@ -91,7 +91,7 @@ def note(device: torch.device) -> str:
 def _first_cut(device: torch.device, dim: int) -> tuple[int, int, int, int] | str:
     """The largest cut that the card has room for, if it is right."""
     wrong = "no way to cut it"
-    for cut in triton_attention.CUTS[2]:
+    for cut in attention.CUTS[2]:
         wrong = _wrong(lambda cut=cut: _check_attention(device, dim, cut))  # type: ignore[misc]
         if not wrong:
             return cut
@@ -125,7 +125,7 @@ def _check_passes(device: torch.device) -> None:
         rows, expected = draw(9, 31, 128)
         (scale, true_scale), (shift, true_shift) = draw(128, dtype=torch.float32), draw(128, dtype=torch.float32)
         out = torch.empty_like(rows)
-        triton_loops.prologue(rows, scale, shift, True, out)
+        passes.prologue(rows, scale, shift, True, out)
         _agree("prologue", out, F.silu(expected * true_scale + true_shift))
 
         weight, true_weight = draw(128, 3, 3, 128)
@@ -135,21 +135,21 @@ def _check_passes(device: torch.device) -> None:
         _agree("cuDNN's convolution", result, convolve(expected, weight.double().cpu()))
 
         (bias, true_bias), (residual, true_residual) = draw(128), draw(9, 31, 128)
-        parts = torch.empty(triton_loops.parts_bytes(9 * 31, 128) // 4, dtype=torch.float32, device=device)
-        triton_loops.finish(rows, bias, residual, 2.0, residual, parts)
+        parts = torch.empty(passes.parts_bytes(9 * 31, 128) // 4, dtype=torch.float32, device=device)
+        passes.finish(rows, bias, residual, 2.0, residual, parts)
         _agree("finish", residual, (expected + true_bias + true_residual) / 2)
-        _agree_moments("finish", triton_loops.combine(parts, 9 * 31, 128), residual)
+        _agree_moments("finish", passes.combine(parts, 9 * 31, 128), residual)
 
         phases = [draw(9, 32, 256) for _ in range(2)]
         large = torch.empty(18, 62, 128, dtype=dtype, device=device)
-        parts = torch.empty(triton_loops.parts_bytes(9 * 62, 128, 2) // 4, dtype=torch.float32, device=device)
+        parts = torch.empty(passes.parts_bytes(9 * 62, 128, 2) // 4, dtype=torch.float32, device=device)
         wanted = torch.empty(9, 2, 31, 2, 128, dtype=torch.float64, device="cpu")
         for phase, (result, true_result) in enumerate(phases):
-            triton_loops.interleave(result, bias, phase, large, parts)
+            passes.interleave(result, bias, phase, large, parts)
             wanted[:, phase, :, 0] = true_result[:, :31, :128] + true_bias
             wanted[:, phase, :, 1] = true_result[:, 1:, 128:] + true_bias
         _agree("interleave", large, wanted.view(18, 62, 128))
-        _agree_moments("interleave", triton_loops.combine(parts, 9 * 62, 128, 2), large)
+        _agree_moments("interleave", passes.combine(parts, 9 * 62, 128, 2), large)
 
     means, m2s = torch.randn(2, 7, 128, generator=generator, dtype=torch.float64, device="cpu").abs()
     weight, bias = torch.randn(2, 128, generator=generator, dtype=torch.float32, device="cpu")
@@ -157,7 +157,7 @@ def _check_passes(device: torch.device) -> None:
     for n, mean, m2 in zip([50] * 6 + [20], means, m2s, strict=True):
         moments.add(Partial(n, mean, m2))
     on_device = [values.to(device) for values in (means, m2s, weight, bias)]
-    scale, shift = triton_loops.affine(on_device[0], on_device[1], 50, 20, 32, 1e-6, on_device[2], on_device[3])
+    scale, shift = passes.affine(on_device[0], on_device[1], 50, 20, 32, 1e-6, on_device[2], on_device[3])
     module = torch.nn.GroupNorm(32, 128, dtype=torch.float32, device="cpu")
     module.weight, module.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     true = moments.affine(Norm("", 128, 32, 1e-6, True, module), torch.float64, FiniteChecks(torch.device("cpu")))
@@ -172,7 +172,7 @@ def _check_attention(device: torch.device, dim: int, cut: tuple[int, int, int, i
             torch.randn(n, dim, generator=generator, dtype=torch.float32, device="cpu").to(dtype) for n in (70, 150)
         )
         out = torch.empty(70, dim, dtype=dtype, device=device)
-        triton_attention.attention(queries.to(device), tokens.to(device), dim**-0.5, out, cut)
+        attention.attention(queries.to(device), tokens.to(device), dim**-0.5, out, cut)
         scores = queries.double() @ tokens.double().T * dim**-0.5
         _agree("attention", out, scores.softmax(1) @ tokens.double())
 

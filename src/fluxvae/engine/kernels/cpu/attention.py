@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.vector_code import F32, LANES, VECTOR_BYTES, Code, compiled, fetch_add, vector_function
-from fluxvae.engine.kernels.winograd_loops import NR, THIRD, TILES
+from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.vector_code import F32, LANES, VECTOR_BYTES, Code, compiled, fetch_add, vector_function
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD, TILES
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "96b2d3e0c3c5e897"
+VECTOR_CODE = "ea0dade962dcd191"
 """As in `winograd_tasks`."""
 PANELS = 2
 """Panels of queries in a task. More read the map less often, but leave L2: four are as fast, one is a tenth slower."""
@@ -258,7 +258,7 @@ def attention_bytes(count: int, channels: int) -> int:
 
 
 def _workers(panels: int) -> int:
-    return min(cpu_threads.count(), -(-panels // PANELS))
+    return min(threads.count(), -(-panels // PANELS))
 
 
 def _scratch_bytes(channels: int) -> int:
@@ -284,4 +284,4 @@ def attention(queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: to
         scratch_bytes=_scratch_bytes(channels),
     )  # fmt: skip
     counter = np.zeros(1, np.int64)
-    cpu_threads.run(lambda worker: attention_tasks(job, counter, worker), workers)
+    threads.run(lambda worker: attention_tasks(job, counter, worker), workers)

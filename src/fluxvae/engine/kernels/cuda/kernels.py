@@ -4,7 +4,7 @@ Per block of rows: `prologue` (affine, SiLU), cuDNN, then bias, residual, the up
 statistics in one pass. Results stand in the arena, so that only cuDNN's own workspace is allocated beside it.
 
 Whether the passes and the attention written in the Triton language work on a card is tried before they are used
-(`cuda_checks`); what does not is done by `TorchKernels`, and `note` says so. So is what they do not cover: float64,
+(`self_test`); what does not is done by `TorchKernels`, and `note` says so. So is what they do not cover: float64,
 and layers whose rows of channels are not whole 16 bytes (the last, of three): the order of a sum may depend on the
 alignment of what is summed, and a block of rows may begin anywhere.
 
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.kernels import cuda_checks, triton_attention, triton_loops
-from fluxvae.engine.kernels.cudnn import convolve, workspace_bytes
-from fluxvae.engine.kernels.direct_costs import ROUNDING_BYTES
-from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial
-from fluxvae.engine.plan import Call, aligned
-from fluxvae.engine.records import Attention, Norm, parameters
+from fluxvae.engine.calls import Call, aligned
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock
+from fluxvae.engine.kernels.cuda import attention, passes, self_test
+from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES
+from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bytes
+from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.records import Norm, Projections, parameters
+from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
 
 __all__ = ["CudaKernels"]
 
@@ -47,13 +48,13 @@ class CudaKernels(TorchKernels):
     @property
     def note(self) -> str:
         """What does not work on this card and is done by PyTorch instead."""
-        return cuda_checks.note(self._device)
+        return self_test.note(self._device)
 
     @property
     def runtime_bytes(self) -> int:
         """No cuBLAS where every product is cuDNN's, whose workspace is `overhead`."""
         whole = super().runtime_bytes
-        return min(whole, ROUNDING_BYTES) if cuda_checks.passes(self._device) else whole
+        return min(whole, ROUNDING_BYTES) if self_test.works(self._device) else whole
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
@@ -85,35 +86,29 @@ class CudaKernels(TorchKernels):
         pixels = call.rows * call.width
         if call.kind == "up":
             result = call.rows * (call.width + 1) * 2 * call.cout * call.itemsize
-            return aligned(result) + triton_loops.parts_bytes(2 * pixels, call.cout, 2)
+            return aligned(result) + passes.parts_bytes(2 * pixels, call.cout, 2)
         results = (2 if call.kind == "attend" else 1) * aligned(pixels * call.cout * call.itemsize)
-        return results + triton_loops.parts_bytes(pixels, call.cout)
+        return results + passes.parts_bytes(pixels, call.cout)
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def prepare(self) -> float:
         """Compile the passes and try each on a small map, once per process; seconds it took."""
-        return cuda_checks.prepare(self._device)
+        return self_test.prepare(self._device)
 
     def session(self) -> AbstractContextManager[None]:
         """The Triton language launches on the current device, whatever its arguments are on."""
-        return cuda_checks.on(self._device)
+        return self_test.on(self._device)
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
         """One launch, where `Moments.affine` takes some thirty."""
         counts = moments.counts
         alike = all(count == counts[0] for count in counts[:-1])
         weight, bias = parameters(norm.module) if norm.learned else (None, None)
-        if (
-            weight is None
-            or bias is None
-            or dtype != torch.float32
-            or not alike
-            or not cuda_checks.passes(self._device)
-        ):
+        if weight is None or bias is None or dtype != torch.float32 or not alike or not self_test.works(self._device):
             return super().affine(moments, norm, dtype, checks)
         means, m2s = moments.stacked()
-        scale, shift = triton_loops.affine(means, m2s, counts[0], counts[-1], norm.groups, norm.eps, weight, bias)
+        scale, shift = passes.affine(means, m2s, counts[0], counts[-1], norm.groups, norm.eps, weight, bias)
         checks.require(scale, f"the input of {norm.name} holds NaN or Inf")
         return Affine(scale, shift)
 
@@ -121,66 +116,49 @@ class CudaKernels(TorchKernels):
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Affine and SiLU in one pass, rounded once."""
-        if affine is None or out.dtype.itemsize > 4 or not cuda_checks.passes(self._device):
+        if affine is None or out.dtype.itemsize > 4 or not self_test.works(self._device):
             super().prologue(rows, affine, silu, out, work)
         else:
-            triton_loops.prologue(rows, affine.scale, affine.shift, silu, out)
+            passes.prologue(rows, affine.scale, affine.shift, silu, out)
 
-    def conv3x3(
-        self,
-        padded: torch.Tensor,
-        weights: Any,
-        affine: Affine | None,
-        pad_rows: tuple[bool, bool],
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        scale: float,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
-        """cuDNN, then everything else in one pass."""
-        if not self._covers_channels(out.shape[-1], out.dtype):
-            return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
-        weight, bias = weights
-        result, work = _carve(work, out)
-        convolve(padded, weight, result)
-        return _finish(result, bias, residual, scale, out, statistics, work)
-
-    def upsample(
-        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
-    ) -> Partial | None:
-        """As `TorchKernels.upsample`; both column phases of a row phase are put in their places in one pass."""
-        if not self._covers_channels(out.shape[-1], out.dtype):
-            return super().upsample(padded, weights, out, statistics, work)
-        kernels, bias = weights
-        n, width, channels = padded.shape[0] - 2, padded.shape[1], out.shape[2]
-        result, work = _carve(work, out, (n, width + 1, 2 * channels))
-        pixels = 2 * n * width
-        parts = work[: triton_loops.parts_bytes(pixels, channels, 2)].view(torch.float32)
-        bias = _bias(bias, out)[:channels]
-        for phase, kernel in enumerate(kernels):
-            convolve(padded[phase : phase + n + 1], kernel, result)
-            triton_loops.interleave(result, bias, phase, out, parts)
-        if not statistics:
+    def convolve(self, block: ConvBlock) -> Partial | None:
+        """cuDNN, then everything else in one pass over memory."""
+        if not self._covers_channels(block.out.shape[-1], block.out.dtype):
+            return super().convolve(block)
+        if block.kind == "up":
+            return self._interleaved(block)
+        weight, bias = block.weights
+        if block.kind == "linear":  # by cuDNN too: cuBLAS would ask the process whether TF32 is allowed
+            convolve(block.rows, weight[:, :, None, None], block.out)
+            if bias is not None:
+                block.out.add_(bias)
             return None
-        return Partial(2 * pixels, *triton_loops.combine(parts, pixels, channels, 2))
+        result, work = _carve(block.work, block.out)
+        convolve(block.rows, weight, result)
+        return _finish(result, bias, block.residual, block.scale, block.out, block.statistics, work)
 
-    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
-        """A 1x1 convolution by cuDNN: cuBLAS would ask the process whether TF32 is allowed."""
-        if not self._covers_channels(out.shape[-1], out.dtype):
-            super().linear(rows, weights, out)
-            return
-        weight, bias = weights
-        convolve(rows, weight[:, :, None, None], out)
-        if bias is not None:
-            out.add_(bias)
+    def _interleaved(self, block: ConvBlock) -> Partial | None:
+        """As `TorchKernels`; both column phases of a row phase are put in their places in one pass."""
+        kernels, bias = block.weights
+        n, width, channels = block.rows.shape[0] - 2, block.rows.shape[1], block.out.shape[2]
+        result, work = _carve(block.work, block.out, (n, width + 1, 2 * channels))
+        pixels = 2 * n * width
+        parts = work[: passes.parts_bytes(pixels, channels, 2)].view(torch.float32)
+        bias = _bias(bias, block.out)[:channels]
+        for phase, kernel in enumerate(kernels):
+            convolve(block.rows[phase : phase + n + 1], kernel, result)
+            passes.interleave(result, bias, phase, block.out, parts)
+        if not block.statistics:
+            return None
+        return Partial(2 * pixels, *passes.combine(parts, pixels, channels, 2))
 
-    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+    def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """As `TorchKernels`; the keys' projection turned around, see `attend` there."""
-        weights = super().load_attention(layer, dtype, into)
-        if not self._covers_channels(layer.q.cin, dtype):
+        weights = super().load_attention(projections, dtype, into)
+        cin, cout = projections.q.cin, projections.q.cout
+        if not self._covers_channels(cin, dtype):
             return weights
-        copies = into[: 4 * layer.q.cin**2 * dtype.itemsize].view(dtype).view(4, layer.q.cout, layer.q.cin)
+        copies = into[: 4 * cin**2 * dtype.itemsize].view(dtype).view(4, cout, cin)
         for copy, (weight, _), turned in zip(copies, weights, (False, True, False, False), strict=True):
             if copy.data_ptr() != weight.data_ptr():
                 copy.copy_(weight.t() if turned else weight)
@@ -188,52 +166,43 @@ class CudaKernels(TorchKernels):
                 copy.copy_(weight.t().clone())
         return [(copy, bias) for copy, (_, bias) in zip(copies, weights, strict=True)]
 
-    def attend(
-        self,
-        layer: Attention,
-        weights: Any,
-        queries: torch.Tensor,
-        normed: torch.Tensor,
-        out: torch.Tensor,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> Partial | None:
         """As `TorchKernels.attend`, within two results of the arena."""
+        layer, out = block.projections, block.out
         channels, dtype = out.shape[-1], out.dtype
         if not self._covers_channels(channels, dtype):
-            return super().attend(layer, weights, queries, normed, out, statistics, work)
-        (wq, bq), (wk, _), (wv, bv), (wo, bo) = [(weight[:, :, None, None], bias) for weight, bias in weights]
-        first, work = _carve(work, out)
+            return super().attend(block)
+        (wq, bq), (wk, _), (wv, bv), (wo, bo) = [(weight[:, :, None, None], bias) for weight, bias in block.weights]
+        first, work = _carve(block.work, out)
         second, work = _carve(work, out)
-        convolve(queries, wq, first)
+        convolve(block.queries, wq, first)
         if bq is not None:
             first.add_(bq)
         convolve(first, wk, second)
         flat, cut = second.view(-1, channels), self._cut(channels, dtype.itemsize)
         if cut is not None:
-            triton_attention.attention(flat, normed, layer.softmax_scale, first.view(-1, channels), cut)
+            attention.attention(flat, block.tokens, layer.softmax_scale, first.view(-1, channels), cut)
         else:
-            mixed = F.scaled_dot_product_attention(
-                flat[None, None], normed[None, None], normed[None, None], scale=layer.softmax_scale
-            )
+            tokens = block.tokens[None, None]
+            mixed = F.scaled_dot_product_attention(flat[None, None], tokens, tokens, scale=layer.softmax_scale)
             first.view(-1, channels).copy_(mixed[0, 0])
         convolve(first, wv, second)
         if bv is not None:
             second.add_(bv)
         convolve(second, wo, first)
-        return _finish(first, bo, out if layer.residual else None, layer.scale, out, statistics, work)
+        return _finish(first, bo, out if layer.residual else None, layer.scale, out, block.statistics, work)
 
     # -- what goes where ---------------------------------------------------------------------------------------
 
     def _covers(self, call: Call) -> bool:
-        return call.itemsize <= 4 and call.cout * call.itemsize % 16 == 0 and cuda_checks.passes(self._device)
+        return call.itemsize <= 4 and call.cout * call.itemsize % 16 == 0 and self_test.works(self._device)
 
     def _covers_channels(self, channels: int, dtype: torch.dtype) -> bool:
-        return dtype.itemsize <= 4 and channels * dtype.itemsize % 16 == 0 and cuda_checks.passes(self._device)
+        return dtype.itemsize <= 4 and channels * dtype.itemsize % 16 == 0 and self_test.works(self._device)
 
     def _cut(self, dim: int, itemsize: int) -> tuple[int, int, int, int] | None:
         """How our attention is cut; None: PyTorch's is used."""
-        return cuda_checks.attention_cut(self._device, dim, itemsize)
+        return self_test.attention_cut(self._device, dim, itemsize)
 
 
 def _carve(
@@ -255,6 +224,6 @@ def _finish(
 ) -> Partial | None:  # fmt: skip
     channels = out.shape[-1]
     pixels = out.numel() // channels
-    parts = work[: triton_loops.parts_bytes(pixels, channels)].view(torch.float32)
-    triton_loops.finish(result, _bias(bias, out), residual, scale, out, parts)
-    return Partial(pixels, *triton_loops.combine(parts, pixels, channels)) if statistics else None
+    parts = work[: passes.parts_bytes(pixels, channels)].view(torch.float32)
+    passes.finish(result, _bias(bias, out), residual, scale, out, parts)
+    return Partial(pixels, *passes.combine(parts, pixels, channels)) if statistics else None

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
-from fluxvae.engine.kernels.winograd_cut import MOST_RUN, rounded
-from fluxvae.engine.kernels.winograd_loops import (
+from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
+from fluxvae.engine.kernels.cpu.winograd_cut import MOST_RUN, rounded
+from fluxvae.engine.kernels.cpu.winograd_loops import (
     NR,
     THIRD,
     TILES,
@@ -43,7 +43,7 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "96b2d3e0c3c5e897"
+VECTOR_CODE = "ea0dade962dcd191"
 """As in `winograd_tasks`."""
 
 
@@ -170,4 +170,4 @@ def linear(rows: torch.Tensor, weights: LinearWeights, out: torch.Tensor) -> Non
         src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
         rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
     )  # fmt: skip
-    cpu_threads.share(linear_rows, job, job.tasks)
+    threads.share(linear_rows, job, job.tasks)

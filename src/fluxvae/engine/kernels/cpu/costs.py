@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fluxvae.engine.kernels.cpu_attention import attention_bytes, padded_queries
-from fluxvae.engine.kernels.direct_costs import DirectCosts
-from fluxvae.engine.kernels.few_outputs import OUTPUTS
-from fluxvae.engine.kernels.row_tasks import panel_bytes
-from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
-from fluxvae.engine.kernels.winograd_loops import NR
-from fluxvae.engine.kernels.winograd_tasks import POSITIONS
-from fluxvae.engine.plan import Call
+from fluxvae.engine.calls import Call
+from fluxvae.engine.kernels.cpu.attention import attention_bytes, padded_queries
+from fluxvae.engine.kernels.cpu.few_outputs import OUTPUTS
+from fluxvae.engine.kernels.cpu.row_tasks import panel_bytes
+from fluxvae.engine.kernels.cpu.vector_code import LANES
+from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
+from fluxvae.engine.kernels.cpu.winograd_loops import NR
+from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS
+from fluxvae.engine.kernels.direct.costs import DirectCosts
 
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
 
@@ -19,7 +19,7 @@ LEAST_PIXELS = 1024
 
 
 class WinogradCosts(DirectCosts):
-    """Winograd where it applies, the direct kernels elsewhere: see `fluxvae.engine.plan.Costs`."""
+    """Winograd where it applies, the direct kernels elsewhere: see `fluxvae.engine.calls.Costs`."""
 
     name = "winograd"
     row_multiple = 6

@@ -1,17 +1,44 @@
-"""How much room this machine has: memory, and disk for spilled maps. No torch in here."""
+"""How much room there is: memory, and disk for spilled maps. Importing this module does not import PyTorch."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["free_disk", "free_memory", "spill_folder"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["available_memory", "free_disk", "free_memory", "is_out_of_memory", "spill_folder"]
 
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
+
+_NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that have no class of their own: those of PyTorch's CPU allocator, of cuDNN and of cuBLAS."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine or the GPU had no memory left."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free now: of the GPU, or of the machine and of the control group this process is in."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    return free_memory()
 
 
 def free_memory() -> int:

@@ -14,13 +14,10 @@ from typing import Protocol
 import torch
 
 from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.norm import Affine
-from fluxvae.engine.storage import Store
+from fluxvae.engine.memory.stores import Store
+from fluxvae.engine.sweep.statistics import Affine
 
-__all__ = ["Behind", "ComputedRows", "Ring", "Scratch", "StoredRows", "Stream", "Window"]
-
-Scratch = Callable[[tuple[int, ...]], torch.Tensor]
-"""Carves a tensor of the compute dtype from the arena."""
+__all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Stream", "Window"]
 
 
 class Stream(Protocol):
@@ -51,20 +48,24 @@ class Window:
         kernels: Kernels,
         source: Stream,
         affine: Affine | None,
-        shape: tuple[int, int, int],
-        rows: int,
-        scratch: Scratch,
+        buffer: torch.Tensor,
+        height: int,
         work: torch.Tensor,
     ) -> None:
-        """``shape`` is the map's (height, width, channels), ``rows`` the height of a block."""
-        self._kernels, self._source, self.affine, self._work = kernels, source, affine, work
-        self._height, width, channels = shape
-        self._rows = rows
-        self._buffer = scratch((rows + 2, width, channels))
+        """A window over a map that starts above its first row.
+
+        Args:
+            source: the map's rows.
+            affine: what they go through on their way in, with SiLU; None: they enter as they are.
+            buffer: (rows + 2, width, channels) of scratch, for blocks of so many rows.
+            height: of the map.
+            work: the kernels' scratch.
+        """
+        self._kernels, self._source, self._affine, self._work = kernels, source, affine, work
+        self._buffer, self._rows, self._height = buffer, len(buffer) - 2, height
         self._next = 0
         self._have = 0
         self.span = (0, 0)
-        self.pad_rows = (True, False)
 
     def advance(self) -> torch.Tensor | None:
         """The next block's (n+2, width, channels), or None at the end; `span` is then its rows (start, stop)."""
@@ -79,12 +80,12 @@ class Window:
         need = min(stop + 1, self._height)
         if need > self._have:
             fresh = self._buffer[1 + self._have - start : 1 + need - start]
-            self._kernels.prologue(self._source.take(fresh), self.affine, True, fresh, self._work)
+            self._kernels.prologue(self._source.take(fresh), self._affine, True, fresh, self._work)
             self._have = need
         if stop == self._height:
             self._buffer[stop - start + 1].zero_()
         self._next = stop
-        self.span, self.pad_rows = (start, stop), (start == 0, stop == self._height)
+        self.span = (start, stop)
         return self._buffer[: stop - start + 2]
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.vector_code import (
+from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.vector_code import (
     F32,
     I32,
     LANES,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
-VECTOR_CODE = "96b2d3e0c3c5e897"
+VECTOR_CODE = "ea0dade962dcd191"
 """As in `winograd_tasks`."""
 OUTPUTS = 3
 PIXELS = 6 if REGISTERS == 32 else 3
@@ -157,4 +157,4 @@ def few_outputs(padded: torch.Tensor, weights: FewWeights, out: torch.Tensor) ->
         src=padded.data_ptr(), dst=out.data_ptr(), weights=weights.laid.data_ptr(), bias=weights.bias.data_ptr(),
         rows=padded.shape[0] - 2, width=padded.shape[1], cin=weights.cin,
     )  # fmt: skip
-    cpu_threads.share(few_outputs_rows, job, job.rows)
+    threads.share(few_outputs_rows, job, job.rows)

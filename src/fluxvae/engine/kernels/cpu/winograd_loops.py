@@ -12,8 +12,17 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from fluxvae.engine.kernels.vector_code import F32, LANES, REGISTERS, VECTOR, VECTOR_BYTES, WIDE, Code, vector_function
-from fluxvae.engine.kernels.winograd_matrices import toom_cook
+from fluxvae.engine.kernels.cpu.vector_code import (
+    F32,
+    LANES,
+    REGISTERS,
+    VECTOR,
+    VECTOR_BYTES,
+    WIDE,
+    Code,
+    vector_function,
+)
+from fluxvae.engine.kernels.cpu.winograd_matrices import toom_cook
 
 Matrix = Sequence[Sequence[Fraction]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.heap import trim_heap
+from fluxvae.engine.memory.heap import trim_heap
 
 __all__ = ["computes_directly", "convolve"]
 

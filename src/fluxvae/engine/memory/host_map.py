@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fluxvae.engine.plan import STAGES
+from fluxvae.engine.calls import STAGES
 
 __all__ = ["Copies", "HostMap", "SideStream", "pinned_cache"]
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.heap import trim_heap
-from fluxvae.engine.kernels import cudnn, onednn, subpixel
-from fluxvae.engine.kernels.direct_costs import DirectCosts
-from fluxvae.engine.norm import Affine, FiniteChecks, Moments, Partial, block_moments
-from fluxvae.engine.records import Attention, Conv, Norm, parameters
+from fluxvae.engine.calls import Kind
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock
+from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
+from fluxvae.engine.kernels.direct.costs import DirectCosts
+from fluxvae.engine.memory.heap import trim_heap
+from fluxvae.engine.records import Conv, Norm, Projections, parameters
+from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial, block_moments
 
 __all__ = ["TorchKernels"]
 
@@ -55,7 +57,16 @@ class TorchKernels(DirectCosts):
         """PyTorch's operations in float64."""
         return moments.affine(norm, dtype, checks)
 
-    def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
+    def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
+        """As diffusers computes it, channels first, except where cuDNN does it."""
+        weight, bias = parameters(conv.module)
+        weight, bias = weight.to(latents.dtype), None if bias is None else bias.to(latents.dtype)
+        if cudnn.available(latents.device):
+            rows = cudnn.convolve(latents.permute(1, 2, 0).contiguous(), weight)
+            return (rows if bias is None else rows.add_(bias)).contiguous()
+        return F.conv2d(latents[None], weight, bias)[0].permute(1, 2, 0).contiguous()
+
+    def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""
         weight, bias = parameters(conv.module)
         bias = None if bias is None else bias.to(dtype)
@@ -89,95 +100,80 @@ class TorchKernels(DirectCosts):
             F.silu(wide, inplace=True)
         out.copy_(wide)
 
-    def conv3x3(
-        self,
-        padded: torch.Tensor,
-        weights: Any,
-        affine: Affine | None,
-        pad_rows: tuple[bool, bool],
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        scale: float,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
-        """PyTorch's convolution of a channels-last block, the residual added on the way out."""
-        weight, bias = weights
-        result = self._conv(padded, weight, bias, work)
-        if residual is None:
-            out.copy_(result)
+    def convolve(self, block: ConvBlock) -> Partial | None:
+        """By PyTorch's operations; the residual is added on the way out."""
+        if block.kind == "linear":
+            self._linear(block)
+            return None
+        if block.kind == "up":
+            self._upsample(block)
         else:
-            torch.add(result, residual, out=out)
-        del result  # before anything small is allocated: that would take its place, and the next result another
-        if scale != 1.0:
-            out.div_(scale)
-        return block_moments(out, work) if statistics else None
+            self._conv3(block)
+        return block_moments(block.out, block.work) if block.statistics else None
 
-    def upsample(
-        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
-    ) -> Partial | None:
+    def _conv3(self, block: ConvBlock) -> None:
+        weight, bias = block.weights
+        result = self._conv(block.rows, weight, bias, block.work)
+        if block.residual is None:
+            block.out.copy_(result)
+        else:
+            torch.add(result, block.residual, out=block.out)
+        del result  # before anything small is allocated: that would take its place, and the next result another
+        if block.scale != 1.0:
+            block.out.div_(block.scale)
+
+    def _upsample(self, block: ConvBlock) -> None:
         """Four 2x2 convolutions of the small map: both column phases of one row phase in one call.
 
         A row of the large map with phase 0 sees the small rows i-1 and i, with phase 1 the rows i and i+1; columns
         likewise, so phase 1's outputs stand one column further right. (width + 1) columns are computed for that.
         """
-        n, width, channels = padded.shape[0] - 2, padded.shape[1], out.shape[2]
-        phases = out.view(n, 2, width, 2, channels)
-        kernels, bias = weights
+        n, width, channels = block.rows.shape[0] - 2, block.rows.shape[1], block.out.shape[2]
+        phases = block.out.view(n, 2, width, 2, channels)
+        kernels, bias = block.weights
         for p, kernel in enumerate(kernels):
-            both = self._conv(padded[p : p + n + 1], kernel, bias, work)
+            both = self._conv(block.rows[p : p + n + 1], kernel, bias, block.work)
             phases[:, p, :, 0].copy_(both[:, :width, :channels])
             phases[:, p, :, 1].copy_(both[:, 1:, channels:])
             del both
-        return block_moments(out, work) if statistics else None
 
-    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
+    def _linear(self, block: ConvBlock) -> None:
         """A matrix product over pixels."""
-        weight, bias = weights
-        flat, result = rows.view(-1, rows.shape[-1]), out.view(-1, out.shape[-1])
+        weight, bias = block.weights
+        flat, result = block.rows.view(-1, block.rows.shape[-1]), block.out.view(-1, block.out.shape[-1])
         if bias is None:
             torch.mm(flat, weight.t(), out=result)
         else:
             torch.addmm(bias, flat, weight.t(), out=result)
 
-    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+    def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias) of q, k, v and out."""
-        convs = (layer.q, layer.k, layer.v, layer.out)
+        convs = (projections.q, projections.k, projections.v, projections.out)
         return [self.load(conv, "linear", dtype, part) for conv, part in zip(convs, into.chunk(4), strict=False)]
 
-    def attend(
-        self,
-        layer: Attention,
-        weights: Any,
-        queries: torch.Tensor,
-        normed: torch.Tensor,
-        out: torch.Tensor,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> Partial | None:
         """One head: the normalised map n is keys and values at once, so neither projection is ever stored.
 
         q . (Wk n + bk) = (q Wk) . n + constant, and softmax does not see a constant per query; the weights of a row
         sum to one, so sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
         """
-        (wq, bq), (wk, _), (wv, bv), (wo, bo) = weights
+        (wq, bq), (wk, _), (wv, bv), (wo, bo) = block.weights
+        layer, out, tokens = block.projections, block.out, block.tokens[None, None]
         if self._device.type == "cpu":
             trim_heap()  # else results may come to lie beside the last call's, as in `onednn.HEAP_BYTES`
-        flat = queries.view(1, -1, queries.shape[-1])
+        flat = block.queries.view(1, -1, block.queries.shape[-1])
         q = F.linear(F.linear(flat, wq, bq), wk.t())
-        mixed = F.scaled_dot_product_attention(
-            q[None], normed[None, None], normed[None, None], scale=layer.softmax_scale
-        )[0]
+        mixed = F.scaled_dot_product_attention(q[None], tokens, tokens, scale=layer.softmax_scale)[0]
         del q
         result = F.linear(F.linear(mixed, wv, bv), wo, bo).view_as(out)
         if layer.residual:
             out.add_(result)
         else:
             out.copy_(result)
-        del result, mixed  # as in conv3x3
+        del result, mixed  # as in `_conv3`
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return block_moments(out, work) if statistics else None
+        return block_moments(out, block.work) if block.statistics else None
 
     def _conv(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor

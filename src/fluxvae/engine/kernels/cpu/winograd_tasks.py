@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fluxvae.engine.kernels.vector_code import LANES, compiled, fetch_add
-from fluxvae.engine.kernels.winograd_loops import (
+from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
+from fluxvae.engine.kernels.cpu.winograd_loops import (
     NR,
     THIRD,
     TILES,
@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "96b2d3e0c3c5e897"
+VECTOR_CODE = "ea0dade962dcd191"
 """Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
 STEP = 6
 """Outputs of a tile, in each direction."""

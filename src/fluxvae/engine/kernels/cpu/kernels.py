@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
-from fluxvae.engine.kernels import cpu_threads, winograd_layer
-from fluxvae.engine.kernels.cpu_attention import (
+from fluxvae.engine.calls import Kind
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock
+from fluxvae.engine.kernels.cpu import threads, winograd_layer
+from fluxvae.engine.kernels.cpu.attention import (
     AttentionJob,
     attention,
     attention_tasks,
 )
-from fluxvae.engine.kernels.few_outputs import (
+from fluxvae.engine.kernels.cpu.costs import WinogradCosts, attention_results, few, whole_vectors
+from fluxvae.engine.kernels.cpu.few_outputs import (
     FewJob,
     FewWeights,
     few_outputs,
     few_outputs_rows,
     few_outputs_weights,
 )
-from fluxvae.engine.kernels.row_tasks import (
+from fluxvae.engine.kernels.cpu.row_tasks import (
     AFFINE,
     COPY,
     SILU,
@@ -40,13 +43,12 @@ from fluxvae.engine.kernels.row_tasks import (
     linear_rows,
     linear_weights,
 )
-from fluxvae.engine.kernels.torch import TorchKernels
-from fluxvae.engine.kernels.winograd_costs import WinogradCosts, attention_results, few, whole_vectors
-from fluxvae.engine.kernels.winograd_cut import transformed_bytes
-from fluxvae.engine.kernels.winograd_layer import Weights, transformed
-from fluxvae.engine.kernels.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
-from fluxvae.engine.norm import Affine, Partial, block_moments
-from fluxvae.engine.records import Attention, Conv, parameters
+from fluxvae.engine.kernels.cpu.winograd_cut import transformed_bytes
+from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
+from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.records import Conv, Projections, parameters
+from fluxvae.engine.sweep.statistics import Affine, Partial, block_moments
 
 __all__ = ["WinogradKernels"]
 
@@ -88,9 +90,9 @@ class WinogradKernels(WinogradCosts, TorchKernels):
 
     def session(self) -> AbstractContextManager[None]:
         """OpenMP's threads would spin in the way of ours after each of PyTorch's small operations."""
-        return cpu_threads.alone()
+        return threads.alone()
 
-    def load(self, conv: Conv, kind: str, dtype: torch.dtype, into: torch.Tensor) -> Any:
+    def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights transformed in float64 and rounded once."""
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
         if kind == "linear" and whole_vectors(conv.cin, conv.cout, dtype.itemsize):
@@ -119,78 +121,50 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             src=rows.data_ptr(), dst=out.data_ptr(), scale=scale, shift=shift, pixels=pixels, channels=channels,
             run=run, what=COPY if affine is None else SILU if silu else AFFINE,
         )  # fmt: skip
-        cpu_threads.share(affine_rows, job, -(-pixels // run))
+        threads.share(affine_rows, job, -(-pixels // run))
 
-    def conv3x3(
-        self,
-        padded: torch.Tensor,
-        weights: Any,
-        affine: Affine | None,
-        pad_rows: tuple[bool, bool],
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-        scale: float,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
-        """F(6, 3); the last layer directly."""
-        if isinstance(weights, FewWeights):
-            if residual is not None or scale != 1.0 or statistics:
-                raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
-            few_outputs(padded, weights, out)
-            return None
-        if not isinstance(weights, Weights):
-            with cpu_threads.pytorchs():
-                return super().conv3x3(padded, weights, affine, pad_rows, out, residual, scale, statistics, work)
-        if scale != 1.0:
-            weights = weights._replace(factor_bias=(weights.factor_bias / scale).astype(np.float32))
-        return winograd_layer.run("conv3", padded, weights, out, residual, statistics, work)
+    def convolve(self, block: ConvBlock) -> Partial | None:
+        """By whichever kernel the weights were loaded for.
 
-    def upsample(
-        self, padded: torch.Tensor, weights: Any, out: torch.Tensor, statistics: bool, work: torch.Tensor
-    ) -> Partial | None:
-        """F(6, 3) on the large map, which is never built: see `winograd_loops.PIXELS_UP`."""
-        if not isinstance(weights, Weights):
-            return super().upsample(padded, weights, out, statistics, work)
-        return winograd_layer.run("up", padded, weights, out, None, statistics, work)
+        Our products serve 1x1 convolutions too, because those of MKL, of few rows, depend on the number of threads.
+        """
+        match block.weights:
+            case Weights():
+                return winograd_layer.run(block)
+            case LinearWeights():
+                linear(block.rows, block.weights, block.out)
+                return None
+            case FewWeights():
+                if block.residual is not None or block.scale != 1.0 or block.statistics:
+                    raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
+                few_outputs(block.rows, block.weights, block.out)
+                return None
+        with threads.pytorchs() if block.kind == "conv3" else nullcontext():
+            return super().convolve(block)
 
-    def linear(self, rows: torch.Tensor, weights: Any, out: torch.Tensor) -> None:
-        """Our products: MKL's, of few rows, depend on the number of threads."""
-        if not isinstance(weights, LinearWeights):
-            super().linear(rows, weights, out)
-            return
-        linear(rows, weights, out)
-
-    def load_attention(self, layer: Attention, dtype: torch.dtype, into: torch.Tensor) -> Any:
+    def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The four projections; the keys' the other way round, see `attend`."""
-        if not whole_vectors(layer.q.cin, layer.q.cout, dtype.itemsize) or layer.q.cin != layer.q.cout:
-            return super().load_attention(layer, dtype, into)
-        weights = [parameters(conv.module) for conv in (layer.q, layer.k, layer.v, layer.out)]
-        weights[1] = (weights[1][0].reshape(layer.k.cout, layer.k.cin).t(), None)
+        q, k, v, out = projections.q, projections.k, projections.v, projections.out
+        if not whole_vectors(q.cin, q.cout, dtype.itemsize) or q.cin != q.cout:
+            return super().load_attention(projections, dtype, into)
+        weights = [parameters(conv.module) for conv in (q, k, v, out)]
+        weights[1] = (weights[1][0].reshape(k.cout, k.cin).t(), None)
         return [linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
 
-    def attend(
-        self,
-        layer: Attention,
-        weights: Any,
-        queries: torch.Tensor,
-        normed: torch.Tensor,
-        out: torch.Tensor,
-        statistics: bool,
-        work: torch.Tensor,
-    ) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> Partial | None:
         """As `TorchKernels.attend`, with our own products and softmax."""
-        if not isinstance(weights[0], LinearWeights):
-            return super().attend(layer, weights, queries, normed, out, statistics, work)
-        q, k, v, o = weights
-        count, channels = queries.numel() // normed.shape[1], normed.shape[1]
+        if not isinstance(block.weights[0], LinearWeights):
+            return super().attend(block)
+        q, k, v, o = block.weights
+        layer, queries, tokens, out, work = block.projections, block.queries, block.tokens, block.out, block.work
+        count, channels = queries.numel() // tokens.shape[1], tokens.shape[1]
         results = attention_results(count, channels)
         one, other = work[:results].view(torch.float32).view(2, -1, channels)
-        self.linear(queries, q, one[:count])
-        self.linear(one[:count], k, other[:count])
-        attention(other, normed, layer.softmax_scale, one, work[results:])
-        self.linear(one[:count], v, other[:count])
-        self.linear(other[:count], o, one[:count])
+        linear(queries, q, one[:count])
+        linear(one[:count], k, other[:count])
+        attention(other, tokens, layer.softmax_scale, one, work[results:])
+        linear(one[:count], v, other[:count])
+        linear(other[:count], o, one[:count])
         result = one[:count].view_as(out)
         if layer.residual:
             out.add_(result)
@@ -198,4 +172,4 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             out.copy_(result)
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return block_moments(out, work) if statistics else None
+        return block_moments(out, work) if block.statistics else None

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fluxvae.engine.kernels import cpu_threads
-from fluxvae.engine.kernels.vector_code import LANES
-from fluxvae.engine.kernels.winograd_cut import cut_tasks, enlargement, position_bytes, scratch_bytes
-from fluxvae.engine.kernels.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
-from fluxvae.engine.norm import Partial
+from fluxvae.engine.kernels import ConvBlock
+from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.vector_code import LANES
+from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, enlargement, position_bytes, scratch_bytes
+from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.sweep.statistics import Partial
 
 __all__ = ["Weights", "run", "transformed"]
 
@@ -23,7 +24,7 @@ class Weights(NamedTuple):
 
     transformed: torch.Tensor
     factor_bias: Array
-    """(2, cout) float32: ones, and the bias."""
+    """(2, cout) float32: ones, and the bias. `run` divides both by a block's scale."""
     cin: int
     cout: int
 
@@ -37,25 +38,16 @@ def transformed(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Ten
         src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
         cin=cin, cout=cout, position=position_bytes(cin, cout),
     )  # fmt: skip
-    cpu_threads.share(transform_weights, job, cout // LANES)
+    threads.share(transform_weights, job, cout // LANES)
     factor_bias = np.ones((2, cout), np.float32)
     factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
     return Weights(into, factor_bias, cin, cout)
 
 
-def run(
-    kind: str,
-    padded: torch.Tensor,
-    weights: Weights,
-    out: torch.Tensor,
-    residual: torch.Tensor | None,
-    statistics: bool,
-    work: torch.Tensor,
-) -> Partial | None:
-    """``out = (conv(padded) + bias + residual) * factor`` and its statistics: see `Kernels.conv3x3` and `upsample`.
-
-    ``kind``: ``"conv3"`` or ``"up"``. ``work``: every thread's scratch.
-    """
+def run(block: ConvBlock) -> Partial | None:
+    """Compute a block of a 3x3 convolution, of the map as it is or enlarged, and its statistics: see `ConvBlock`."""
+    kind, padded, weights, out, residual = block.kind, block.rows, block.weights, block.out, block.residual
+    work = block.work
     rows, width = padded.shape[0] - 2, padded.shape[1]
     cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
     cut = cut_tasks(kind, cin, cout, rows, width)
@@ -75,10 +67,13 @@ def run(
         position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
         scratch_bytes=scratch,
     )  # fmt: skip
+    factor_bias = weights.factor_bias
+    if block.scale != 1.0:
+        factor_bias = (factor_bias / block.scale).astype(np.float32)
     stats = np.empty((3, cut.units, cout))
     counter = np.zeros(1, np.int64)
-    cpu_threads.run(lambda worker: convolve(job, weights.factor_bias, stats, counter, worker), workers)
-    if not statistics:
+    threads.run(lambda worker: convolve(job, factor_bias, stats, counter, worker), workers)
+    if not block.statistics:
         return None
     merged = torch.empty(3, cout, dtype=torch.float64, device="cpu")
     merge(stats, merged.numpy())

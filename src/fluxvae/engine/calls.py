@@ -1,0 +1,212 @@
+"""The ground of the engine: one kernel call in numbers, what it costs, and the steps that a plan is made of.
+
+Kernels, layers and the planner all speak in these values, and none of them knows the others. This module does not
+import PyTorch: a plan on a CPU is made without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+__all__ = [
+    "ALIGN",
+    "BLOCK_VALUES",
+    "RUNTIME_BYTES",
+    "STAGES",
+    "Call",
+    "Costs",
+    "Geometry",
+    "Kind",
+    "LayerPlan",
+    "Place",
+    "Step",
+    "aligned",
+    "block_values",
+]
+
+Place: TypeAlias = Literal["memory", "spill", "recompute"]
+"""Where a feature map lives. ``recompute``: nowhere; every sweep that reads its rows computes them again."""
+
+Kind: TypeAlias = Literal["conv3", "up", "linear", "attend"]
+"""What a kernel computes: a 3x3 convolution; one of the map enlarged twofold; a 1x1 convolution; attention."""
+
+_ENLARGES: dict[Kind, int] = {"up": 2}
+"""How many times larger a call's output is than its input, each way, where it is not as large."""
+
+ALIGN = 256
+"""Bytes. Everything in the arena starts at a multiple of this, so that equal blocks are equally aligned in any plan."""
+
+BLOCK_VALUES = 1 << 20
+"""Values in one block of rows: 4 MB in float32, which with its halo and its result stays in a core's share of cache."""
+
+RUNTIME_BYTES = {2: 11 << 20, 4: 5 << 20, 8: 5 << 20}
+"""Bytes by which oneDNN's generated code and MKL's buffers grow during a process's first decodes of a size, by the
+bytes of one value. Later decodes of that size take so much less than their plan says."""
+
+STAGES = 3
+"""Blocks of rows that a map in host memory has on the device at most: the next ones of two readers, and one that is on
+its way out."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call, in numbers."""
+
+    kind: Kind
+    cin: int
+    cout: int
+    rows: int
+    """Of the input block, without its halo."""
+    width: int
+    """Of the input map."""
+    itemsize: int
+    cast: bool
+    """The weights are stored in another dtype than the one computed in."""
+    tokens: int = 0
+    """Pixels of the whole map."""
+    statistics: bool = True
+    """The statistics of the output are wanted."""
+
+    @property
+    def enlarges(self) -> int:
+        """How many times larger the output is than the input, each way."""
+        return _ENLARGES.get(self.kind, 1)
+
+
+class Costs(Protocol):
+    """What the planner asks of a kernel set; in bytes and multiply-adds."""
+
+    @property
+    def name(self) -> str:
+        """As the ``kernels`` option spells it."""
+
+    @property
+    def note(self) -> str:
+        """Why these kernels serve and not those that one would expect, which plans print. Usually nothing."""
+
+    @property
+    def block_values(self) -> int | None:
+        """Values of a block of rows. None: what `block_values` gives, which suits a core's cache."""
+
+    @property
+    def runtime_bytes(self) -> int:
+        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
+
+    @property
+    def stages_spills(self) -> bool:
+        """Whether blocks of rows of a spilled map are held on the device on their way (`HostMap` does that)."""
+
+    @property
+    def row_multiple(self) -> int:
+        """Blocks are cut at multiples of this many rows, counted from the top of the map."""
+
+    def macs(self, call: Call) -> int:
+        """Multiply-adds of the call."""
+
+    def loaded(self, call: Call) -> int:
+        """Bytes in the arena for weights that are held for the whole sweep, beside the model's own."""
+
+    def overhead(self, call: Call) -> int:
+        """Bytes that are allocated outside of the arena while the call runs."""
+
+    def workspace(self, call: Call) -> int:
+        """Bytes of scratch in the arena while the call runs."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that depend on the network, the image and the dtype, but never on the memory limit."""
+
+    height: int
+    """Of the latents."""
+    width: int
+    itemsize: int
+    cast: bool = False
+    row_multiple: int = 1
+    block_values: int = BLOCK_VALUES
+
+    def block(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> int:
+        """Rows per block of a layer whose *input* map has this size."""
+        values = width * max(cin, cout) * _ENLARGES.get(kind, 1) ** 2
+        if kind == "attend":
+            values *= 2
+        # Wide layers get more, since each call pays once for its weights: oneDNN reorders them, 9.4 MB at 512 channels.
+        budget = self.block_values * max(256, cin, cout) // 256
+        rows = max(1, budget // values)
+        rows = max(rows // self.row_multiple, 1) * self.row_multiple
+        return min(rows, height)
+
+    def call(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> Call:
+        """The call for one block of a map of this size."""
+        rows = self.block(kind, cin, cout, height, width)
+        return Call(kind, cin, cout, rows, width, self.itemsize, self.cast, height * width)
+
+
+def block_values(channels: int, pixels: int) -> int:
+    """Values per block of rows: a sixteenth of the last map, within bounds.
+
+    Where blocks are cut decides the last bits of an image, so this is a function of the network and the image alone.
+
+    Args:
+        channels: of the last map.
+        pixels: of the image.
+    """
+    return min(max(channels * pixels // 16, BLOCK_VALUES // 4), BLOCK_VALUES)
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to the arena's alignment."""
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sweep in numbers: what it holds, what it computes, what it moves."""
+
+    kind: str
+    """A name for people: ``conv_in``, ``up``, ``conv1``, ``conv2``, ``norm``, ``attend``, ``conv_out``."""
+    near: int
+    """Bytes in memory of the map it starts from."""
+    far: int
+    """Bytes in memory of the map at the arena's other end."""
+    spilled: int
+    """Bytes of feature maps that are spilled while it runs."""
+    scratch: int
+    overhead: int
+    macs: int
+    moved: int
+    """Bytes that are read from and written to spilled maps."""
+    blocks: int
+
+    @property
+    def maps(self) -> int:
+        """Bytes of feature maps in memory while it runs."""
+        return self.near + self.far
+
+    @property
+    def arena(self) -> int:
+        """Bytes of the arena that it needs."""
+        return self.maps + self.scratch
+
+    @property
+    def held(self) -> int:
+        """All bytes that it holds beside the plan's fixed ones."""
+        return self.arena + self.overhead
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer's maps."""
+
+    name: str
+    height: int
+    """Of its result."""
+    width: int
+    channels: int
+    middle: Place | None
+    """Where the map between a resnet's two convolutions lives. None: the layer has none."""
+    out: Place
+    flips: bool
+    """Its result is at the other end of the arena than its input."""
+    steps: tuple[Step, ...]

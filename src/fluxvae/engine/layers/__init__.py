@@ -1,0 +1,60 @@
+"""One file for each kind of layer: what it may do with its maps, what that costs, and how it runs, side by side.
+
+`Layer` is what the planner and the runner know of a layer; neither knows any kind by name. A new kind is a file in
+here, its kernel call, and its reading in `fluxvae.engine.network`. Nothing here imports PyTorch, because plans are made
+without it; what runs is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from fluxvae.engine.calls import Costs, Geometry, LayerPlan
+from fluxvae.engine.sweep.carving import State
+
+if TYPE_CHECKING:
+    from fluxvae.engine.sweep.sweep import Current, Run
+
+__all__ = ["Layer"]
+
+
+class Layer(Protocol):
+    """One layer of a network, made of `records`; immutable."""
+
+    @property
+    def name(self) -> str:
+        """Of the module it was read from."""
+
+    @property
+    def enlarges(self) -> int:
+        """How many times larger its result is than the map it starts from, each way."""
+
+    @property
+    def wants_statistics(self) -> bool:
+        """It begins with a GroupNorm, so the layer before must gather the statistics of what it hands over."""
+
+    @property
+    def takes_recomputed(self) -> bool:
+        """It can start from a map that is computed on the way from a smaller one."""
+
+    def choices(
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+    ) -> Iterator[tuple[LayerPlan, State]]:
+        """What it may do with its maps, and where the current map is afterwards.
+
+        Args:
+            size: height and width of the map it starts from.
+            state: where that map is.
+        """
+
+    def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
+        """Compute it as planned.
+
+        Args:
+            current: the map it starts from, which is its to drop or to overwrite.
+            statistics: those of the result are wanted.
+
+        Returns:
+            The map that the next layer starts from.
+        """

@@ -1,0 +1,60 @@
+"""The first convolution, from the latents, and the 1x1 convolution that some models have before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fluxvae.engine.calls import Costs, Geometry, LayerPlan, Place
+from fluxvae.engine.layers import reading
+from fluxvae.engine.records import Conv
+from fluxvae.engine.sweep.carving import STORED, Held, Stage, State, Sweep, moved
+
+if TYPE_CHECKING:
+    from fluxvae.engine.sweep.sweep import Current, Run
+
+__all__ = ["ConvIn"]
+
+
+@dataclass(frozen=True)
+class ConvIn:
+    """``x -> conv(pointwise(x))``, with zeros around."""
+
+    name: str
+    pointwise: Conv | None
+    conv: Conv
+
+    enlarges = 1
+    wants_statistics = False
+    takes_recomputed = False
+
+    @classmethod
+    def read(cls, vae: Any, decoder: Any) -> ConvIn:
+        """diffusers' ``post_quant_conv``, which FLUX's models do not have, and ``decoder.conv_in``."""
+        post_quant = getattr(vae, "post_quant_conv", None)
+        pointwise = None if post_quant is None else reading.conv("post_quant_conv", post_quant, 1)
+        return cls("decoder.conv_in", pointwise, reading.conv("decoder.conv_in", decoder.conv_in, 3))
+
+    def choices(
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+    ) -> Iterator[tuple[LayerPlan, State]]:
+        """Its result may be kept in memory or spilled."""
+        for place in STORED:
+            step = self._sweep(geometry, size, place).step(costs)
+            yield LayerPlan(self.name, *size, self.conv.cout, None, place, False, (step,)), State(place)
+
+    def _sweep(self, geometry: Geometry, size: tuple[int, int], place: Place) -> Sweep:
+        stage = Stage.of(geometry, "conv3", self.conv, size)
+        out = Held((*size, self.conv.cout), geometry.itemsize, place)
+        buffer = None if place == "memory" else stage.output
+        return Sweep("conv_in", (out,), moved((out, 1)), stage, buffer=buffer)
+
+    def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
+        """The latents are laid out channels last first; they are small beside every map."""
+        rows = run.latent_rows(self.pointwise)
+        run.maps.new_sweep()
+        out = run.maps.new(planned.out, current.side, (*current.size, self.conv.cout))
+        sweep = self._sweep(run.geometry, current.size, planned.out)
+        moments = run.sweep(sweep, rows, out, {}, statistics=statistics)
+        return replace(current, store=out, state=State(planned.out), moments=moments)

@@ -1,0 +1,1 @@
+"""Where feature maps and scratch live while an image is decoded, and how much memory there is."""

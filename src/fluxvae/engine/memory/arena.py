@@ -1,0 +1,50 @@
+"""The arena: one allocation for a whole decode, with a map at each end and the running sweep's scratch between them.
+
+It is never fragmented, its pages are touched once, and nothing of it outlives the decode.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fluxvae.engine.calls import ALIGN, aligned
+from fluxvae.engine.memory.stores import MemoryMap
+
+__all__ = ["Arena"]
+
+
+class Arena:
+    """One block of memory: map at the left end, scratch, map at the right end."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        # PyTorch aligns to 64 bytes; ours is stricter, so that equal blocks are equally aligned in every plan.
+        flat = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
+        self._flat = flat[-flat.data_ptr() % ALIGN :][:nbytes]
+        self._maps = [0, 0]
+        self._cursor = 0
+
+    def map(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
+        """The map of one end; the one that was there is no more."""
+        nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        size = aligned(nbytes)
+        self._maps[side] = size
+        start = 0 if side == 0 else len(self._flat) // ALIGN * ALIGN - size
+        if start < 0 or sum(self._maps) > len(self._flat):
+            raise AssertionError(f"maps of {self._maps} bytes in an arena of {len(self._flat)}: the plan was wrong")
+        return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
+
+    def release(self, side: int) -> None:
+        """The map of this end is not needed any more."""
+        self._maps[side] = 0
+
+    def new_sweep(self) -> None:
+        """All scratch is free again."""
+        self._cursor = self._maps[0]
+
+    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised, aligned, valid until `new_sweep`."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, self._cursor = self._cursor, self._cursor + aligned(nbytes)
+        if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:
+            raise AssertionError(f"scratch of {self._cursor - self._maps[0]} bytes does not fit: the plan was wrong")
+        return self._flat[start : start + nbytes].view(dtype).view(shape)

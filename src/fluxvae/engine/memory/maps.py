@@ -1,0 +1,81 @@
+"""Where the running image's maps and scratch are: the arena, and the maps that are spilled."""
+
+from __future__ import annotations
+
+import torch
+
+from fluxvae.engine.calls import Place
+from fluxvae.engine.memory.arena import Arena
+from fluxvae.engine.memory.heap import trim_heap
+from fluxvae.engine.memory.spill import Spill
+from fluxvae.engine.memory.stores import MemoryMap, Store
+
+__all__ = ["Maps"]
+
+
+class Maps:
+    """Hands out what the plan has room for; holds the arena and the spilled maps until `close`."""
+
+    def __init__(
+        self, arena_bytes: int, spill: Spill, device: torch.device, dtype: torch.dtype, *, trims: bool
+    ) -> None:
+        """Prepare to hand out memory; nothing is allocated before `begin`.
+
+        Args:
+            arena_bytes: what the plan says that maps and scratch need together.
+            dtype: the one that is computed in.
+            trims: between two sweeps, the C library's heap gives back what it holds free.
+        """
+        self._bytes, self._spill, self._trims = arena_bytes, spill, trims
+        self._device, self._dtype = device, dtype
+        self._arena = Arena(0, device)
+        self._open: list[Store] = []
+
+    def begin(self) -> None:
+        """Make a fresh arena for an image: what the last one's sweeps touched is not resident during its first."""
+        self._arena = Arena(0, self._device)
+        self._arena = Arena(self._bytes, self._device)
+
+    def close(self) -> None:
+        """Give everything back, whatever state the run is in."""
+        while self._open:
+            self._open.pop().close()
+        self._arena = Arena(0, self._device)
+        self._trim()
+
+    def in_memory(self, side: int, shape: tuple[int, int, int]) -> MemoryMap:
+        """A new map at one end of the arena."""
+        return self._arena.map(side, shape, self._dtype)
+
+    def new(self, place: Place, side: int, shape: tuple[int, int, int]) -> Store:
+        """A new map, in memory or spilled."""
+        if place == "memory":
+            return self.in_memory(side, shape)
+        store = self._spill.create(shape, self._dtype)
+        self._open.append(store)
+        return store
+
+    def drop(self, store: Store, side: int) -> None:
+        """The map is not needed any more; ``side`` is its end of the arena, if it is there."""
+        if isinstance(store, MemoryMap):
+            self._arena.release(side)
+        else:
+            self._open.remove(store)
+            store.close()
+
+    def new_sweep(self) -> None:
+        """All scratch is free again."""
+        self._arena.new_sweep()
+        self._trim()
+
+    def _trim(self) -> None:
+        if self._trims:
+            trim_heap()
+
+    def scratch(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Scratch in the compute dtype, valid until `new_sweep`."""
+        return self._arena.scratch(shape, self._dtype)
+
+    def workspace(self, nbytes: int) -> torch.Tensor:
+        """Flat uint8 scratch for the kernels, valid until `new_sweep`."""
+        return self._arena.scratch((nbytes,), torch.uint8)

@@ -1,0 +1,100 @@
+"""Feature maps that are read and written by rows: in memory, or in a temporary file.
+
+A spilled map is read and written with pread and pwrite into scratch, because mapped pages would count as resident
+memory. `fluxvae.engine.memory.host_map` has the third kind of store: host memory, for maps spilled from a GPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from fluxvae.errors import MemoryLimitError
+
+__all__ = ["MemoryMap", "SpilledMap", "Store"]
+
+
+class Store(Protocol):
+    """A feature map (height, width, channels) that is read and written by rows."""
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """The rows: a view where the map is in memory, else ``into``, filled."""
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """The rows to compute into directly, or None where they must be given to `write`."""
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Store rows that were computed elsewhere."""
+
+    def close(self) -> None:
+        """Give the space back."""
+
+
+class MemoryMap:
+    """Rows of a tensor."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """A view."""
+        return self.rows[start:stop]
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """A view."""
+        return self.rows[start:stop]
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Copy."""
+        self.rows[start : start + len(rows)].copy_(rows)
+
+    def close(self) -> None:
+        """The arena owns the memory."""
+
+
+class SpilledMap:
+    """A map in an unnamed file."""
+
+    def __init__(self, descriptor: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self._descriptor = descriptor
+        self._row_bytes = shape[1] * shape[2] * dtype.itemsize
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """pread into ``into``."""
+        self._move(os.preadv, start, into)
+        return into
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """A file's rows are not memory."""
+        return None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """pwrite."""
+        self._move(os.pwritev, start, rows)
+
+    def close(self) -> None:
+        """Close; the file has no name, so that is its end."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _move(self, call: Callable[[int, list[memoryview], int], int], start: int, rows: torch.Tensor) -> None:
+        view = rows.reshape(-1).view(torch.uint8).numpy().data
+        offset = start * self._row_bytes
+        while view.nbytes:
+            try:
+                moved = call(self._descriptor, [view[: 1 << 30]], offset)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise MemoryLimitError(
+                        "spill_dir: the disk filled up while a feature map was spilled to it; free some space, name "
+                        "another folder with spill_dir, or raise memory_limit so that less is spilled"
+                    ) from error
+                raise
+            if moved == 0:
+                raise OSError(errno.EIO, "a spilled feature map ended early")
+            view, offset = view[moved:], offset + moved

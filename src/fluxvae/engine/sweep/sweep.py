@@ -1,0 +1,216 @@
+"""Runs one sweep: carves its scratch from the arena as its description says, and convolves block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fluxvae.engine.calls import Geometry
+from fluxvae.engine.kernels import ConvBlock, Kernels
+from fluxvae.engine.memory.maps import Maps
+from fluxvae.engine.memory.stores import MemoryMap, Store
+from fluxvae.engine.records import Conv, Norm
+from fluxvae.engine.sweep.carving import Stage, State, Sweep
+from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.sweep.windows import Behind, ComputedRows, Ring, StoredRows, Stream, Window
+
+__all__ = ["Current", "Run"]
+
+
+@dataclass(frozen=True)
+class Current:
+    """The map between two layers: what a layer takes and gives back."""
+
+    store: Store
+    """The rows that are stored: those of the map itself, or of the smaller one that it is computed from."""
+    side: int
+    """The end of the arena at which they are, if they are in memory: 0 or 1."""
+    size: tuple[int, int]
+    """Height and width of the map itself."""
+    state: State
+    moments: Moments
+    """The statistics of the map itself, if the layer that made it was asked for them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One image on its way through the network: what the layers compute with."""
+
+    kernels: Kernels
+    maps: Maps
+    checks: FiniteChecks
+    geometry: Geometry
+    dtype: torch.dtype
+    """The one that is computed in."""
+    latents: torch.Tensor
+    """Raw latents (C, lh, lw)."""
+    image: torch.Tensor
+    """(3, H, W), which is written to."""
+    tick: Callable[[], None]
+    """Called after every block; it may raise to stop the decode."""
+
+    def start(self) -> Current:
+        """The latents, from which the first layer starts."""
+        rows = self.latents.permute(1, 2, 0)
+        return Current(MemoryMap(rows), 0, (rows.shape[0], rows.shape[1]), State("memory"), Moments())
+
+    def latent_rows(self, pointwise: Conv | None) -> Store:
+        """The latents in the compute dtype, channels last, through the 1x1 convolution that some models begin with."""
+        latents = self.latents.to(self.dtype)
+        if pointwise is None:
+            return MemoryMap(latents.permute(1, 2, 0).contiguous())
+        return MemoryMap(self.kernels.pointwise(latents, pointwise))
+
+    def pixels(self, name: str) -> Store:
+        """The image as a map that is written by rows; ``name`` is the layer's, for the error about NaN or Inf."""
+        return _Pixels(self.image, self.checks, f"the output of {name} holds NaN or Inf")
+
+    def affine(self, norm: Norm, moments: Moments) -> Affine:
+        """What ``norm`` does to the map with these statistics."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return self.kernels.affine(moments, norm, wide, self.checks)
+
+    def gather(self, partials: Iterable[Partial | None]) -> Moments:
+        """The statistics of a map whose blocks are computed as ``partials`` is gone through, with a tick after each."""
+        moments = Moments()
+        for partial in partials:
+            if partial is not None:
+                moments.add(partial)
+            self.tick()
+        return moments
+
+    def sweep(
+        self,
+        sweep: Sweep,
+        store: Store,
+        out: Store | None,
+        affines: Mapping[Norm, Affine],
+        *,
+        residual: Store | None = None,
+        scale: float = 1.0,
+        statistics: bool = True,
+    ) -> Moments:
+        """Convolve a whole map as ``sweep`` describes it.
+
+        Args:
+            store: the rows that the sweep starts from.
+            out: where the result goes; None: nowhere, only its statistics are wanted. It may be ``residual`` itself.
+            affines: of every norm in the sweep.
+            residual: the rows that are added, or that what is added is computed from.
+            scale: what the sum is divided by.
+            statistics: those of the result are wanted.
+
+        Returns:
+            The statistics of the result, or none.
+        """
+        self.maps.new_sweep()
+        calls = [stage.call for stage in sweep.all_stages()]
+        work = self.maps.workspace(max(map(self.kernels.workspace, calls)))  # the sweep's calls take turns with it
+        rows: Stream = StoredRows(store)
+        added: Stream | None = None if residual is None else StoredRows(residual)
+        for index, stage in enumerate(sweep.feeds):
+            rows = self._computed(stage, rows, affines, work)
+            if index == 0 and sweep.ring is not None:
+                rows = ring = Ring(rows, self.maps.scratch(sweep.ring))
+                added = Behind(ring)
+        for stage in sweep.residual_feeds:
+            assert added is not None
+            added = self._computed(stage, added, affines, work)
+        window = self._window(sweep.stage, rows, affines, work)
+        return self.gather(self._blocks(sweep, window, out, added, scale, statistics, work))
+
+    def _blocks(
+        self,
+        sweep: Sweep,
+        window: Window,
+        out: Store | None,
+        added: Stream | None,
+        scale: float,
+        statistics: bool,
+        work: torch.Tensor,
+    ) -> Iterator[Partial | None]:
+        """Compute the blocks of the sweep's result one after the other, and store each."""
+        call = sweep.stage.call
+        weights = self._load(sweep.stage)
+        buffer = None if sweep.buffer is None else self.maps.scratch(sweep.buffer)
+        projection = None if sweep.shortcut is None else self._projection(sweep.shortcut, work)
+        staging = None if sweep.residual is None else self.maps.scratch(sweep.residual)
+        while (padded := window.advance()) is not None:
+            start, stop = (call.enlarges * edge for edge in window.span)
+            rows = out.target(start, stop) if out is not None and buffer is None else None
+            if rows is None:
+                assert buffer is not None
+                rows = buffer[: stop - start]
+            residual = None
+            if added is not None:
+                # Without staging only the number of rows matters: the stream answers with a view.
+                residual = added.take(rows if staging is None else staging[: stop - start])
+                if projection is not None:
+                    assert staging is not None
+                    residual = projection(residual, staging[: stop - start])
+            partial = self.kernels.convolve(
+                ConvBlock(call.kind, padded, weights, rows, work, residual, scale, statistics)
+            )
+            if out is not None and buffer is not None:
+                out.write(start, rows)
+            yield partial
+
+    def _projection(self, stage: Stage, work: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The residual's 1x1 convolution, as a function of its rows and of the scratch that they must stand in."""
+        weights, block = self._load(stage), self.maps.scratch(stage.output)
+
+        def project(rows: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
+            if rows is not staging:
+                staging.copy_(rows)
+            projected = block[: len(staging)]
+            self.kernels.convolve(ConvBlock(stage.call.kind, staging, weights, projected, work))
+            return projected
+
+        return project
+
+    def _computed(self, stage: Stage, source: Stream, affines: Mapping[Norm, Affine], work: torch.Tensor) -> Stream:
+        """The rows of a convolution whose result is not stored."""
+        window = self._window(stage, source, affines, work)
+        weights, block = self._load(stage), self.maps.scratch(stage.output)
+
+        def compute(padded: torch.Tensor) -> torch.Tensor:
+            rows = block[: stage.call.enlarges * (len(padded) - 2)]
+            self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, work))
+            return rows
+
+        return ComputedRows(window, compute)
+
+    def _window(self, stage: Stage, source: Stream, affines: Mapping[Norm, Affine], work: torch.Tensor) -> Window:
+        affine = None if stage.norm is None else affines[stage.norm]
+        return Window(self.kernels, source, affine, self.maps.scratch(stage.input), stage.height, work)
+
+    def _load(self, stage: Stage) -> Any:
+        """A convolution's weights as the kernels want them, valid until the next sweep."""
+        room = self.maps.workspace(self.kernels.loaded(stage.call))
+        return self.kernels.load(stage.conv, stage.call.kind, self.dtype, room)
+
+
+class _Pixels:
+    """The image as a store. Every block of rows is looked at for NaN and Inf on its way into it."""
+
+    def __init__(self, image: torch.Tensor, checks: FiniteChecks, otherwise: str) -> None:
+        self._image, self._checks, self._otherwise = image, checks, otherwise
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """Nothing reads it."""
+        raise NotImplementedError
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """Its rows are not laid out channels last."""
+        return None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Into (3, H, W), in the image's dtype."""
+        self._checks.require(rows, self._otherwise)
+        self._image[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))
+
+    def close(self) -> None:
+        """The image is the caller's."""
