@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,19 +40,33 @@ def test_in_the_interpreter() -> None:
     assert "TRITON_INTERPRET" not in os.environ
 
 
-SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Of a block, by compute capability: A100, RTX 4090, H100."""
+CARDS = {
+    80: (163 << 10, 0),
+    86: (99 << 10, 2),
+    89: (99 << 10, 2),
+    90: (227 << 10, 0),
+    100: (227 << 10, 1),
+    120: (99 << 10, 2),
+}
+"""By compute capability: the shared memory of a block, and which of the cuts a card with so much gets. They are those
+of an A100, an RTX 3090, an RTX 4090, an H100, a B200 and an RTX 5090."""
 
 
-@pytest.mark.parametrize(("capability", "cut"), [(90, 0), (90, 1), (80, 1), (89, 2)])
+@pytest.mark.parametrize("capability", CARDS)
 def test_attention_compiles_for_cards_that_are_not_here(
-    capability: int, cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole way to machine code by the compiler's own ptxas; the first cut that fits each card."""
+    """The whole way to machine code by the compiler's own ptxas, in the cut that each card gets."""
     from fluxvae.engine.kernels.cuda import attention
 
+    shared, index = CARDS[capability]
+    card = SimpleNamespace(major=capability // 10, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    cut = attention.cut_for(torch.device("cuda"), 512, 2)
+    assert cut == list(attention.CUTS)[index]
+    assert cut is not None
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    queries, tokens, warps, stages = attention.CUTS[2][cut]
+    queries, tokens, warps, stages = cut
     signature = {
         "query": "*bf16",
         "token": "*bf16",
@@ -64,7 +79,7 @@ def test_attention_compiles_for_cards_that_are_not_here(
     kernel = compiled(
         attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
     )
-    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    assert kernel.metadata.shared == attention.CUTS[cut][attention.family_of(capability // 10)] <= shared
     if capability == 90:
         assert "wgmma" in kernel.asm["ptx"], "Hopper's own tensor core instructions"
 
@@ -121,7 +136,9 @@ def test_cuda_kernels_on_a_cpu_are_refused() -> None:
             ExactEngine(Shape().vae(), kernels="cuda")
 
 
-def test_auto_on_a_gpu_is_cuda_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_gpu_is_cuda_or_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     gpu = torch.device("cuda")
     if not torch.cuda.is_available():
         kernels = make_kernels("auto", gpu)
@@ -130,6 +147,15 @@ def test_auto_on_a_gpu_is_cuda_or_says_why_not(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with caplog.at_level("WARNING"):
+        assert "this card's compute capability is 7.5" in make_kernels("auto", gpu).note
+        assert make_kernels("auto", gpu).name == "torch"
+    told = [record.message for record in caplog.records if "7.5" in record.message]
+    assert told == [make_kernels("auto", gpu).note], "once"
+    with pytest.raises(InvalidOptionError, match=r"kernels: got 'cuda', but this card's compute capability is 7\.5"):
+        make_kernels("cuda", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert make_kernels("auto", gpu).name == "cuda"
     assert make_kernels("torch", gpu).name == "torch"
     monkeypatch.setitem(sys.modules, "triton", None)

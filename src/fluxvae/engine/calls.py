@@ -90,16 +90,18 @@ class Costs(Protocol):
         """Values of a block of rows. None: what `block_values` gives, which suits a core's cache."""
 
     @property
-    def runtime_bytes(self) -> int:
-        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`."""
-
-    @property
     def stages_spills(self) -> bool:
         """Whether blocks of rows of a spilled map are held on the device on their way (`HostMap` does that)."""
 
     @property
     def row_multiple(self) -> int:
         """Blocks are cut at multiples of this many rows, counted from the top of the map."""
+
+    def runtime_bytes(self, itemsize: int) -> int:
+        """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`.
+
+        ``itemsize``: bytes of a value that is computed with.
+        """
 
     def macs(self, call: Call) -> int:
         """Multiply-adds of the call."""

@@ -42,7 +42,7 @@ class Planner:
         if network.first.pointwise is not None:
             latents *= 2  # before and after it
         image = g.height * s * g.width * s * network.out_channels * (output_itemsize or g.itemsize)
-        self.fixed_bytes = batch * image + latents + RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes
+        self.fixed_bytes = batch * image + latents + RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes(g.itemsize)
 
     # -- what each layer may do --------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fluxvae.engine.kernels import Kernels
@@ -14,6 +16,7 @@ __all__ = ["KERNELS", "instead_of", "make_kernels", "no_cuda", "no_winograd"]
 
 KERNELS = ("auto", "torch", "winograd", "cuda")
 """What the ``kernels`` option takes."""
+_log = logging.getLogger(__name__)
 _IN_WORDS = {"winograd": "Winograd", "cuda": "the CUDA kernels"}
 
 
@@ -32,7 +35,10 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     if reason is not None:
         if asked:
             raise InvalidOptionError(f"kernels: got {name!r}, but {reason}; use 'auto' or 'torch'")
-        return TorchKernels(device, instead=instead_of(name, reason))
+        instead = instead_of(name, reason)
+        if device.type == "cuda":
+            _tell(instead)
+        return TorchKernels(device, instead=instead)
     if name == "winograd":
         from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
 
@@ -40,6 +46,12 @@ def make_kernels(name: str, device: torch.device) -> Kernels:
     from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 
     return CudaKernels(device)
+
+
+@lru_cache
+def _tell(instead: str) -> None:
+    """Log once in a process what plans say too: whoever installs the engine in a pipeline does not see a plan."""
+    _log.warning("%s", instead)
 
 
 def instead_of(name: str, reason: str) -> str:
@@ -68,6 +80,9 @@ def no_cuda(device: torch.device) -> str | None:
         return f"those kernels are for an NVIDIA GPU, not {device}"
     if not torch.cuda.is_available() or not available(device):
         return "this PyTorch sees no NVIDIA GPU, or has no cuDNN"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"this card's compute capability is {major}.{minor}, and they need 8.0 (Ampere) or later"
     try:
         import triton  # noqa: F401
     except ImportError as error:  # PyTorch brings it on Linux only

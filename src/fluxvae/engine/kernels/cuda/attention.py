@@ -9,12 +9,13 @@ stay in registers.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["attention"]
+__all__ = ["CUTS", "LARGEST_HEAD", "PYTORCH_HEAD", "SMALLEST", "Cut", "attention", "cut_for", "family_of"]
 
 
 @triton.jit(do_not_specialize=["queries", "tokens"])
@@ -51,23 +52,67 @@ def _attention(
     tl.store(dst + row[:, None] * DIM + feature[None, :], mixed, mask=(row[:, None] < queries) & inside)
 
 
-CUTS = {2: ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 16, 4, 1)), 4: ((16, 16, 4, 1),)}
-"""By item size: queries and tokens of a block, warps, stages; the first that a card has room for. With a head of 512 in
-half precision they take 197, 131 and 98 kB of shared memory (H100: 228, A100: 164, RTX 4090: 100), the first two
-without spilled registers on an H100."""
+class Cut(NamedTuple):
+    """How the work is cut into programs."""
+
+    queries: int
+    """Queries of one program."""
+    tokens: int
+    """Tokens that it reads at a time."""
+    warps: int
+    stages: int
+    """Blocks of tokens that are on their way at once."""
 
 
-def attention(
-    queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: torch.Tensor, cut: tuple[int, int, int, int]
-) -> None:
+CUTS = {
+    Cut(64, 64, 8, 2): {8: 139264, 9: 196608, 10: 262688},
+    Cut(64, 32, 8, 2): {8: 102400, 9: 131072, 10: 164384},
+    Cut(64, 16, 8, 3): {8: 100352, 9: 114688, 10: 131616},
+    Cut(32, 32, 8, 2): {8: 67584, 9: 67584, 10: 67584},
+}
+"""The cuts for half precision, the fastest first, with the bytes of shared memory that a head of `LARGEST_HEAD` takes
+in each. The compiler needs more of it on Hopper (9) and on data-centre Blackwell (10) than on all other cards (8). The
+numbers are the compiler's own; a test compiles every cut for every kind of card and compares."""
+
+SMALLEST = Cut(16, 16, 4, 1)
+"""What fits everywhere: for float32 in benchmarks, and for the Triton language's interpreter."""
+
+PYTORCH_HEAD = 256
+"""The largest head dimension for which PyTorch has attention kernels on tensor cores."""
+LARGEST_HEAD = 512
+
+
+def family_of(major: int) -> int:
+    """The key in `CUTS` of a card whose compute capability begins with ``major``."""
+    return {9: 9, 10: 10, 11: 10}.get(major, 8)
+
+
+def cut_for(device: torch.device, dim: int, itemsize: int) -> Cut | None:
+    """How attention is cut on a card; None: PyTorch's own is used.
+
+    It is a rule and not a race, so that an image's bits do not depend on the day: ours serves half precision with heads
+    that PyTorch has no kernel on tensor cores for (benchmarks/gpu.py measures both), in the first cut for which the
+    card has enough shared memory.
+    """
+    if itemsize != 2 or not PYTORCH_HEAD < dim <= LARGEST_HEAD:
+        return None
+    if device.type != "cuda":
+        return SMALLEST
+    card: Any = torch.cuda.get_device_properties(device)  # its type does not know all that it has
+    family, room = family_of(card.major), card.shared_memory_per_block_optin
+    return next((cut for cut, needed in CUTS.items() if needed[family] <= room), None)
+
+
+def attention(queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: torch.Tensor, cut: Cut) -> None:
     """``out = softmax(queries @ tokens.T * scale) @ tokens``, sums in float32, float32 without TF32.
 
-    queries, out: (n, D) contiguous and distinct; tokens: (N, D) contiguous, of the same dtype; cut: one of `CUTS`.
+    Args:
+        queries, out: (n, D), contiguous and distinct.
+        tokens: (N, D), contiguous, of the same dtype.
     """
-    rows, columns, warps, stages = cut
     count, dim = queries.shape
-    _attention[(triton.cdiv(count, rows),)](
+    _attention[(triton.cdiv(count, cut.queries),)](
         queries, tokens, out, count, len(tokens), scale * math.log2(math.e),
-        DIM=dim, QUERIES=rows, TOKENS=columns, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        WIDE=not queries.is_cuda, num_warps=warps, num_stages=stages,
+        DIM=dim, QUERIES=cut.queries, TOKENS=cut.tokens, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        WIDE=not queries.is_cuda, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip

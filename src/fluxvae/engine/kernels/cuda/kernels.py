@@ -3,16 +3,17 @@
 Per block of rows: `prologue` (affine, SiLU), cuDNN, then bias, residual, the upsample's interleaving and the block's
 statistics in one pass. Results stand in the arena, so that only cuDNN's own workspace is allocated beside it.
 
-Whether the passes and the attention written in the Triton language work on a card is tried before they are used
-(`self_test`); what does not is done by `TorchKernels`, and `note` says so. So is what they do not cover: float64,
-and layers whose rows of channels are not whole 16 bytes (the last, of three): the order of a sum may depend on the
-alignment of what is summed, and a block of rows may begin anywhere.
+Before they are used in a precision, all kernels are tried on the card (`self_test`). If they do not work there,
+`TorchKernels` serve, and `note` says so. These also do what is not covered here: float64, and layers whose rows of
+channels are not whole 16 bytes (the last, of three): the order of a sum may depend on the alignment of what is summed,
+and a block of rows may begin anywhere.
 
 Never TF32. Roundings: cuDNN's sum once, then once more with bias and residual; diffusers' round the bias as well.
 """
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from fluxvae.engine.calls import Call, aligned
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock
 from fluxvae.engine.kernels.cuda import attention, passes, self_test
+from fluxvae.engine.kernels.cuda.attention import cut_for
 from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES
-from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bytes
+from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bound
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Norm, Projections, parameters
 from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
@@ -37,9 +39,19 @@ class CudaKernels(TorchKernels):
     name = "cuda"
     fuse_chunk = 128  # launches cost more than the 13 MB of float64 that they take at 512 channels
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, unseen: bool = False) -> None:
+        """``unseen``: without a self-test, for the self-test itself."""
         super().__init__(device)
         self._onednn = False  # as on a GPU, also where the interpreter stands for one
+        self._unseen = unseen
+
+    def _works(self, itemsize: int) -> bool:
+        """Whether these kernels compute with values of so many bytes on this card."""
+        if itemsize > 4:
+            return False
+        return self._unseen or not self_test.fault(
+            self._device, itemsize, lambda: CudaKernels(self._device, unseen=True)
+        )
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The weights' own."""
@@ -47,14 +59,13 @@ class CudaKernels(TorchKernels):
 
     @property
     def note(self) -> str:
-        """What does not work on this card and is done by PyTorch instead."""
+        """What was found not to work on this card and is done by PyTorch instead; usually nothing."""
         return self_test.note(self._device)
 
-    @property
-    def runtime_bytes(self) -> int:
-        """No cuBLAS where every product is cuDNN's, whose workspace is `overhead`."""
-        whole = super().runtime_bytes
-        return min(whole, ROUNDING_BYTES) if self_test.works(self._device) else whole
+    def runtime_bytes(self, itemsize: int) -> int:
+        """Without cuBLAS's workspace where every product is cuDNN's, whose workspace is `overhead`."""
+        whole = super().runtime_bytes(itemsize)
+        return min(whole, ROUNDING_BYTES) if self._works(itemsize) else whole
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
@@ -65,17 +76,17 @@ class CudaKernels(TorchKernels):
         return super().loaded(call)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: cuDNN's workspace, measured; the summing of an upsample's kernels."""
+        """Bytes outside the arena: cuDNN's workspace; the summing of an upsample's kernels."""
         if not self._covers(call):
             return super().overhead(call)
         n, width, cin, cout, size = call.rows, call.width, call.cin, call.cout, call.itemsize
         if call.kind == "conv3":
-            return workspace_bytes(self._device, (n + 2, width, cin), (cout, 3, 3), size)
+            return workspace_bound((n + 2, width, cin), (cout, 3, 3), size)
         if call.kind == "up":
             summing = min(self.fuse_chunk, cout) * cin * 24 * 8
-            return max(summing, workspace_bytes(self._device, (n + 1, width, cin), (2 * cout, 2, 2), size))
-        product = workspace_bytes(self._device, (n, width, cin), (cout, 1, 1), size)
-        if call.kind == "linear" or self._cut(cin, size) is not None:
+            return max(summing, workspace_bound((n + 1, width, cin), (2 * cout, 2, 2), size))
+        product = workspace_bound((n, width, cin), (cout, 1, 1), size)
+        if call.kind == "linear" or cut_for(self._device, cin, size) is not None:
             return product
         return max(product, n * width * cin * (size + 4))  # PyTorch's result and its float32 accumulator
 
@@ -93,8 +104,10 @@ class CudaKernels(TorchKernels):
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def prepare(self) -> float:
-        """Compile the passes and try each on a small map, once per process; seconds it took."""
-        return self_test.prepare(self._device)
+        """Compile the kernels for half precision, which most decodes are in, and try them; seconds it took."""
+        start = time.perf_counter()
+        self._works(2)
+        return time.perf_counter() - start
 
     def session(self) -> AbstractContextManager[None]:
         """The Triton language launches on the current device, whatever its arguments are on."""
@@ -105,7 +118,7 @@ class CudaKernels(TorchKernels):
         counts = moments.counts
         alike = all(count == counts[0] for count in counts[:-1])
         weight, bias = parameters(norm.module) if norm.learned else (None, None)
-        if weight is None or bias is None or dtype != torch.float32 or not alike or not self_test.works(self._device):
+        if weight is None or bias is None or dtype != torch.float32 or not alike or not self._works(weight.itemsize):
             return super().affine(moments, norm, dtype, checks)
         means, m2s = moments.stacked()
         scale, shift = passes.affine(means, m2s, counts[0], counts[-1], norm.groups, norm.eps, weight, bias)
@@ -116,7 +129,7 @@ class CudaKernels(TorchKernels):
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Affine and SiLU in one pass, rounded once."""
-        if affine is None or out.dtype.itemsize > 4 or not self_test.works(self._device):
+        if affine is None or not self._works(out.itemsize):
             super().prologue(rows, affine, silu, out, work)
         else:
             passes.prologue(rows, affine.scale, affine.shift, silu, out)
@@ -179,7 +192,7 @@ class CudaKernels(TorchKernels):
         if bq is not None:
             first.add_(bq)
         convolve(first, wk, second)
-        flat, cut = second.view(-1, channels), self._cut(channels, dtype.itemsize)
+        flat, cut = second.view(-1, channels), cut_for(self._device, channels, dtype.itemsize)
         if cut is not None:
             attention.attention(flat, block.tokens, layer.softmax_scale, first.view(-1, channels), cut)
         else:
@@ -195,14 +208,10 @@ class CudaKernels(TorchKernels):
     # -- what goes where ---------------------------------------------------------------------------------------
 
     def _covers(self, call: Call) -> bool:
-        return call.itemsize <= 4 and call.cout * call.itemsize % 16 == 0 and self_test.works(self._device)
+        return call.cout * call.itemsize % 16 == 0 and self._works(call.itemsize)
 
     def _covers_channels(self, channels: int, dtype: torch.dtype) -> bool:
-        return dtype.itemsize <= 4 and channels * dtype.itemsize % 16 == 0 and self_test.works(self._device)
-
-    def _cut(self, dim: int, itemsize: int) -> tuple[int, int, int, int] | None:
-        """How our attention is cut; None: PyTorch's is used."""
-        return self_test.attention_cut(self._device, dim, itemsize)
+        return channels * dtype.itemsize % 16 == 0 and self._works(dtype.itemsize)
 
 
 def _carve(

@@ -47,8 +47,7 @@ class DirectCosts:
         """On a GPU; files are read into place."""
         return self._device_type != "cpu"
 
-    @property
-    def runtime_bytes(self) -> int:
+    def runtime_bytes(self, itemsize: int) -> int:
         """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up."""
         return 0 if self._device_type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
 
