@@ -24,7 +24,7 @@ from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels.cuda import attention, passes, self_test
 from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 from fluxvae.engine.records import Norm
-from fluxvae.engine.sweep.statistics import FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.statistics import FiniteChecks, Moments, NonFiniteMap, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 

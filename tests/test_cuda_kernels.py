@@ -20,7 +20,7 @@ from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.kernels.choose import make_kernels
 from fluxvae.engine.kernels.direct import cudnn
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
-from fluxvae.engine.sweep.statistics import FiniteChecks, NonFiniteMap
+from fluxvae.engine.statistics import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
 from fluxvae.images import _as_bytes, postprocess
 

@@ -43,7 +43,7 @@ from fluxvae.engine.kernels.cpu import (
 from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
 from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, matmul, toom_cook
 from fluxvae.engine.records import Conv
-from fluxvae.engine.sweep.statistics import Affine, Partial
+from fluxvae.engine.statistics import Affine, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.oracle import level_difference
 from fluxvae.tolerances import (

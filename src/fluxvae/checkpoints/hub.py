@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxvae.checkpoints.entries import first_line
-from fluxvae.checkpoints.find import CLASSES, check_config
 from fluxvae.checkpoints.folders import STANDARD_NAME, choose_weights, read_index
+from fluxvae.checkpoints.local import CLASSES, check_config, look_in_folder
 from fluxvae.errors import CheckpointError
 
 __all__ = ["cached_snapshot", "snapshot"]
@@ -105,8 +105,6 @@ def _from_cache(
     cause: Exception | None = None,
 ) -> Path:
     """Return the VAE's folder from the cache alone; ``reason`` says in the error why the hub was not asked."""
-    from fluxvae.checkpoints.find import find
-
     unreachable = (
         f"checkpoint: {where} is not in the hub's cache{{what}} and the hub cannot be reached ({reason}); check the "
         "connection, or pass a local folder or file"
@@ -116,7 +114,7 @@ def _from_cache(
     except CheckpointError as error:
         raise CheckpointError(unreachable.format(what="")) from (cause or error)
     try:
-        return find(folder, subfolder=subfolder, variant=variant).files[0].parent
+        return look_in_folder(folder, subfolder, variant).files[0].parent
     except CheckpointError as error:
         what = " as a whole (" + str(error).removeprefix("checkpoint: ").split("; ")[0] + ")"
         raise CheckpointError(unreachable.replace("{what}", what.replace("{", "(").replace("}", ")"))) from error

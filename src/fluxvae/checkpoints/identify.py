@@ -8,8 +8,8 @@ from typing import Any
 from fluxvae.checkpoints.config import config_of_shapes, describe, fits
 from fluxvae.checkpoints.families import Choice, choose_family, told_by_neighbours, wanted_factor
 from fluxvae.checkpoints.files import Weights
-from fluxvae.checkpoints.find import Found
 from fluxvae.checkpoints.layouts import MOST_LEVELS, Vae
+from fluxvae.checkpoints.local import Found
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
 __all__ = ["assumption", "identify"]

@@ -23,7 +23,7 @@ from fluxvae.engine.planner import Planner, limit_of, make_planner
 from fluxvae.engine.records import parameters
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.settings import set_aside
-from fluxvae.engine.sweep.statistics import NonFiniteMap
+from fluxvae.engine.statistics import NonFiniteMap
 from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import Network
 from fluxvae.engine.plan import Plan
-from fluxvae.engine.sweep.statistics import FiniteChecks
+from fluxvae.engine.statistics import FiniteChecks
 from fluxvae.engine.sweep.sweep import Run
 
 __all__ = ["Runner"]

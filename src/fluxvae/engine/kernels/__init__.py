@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from fluxvae.engine.records import Conv, Norm, Projections
-    from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
+    from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
 
 __all__ = ["AttentionBlock", "ConvBlock", "Kernels"]
 

@@ -14,7 +14,7 @@ from fluxvae.engine.records import Norm, Projections
 from fluxvae.engine.sweep.carving import Held, Shape, State, held_in, moved, staging
 
 if TYPE_CHECKING:
-    from fluxvae.engine.sweep.statistics import Partial
+    from fluxvae.engine.statistics import Partial
     from fluxvae.engine.sweep.sweep import Current, Run
 
 __all__ = ["Attention"]

@@ -1,1 +1,1 @@
-"""One pass over the rows of a feature map: what it needs, how its blocks are fed, and the statistics it gathers."""
+"""One pass over the rows of a feature map: what it needs, how its blocks are fed, and how it runs."""

@@ -13,8 +13,8 @@ from fluxvae.engine.kernels import ConvBlock, Kernels
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import MemoryMap, Store
 from fluxvae.engine.records import Conv, Norm
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
-from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.sweep.windows import Behind, ComputedRows, Ring, StoredRows, Stream, Window
 
 __all__ = ["Current", "Run"]

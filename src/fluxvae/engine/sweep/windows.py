@@ -15,7 +15,7 @@ import torch
 
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.memory.stores import Store
-from fluxvae.engine.sweep.statistics import Affine
+from fluxvae.engine.statistics import Affine
 
 __all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Stream", "Window"]
 

@@ -48,7 +48,7 @@ from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters
-from fluxvae.engine.sweep.statistics import Affine, Partial, block_moments
+from fluxvae.engine.statistics import Affine, Partial, block_moments
 
 __all__ = ["WinogradKernels"]
 

@@ -12,7 +12,7 @@ from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.vector_code import LANES
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, enlargement, position_bytes, scratch_bytes
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
-from fluxvae.engine.sweep.statistics import Partial
+from fluxvae.engine.statistics import Partial
 
 __all__ = ["Weights", "run", "transformed"]
 

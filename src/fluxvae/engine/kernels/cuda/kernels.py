@@ -28,7 +28,7 @@ from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES
 from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bound
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Norm, Projections, parameters
-from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
 
 __all__ = ["CudaKernels"]
 

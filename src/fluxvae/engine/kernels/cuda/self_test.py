@@ -20,7 +20,7 @@ from fluxvae.engine.calls import Call, Kind
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Kernels
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Linear, Norm, Projections
-from fluxvae.engine.sweep.statistics import FiniteChecks, Moments, Partial
+from fluxvae.engine.statistics import FiniteChecks, Moments, Partial
 
 __all__ = ["fault", "note", "on"]
 

@@ -9,7 +9,7 @@ __all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
-more of a tight limit to the maps: docs/performance.md has what is planned with each, benchmarks/gpu.py measures."""
+more of a tight limit to the maps: docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
 CUBLAS_BYTES = 32 << 20
 """cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
 ROUNDING_BYTES = 4 << 20

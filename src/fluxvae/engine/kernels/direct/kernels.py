@@ -23,7 +23,7 @@ from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.sweep.statistics import Affine, FiniteChecks, Moments, Partial, block_moments
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial, block_moments
 
 __all__ = ["TorchKernels"]
 
