@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Place: TypeAlias = Literal["memory", "spill", "recompute"]
-"""Where a feature map lives. ``recompute``: nowhere; every sweep that reads its rows computes them again."""
+"""Where a feature map lives. ``recompute`` is nowhere: every sweep that reads its rows computes them again."""
 
 Kind: TypeAlias = Literal["conv3", "up", "linear", "attend"]
 """What a kernel computes: a 3x3 convolution; one of the map enlarged twofold; a 1x1 convolution; attention."""
@@ -51,22 +51,22 @@ its way out."""
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel call, in numbers."""
+    """One call of a kernel, in numbers: what it computes and on how large a block."""
 
     kind: Kind
     cin: int
     cout: int
     rows: int
-    """Of the input block, without its halo."""
+    """The rows of the input block, without the halo row above and below it."""
     width: int
-    """Of the input map."""
+    """The width of the input map."""
     itemsize: int
     cast: bool
-    """The weights are stored in another dtype than the one computed in."""
+    """Whether the weights are stored in another dtype than the one that is computed in."""
     tokens: int = 0
-    """Pixels of the whole map."""
+    """The pixels of the whole input map, all of which attention looks at."""
     statistics: bool = True
-    """The statistics of the output are wanted."""
+    """Whether the statistics of the output are wanted."""
 
     @property
     def enlarges(self) -> int:
@@ -79,7 +79,7 @@ class Costs(Protocol):
 
     @property
     def name(self) -> str:
-        """As the ``kernels`` option spells it."""
+        """The kernel set's name, as the ``kernels`` option spells it."""
 
     @property
     def note(self) -> str:
@@ -104,7 +104,7 @@ class Costs(Protocol):
         """
 
     def macs(self, call: Call) -> int:
-        """Multiply-adds of the call."""
+        """Multiply-adds that the call computes."""
 
     def loaded(self, call: Call) -> int:
         """Bytes in the arena for weights that are held for the whole sweep, beside the model's own."""
@@ -121,7 +121,7 @@ class Geometry:
     """Sizes that depend on the network, the image and the dtype, but never on the memory limit."""
 
     height: int
-    """Of the latents."""
+    """The height of the latents; ``width`` is theirs too."""
     width: int
     itemsize: int
     cast: bool = False
@@ -140,7 +140,7 @@ class Geometry:
         return min(rows, height)
 
     def call(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> Call:
-        """The call for one block of a map of this size."""
+        """The call that computes one whole block of a map of this size."""
         rows = self.block(kind, cin, cout, height, width)
         return Call(kind, cin, cout, rows, width, self.itemsize, self.cast, height * width)
 
@@ -158,7 +158,7 @@ def block_values(channels: int, pixels: int) -> int:
 
 
 def aligned(nbytes: int) -> int:
-    """Rounded up to the arena's alignment."""
+    """Round bytes up to the arena's alignment."""
     return -(-nbytes // ALIGN) * ALIGN
 
 
@@ -169,41 +169,41 @@ class Step:
     kind: str
     """A name for people: ``conv_in``, ``up``, ``conv1``, ``conv2``, ``norm``, ``attend``, ``conv_out``."""
     near: int
-    """Bytes in memory of the map it starts from."""
+    """The bytes in memory of the map that the sweep starts from; 0 if it is not in memory."""
     far: int
-    """Bytes in memory of the map at the arena's other end."""
+    """The bytes in memory of the map at the arena's other end."""
     spilled: int
-    """Bytes of feature maps that are spilled while it runs."""
+    """The bytes of all feature maps that are spilled while the sweep runs."""
     scratch: int
     overhead: int
     macs: int
     moved: int
-    """Bytes that are read from and written to spilled maps."""
+    """The bytes that the sweep reads from spilled maps and writes to them."""
     blocks: int
 
     @property
     def maps(self) -> int:
-        """Bytes of feature maps in memory while it runs."""
+        """The bytes of the feature maps that are in memory while the sweep runs."""
         return self.near + self.far
 
     @property
     def arena(self) -> int:
-        """Bytes of the arena that it needs."""
+        """The bytes of the arena that the sweep needs, for maps and scratch together."""
         return self.maps + self.scratch
 
     @property
     def held(self) -> int:
-        """All bytes that it holds beside the plan's fixed ones."""
+        """All bytes that the sweep holds beside those that a plan holds from beginning to end."""
         return self.arena + self.overhead
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer's maps."""
+    """One layer of a plan: what becomes of its maps, and the sweeps that it takes."""
 
     name: str
     height: int
-    """Of its result."""
+    """The height of the layer's result; ``width`` and ``channels`` are its too."""
     width: int
     channels: int
     middle: Place | None

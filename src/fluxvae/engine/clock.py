@@ -23,7 +23,7 @@ class Clock:
         self._done = self._total = 0
 
     def begin(self) -> None:
-        """Before the first block."""
+        """Report the start and ask whether to stop, before the first block."""
         self._ask()
         if self._progress is not None:
             self._progress(self._done, self._total)
@@ -33,7 +33,7 @@ class Clock:
         self._total = self._done + total
 
     def tick(self) -> None:
-        """After a block."""
+        """Count a block that is done, report it, and ask whether to stop."""
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)

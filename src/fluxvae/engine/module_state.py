@@ -21,7 +21,7 @@ __all__ = ["check_loaded", "check_modules", "check_not_installed"]
 _INSTEAD = "or decode by diffusers itself (engine='diffusers', or without fluxvae.install)"
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _USUAL = torch.nn.Module().__dict__.keys()
-"""What every module has in itself: no method among it."""
+"""The names that every module has in its own dictionary, none of which is a method."""
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PROCESSORS = frozenset(
     {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor"}

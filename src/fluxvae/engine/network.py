@@ -37,7 +37,7 @@ class Network:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """All layers, in order."""
+        """All layers in the order of their computation."""
         return (self.first, *self.middle, self.last)
 
     @property

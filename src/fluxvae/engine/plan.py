@@ -45,20 +45,20 @@ class Plan:
     """How one decode will run; `peak_bytes` is above the loaded weights, the output tensor included."""
 
     height: int
-    """Of the image, in pixels."""
+    """The height of the image in pixels; ``width`` likewise."""
     width: int
     batch: int
     kernels: str
     kernels_note: str
-    """Why not those one would expect; usually nothing."""
+    """Why these kernels serve and not those that one would expect; usually nothing."""
     limit: int | None
-    """Bytes allowed; None: unlimited."""
+    """The bytes that the decode may add above the loaded weights; None: as many as it takes."""
     limit_source: str
-    """``"memory_limit"``, or where the limit came from."""
+    """What set the limit, such as ``"memory_limit"`` or ``"free memory"``."""
     fixed_bytes: int
     layers: tuple[LayerPlan, ...]
     work_ratio: float
-    """Multiply-adds, divided by those of the plan that computes nothing twice."""
+    """The multiply-adds, divided by those of the plan that computes nothing twice."""
     seconds: float
     """What the planner weighed: an estimate in the planner's own nominal rates, good for comparing plans only."""
     geometry: Geometry = field(repr=False)
@@ -66,37 +66,37 @@ class Plan:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All sweeps of one image, in order."""
+        """All sweeps of one image in the order in which they run."""
         return tuple(step for layer in self.layers for step in layer.steps)
 
     @property
     def arena_bytes(self) -> int:
-        """Size of the one allocation for maps and scratch."""
+        """The size of the one allocation for maps and scratch."""
         return max(step.arena for step in self.steps)
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak above the loaded weights."""
+        """The predicted peak of memory above the loaded weights, in bytes."""
         return self.fixed_bytes + peak_of(self.layers)
 
     @property
     def spill_bytes(self) -> int:
-        """Most bytes in spilled maps at once."""
+        """The most bytes that are in spilled maps at once."""
         return max(step.spilled for step in self.steps)
 
     @property
     def macs(self) -> int:
-        """Multiply-adds per image."""
+        """The multiply-adds of one image."""
         return sum(step.macs for step in self.steps)
 
     @property
     def total_blocks(self) -> int:
-        """Steps of ``progress`` for the whole batch."""
+        """How many steps ``progress`` is told of for the whole batch."""
         return self.batch * sum(step.blocks for step in self.steps)
 
     @property
     def rungs(self) -> tuple[str, ...]:
-        """Per layer: what becomes of its maps."""
+        """What becomes of each layer's maps: ``"middle/out"``, or ``"out"`` where it has no map in the middle."""
         return tuple(layer.out if layer.middle is None else f"{layer.middle}/{layer.out}" for layer in self.layers)
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ def parse_memory_limit(value: int | str) -> int:
 
 
 def size_in_words(nbytes: int) -> str:
-    """For people: ``"1.61 GB"``."""
+    """A size for people to read, such as ``"1.61 GB"``."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"

@@ -21,7 +21,7 @@ __all__ = ["Planner", "limit_of", "make_planner"]
 
 
 class Planner:
-    """Plans for one network, size, dtype and kernel set."""
+    """Makes plans for one network, size, dtype and kernel set."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class Planner:
         )
 
     def smallest_limit(self, spill_free: int | None = None) -> int:
-        """The smallest limit that `plan` takes."""
+        """The smallest limit that `plan` takes, in bytes."""
         layers = self._smallest(0 if spill_free is None else spill_free)
         return self._make(layers, fastest=layers, limit=None, source="", spill_dir=None).peak_bytes
 
@@ -211,11 +211,11 @@ class Planner:
 _Layers: TypeAlias = tuple[LayerPlan, ...]
 
 _LATENTS = State("memory")
-"""Where the first layer finds the latents."""
+"""The state of the map that the first layer starts from, which are the latents."""
 
 
 class _Cost(NamedTuple):
-    """Of a way through the first layers."""
+    """What a way through the first layers costs."""
 
     seconds: float
     arena: int
@@ -269,7 +269,7 @@ def make_planner(
 
 
 def _block_values(network: Network, height: int, width: int) -> int:
-    """What latents of this size ask for."""
+    """Values per block of rows for latents of this size."""
     return default_block_values(network.last.conv.cin, height * width * network.scale**2)
 
 

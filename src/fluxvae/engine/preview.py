@@ -87,7 +87,7 @@ class PreviewEngine:
         check_loaded(self._vae)
 
     def prepare(self) -> float:
-        """Nothing to compile."""
+        """Do nothing, as there is nothing to compile; 0 seconds."""
         return 0.0
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> Plan:

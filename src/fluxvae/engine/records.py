@@ -26,13 +26,13 @@ class Conv:
     cin: int
     cout: int
     kernel: int
-    """Its height and width: 3 or 1."""
+    """The kernel's height and width: 3 or 1."""
     module: nn.Module
     """Holds ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, which are read when they are used."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return (self.cout, self.cin, self.kernel, self.kernel)
 
 
@@ -42,7 +42,7 @@ class Linear(Conv):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """The shape of the weight."""
         return (self.cout, self.cin)
 
 
@@ -55,7 +55,7 @@ class Norm:
     groups: int
     eps: float
     learned: bool
-    """Whether it has a weight and a bias."""
+    """Whether the norm has a weight and a bias."""
     module: nn.Module
 
 

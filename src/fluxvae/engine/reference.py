@@ -57,7 +57,7 @@ class ReferenceEngine:
         check_loaded(self._vae)
 
     def prepare(self) -> float:
-        """Nothing to compile."""
+        """Do nothing, as there is nothing to compile; 0 seconds."""
         return 0.0
 
     def decode(

@@ -137,7 +137,7 @@ class _Process:
     switches: list[_Switch] = field(default_factory=_switches)
     running: int = 0
     changed: dict[int, Any] = field(default_factory=dict)
-    """By the switch's place: what the caller had set."""
+    """What the caller had set, by the switch's place in the list of all switches."""
 
     def enter(self) -> None:
         """Also while others decode already: another thread may have set a switch since they began."""

@@ -17,7 +17,8 @@ from fluxvae.engine.records import Norm, parameters
 __all__ = ["MOST_BLOCKS", "Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial", "block_moments"]
 
 MOST_BLOCKS = 64
-"""Whose statistics are kept apart, on a CPU. On a GPU all are: there combining is one launch at the end of a map."""
+"""Blocks whose statistics are kept apart on a CPU before they are combined. On a GPU all are kept apart, because there
+combining them is one launch at the end of a map."""
 
 
 class NonFiniteMap(ArithmeticError):
@@ -58,20 +59,20 @@ class Affine:
     """What a GroupNorm does once its statistics are known: ``x * scale + shift`` per channel."""
 
     scale: torch.Tensor
-    """(C,), float32 (float64 for a float64 decode)."""
+    """(C,) float32; float64 where the decode is in float64."""
     shift: torch.Tensor
-    """(C,), as ``scale``."""
+    """(C,), in the dtype of ``scale``."""
 
 
 @dataclass(frozen=True)
 class Partial:
-    """One block's statistics per channel."""
+    """The statistics of one block of rows, for each channel."""
 
     count: int
     mean: torch.Tensor
-    """(C,) float32 or float64."""
+    """(C,) float32 or float64: the mean of each channel."""
     m2: torch.Tensor
-    """(C,): sum of squared deviations from ``mean``."""
+    """(C,): the sum of squared deviations from ``mean``."""
 
 
 class Moments:
@@ -83,7 +84,7 @@ class Moments:
         self._m2s: list[torch.Tensor] = []
 
     def add(self, partial: Partial) -> None:
-        """Take the next block's; blocks come in order."""
+        """Take the statistics of the next block; blocks come in order."""
         self._counts.append(partial.count)
         # Copies: a view would keep what else it is a view of.
         self._means.append(partial.mean.to(torch.float64, copy=True))
@@ -94,7 +95,7 @@ class Moments:
 
     @property
     def counts(self) -> list[int]:
-        """Values per channel of each block."""
+        """How many values each channel has, for every block that is kept apart."""
         return self._counts
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:

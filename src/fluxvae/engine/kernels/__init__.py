@@ -40,9 +40,9 @@ class ConvBlock:
     residual: torch.Tensor | None = None
     """As large as ``out``, and possibly ``out`` itself. Only for ``"conv3"``."""
     scale: float = 1.0
-    """Only for ``"conv3"``."""
+    """What the sum is divided by. Only for ``"conv3"``."""
     statistics: bool = False
-    """Those of ``out`` are wanted. Not for ``"linear"``."""
+    """Whether the statistics of ``out`` are wanted. Not for ``"linear"``."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class AttentionBlock:
     out: torch.Tensor
     """(n, W, C): the layer's input at the start, its result at the end."""
     work: torch.Tensor
-    """As for `ConvBlock`."""
+    """Scratch, as `ConvBlock.work`."""
     statistics: bool
-    """Those of ``out`` are wanted."""
+    """Whether the statistics of ``out`` are wanted."""
 
 
 class Kernels(Costs, Protocol):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["KERNELS", "instead_of", "make_kernels", "no_cuda", "no_winograd"]
 
 KERNELS = ("auto", "torch", "winograd", "cuda")
-"""What the ``kernels`` option takes."""
+"""The values that the ``kernels`` option takes."""
 _log = logging.getLogger(__name__)
 _IN_WORDS = {"winograd": "Winograd", "cuda": "the CUDA kernels"}
 

@@ -24,7 +24,7 @@ class Layer(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the module it was read from."""
+        """The name of the module that the layer was read from."""
 
     @property
     def enlarges(self) -> int:

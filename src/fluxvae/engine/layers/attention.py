@@ -22,7 +22,7 @@ __all__ = ["Attention"]
 
 @dataclass(frozen=True)
 class Attention:
-    """``x -> (out(attend(norm(x))) + x) / scale``."""
+    """The layer ``x -> (out(attend(norm(x))) + x) / scale``."""
 
     name: str
     norm: Norm
@@ -34,7 +34,7 @@ class Attention:
 
     @classmethod
     def read(cls, name: str, module: Any) -> Attention:
-        """diffusers' ``Attention``, from ``attention_processor.py``."""
+        """Read diffusers' ``Attention``, from ``attention_processor.py``."""
         module = reading.expect(name, module, "Attention")
         for part in ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj"):
             if getattr(module, part, None) is not None:
@@ -114,12 +114,12 @@ class _Carved:
     """A block of the input's rows, where they cannot be added to where they are."""
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Every block's rows, from the first to behind the last."""
+        """The rows of every block: its first, and the one behind its last."""
         for start in range(0, self.height, self.call.rows):
             yield start, min(start + self.call.rows, self.height)
 
     def steps(self, costs: Costs) -> tuple[Step, Step]:
-        """Both sweeps in numbers."""
+        """Count both sweeps."""
         call, source = self.call, self.source
         normed = replace(source, place="memory")
         maps, blocks = (source, normed), -(-self.height // call.rows)

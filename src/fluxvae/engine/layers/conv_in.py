@@ -19,7 +19,7 @@ __all__ = ["ConvIn"]
 
 @dataclass(frozen=True)
 class ConvIn:
-    """``x -> conv(pointwise(x))``, with zeros around."""
+    """The layer ``x -> conv(pointwise(x))``, with zeros around the map."""
 
     name: str
     pointwise: Conv | None
@@ -31,7 +31,7 @@ class ConvIn:
 
     @classmethod
     def read(cls, vae: Any, decoder: Any) -> ConvIn:
-        """diffusers' ``post_quant_conv``, which FLUX's models do not have, and ``decoder.conv_in``."""
+        """Read diffusers' ``post_quant_conv``, which FLUX's models do not have, and ``decoder.conv_in``."""
         post_quant = getattr(vae, "post_quant_conv", None)
         pointwise = None if post_quant is None else reading.conv("post_quant_conv", post_quant, 1)
         return cls("decoder.conv_in", pointwise, reading.conv("decoder.conv_in", decoder.conv_in, 3))

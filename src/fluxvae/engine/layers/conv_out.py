@@ -19,7 +19,7 @@ __all__ = ["ConvOut"]
 
 @dataclass(frozen=True)
 class ConvOut:
-    """``x -> conv(silu(norm(x)))``, with zeros around."""
+    """The layer ``x -> conv(silu(norm(x)))``, with zeros around the map."""
 
     name: str
     norm: Norm
@@ -31,7 +31,7 @@ class ConvOut:
 
     @classmethod
     def read(cls, decoder: Any) -> ConvOut:
-        """diffusers' ``conv_norm_out``, ``conv_act`` and ``conv_out``."""
+        """Read diffusers' ``conv_norm_out``, ``conv_act`` and ``conv_out``."""
         reading.silu("decoder.conv_act", decoder.conv_act)
         conv = reading.conv("decoder.conv_out", decoder.conv_out, 3)
         return cls(conv.name, reading.norm("decoder.conv_norm_out", decoder.conv_norm_out), conv)

@@ -54,7 +54,7 @@ def expect(name: str, module: Any, *types: str) -> Any:
 
 
 def conv(name: str, module: Any, kernel: int) -> Conv:
-    """A convolution of stride 1 that keeps the map's size, ``kernel`` pixels high and wide."""
+    """Read a convolution of stride 1 that keeps the map's size, ``kernel`` pixels high and wide."""
     module = expect(name, module, "Conv2d")
     pad = (kernel // 2, kernel // 2)
     settings = (module.kernel_size, module.stride, module.dilation, module.groups, module.padding_mode)
@@ -64,13 +64,13 @@ def conv(name: str, module: Any, kernel: int) -> Conv:
 
 
 def linear(name: str, module: Any) -> Linear:
-    """A linear layer."""
+    """Read a linear layer."""
     module = expect(name, module, "Linear")
     return Linear(name, module.in_features, module.out_features, 1, module)
 
 
 def norm(name: str, module: Any) -> Norm:
-    """A GroupNorm."""
+    """Read a GroupNorm."""
     module = expect(name, module, "GroupNorm")
     return Norm(name, module.num_channels, module.num_groups, module.eps, bool(module.affine), module)
 
@@ -81,7 +81,7 @@ def silu(name: str, module: Any) -> None:
 
 
 def no_dropout(name: str, module: Any) -> None:
-    """Refuse a dropout that drops anything."""
+    """Refuse a dropout that would drop anything."""
     module = expect(name, module, "Dropout", "Identity")
     if is_of(module, "Dropout") and module.training and module.p > 0:
         refuse(name, module, "a model in evaluation mode (call vae.eval())")

@@ -19,7 +19,7 @@ __all__ = ["Resnet"]
 
 @dataclass(frozen=True)
 class Resnet:
-    """``x -> (shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) / scale``."""
+    """The layer ``x -> (shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) / scale``."""
 
     name: str
     norm1: Norm
@@ -35,7 +35,7 @@ class Resnet:
 
     @classmethod
     def read(cls, name: str, module: Any) -> Resnet:
-        """diffusers' ``ResnetBlock2D``, from ``resnet.py``."""
+        """Read diffusers' ``ResnetBlock2D``, from ``resnet.py``."""
         module = reading.expect(name, module, "ResnetBlock2D")
         if module.upsample is not None or module.downsample is not None or module.time_emb_proj is not None:
             reading.refuse(name, module, "a resnet without resampling and time embedding")

@@ -30,7 +30,7 @@ class Upsample:
 
     @classmethod
     def read(cls, name: str, module: Any) -> Upsample:
-        """diffusers' ``Upsample2D``, from ``upsampling.py``."""
+        """Read diffusers' ``Upsample2D``, from ``upsampling.py``."""
         module = reading.expect(name, module, "Upsample2D")
         if not module.use_conv or module.use_conv_transpose or not module.interpolate or module.norm is not None:
             reading.refuse(name, module, "nearest enlargement and a 3x3 convolution")
@@ -63,7 +63,7 @@ class Upsample:
         return Sweep("up", (small, large), moved((small, 1), (large, 1)), stage, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """From one end of the arena to the other."""
+        """The result is written to the other end of the arena, if it is kept in memory."""
         place, side = planned.out, current.side
         size = (self.enlarges * current.size[0], self.enlarges * current.size[1])
         out = None if place == "recompute" else run.maps.new(place, 1 - side, (*size, self.conv.cout))

@@ -14,7 +14,7 @@ __all__ = ["Arena"]
 
 
 class Arena:
-    """One block of memory: map at the left end, scratch, map at the right end."""
+    """One block of memory: a map at the left end, scratch in the middle, a map at the right end."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         # PyTorch aligns to 64 bytes; ours is stricter, so that equal blocks are equally aligned in every plan.
@@ -24,7 +24,7 @@ class Arena:
         self._cursor = 0
 
     def map(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
-        """The map of one end; the one that was there is no more."""
+        """Make the map of one end of the arena; the one that was there is no more."""
         nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
         size = aligned(nbytes)
         self._maps[side] = size
@@ -34,15 +34,15 @@ class Arena:
         return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
 
     def release(self, side: int) -> None:
-        """The map of this end is not needed any more."""
+        """Free the room of this end's map, which is not needed any more."""
         self._maps[side] = 0
 
     def new_sweep(self) -> None:
-        """All scratch is free again."""
+        """Free all scratch."""
         self._cursor = self._maps[0]
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, aligned, valid until `new_sweep`."""
+        """Scratch with arbitrary contents, aligned to `ALIGN`, valid until `new_sweep`."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         start, self._cursor = self._cursor, self._cursor + aligned(nbytes)
         if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:

@@ -32,7 +32,7 @@ class Copies(Protocol):
 
 
 class SideStream:
-    """`Copies` on a CUDA stream of its own."""
+    """Copies (see `Copies`) on a CUDA stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -84,7 +84,7 @@ class HostMap:
         return into
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """Not on the device."""
+        """None, as the map's rows are not on the device."""
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
@@ -123,7 +123,7 @@ class HostMap:
             stage.buffer = torch.empty((count, *self._shape[1:]), dtype=self._dtype, device=self._device)
 
     def _move(self, start: int, rows: torch.Tensor, *, to_host: bool) -> None:
-        """Rows of the map, across the borders of its chunks."""
+        """Copy rows of the map, across the borders of its chunks."""
         done = 0
         while done < len(rows):
             chunk, at = divmod(start + done, self._chunk)

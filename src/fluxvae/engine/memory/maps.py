@@ -64,7 +64,7 @@ class Maps:
             store.close()
 
     def new_sweep(self) -> None:
-        """All scratch is free again."""
+        """Free all scratch, which the last sweep needs no more."""
         self._arena.new_sweep()
         self._trim()
 

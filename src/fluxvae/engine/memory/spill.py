@@ -37,17 +37,17 @@ class Spill:
         self.folder = spill_folder(spill_dir)
 
     def free(self) -> int | None:
-        """Bytes that may be spilled now; None: nowhere to spill to."""
+        """Bytes that may be spilled now; None where there is nowhere to spill to."""
         if self._device.type != "cpu":
             return int(0.8 * free_memory()) + pinned_cache()
         return free_disk(self.folder)
 
     def describe(self) -> str:
-        """For the plan."""
+        """Where maps are spilled to, in the words of a plan."""
         return str(self.folder) if self._device.type == "cpu" else "host memory"
 
     def create(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Store:
-        """A new map with arbitrary contents."""
+        """Make a spilled map with arbitrary contents."""
         if self._device.type != "cpu":
             self._copies = self._copies or SideStream(self._device)
             return HostMap(shape, dtype, self._device, self._copies)

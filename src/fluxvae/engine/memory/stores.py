@@ -28,56 +28,56 @@ class Store(Protocol):
         """The rows to compute into directly, or None where they must be given to `write`."""
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Store rows that were computed elsewhere."""
+        """Store rows that were computed elsewhere, from row ``start`` on."""
 
     def close(self) -> None:
-        """Give the space back."""
+        """Give the map's space back."""
 
 
 class MemoryMap:
-    """Rows of a tensor."""
+    """A map that is a tensor in memory."""
 
     def __init__(self, rows: torch.Tensor) -> None:
         self.rows = rows
 
     def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """A view."""
+        """A view of the rows."""
         return self.rows[start:stop]
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """A view."""
+        """A view of the rows."""
         return self.rows[start:stop]
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Copy."""
+        """Copy the rows into the tensor."""
         self.rows[start : start + len(rows)].copy_(rows)
 
     def close(self) -> None:
-        """The arena owns the memory."""
+        """Do nothing, as the arena owns the memory."""
 
 
 class SpilledMap:
-    """A map in an unnamed file."""
+    """A map in a file that has no name."""
 
     def __init__(self, descriptor: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self._descriptor = descriptor
         self._row_bytes = shape[1] * shape[2] * dtype.itemsize
 
     def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """pread into ``into``."""
+        """Read the rows into ``into`` with pread."""
         self._move(os.preadv, start, into)
         return into
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """A file's rows are not memory."""
+        """None, as a file's rows are not memory that could be computed into."""
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """pwrite."""
+        """Write the rows to the file with pwrite."""
         self._move(os.pwritev, start, rows)
 
     def close(self) -> None:
-        """Close; the file has no name, so that is its end."""
+        """Close the file. It has no name, so that this is its end."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

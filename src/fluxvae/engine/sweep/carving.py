@@ -21,7 +21,7 @@ STORED: tuple[Place, ...] = ("memory", "spill")
 PLACES: tuple[Place, ...] = ("memory", "spill", "recompute")
 
 Shape: TypeAlias = tuple[int, int, int]
-"""Rows, width and channels of a map or of a block of its rows."""
+"""The rows, the width and the channels of a map or of a block of its rows."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Held:
 
     @property
     def bytes(self) -> int:
-        """Of the whole map, aligned."""
+        """The bytes of the whole map, rounded up to the arena's alignment."""
         return aligned(math.prod(self.shape) * self.itemsize)
 
 
@@ -56,7 +56,7 @@ class Stage:
     conv: Conv
     call: Call
     height: int
-    """Of the map it reads."""
+    """The height of the map that it reads."""
     norm: Norm | None = None
     """The GroupNorm that its input goes through, with SiLU, on its way in."""
 
@@ -71,22 +71,22 @@ class Stage:
 
     @property
     def input(self) -> Shape:
-        """A block of rows with one halo row on either side."""
+        """The shape of a block of the rows that it reads, with one halo row on either side."""
         return self.call.rows + 2, self.call.width, self.call.cin
 
     @property
     def output(self) -> Shape:
-        """The block that it makes of those."""
+        """The shape of the block of rows that it makes of those."""
         return self.call.enlarges * self.call.rows, self.call.enlarges * self.call.width, self.call.cout
 
     @property
     def whole(self) -> Call:
-        """Its call over the whole map, for the multiply-adds."""
+        """The call as if the whole map were one block, for counting the multiply-adds."""
         return replace(self.call, rows=self.height)
 
     @property
     def blocks(self) -> int:
-        """Into which its map is cut."""
+        """The number of blocks into which the map that it reads is cut."""
         return -(-self.height // self.call.rows)
 
 
@@ -95,13 +95,13 @@ class Sweep:
     """One pass over all rows of a map: a convolution, what computes its input on the way, and what is added to it."""
 
     kind: str
-    """A name for people."""
+    """The sweep's name for people, such as ``"conv1"``."""
     maps: tuple[Held, ...]
     """All that exist while it runs; the first is the stored one that it starts from."""
     moved: int
-    """Bytes of spilled maps that pass by."""
+    """The bytes of spilled maps that are read or written."""
     stage: Stage
-    """The convolution whose result the sweep is run for."""
+    """The convolution for whose result the sweep is run."""
     feeds: tuple[Stage, ...] = ()
     """What computes that convolution's input from the stored map, in order. Nothing: it is stored itself."""
     residual_feeds: tuple[Stage, ...] = ()
@@ -116,7 +116,7 @@ class Sweep:
     """Rows of the first feed's output that are kept for the residual, which follows behind."""
 
     def step(self, costs: Costs) -> Step:
-        """The sweep in numbers."""
+        """Count the sweep: the memory, work and traffic that it takes with these kernels."""
         stages = (*self.feeds, *self.residual_feeds, self.stage)
         calls = [stage.call for stage in self.all_stages()]
         largest = max(self._bytes(shape) for stage in stages for shape in (stage.input, stage.output))
@@ -135,7 +135,7 @@ class Sweep:
         )
 
     def all_stages(self) -> Iterator[Stage]:
-        """Every convolution of the sweep."""
+        """Every convolution of the sweep, in no particular order."""
         yield from (*self.feeds, *self.residual_feeds, self.stage)
         if self.shortcut is not None:
             yield self.shortcut
@@ -160,7 +160,7 @@ def ring_rows(follower: int, leader: int) -> int:
 
 
 def held_in(place: Place, *maps: Held) -> int:
-    """Bytes of those of the maps that are in this place."""
+    """The bytes of those of the maps that are in this place."""
     return sum(held.bytes for held in maps if held.place == place)
 
 

@@ -29,7 +29,7 @@ class Current:
     side: int
     """The end of the arena at which they are, if they are in memory: 0 or 1."""
     size: tuple[int, int]
-    """Height and width of the map itself."""
+    """The height and width of the map itself."""
     state: State
     moments: Moments
     """The statistics of the map itself, if the layer that made it was asked for them."""
@@ -44,11 +44,11 @@ class Run:
     checks: FiniteChecks
     geometry: Geometry
     dtype: torch.dtype
-    """The one that is computed in."""
+    """The dtype that is computed in."""
     latents: torch.Tensor
-    """Raw latents (C, lh, lw)."""
+    """The raw latents of the image, (C, lh, lw)."""
     image: torch.Tensor
-    """(3, H, W), which is written to."""
+    """(3, H, W): where the pixels are written to."""
     tick: Callable[[], None]
     """Called after every block; it may raise to stop the decode."""
 
@@ -200,17 +200,17 @@ class _Pixels:
         self._image, self._checks, self._otherwise = image, checks, otherwise
 
     def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Nothing reads it."""
+        """Never called, as no layer reads the image."""
         raise NotImplementedError
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """Its rows are not laid out channels last."""
+        """None, as the image is not laid out channels last."""
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Into (3, H, W), in the image's dtype."""
+        """Write rows (n, W, 3) into the image (3, H, W), in its dtype."""
         self._checks.require(rows, self._otherwise)
         self._image[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))
 
     def close(self) -> None:
-        """The image is the caller's."""
+        """Do nothing, as the image is the caller's."""

@@ -21,21 +21,21 @@ __all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Stream", "Window"]
 
 
 class Stream(Protocol):
-    """The rows of a map, in order, each once."""
+    """The rows of a map, each of them once and in order."""
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """The next ``len(into)`` rows: a view of where they are, or ``into`` itself, filled."""
 
 
 class StoredRows:
-    """A stored map's rows."""
+    """The rows of a map that is stored."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._at = 0
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
+        """Give the next rows, as `Stream.take` says."""
         start, self._at = self._at, self._at + len(into)
         return self._store.read(start, self._at, into)
 
@@ -99,7 +99,7 @@ class ComputedRows:
         self._used = 0
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
+        """Give the next rows, as `Stream.take` says."""
         filled = 0
         while filled < len(into):
             if self._block is None or self._used == len(self._block):
@@ -122,7 +122,7 @@ class Ring:
         self._behind = 0
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
+        """Give the next rows, as `Stream.take` says."""
         rows = self._source.take(into)
         for at, part in self._pieces(self._at, len(rows)):
             self._kept[at : at + part.stop - part.start].copy_(rows[part])
@@ -130,7 +130,7 @@ class Ring:
         return rows
 
     def again(self, into: torch.Tensor) -> torch.Tensor:
-        """The next rows for the reader behind."""
+        """The next rows for the reader that follows behind."""
         assert self._at - self._behind <= len(self._kept), "the ring was planned too small"
         for at, part in self._pieces(self._behind, len(into)):
             into[part].copy_(self._kept[at : at + part.stop - part.start])
@@ -149,11 +149,11 @@ class Ring:
 
 
 class Behind:
-    """The second reader of a ring."""
+    """The rows of a ring for its second reader, which follows behind."""
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
-        """See `Stream`."""
+        """Give the next rows, as `Stream.take` says."""
         return self._ring.again(into)

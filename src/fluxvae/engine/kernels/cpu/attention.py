@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "ea0dade962dcd191"
-"""As in `winograd_tasks`."""
+VECTOR_CODE = "79bc1044b6260727"
+"""The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 2
-"""Panels of queries in a task. More read the map less often, but leave L2: four are as fast, one is a tenth slower."""
+"""Panels of queries in a task. With more, the map is read less often, but they do not stay in the L2 cache: four are
+as fast as two, and one is a tenth slower."""
 KEYS = 384
-"""Between two corrections of the sums for a new maximum: rounding errors grow with the square root of their number."""
+"""Keys between two corrections of the sums for a new maximum. Their products are added in one chain, and the rounding
+error of a chain grows with the square root of its length."""
 CHAIN = 64
 """Products of a score added one after the other, see `winograd_loops.CHAIN`."""
 ROW = NR * 4
-"""Bytes of a panel's row."""
+"""The bytes of one row of a panel, which has NR queries."""
 
 
 def _products(tiles: int, onto: bool) -> Any:
@@ -181,22 +183,22 @@ _softmax_panel, _start_panel, _finish_panel = _softmax(), _start(), _finish()
 
 
 class AttentionJob(NamedTuple):
-    """One call: whole panels of queries against all tokens."""
+    """The job of one call: whole panels of queries against all tokens."""
 
     queries: int
-    """(panels * NR, channels) float32."""
+    """The address of the queries, (panels * NR, channels) float32."""
     tokens: int
-    """(keys, channels) float32."""
+    """The address of the tokens, which are keys and values at once, (keys, channels) float32."""
     dst: int
-    """As ``queries``."""
+    """The address of the result, which is as large as the queries."""
     scale: int
-    """Address of one float32."""
+    """The address of the softmax's scale, one float32."""
     panels: int
     keys: int
     channels: int
     scratch: int
     scratch_bytes: int
-    """Of one thread."""
+    """The bytes of scratch that each thread has."""
 
 
 @compiled
@@ -248,7 +250,7 @@ def attention_tasks(job: AttentionJob, counter: Any, worker: int) -> None:
 
 
 def padded_queries(count: int) -> int:
-    """Up to whole panels."""
+    """Round a number of queries up to whole panels."""
     return -(-count // NR) * NR
 
 
@@ -262,7 +264,7 @@ def _workers(panels: int) -> int:
 
 
 def _scratch_bytes(channels: int) -> int:
-    """A thread's: queries, sums, scores and the softmax's state of its panels."""
+    """The bytes of a thread's scratch: the queries, sums, scores and state of the softmax of its panels."""
     return PANELS * (2 * channels + KEYS + 3) * ROW
 
 

@@ -25,14 +25,14 @@ class WinogradCosts(DirectCosts):
     row_multiple = 6
 
     def macs(self, call: Call) -> int:
-        """Multiply-adds of one call; of the transforms, none."""
+        """Multiply-adds of one call. Those of the transforms are not counted."""
         if not _applies(call):
             return super().macs(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
         return POSITIONS * cut.tiles * call.cin * call.cout
 
     def loaded(self, call: Call) -> int:
-        """Arena bytes of the transformed weights."""
+        """Bytes of the arena that hold the transformed weights."""
         if _attends(call):
             return 4 * panel_bytes(call.cin, call.cout)
         if call.kind == "linear" and whole_vectors(call.cin, call.cout, call.itemsize):
@@ -90,5 +90,5 @@ def few(kind: str, cin: int, cout: int, itemsize: int) -> bool:
 
 
 def whole_vectors(cin: int, cout: int, itemsize: int) -> bool:
-    """float32, and whole vectors of channels."""
+    """Whether these kernels can compute it: in float32, with whole vectors of channels."""
     return itemsize == 4 and cin % LANES == 0 and cout % LANES == 0

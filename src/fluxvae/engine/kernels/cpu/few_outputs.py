@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
-VECTOR_CODE = "ea0dade962dcd191"
-"""As in `winograd_tasks`."""
+VECTOR_CODE = "79bc1044b6260727"
+"""The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 OUTPUTS = 3
 PIXELS = 6 if REGISTERS == 32 else 3
-"""Computed at once: 18 (9) accumulators, which the same weights serve."""
+"""Pixels that are computed at once. Their 18 (or 9) accumulators use each weight that was loaded."""
 
 
 def _pixels(count: int) -> Any:
@@ -80,7 +80,7 @@ def _pixels(count: int) -> Any:
 
 
 def _added(x: Code, vector: ir.Value) -> ir.Value:
-    """The sum of a vector's lanes, by halves."""
+    """The sum of a vector's lanes, added up by halves."""
     half = LANES
     while half > 1:
         half //= 2
@@ -101,7 +101,7 @@ class FewJob(NamedTuple):
     src: int
     dst: int
     weights: int
-    """(3, 3, cin / LANES, OUTPUTS, LANES) float32."""
+    """The address of the weights, (3, 3, cin / LANES, OUTPUTS, LANES) float32."""
     bias: int
     rows: int
     width: int
@@ -110,7 +110,7 @@ class FewJob(NamedTuple):
 
 @compiled
 def few_outputs_rows(job: FewJob, counter: Any) -> None:
-    """Take rows until none is left."""
+    """Compute rows, taken from the counter one by one until none is left."""
     pixel = job.cin * 4
     row, blocks, tap = job.width * pixel, job.cin // LANES, pixel * OUTPUTS
     while True:
@@ -131,11 +131,11 @@ def few_outputs_rows(job: FewJob, counter: Any) -> None:
 
 
 class FewWeights(NamedTuple):
-    """The last layer's, ready for `few_outputs`."""
+    """The last layer's weights, laid out for `few_outputs`."""
 
     laid: torch.Tensor
     bias: torch.Tensor
-    """(OUTPUTS,) float32."""
+    """The bias, (OUTPUTS,) float32."""
     cin: int
 
 

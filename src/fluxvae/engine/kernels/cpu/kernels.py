@@ -1,8 +1,9 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
 
-`winograd_loops` has the inner loops, `winograd_tasks` the order of work, `winograd_layer` one convolution's weights and
-job, `cpu_threads` the threads; `row_tasks` linear layers and passes over pixels, `cpu_attention` attention,
-`few_outputs` the last layer. What is not float32 or has no whole vectors of channels goes to the direct kernels.
+`winograd_loops` has the inner loops, `winograd_tasks` the order of work, `winograd_layer` the weights and the job of
+one convolution, and `threads` the threads. `row_tasks` has linear layers and passes over pixels, `attention` attention,
+and `few_outputs` the last layer. What is not in float32, or has no whole vectors of channels, goes to the direct
+kernels.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ _log = logging.getLogger(__name__)
 
 _prepared = False
 PASS = 1 << 15
-"""Values of a task that only passes over pixels."""
+"""How many values a task has that only passes over pixels."""
 
 
 class WinogradKernels(WinogradCosts, TorchKernels):
-    """Winograd where it applies, PyTorch elsewhere."""
+    """Winograd's convolution and our other kernels where they apply, PyTorch's elsewhere."""
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         return threads.alone()
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """The weights transformed in float64 and rounded once."""
+        """The weights as the kernel wants them; for Winograd's, transformed in float64 and rounded once."""
         # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
         if kind == "linear" and whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return linear_weights(*parameters(conv.module), into)

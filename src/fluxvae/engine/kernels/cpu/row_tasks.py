@@ -43,8 +43,8 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "ea0dade962dcd191"
-"""As in `winograd_tasks`."""
+VECTOR_CODE = "79bc1044b6260727"
+"""The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
 class RowsJob(NamedTuple):
@@ -53,14 +53,14 @@ class RowsJob(NamedTuple):
     src: int
     dst: int
     scale: int
-    """Address of C float32."""
+    """The address of the scale, one float32 for each channel; that of ``shift`` likewise."""
     shift: int
     pixels: int
     channels: int
     run: int
-    """Pixels of one task."""
+    """How many pixels one task has."""
     what: int
-    """COPY, AFFINE or SILU."""
+    """What is done to each value: COPY, AFFINE or SILU."""
 
 
 COPY, AFFINE, SILU = 0, 1, 2
@@ -68,7 +68,7 @@ COPY, AFFINE, SILU = 0, 1, 2
 
 @compiled
 def affine_rows(job: RowsJob, counter: Any) -> None:
-    """Take runs of pixels until none is left."""
+    """Compute runs of pixels, taken from the counter one by one until none is left."""
     vectors = job.channels // LANES
     while True:
         first = fetch_add(counter.ctypes.data) * job.run
@@ -90,19 +90,19 @@ class LinearJob(NamedTuple):
     src: int
     dst: int
     weights: int
-    """(panels, cin, NR) float32."""
+    """The address of the weights, (panels, cin, NR) float32."""
     bias: int
     rows: int
     cin: int
     cout: int
     run: int
-    """Rows of one task, a multiple of THIRD."""
+    """How many rows one task has: a multiple of THIRD."""
     tasks: int
 
 
 @compiled
 def linear_rows(job: LinearJob, counter: Any) -> None:
-    """Take runs of rows until none is left."""
+    """Compute runs of rows, taken from the counter one by one until none is left."""
     blocks, panels = job.cin // LANES, (job.cout + NR - 1) // NR
     lane_bytes, block_bytes, panel_out = 4 * LANES, job.run * LANES * 4, job.run * NR * 4
     gathered = np.empty(job.run * job.cin, np.float32)
@@ -134,17 +134,17 @@ def linear_rows(job: LinearJob, counter: Any) -> None:
 
 
 class LinearWeights(NamedTuple):
-    """A linear layer's, ready for `linear`."""
+    """A linear layer's weights, laid out for `linear`."""
 
     panels: torch.Tensor
     bias: torch.Tensor
-    """(cout,) float32."""
+    """The bias, (cout,) float32."""
     cin: int
     cout: int
 
 
 def panel_bytes(cin: int, cout: int) -> int:
-    """Bytes of a linear layer's weights in panels."""
+    """Bytes that a linear layer's weights take when they are laid out in panels."""
     return cin * -(-cout // NR) * NR * 4
 
 

@@ -27,7 +27,7 @@ _mine = threading.local()
 
 
 def count() -> int:
-    """How many threads a call may use now."""
+    """How many threads a call may use now, that of its caller included."""
     return getattr(_mine, "count", 0) or max(torch_library.threads(), 1)
 
 

@@ -96,7 +96,7 @@ class Code:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
     def prefetch(self, address: ir.Value) -> None:
-        """Ask for a cache line, into L2; never faults."""
+        """Ask for a cache line to be brought into the L2 cache. Any address will do, for it never faults."""
         module = self.function.module
         function = module.globals.get("llvm.prefetch.p0")
         if function is None:
@@ -109,7 +109,7 @@ class Code:
         return ir.Constant(kind, [value] * LANES)
 
     def gather(self, address: ir.Value, stride: ir.Value) -> ir.Value:
-        """A vector of values ``stride`` bytes apart."""
+        """A vector of values that lie ``stride`` bytes apart."""
         vector = ir.Constant(VECTOR, ir.Undefined)
         for lane in range(LANES):
             value = self.load(self.at(address, self.b.mul(stride, self.i(lane))), F32)
@@ -163,7 +163,7 @@ class Code:
             return [self.b.alloca(VECTOR) for _ in range(count)]
 
     def array(self, count: int, kind: ir.Type = VECTOR) -> ir.Value:
-        """Vectors on the stack, indexed with gep."""
+        """An array of vectors on the stack, which is indexed with gep."""
         with self.b.goto_entry_block():
             return self.b.alloca(kind, count)
 
@@ -229,7 +229,7 @@ class Code:
 
 
 def _f32(value: float) -> float:
-    """Rounded to float32, as llvmlite wants its constants."""
+    """The value rounded to float32, as llvmlite wants its constants."""
     return struct.unpack("f", struct.pack("f", value))[0]  # type: ignore[no-any-return]
 
 

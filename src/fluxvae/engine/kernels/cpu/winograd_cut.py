@@ -21,13 +21,13 @@ __all__ = [
 ]
 
 LINE = 64
-"""Bytes of a cache line."""
+"""The bytes of a cache line."""
 LEAST_RUN, MOST_RUN = 24, 48
 """Tiles of a task. Few: every task reads all of its weights. Many: its transformed tiles leave L2."""
 LEAST_SLICE = 128
 """Output channels of a task, at least: every slice transforms its tiles again."""
 SLICE_COST = 0.06
-"""What that adds to a task, about."""
+"""About which part of its time a task takes longer for each further slice."""
 
 
 class Cut(NamedTuple):
@@ -36,17 +36,17 @@ class Cut(NamedTuple):
     across: int
     tiles: int
     run: int
-    """Tiles of the longest."""
+    """How many tiles the longest run has."""
     units: int
     """Runs of tiles, as equal as whole blocks of products allow: else the last would be short, and threads idle."""
     slices: int
     """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
     panels: int
-    """Of NR output channels, per slice."""
+    """How many panels of NR output channels a slice has."""
     position_in: int
     position_out: int
     workers: int
-    """Threads that find work."""
+    """How many threads find work."""
 
 
 def enlargement(kind: str) -> int:
@@ -54,17 +54,17 @@ def enlargement(kind: str) -> int:
 
 
 def position_bytes(cin: int, cout: int) -> int:
-    """Bytes of one position's weights."""
+    """Bytes that one position's transformed weights take."""
     return _odd_lines(cin * -(-cout // NR) * NR * 4)
 
 
 def transformed_bytes(cin: int, cout: int) -> int:
-    """Bytes of a layer's transformed weights."""
+    """Bytes that all of a layer's transformed weights take."""
     return POSITIONS * position_bytes(cin, cout)
 
 
 def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
-    """``rows`` and ``width`` of the input."""
+    """Cut a convolution into tasks; ``rows`` and ``width`` are those of its input."""
     across = -(-width * enlargement(kind) // STEP)
     tiles = across * -(-rows * enlargement(kind) // STEP)
     thirds = -(-tiles // THIRD)
@@ -86,17 +86,17 @@ def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
 
 
 def longest_run(cin: int) -> int:
-    """Tiles of a task, at most."""
+    """How many tiles a task has at most."""
     return min(max(cin // 8, LEAST_RUN), MOST_RUN)
 
 
 def rounded(tiles: int) -> int:
-    """Up to whole blocks of products."""
+    """Round a number of tiles up to whole blocks of products."""
     return -(-tiles // THIRD) * THIRD
 
 
 def scratch_bytes(run: int, cin: int, panels: int) -> int:
-    """Bytes a thread needs: transformed tiles, and products."""
+    """Bytes of scratch that a thread needs, for its transformed tiles and their products."""
     return POSITIONS * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
 
 

@@ -20,7 +20,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class Weights(NamedTuple):
-    """One layer's, ready for `run`."""
+    """One layer's weights, transformed and laid out for `run`."""
 
     transformed: torch.Tensor
     factor_bias: Array

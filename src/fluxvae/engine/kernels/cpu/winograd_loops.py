@@ -27,7 +27,7 @@ from fluxvae.engine.kernels.cpu.winograd_matrices import toom_cook
 Matrix = Sequence[Sequence[Fraction]]
 
 NR = 2 * LANES
-"""Output channels of one register block of products."""
+"""How many output channels one register block of products has."""
 PIXELS = (0, 1, 2, 3, 4, 5, 6, 7)
 PIXELS_UP = (0, 1, 1, 2, 2, 3, 3, 4)
 """Of the small map, the pixels under a tile of the nearest-2x map: its first input is the odd one of a pair, since
@@ -282,7 +282,7 @@ affine, affine_silu = _affine(False), _affine(True)
 
 
 def _copy() -> Any:
-    """``copy(src, dst, vectors)``; zeros where ``src`` is 0."""
+    """``copy(src, dst, vectors)``: copy so many vectors, or write zeros where ``src`` is 0."""
 
     def emit(x: Code, src: ir.Value, dst: ir.Value, vectors: ir.Value) -> None:
         def one(index: ir.Value) -> None:

@@ -24,14 +24,14 @@ POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-1/2", "2", "-2"))
 
 
 class Transforms(NamedTuple):
-    """One F(m, r)."""
+    """The three matrices of one F(m, r): m outputs of a filter of r taps, from n = m + r - 1 inputs."""
 
     at: Matrix
-    """(m, n): products to outputs."""
+    """(m, n): turns products into outputs."""
     g: Matrix
-    """(n, r): taps."""
+    """(n, r): transforms the taps."""
     bt: Matrix
-    """(n, n): inputs."""
+    """(n, n): transforms the inputs."""
 
 
 def toom_cook(outputs: int, taps: int, points: Sequence[Fraction] = POINTS) -> Transforms:
@@ -55,7 +55,7 @@ def toom_cook(outputs: int, taps: int, points: Sequence[Fraction] = POINTS) -> T
 
 
 def matmul(a: Sequence[Sequence[Fraction]], b: Sequence[Sequence[Fraction]]) -> Matrix:
-    """Exact matrix product."""
+    """The product of two matrices, computed exactly."""
     return _freeze(
         [
             [sum((x * y for x, y in zip(row, column, strict=True)), Fraction(0)) for column in zip(*b, strict=True)]

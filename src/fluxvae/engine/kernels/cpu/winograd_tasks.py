@@ -31,19 +31,20 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "ea0dade962dcd191"
-"""Of what this file calls: Numba's cache looks at this file only, so it must change with them."""
+VECTOR_CODE = "79bc1044b6260727"
+"""The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
+the others, so their digest is written here, and a test says when it has to be renewed."""
 STEP = 6
-"""Outputs of a tile, in each direction."""
+"""How many outputs a tile has in each direction."""
 SIZE = 8
-"""Its inputs."""
+"""How many inputs a tile has in each direction."""
 SIZE_UP = 5
-"""Its inputs on the small map, where that is enlarged."""
+"""How many inputs a tile has in each direction on the small map, where that is enlarged."""
 POSITIONS = SIZE * SIZE
 
 
 class ConvJob(NamedTuple):
-    """One call of conv3x3 or upsample."""
+    """The job of one call: a 3x3 convolution of a block of rows, of the map as it is or enlarged."""
 
     src: int
     src_row: int
@@ -56,7 +57,7 @@ class ConvJob(NamedTuple):
     dst_row: int
     dst_column: int
     rows: int
-    """Of the output."""
+    """The rows of the output; ``columns`` and ``cout`` are its too."""
     columns: int
     cout: int
     enlarge: int
@@ -64,26 +65,26 @@ class ConvJob(NamedTuple):
     residual: int
     """Address of the residual minus that of the output; -1: none."""
     weights: int
-    """(positions, panels, cin, NR) float32."""
+    """The address of the transformed weights, (positions, panels, cin, NR) float32."""
     position_weights: int
-    """Bytes of one position's weights, padding included."""
+    """The bytes of one position's weights, padding included."""
     panels: int
-    """Panels of NR output channels in one slice."""
+    """How many panels of NR output channels one slice has."""
     slices: int
     tiles_across: int
     tiles: int
     run: int
     """Tiles of a task at most: as many THIRDs as the others, or one more."""
     units: int
-    """Runs of tiles."""
+    """How many runs of tiles there are."""
     tasks: int
     position_in: int
-    """Bytes between two positions of the transformed tiles."""
+    """The bytes between two positions of the transformed tiles."""
     position_out: int
-    """The same of the products."""
+    """The bytes between two positions of the products."""
     scratch: int
     scratch_bytes: int
-    """Per thread."""
+    """The bytes of scratch that each thread has."""
 
 
 @compiled
@@ -230,7 +231,7 @@ def merge(stats: Any, out: Any) -> None:
 
 
 class WeightsJob(NamedTuple):
-    """The transform of one layer's weights."""
+    """The job of transforming one layer's weights."""
 
     src: int
     """(cout, cin, 3, 3) float32, in any order, by the strides that follow."""
@@ -243,12 +244,12 @@ class WeightsJob(NamedTuple):
     cin: int
     cout: int
     position: int
-    """Bytes, as `ConvJob.position_weights`."""
+    """The bytes of one position's weights, as in `ConvJob.position_weights`."""
 
 
 @compiled
 def transform_weights(job: WeightsJob, counter: Any) -> None:
-    """Take half panels until none is left."""
+    """Transform half panels, taken from the counter one by one until none is left."""
     while True:
         half = fetch_add(counter.ctypes.data)
         if half * LANES >= job.cout:

@@ -54,7 +54,7 @@ class CudaKernels(TorchKernels):
         )
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The weights' own."""
+        """The dtype of the weights themselves."""
         return stored
 
     @property
@@ -114,7 +114,7 @@ class CudaKernels(TorchKernels):
         return self_test.on(self._device)
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """One launch, where `Moments.affine` takes some thirty."""
+        """As `Moments.affine`, in one launch where that takes some thirty."""
         counts = moments.counts
         alike = all(count == counts[0] for count in counts[:-1])
         weight, bias = parameters(norm.module) if norm.learned else (None, None)
@@ -128,14 +128,14 @@ class CudaKernels(TorchKernels):
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Affine and SiLU in one pass, rounded once."""
+        """Affine and SiLU in one pass over memory, rounded once."""
         if affine is None or not self._works(out.itemsize):
             super().prologue(rows, affine, silu, out, work)
         else:
             passes.prologue(rows, affine.scale, affine.shift, silu, out)
 
     def convolve(self, block: ConvBlock) -> Partial | None:
-        """cuDNN, then everything else in one pass over memory."""
+        """cuDNN convolves, then everything else is done in one pass over memory."""
         if not self._covers_channels(block.out.shape[-1], block.out.dtype):
             return super().convolve(block)
         if block.kind == "up":

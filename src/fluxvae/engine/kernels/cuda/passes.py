@@ -174,7 +174,7 @@ def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu:
 
 
 def parts_pixels(channels: int) -> int:
-    """Pixels of one program of `finish`."""
+    """How many pixels one program of `finish` has."""
     return _TILES * _cut(channels)[0]
 
 
@@ -234,6 +234,6 @@ def combine(parts: torch.Tensor, pixels: int, channels: int, phases: int = 1) ->
 
 
 def _cut(channels: int) -> tuple[int, int]:
-    """Pixels and channels of a tile."""
+    """How many pixels and how many channels a tile has."""
     block = min(128, max(16, triton.next_power_of_2(channels)))
     return _TILE_VALUES // block, block

@@ -26,7 +26,7 @@ class DirectCosts:
     """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
 
     def __init__(self, device_type: str, *, instead: str = "") -> None:
-        """``instead``: why these serve where faster ones were meant to; plans print it."""
+        """``instead``: why these kernels serve where faster ones were meant to, which plans print."""
         self._note = instead
         self._device_type = device_type
         self._onednn = device_type == "cpu" and torch_library.has_onednn()
@@ -34,17 +34,17 @@ class DirectCosts:
 
     @property
     def note(self) -> str:
-        """Why these serve where others were meant to; usually nothing."""
+        """Why these kernels serve where others were meant to; usually nothing."""
         return self._note
 
     @property
     def block_values(self) -> int | None:
-        """Larger blocks on a GPU."""
+        """Values of a block of rows: more on a GPU, where fewer launches matter more than a core's cache."""
         return None if self._device_type == "cpu" else GPU_BLOCK_VALUES
 
     @property
     def stages_spills(self) -> bool:
-        """On a GPU; files are read into place."""
+        """Whether rows of spilled maps are held on the device on their way: on a GPU. Files are read into place."""
         return self._device_type != "cpu"
 
     def runtime_bytes(self, itemsize: int) -> int:
@@ -52,7 +52,7 @@ class DirectCosts:
         return 0 if self._device_type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
 
     def macs(self, call: Call) -> int:
-        """Multiply-adds of one call."""
+        """Multiply-adds that one call computes."""
         pixels = call.rows * call.width
         if call.kind == "conv3":
             return 9 * call.cin * call.cout * pixels
@@ -89,7 +89,7 @@ class DirectCosts:
         return (blocked + out + weights) * call.itemsize
 
     def _first(self, itemsize: int) -> bool:
-        """Convolve channels first."""
+        """Whether blocks are convolved channels first."""
         return self._onednn and itemsize == 4 and not self.channels_last
 
     def workspace(self, call: Call) -> int:

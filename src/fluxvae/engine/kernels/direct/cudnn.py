@@ -13,7 +13,7 @@ import torch.nn.functional as F
 __all__ = ["available", "convolve", "workspace_bound"]
 
 HALF_BYTES = 24 << 20
-"""More than any workspace in half precision."""
+"""More bytes than any workspace takes in half precision."""
 
 
 def available(device: torch.device) -> bool:

@@ -32,7 +32,7 @@ class TorchKernels(DirectCosts):
     """PyTorch's own convolution, matrix product and fused attention."""
 
     def __init__(self, device: torch.device, *, instead: str = "") -> None:
-        """``instead``: why these serve where faster ones were meant to; plans print it."""
+        """``instead``: why these kernels serve where faster ones were meant to, which plans print."""
         super().__init__(device.type, instead=instead)
         self._device = device
 
@@ -46,15 +46,15 @@ class TorchKernels(DirectCosts):
         return stored if onednn.computes_directly(stored, self._device) else torch.float32
 
     def prepare(self) -> float:
-        """Nothing to compile."""
+        """Do nothing, as there is nothing to compile."""
         return 0.0
 
     def session(self) -> AbstractContextManager[None]:
-        """PyTorch's own threads serve."""
+        """A context that changes nothing, as PyTorch's own threads serve."""
         return nullcontext()
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """PyTorch's operations in float64."""
+        """Computed by PyTorch's operations in float64."""
         return moments.affine(norm, dtype, checks)
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
@@ -83,7 +83,7 @@ class TorchKernels(DirectCosts):
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Affine and SiLU, rounded once."""
+        """Affine and SiLU, computed in float32 at least and rounded once."""
         if affine is None:
             if rows.data_ptr() != out.data_ptr():
                 out.copy_(rows)
@@ -138,7 +138,7 @@ class TorchKernels(DirectCosts):
             del both
 
     def _linear(self, block: ConvBlock) -> None:
-        """A matrix product over pixels."""
+        """A matrix product over all pixels of the block."""
         weight, bias = block.weights
         flat, result = block.rows.view(-1, block.rows.shape[-1]), block.out.view(-1, block.out.shape[-1])
         if bias is None:
@@ -147,7 +147,7 @@ class TorchKernels(DirectCosts):
             torch.addmm(bias, flat, weight.t(), out=result)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """(weight, bias) of q, k, v and out."""
+        """The (weight, bias) of q, k, v and out."""
         convs = (projections.q, projections.k, projections.v, projections.out)
         return [self.load(conv, "linear", dtype, part) for conv, part in zip(convs, into.chunk(4), strict=False)]
 
@@ -211,10 +211,10 @@ def _image(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _pixels(image: torch.Tensor) -> torch.Tensor:
-    """The way back."""
+    """The (1, C, n, W) image as the (n, W, C) rows that it is."""
     return image.squeeze(0).permute(1, 2, 0)
 
 
 def _carve(work: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """The start of the workspace as a tensor."""
+    """The start of the workspace as a tensor of this shape and dtype."""
     return work[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
