@@ -23,6 +23,7 @@ __all__ = [
     "Step",
     "aligned",
     "block_values",
+    "enlargement",
 ]
 
 Place: TypeAlias = Literal["memory", "spill", "recompute"]
@@ -30,9 +31,6 @@ Place: TypeAlias = Literal["memory", "spill", "recompute"]
 
 Kind: TypeAlias = Literal["conv3", "up", "linear", "attend"]
 """What a kernel computes: a 3x3 convolution; one of the map enlarged twofold; a 1x1 convolution; attention."""
-
-_ENLARGES: dict[Kind, int] = {"up": 2}
-"""How many times larger a call's output is than its input, each way, where it is not as large."""
 
 ALIGN = 256
 """Bytes. Everything in the arena starts at a multiple of this, so that equal blocks are equally aligned in any plan."""
@@ -71,7 +69,7 @@ class Call:
     @property
     def enlarges(self) -> int:
         """How many times larger the output is than the input, each way."""
-        return _ENLARGES.get(self.kind, 1)
+        return enlargement(self.kind)
 
 
 class Costs(Protocol):
@@ -130,7 +128,7 @@ class Geometry:
 
     def block(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> int:
         """Rows per block of a layer whose *input* map has this size."""
-        values = width * max(cin, cout) * _ENLARGES.get(kind, 1) ** 2
+        values = width * max(cin, cout) * enlargement(kind) ** 2
         if kind == "attend":
             values *= 2
         # Wide layers get more, since each call pays once for its weights: oneDNN reorders them, 9.4 MB at 512 channels.
@@ -155,6 +153,11 @@ def block_values(channels: int, pixels: int) -> int:
         pixels: of the image.
     """
     return min(max(channels * pixels // 16, BLOCK_VALUES // 4), BLOCK_VALUES)
+
+
+def enlargement(kind: Kind) -> int:
+    """How many times larger the output of a call of this kind is than its input, each way."""
+    return 2 if kind == "up" else 1
 
 
 def aligned(nbytes: int) -> int:

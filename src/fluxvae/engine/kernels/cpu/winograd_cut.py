@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fluxvae.engine.calls import Kind, enlargement
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
 from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, STEP
@@ -12,7 +13,6 @@ __all__ = [
     "MOST_RUN",
     "Cut",
     "cut_tasks",
-    "enlargement",
     "longest_run",
     "position_bytes",
     "rounded",
@@ -49,10 +49,6 @@ class Cut(NamedTuple):
     """How many threads find work."""
 
 
-def enlargement(kind: str) -> int:
-    return 2 if kind == "up" else 1
-
-
 def position_bytes(cin: int, cout: int) -> int:
     """Bytes that one position's transformed weights take."""
     return _odd_lines(cin * -(-cout // NR) * NR * 4)
@@ -63,7 +59,7 @@ def transformed_bytes(cin: int, cout: int) -> int:
     return POSITIONS * position_bytes(cin, cout)
 
 
-def cut_tasks(kind: str, cin: int, cout: int, rows: int, width: int) -> Cut:
+def cut_tasks(kind: Kind, cin: int, cout: int, rows: int, width: int) -> Cut:
     """Cut a convolution into tasks; ``rows`` and ``width`` are those of its input."""
     across = -(-width * enlargement(kind) // STEP)
     tiles = across * -(-rows * enlargement(kind) // STEP)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from fluxvae.engine.calls import enlargement
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.vector_code import LANES
-from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, enlargement, position_bytes, scratch_bytes
+from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes, scratch_bytes
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.statistics import Partial
 
