@@ -67,6 +67,15 @@ def test_client(server: TritonServer, tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.array_equal(np.asarray(Image.open(tmp_path / "astronaut.png")), expected[0])
 
 
+def test_the_readmes_client(
+    server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray
+) -> None:
+    block = blocks(ROOT / "README.md", "python")[2]
+    assert "localhost:8001" in block
+    names = run(block.replace("localhost:8001", server.grpc_url), tmp_path, monkeypatch)
+    assert np.array_equal(np.asarray(names["image"]), expected[0])
+
+
 def test_http(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
     block = blocks(DOCS / "clients.md", "python")[1]
     assert "localhost:8000" in block
