@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fluxvae import Decoder, SizeFlooredWarning
+from fluxvae.engine.kernels.direct.onednn import computes_directly
 from models import flux_pipeline, random_vae, run_pipeline
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -68,6 +69,9 @@ def assert_same_images(
 def test_bit_identical_to_flux_pipeline(
     pipe: FluxPipeline, height: int, width: int, batch: int, tiling: bool, slicing: bool
 ) -> None:
+    if not computes_directly(pipe.vae.dtype, torch.device("cpu")):
+        # A processor without half-precision arithmetic takes a hundred times as long for diffusers' convolutions.
+        assume(batch * height * width <= 8192)
     assert_same_images(pipe, height, width, batch, tiling=tiling, slicing=slicing)
 
 

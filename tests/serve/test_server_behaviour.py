@@ -194,7 +194,8 @@ def test_a_decode_stops_within_a_strip_of_its_cancellation(pressed: Serving, how
     asked.wait()
     assert asked.error is not None
     assert asked.error.status() == ("StatusCode.CANCELLED" if how == "cancel" else "StatusCode.DEADLINE_EXCEEDED")
-    wait_for(lambda: not running(pressed), "the decode to stop", 2.0)  # the whole of it takes many seconds
+    # How long a strip takes depends on the machine. A decode that went on would count as one, and not as cancelled.
+    wait_for(lambda: not running(pressed), "the decode to stop")
     assert metric(pressed.server, "fluxvae_errors_total", model=SLOW, kind="DecodeCancelled") == before + 1
     [line] = re.findall(rf"request gone-by-{how}: DecodeCancelled: (.*)", pressed.server.log())
     match = re.fullmatch(r"decode: cancelled after (\d+) of (\d+) blocks.*", line)
