@@ -25,7 +25,7 @@ from fluxvae.engine.kernels.cuda import CudaKernels
 from fluxvae.engine.norm import FiniteChecks, Moments, NonFiniteMap, Partial
 from fluxvae.engine.records import Norm
 from fluxvae.errors import NonFiniteOutputError
-from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
+from fluxvae.verify.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_cuda_kernels.py"
 

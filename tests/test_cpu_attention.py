@@ -16,7 +16,7 @@ from fluxvae.engine.kernels.winograd_loops import NR, TILES
 from fluxvae.engine.network import read_network
 from fluxvae.engine.plan import Call
 from fluxvae.engine.records import Attention
-from fluxvae.tolerances import WINOGRAD_ATTENTION
+from fluxvae.verify.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 
 pytestmark = [needs_vector_code, pytest.mark.usefixtures("threads_kept")]

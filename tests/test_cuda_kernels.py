@@ -20,7 +20,7 @@ from fluxvae.engine.kernels import cudnn, make_kernels
 from fluxvae.engine.kernels.torch import TorchKernels
 from fluxvae.engine.norm import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
-from fluxvae.images import _as_bytes, postprocess
+from fluxvae.pictures import _as_bytes, postprocess
 
 HERE = Path(__file__).parent
 

@@ -18,7 +18,7 @@ from fluxvae import (
     NonFiniteOutputError,
 )
 from fluxvae.errors import FluxVAEError, status_of
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from models import random_vae
 
 LATENTS = torch.randn(2, 4 * 6, 64, generator=torch.Generator().manual_seed(0))

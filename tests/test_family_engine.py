@@ -19,8 +19,8 @@ from family_models import SMALL_DECODER, flux2_pipeline, flux2_vae, ids_of, run,
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.oracle import level_difference
-from fluxvae.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
+from fluxvae.verify.oracle import level_difference
+from fluxvae.verify.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["one_thread"]  # a fixture, found by its name

@@ -16,9 +16,9 @@ from family_models import flux2_vae, ids_of, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, pack_latents
 from fluxvae.batch.readings import read_shape
 from fluxvae.batch.tensors import Lazy
-from fluxvae.latent_layout import possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import patchify
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import possible_layouts, read_layout
+from fluxvae.latents.packing import patchify
 from models import random_vae
 
 FLUX1 = LatentFormat()

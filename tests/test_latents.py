@@ -18,8 +18,8 @@ from fluxvae import (
     pack_latents,
     unpack_latents,
 )
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import patchify, unpatchify
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.packing import patchify, unpatchify
 
 FORMAT = LatentFormat()
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))

@@ -45,8 +45,8 @@ from fluxvae.engine.norm import Affine, Partial
 from fluxvae.engine.plan import Call
 from fluxvae.engine.records import Conv
 from fluxvae.errors import NonFiniteOutputError
-from fluxvae.oracle import level_difference
-from fluxvae.tolerances import (
+from fluxvae.verify.oracle import level_difference
+from fluxvae.verify.tolerances import (
     WINOGRAD_CHANGED,
     WINOGRAD_CONV,
     WINOGRAD_LAST,

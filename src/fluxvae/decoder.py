@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from fluxvae.checkpoints import open_checkpoint
-from fluxvae.decoder_options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.module_state import check_loaded, unwrapped
 from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
@@ -20,9 +19,10 @@ from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
 from fluxvae.forked import refuse_to_hang
-from fluxvae.images import OutputType, check_output_type, postprocess, postprocess_bytes
-from fluxvae.latent_values import plain
-from fluxvae.latents import PREVIEW_NOTE, LatentFormat
+from fluxvae.latents.format import PREVIEW_NOTE, LatentFormat
+from fluxvae.latents.values import plain
+from fluxvae.options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
+from fluxvae.pictures import OutputType, check_output_type, postprocess, postprocess_bytes
 
 __all__ = ["Decoder"]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save
 
 from fluxvae.batch.items import Item
-from fluxvae.images import FORMATS, OutputType, encode
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.pictures import FORMATS, OutputType, encode
 
 __all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
 

@@ -26,7 +26,7 @@ from fluxvae.batch.sources import Library
 from fluxvae.decoder import Decoder
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.errors import DecodeCancelled, FluxVAEError, InvalidLatentsError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.images import OutputType, postprocess
+from fluxvae.pictures import OutputType, postprocess
 
 __all__ = ["Timing", "batch_size", "batches", "run_pipeline"]
 

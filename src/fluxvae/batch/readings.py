@@ -1,6 +1,6 @@
 """Shapes of files to images: how many there are in a tensor, and what each of them is.
 
-`read_shape` counts the images; what they are is for `latent_layout` to say, as at every other door.
+`read_shape` counts the images; what they are is for `layout` to say, as at every other door.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from fluxvae.batch.tensors import Lazy
 from fluxvae.claims import MAX_PIXELS
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.latent_layout import possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import possible_layouts, read_layout
 
 __all__ = ["Expected", "Reading", "read_shape"]
 

@@ -9,8 +9,8 @@ from fluxvae.batch.readings import Expected
 from fluxvae.claims import MAX_PIXELS
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
-from fluxvae.images import FORMATS, check_format
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.pictures import FORMATS, check_format
 
 __all__ = ["OUTPUT_FORMATS", "Existing", "Job"]
 

@@ -22,8 +22,8 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_checks import check_shape
-from fluxvae.packing import SizeFlooredWarning
+from fluxvae.latents.checks import check_shape
+from fluxvae.latents.packing import SizeFlooredWarning
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 

@@ -20,7 +20,7 @@ from fluxvae.engine.planner import limit_of
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.storage import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny

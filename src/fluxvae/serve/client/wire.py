@@ -26,9 +26,9 @@ from fluxvae.errors import (
     NonFiniteOutputError,
     UnavailableError,
 )
-from fluxvae.latent_layout import Layout, possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import SizeFlooredWarning, token_positions
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import Layout, possible_layouts, read_layout
+from fluxvae.latents.packing import SizeFlooredWarning, token_positions
 from fluxvae.serve.families import formats_of_model
 from fluxvae.serve.triton_words import passing_trouble
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_checks import check_shape, not_finite
-from fluxvae.latent_layout import Layout, read_layout
-from fluxvae.packing import SizeFlooredWarning
+from fluxvae.latents.checks import check_shape, not_finite
+from fluxvae.latents.layout import Layout, read_layout
+from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.remote_decode import Asked, Limits

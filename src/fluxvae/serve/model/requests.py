@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.images import check_format
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.pictures import check_format
 
 __all__ = ["LAYOUTS", "Job", "Parameters", "read_job", "read_parameters"]
 

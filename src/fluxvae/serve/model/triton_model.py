@@ -20,7 +20,7 @@ import torch
 
 from fluxvae import Decoder, FluxVAEError
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.serve.model.answering import answer, code_of
 from fluxvae.serve.model.handover import LOG_MARK, Room, find_room, least_bytes, sent_bytes
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs

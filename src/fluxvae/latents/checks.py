@@ -1,6 +1,6 @@
 """What a caller can get wrong about the shape of latents, their size and their options: refused by name.
 
-No torch in here: what also looks at values is `latent_values`. Everything is asked through `LatentFormat`, which says
+No torch in here: what also looks at values is `values`. Everything is asked through `LatentFormat`, which says
 what the checkpoint expects.
 """
 
@@ -10,11 +10,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_layout import other_family, read_layout
-from fluxvae.packing import floor_size, token_positions
+from fluxvae.latents.layout import other_family, read_layout
+from fluxvae.latents.packing import floor_size, token_positions
 
 if TYPE_CHECKING:
-    from fluxvae.latents import LatentFormat
+    from fluxvae.latents.format import LatentFormat
 
 __all__ = ["check_options", "check_shape", "not_finite"]
 
@@ -31,7 +31,7 @@ def check_shape(
     """Say what size latents of this shape decode to, or why they cannot be decoded.
 
     Args:
-        shape: as of the latents that `latent_values.check_latents` takes.
+        shape: as of the latents that `values.check_latents` takes.
         height, width, latent_ids, raw: as there.
 
     Returns:

@@ -1,6 +1,6 @@
 """Latents as tensors: that they are plain ones of a dtype that is taken, that all values are finite, and their shape.
 
-Refused before any work, by name. The shape alone: `latent_checks`.
+Refused before any work, by name. The shape alone: `checks`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.latent_checks import check_shape, not_finite
-from fluxvae.latent_layout import unpacked_shape
+from fluxvae.latents.checks import check_shape, not_finite
+from fluxvae.latents.layout import unpacked_shape
 
 if TYPE_CHECKING:
-    from fluxvae.latents import LatentFormat
+    from fluxvae.latents.format import LatentFormat
 
 __all__ = ["check_latents", "plain"]
 
@@ -35,7 +35,7 @@ def check_latents(
     Args:
         latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
             ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
-            batch (`latent_layout`); float32, bfloat16 or float16; finite. On the ``meta`` device
+            batch (`layout`); float32, bfloat16 or float16; finite. On the ``meta`` device
             there are no values: the shape alone is checked.
         height, width: pixels. Needed for packed latents without ids, floored to multiples of 16 (with a
             `SizeFlooredWarning`), and where they alone tell C packed images from one image without its batch. For

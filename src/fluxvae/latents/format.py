@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import CheckpointError
-from fluxvae.latent_layout import read_layout
-from fluxvae.packing import (
+from fluxvae.latents.layout import read_layout
+from fluxvae.latents.packing import (
     patchify,
     sort_tokens,
     token_positions,
@@ -168,8 +168,8 @@ class LatentFormat:
         latent_ids: object = None,
         raw: bool | None = None,
     ) -> tuple[int, int]:
-        """Say what size these latents decode to, or why they cannot be decoded: `latent_values.check_latents`."""
-        from fluxvae.latent_values import check_latents
+        """Say what size these latents decode to, or why they cannot be decoded: `values.check_latents`."""
+        from fluxvae.latents.values import check_latents
 
         return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
 
@@ -180,8 +180,8 @@ class LatentFormat:
         batch_norm_eps: object = None,
         raw: bool | None = None,
     ) -> None:
-        """Refuse what this checkpoint has no place for: `latent_checks.check_options`."""
-        from fluxvae.latent_checks import check_options
+        """Refuse what this checkpoint has no place for: `checks.check_options`."""
+        from fluxvae.latents.checks import check_options
 
         check_options(self, scaling_factor, shift_factor, batch_norm_eps, raw)
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.packing import pixels
+from fluxvae.latents.packing import pixels
 
 if TYPE_CHECKING:
-    from fluxvae.latents import LatentFormat
+    from fluxvae.latents.format import LatentFormat
 
 __all__ = ["Layout", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
 
@@ -86,7 +86,7 @@ def read_layout(
         shape: of the latents, no dimension 0.
         formats: what they may be: one where the checkpoint is known; of several, the first is named in errors.
         height, width: in pixels, where they are known. Images must have them exactly. What packed latents need of them
-            is for `latent_checks` to say, except where they must tell two readings apart.
+            is for `checks` to say, except where they must tell two readings apart.
         with_ids: position ids came with them.
 
     Raises:
