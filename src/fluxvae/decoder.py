@@ -17,10 +17,11 @@ from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
 from fluxvae.engine.preview import ApproximateWarning, PreviewEngine
 from fluxvae.engine.reference import ReferenceEngine
 from fluxvae.engine.settings import set_aside
-from fluxvae.errors import InvalidLatentsError, InvalidOptionError, MemoryLimitError
+from fluxvae.errors import InvalidOptionError, MemoryLimitError
 from fluxvae.forked import refuse_to_hang
 from fluxvae.latents.format import PREVIEW_NOTE, LatentFormat
-from fluxvae.latents.values import plain
+from fluxvae.latents.reading import Reading
+from fluxvae.latents.request import LatentRequest
 from fluxvae.options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
 from fluxvae.pictures import OutputType, check_output_type, postprocess, postprocess_bytes
 
@@ -245,27 +246,23 @@ class Decoder:
         """
         refuse_to_hang()
         check_output_type(output_type)
+        self._begin()
+        reading = Reading(
+            height=height,
+            width=width,
+            latent_ids=latent_ids,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+            raw=raw,
+        )
         with set_aside(self.device):
-            if self.memory_limit is not None:
-                size = self.check(latents, height=height, width=width, latent_ids=latent_ids, raw=raw)
-                batched, _ = self.format.with_batch(latents, *size, latent_ids)
-                self._check_output(output_type, batched.shape[0], *size)
-            image = self.decode_raw(
-                latents,
-                height=height,
-                width=width,
-                latent_ids=latent_ids,
-                scaling_factor=scaling_factor,
-                shift_factor=shift_factor,
-                batch_norm_eps=batch_norm_eps,
-                raw=raw,
-                progress=progress,
-                cancel=cancel,
-            )
-            images = postprocess(image, output_type)
+            request = self.request(latents, reading)
+            self._check_output(output_type, request)
+            images = postprocess(self._decode(request, progress, cancel), output_type)
             if self.approximate and output_type == "pil":
                 for picture in images:
-                    picture.info["Comment"] = PREVIEW_NOTE  # where PNG and JPEG files keep it
+                    picture.info["Comment"] = PREVIEW_NOTE  # PNG and JPEG files keep it there
             return images
 
     def decode_raw(
@@ -289,38 +286,18 @@ class Decoder:
             without its batch.
         """
         refuse_to_hang()
-        if self.approximate:
-            warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=2)
-        self.engine.look()  # before latents are moved to where the model is
+        self._begin()
+        reading = Reading(
+            height=height,
+            width=width,
+            latent_ids=latent_ids,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            batch_norm_eps=batch_norm_eps,
+            raw=raw,
+        )
         with set_aside(self.device):
-            self.format.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
-            height, width = self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
-            latents, latent_ids = self.format.with_batch(latents, height, width, latent_ids)
-            if latents.is_meta:
-                raise InvalidLatentsError(
-                    f"latents: got shape {tuple(latents.shape)} on the meta device, which holds no values; expected "
-                    "the latents themselves"
-                )
-            latents = plain(latents)
-            # Cast first: a pipeline's latents are in this dtype when it rescales them.
-            rescale_dtype = self.dtype if raw or self._rescale_dtype is None else self._rescale_dtype
-            latents = latents.to(device=self.device, dtype=rescale_dtype)
-            if latents.ndim == 3:
-                latents = self.format.unpack(latents, height, width, latent_ids)
-            latents = self.format.to_raw(latents, scaling_factor, shift_factor, batch_norm_eps=batch_norm_eps, raw=raw)
-            return self.engine.decode(latents.to(self.dtype), progress=progress, cancel=cancel)
-
-    def _check_output(self, output_type: OutputType, batch: int, height: int, width: int) -> None:
-        """The engine plans for itself; what it returns and what `postprocess` makes of that must fit too."""
-        assert self.memory_limit is not None
-        itemsize = self.dtype.itemsize
-        needed = batch * 3 * height * width * itemsize
-        needed += postprocess_bytes(output_type, batch, height, width, itemsize)
-        if needed > self.memory_limit:
-            raise MemoryLimitError(
-                f"memory_limit: got {self.memory_limit} bytes; {batch} x {height}x{width} pixels as {output_type!r} "
-                f"take {needed} bytes by themselves; raise the limit, decode fewer at a time, or ask for 'uint8'"
-            )
+            return self._decode(self.request(latents, reading), progress, cancel)
 
     def check(
         self,
@@ -339,8 +316,56 @@ class Decoder:
         Raises:
             InvalidLatentsError: as `decode` would.
         """
-        refuse_to_hang()  # it looks at every value
-        return self.format.check(latents, height, width, latent_ids=latent_ids, raw=raw)
+        reading = Reading(height=height, width=width, latent_ids=latent_ids, raw=raw)
+        request = self.request(latents, reading)
+        return request.height, request.width
+
+    def request(self, latents: object, reading: Reading) -> LatentRequest:
+        """Check latents and what is said about them for this decoder's checkpoint, and return them as one value.
+
+        Raises:
+            InvalidLatentsError, InvalidOptionError: as `decode` would.
+            ForkedProcessError: as `decode` would, because every value is looked at.
+        """
+        refuse_to_hang()
+        return LatentRequest.read(self.format, latents, reading)
+
+    def decode_request(
+        self, request: LatentRequest, *, progress: Progress | None = None, cancel: Cancel | None = None
+    ) -> torch.Tensor:
+        """Decode what `request` returned, which is not checked again. Otherwise as `decode_raw`."""
+        refuse_to_hang()
+        self._begin()
+        return self._decode(request, progress, cancel)
+
+    def _begin(self) -> None:
+        """Do what comes before every decode: warn of a preview, and see whether the model can still decode."""
+        if self.approximate:
+            warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=3)  # the caller of a public method
+        self.engine.look()
+
+    def _decode(self, request: LatentRequest, progress: Progress | None, cancel: Cancel | None) -> torch.Tensor:
+        with set_aside(self.device):
+            # Raw latents are only cast. Others are rescaled in the dtype in which the pipeline rescales them.
+            rescaled = self.dtype if request.reading.raw or self._rescale_dtype is None else self._rescale_dtype
+            latents = request.raw_latents(self.device, rescaled).to(self.dtype)
+            return self.engine.decode(latents, progress=progress, cancel=cancel)
+
+    def _check_output(self, output_type: OutputType, request: LatentRequest) -> None:
+        """Refuse an image that the limit has no room for beside what `postprocess` makes of it.
+
+        The engine plans for itself, and does not know what becomes of its image.
+        """
+        if self.memory_limit is None:
+            return
+        batch, height, width, itemsize = request.batch, request.height, request.width, self.dtype.itemsize
+        needed = batch * 3 * height * width * itemsize
+        needed += postprocess_bytes(output_type, batch, height, width, itemsize)
+        if needed > self.memory_limit:
+            raise MemoryLimitError(
+                f"memory_limit: got {self.memory_limit} bytes; {batch} x {height}x{width} pixels as {output_type!r} "
+                f"take {needed} bytes by themselves; raise the limit, decode fewer at a time, or ask for 'uint8'"
+            )
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
         """How ``batch`` images of this size would be decoded now; ``str(plan)`` is a table that explains itself.

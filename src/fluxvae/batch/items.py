@@ -31,9 +31,9 @@ class Entry:
     """With a batch axis of 1: (1, N, 4C) or (1, C, lh, lw). None: only reading the values would tell."""
     dtype: str
     """As torch names it: ``"float32"``."""
-    height: object = None
+    height: Any = None
     """As the file says, unchecked; None: it says nothing."""
-    width: object = None
+    width: Any = None
     name: str | None = None
     """From a column; None: the source's own name serves."""
     raw: object = None

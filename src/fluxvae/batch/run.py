@@ -17,6 +17,8 @@ from fluxvae.batch.store import Store, open_store
 from fluxvae.batch.worker import Worker, checkpoint_sha256
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.latents.checks import check_options
+from fluxvae.latents.reading import Reading
 
 __all__ = ["Outlook", "Report", "Watcher", "decode_files", "finish", "look"]
 
@@ -112,7 +114,7 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
     Raises:
         InvalidOptionError: inputs that name nothing, or an output folder that is not as the job expects it.
     """
-    decoder.format.check_options(raw=job.raw)
+    check_options(decoder.format, Reading(raw=job.raw))
     found = find(job.inputs)
     scanned = scan(found, job.suffix, job.expected(decoder.format))
     sources = {one.url for one in found}

@@ -24,6 +24,7 @@ from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.checks import check_shape
 from fluxvae.latents.packing import SizeFlooredWarning
+from fluxvae.latents.reading import Reading
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 
@@ -273,7 +274,8 @@ def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int],
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
-        size = check_shape(format, shape, h, w, latent_ids=entry.ids, raw=is_raw)
+        settled = check_shape(format, shape, Reading(height=h, width=w, latent_ids=entry.ids, raw=is_raw))
+    size = (settled.height, settled.width)
     return size, is_raw, not unpacked and h is not None and size != (h, w)
 
 

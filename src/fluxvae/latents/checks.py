@@ -1,73 +1,83 @@
-"""What a caller can get wrong about the shape of latents, their size and their options: refused by name.
+"""What can be wrong with the shape of latents, with their size and with the options: refused by name, before any work.
 
-No torch in here: what also looks at values is `values`. Everything is asked through `LatentFormat`, which says
-what the checkpoint expects.
+Nothing here needs PyTorch, unless there are position ids, so the gateway and the client check as the library does.
+`values` checks the tensors themselves.
+
+One mistake cannot be seen: if height and width are exchanged and both give the same number of patches (512x1024 and
+1024x512), either is a valid reading of the same tensor.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import other_family, read_layout
 from fluxvae.latents.packing import floor_size, token_positions
+from fluxvae.latents.reading import FACTORS, Reading, finite_number
 
 if TYPE_CHECKING:
-    from fluxvae.latents.format import LatentFormat
+    import torch
 
-__all__ = ["check_options", "check_shape", "not_finite"]
+__all__ = ["Settled", "check_options", "check_shape", "not_finite"]
 
 
-def check_shape(
-    format: LatentFormat,
-    shape: tuple[int, ...],
-    height: object = None,
-    width: object = None,
-    *,
-    latent_ids: Any = None,
-    raw: bool | None = None,
-) -> tuple[int, int]:
-    """Say what size latents of this shape decode to, or why they cannot be decoded.
+class Settled(NamedTuple):
+    """What a shape and a reading say together, once both are checked."""
+
+    shape: tuple[int, ...]
+    """The shape of the latents with their batch and without frames, as in `layout.Layout`."""
+    height: int
+    """The height, in pixels, of the image that is decoded: that of a packed size is floored to whole patches."""
+    width: int
+    places: torch.Tensor | None
+    """(B, N) int64, where each token belongs, if ids say so; None where tokens come row by row or there are none."""
+
+
+def check_shape(format: LatentFormat, shape: tuple[int, ...], reading: Reading) -> Settled:
+    """Settle what latents of this shape decode to, or say why they cannot be decoded.
 
     Args:
-        shape: as of the latents that `values.check_latents` takes.
-        height, width, latent_ids, raw: as there.
-
-    Returns:
-        (height, width) in pixels of the decoded image.
+        format: the checkpoint's.
+        shape: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
+            ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
+            batch (`layout`).
+        reading: its height and width are needed for packed latents without ids, where a `SizeFlooredWarning` tells
+            that they are floored to multiples of 16, and where only they tell C packed images from one image without
+            its batch. For other latents they may be left out, but if they are given they must agree.
 
     Raises:
-        InvalidLatentsError: the rank, features, patch count, size or ids are wrong.
-        InvalidOptionError: ``raw`` is no bool, or true for a preview.
+        InvalidLatentsError: the rank, the features, the number of patches, the size or the ids are wrong.
+        InvalidOptionError: ``raw`` is no bool, or is true for a preview.
     """
-    _check_raw(format, raw)
+    _check_raw(format, reading.raw)
+    ids = reading.latent_ids
     if 0 in shape:
         raise InvalidLatentsError(
             f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
             "1"
         )
-    if latent_ids is not None and not format.flux2:
+    if ids is not None and not format.flux2:
         raise InvalidLatentsError(
             f"latent_ids: got ids with latents of shape {shape}; they are for FLUX.2's latents only, and this "
             "checkpoint is another's: leave them out"
         )
-    layout = read_layout(shape, (format,), height, width, with_ids=latent_ids is not None)
+    layout = read_layout(shape, (format,), reading.height, reading.width, with_ids=ids is not None)
     if layout.size is not None:
-        _check_unpacked(format, shape, layout.shape, raw)
-        return layout.size
-    batch, patches, _ = layout.shape
-    if len(shape) == 2 and getattr(latent_ids, "ndim", None) == 2:
-        latent_ids = latent_ids[None]
-    return _check_packed(format, shape, batch, patches, height, width, latent_ids)
+        _check_unpacked(format, shape, layout.shape, reading.raw)
+        return Settled(layout.shape, *layout.size, None)
+    if len(shape) == 2 and ids is not None and getattr(ids, "ndim", None) == 2:
+        ids = ids[None]
+    return _check_packed(format, shape, layout.shape, reading, ids)
 
 
 def not_finite(value: float, index: tuple[int, ...], bad: int, of: int) -> InvalidLatentsError:
-    """The refusal of latents with NaN or Inf among them.
+    """Return the error that refuses latents with NaN or Inf among them.
 
     Args:
-        value, index: the first.
-        bad, of: how many there are, of how many values.
+        value, index: the first such value, and where it is.
+        bad, of: how many of them there are, among how many values.
     """
     return InvalidLatentsError(
         f"latents: got {value} at index {list(index)} ({bad} of {of} values are NaN or Inf); expected finite values: "
@@ -76,31 +86,28 @@ def not_finite(value: float, index: tuple[int, ...], bad: int, of: int) -> Inval
 
 
 def _check_packed(
-    format: LatentFormat,
-    shape: tuple[int, ...],
-    batch: int,
-    patches: int,
-    height: object,
-    width: object,
-    latent_ids: object,
-) -> tuple[int, int]:
-    multiple = format.packed_multiple
-    if height is None and width is None and latent_ids is not None:
-        _, (gh, gw) = token_positions(latent_ids, batch, patches)
-        return gh * multiple, gw * multiple
+    format: LatentFormat, shape: tuple[int, ...], packed: tuple[int, ...], reading: Reading, ids: torch.Tensor | None
+) -> Settled:
+    """Settle packed latents, whose shape with their batch is ``packed``."""
+    (batch, patches, _), multiple = packed, format.packed_multiple
+    height, width = reading.height, reading.width
+    if height is None and width is None and ids is not None:
+        places, (gh, gw) = token_positions(ids, batch, patches)
+        return Settled(packed, gh * multiple, gw * multiple, places)
     if height is None or width is None:
-        ids = ", or latent_ids, which tell it" if format.flux2 else ""
+        or_ids = ", or latent_ids, which tell it" if format.flux2 else ""
         raise InvalidLatentsError(
-            f"height and width: got height={height}, width={width}; packed latents need both, in pixels{ids}: the "
+            f"height and width: got height={height}, width={width}; packed latents need both, in pixels{or_ids}: the "
             f"shape {shape} alone does not tell a wide image from a tall one"
         )
     try:
-        size = floor_size(height, width, patches, multiple)
+        height, width = floor_size(height, width, patches, multiple)
     except InvalidLatentsError as error:
         raise InvalidLatentsError(f"{error}{other_family(shape, format, packed=True)}") from None
-    if latent_ids is not None:
-        token_positions(latent_ids, batch, patches, (size[0] // multiple, size[1] // multiple))
-    return size
+    if ids is None:
+        return Settled(packed, height, width, None)
+    places, _ = token_positions(ids, batch, patches, (height // multiple, width // multiple))
+    return Settled(packed, height, width, places)
 
 
 def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[int, ...], raw: bool | None) -> None:
@@ -119,26 +126,21 @@ def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[
         )
 
 
-def check_options(
-    format: LatentFormat,
-    scaling_factor: object = None,
-    shift_factor: object = None,
-    batch_norm_eps: object = None,
-    raw: bool | None = None,
-) -> None:
-    """Refuse what this checkpoint has no place for: nothing is ignored.
+def check_options(format: LatentFormat, reading: Reading) -> None:
+    """Refuse what is said about rescaling where this checkpoint has no place for it, so that nothing is ignored.
 
     Raises:
-        InvalidOptionError: a factor where there are statistics, an eps where there are factors, any for a preview
-            or with ``raw``; not a finite number; a scaling factor of 0; a negative eps.
+        InvalidOptionError: a factor for a checkpoint that has statistics, an eps for one that has factors, or any of
+            them for a preview or together with ``raw``; something that is not a finite number; a scaling factor of 0;
+            a negative eps; a ``raw`` that is no bool, or is true for a preview.
     """
-    _check_raw(format, raw)
-    given = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
-    for name, value in given.items():
+    _check_raw(format, reading.raw)
+    for name in FACTORS:
+        value = getattr(reading, name)
         if value is None:
             continue
-        number = _number(name, value)
-        if raw:
+        number = finite_number(name, value)
+        if reading.raw:
             raise InvalidOptionError(f"{name}: got {value} with raw=True, which rescales nothing; leave one out")
         if format.preview:
             raise InvalidOptionError(
@@ -159,7 +161,6 @@ def check_options(
 
 
 def _check_raw(format: LatentFormat, raw: object) -> None:
-    """Refuse ``raw`` where it is no bool, or true for a preview."""
     if raw is not None and not isinstance(raw, bool):
         raise InvalidOptionError(f"raw: got {raw!r}, expected True, False or None")
     if raw and format.preview:
@@ -167,9 +168,3 @@ def _check_raw(format: LatentFormat, raw: object) -> None:
             "raw: got True; a preview (AutoencoderTiny) takes latents as the transformer leaves them, not the raw "
             "latents of the full VAE: pass the transformer's, or decode with the full VAE"
         )
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidOptionError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)

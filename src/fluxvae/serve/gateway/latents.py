@@ -16,6 +16,7 @@ from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.checks import check_shape, not_finite
 from fluxvae.latents.layout import Layout, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.remote_decode import Asked, Limits
@@ -122,5 +123,5 @@ def _check(asked: Asked, layout: Layout) -> str | None:
     """The library's own check of such a shape; what it warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SizeFlooredWarning)
-        check_shape(layout.format, asked.shape, asked.height, asked.width, raw=asked.raw)
+        check_shape(layout.format, asked.shape, Reading(height=asked.height, width=asked.width, raw=asked.raw))
     return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)
