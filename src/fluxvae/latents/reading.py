@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fluxvae.errors import InvalidOptionError
 
@@ -48,18 +48,13 @@ class Reading:
         """All that is said about the step from latents to raw latents: the `FACTORS` and `raw`, to compare."""
         return (self.scaling_factor, self.shift_factor, self.batch_norm_eps, self.raw)
 
-    def parameters(self) -> dict[str, float | bool]:
+    def parameters(self) -> dict[str, Any]:
         """Return what is said about rescaling as the parameters of a request to the Triton model.
 
         Sizes and ids are not among them: they travel as tensors.
         """
-        said: dict[str, float | bool] = {}
-        for name in FACTORS:
-            if (value := getattr(self, name)) is not None:
-                said[name] = float(value)
-        if self.raw is not None:
-            said["raw"] = self.raw
-        return said
+        factors = {name: float(value) for name in FACTORS if (value := getattr(self, name)) is not None}
+        return factors if self.raw is None else {**factors, "raw": self.raw}
 
 
 UNSAID = Reading()
