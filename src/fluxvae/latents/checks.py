@@ -67,7 +67,7 @@ def check_shape(format: LatentFormat, shape: tuple[int, ...], reading: Reading) 
     if layout.size is not None:
         _check_unpacked(format, shape, layout.shape, reading.raw)
         return Settled(layout.shape, *layout.size, None)
-    if len(shape) == 2 and ids is not None and getattr(ids, "ndim", None) == 2:
+    if len(shape) == 2 and ids is not None and getattr(ids, "ndim", 0) == 2:
         ids = ids[None]
     return _check_packed(format, shape, layout.shape, reading, ids)
 
@@ -86,7 +86,7 @@ def not_finite(value: float, index: tuple[int, ...], bad: int, of: int) -> Inval
 
 
 def _check_packed(
-    format: LatentFormat, shape: tuple[int, ...], packed: tuple[int, ...], reading: Reading, ids: torch.Tensor | None
+    format: LatentFormat, shape: tuple[int, ...], packed: tuple[int, ...], reading: Reading, ids: object
 ) -> Settled:
     """Settle packed latents, whose shape with their batch is ``packed``."""
     (batch, patches, _), multiple = packed, format.packed_multiple

@@ -7,13 +7,14 @@ uses.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 __all__ = ["FACTORS", "UNSAID", "Reading", "finite_number", "is_finite_number"]
 
@@ -32,8 +33,9 @@ class Reading:
     height: int | None = None
     """The height of the image in pixels."""
     width: int | None = None
-    latent_ids: torch.Tensor | None = None
-    """(B, N, 4) or, for one image without its batch, (N, 4): where each token of FLUX.2's packed latents belongs."""
+    latent_ids: torch.Tensor | NDArray[Any] | None = None
+    """(B, N, 4) or, for one image without its batch, (N, 4): where each token of FLUX.2's packed latents belongs. Only
+    the client takes an array."""
     scaling_factor: float | None = None
     """What latents are divided by, instead of the checkpoint's own factor."""
     shift_factor: float | None = None
@@ -42,6 +44,11 @@ class Reading:
     """What is added to FLUX.2's variances, instead of the checkpoint's own eps."""
     raw: bool | None = None
     """Whether the latents are raw already, so that nothing is to be rescaled."""
+
+    def over(self, other: Reading) -> Reading:
+        """Return this reading, with what it leaves unsaid as ``other`` says it."""
+        said = {name: value for name in self.__dataclass_fields__ if (value := getattr(self, name)) is not None}
+        return replace(other, **said)
 
     @property
     def rescaling(self) -> tuple[float | None, float | None, float | None, bool | None]:
