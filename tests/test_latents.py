@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +22,7 @@ from fluxvae import (
     pack_latents,
     unpack_latents,
 )
+from fluxvae.latents import packing
 from fluxvae.latents.checks import check_options
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.packing import patchify, unpatchify
@@ -91,6 +96,40 @@ def test_a_checkpoint_without_a_shift_only_scales() -> None:
 
 def test_numpy_integers_are_sizes() -> None:
     assert size_of(FORMAT, torch.zeros(1, 6, 64), np.int32(32), np.int64(48)) == (32, 48)
+
+
+def test_a_reading_says_what_is_said_and_leaves_the_rest_to_another() -> None:
+    job, file = Reading(height=64, raw=False), Reading(height=32, width=48, raw=True, shift_factor=0)
+    assert job.over(file) == Reading(height=64, width=48, raw=False, shift_factor=0)
+    assert (file.parameters(), Reading().parameters()) == ({"shift_factor": 0.0, "raw": True}, {})
+    with pytest.raises(FrozenInstanceError):
+        job.height = 32
+
+
+def test_requests_with_one_key_are_joined_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 6, 128, generator=generator)
+    ids = torch.stack([ids_of(2, 3, 1)[0][torch.randperm(6, generator=generator)] for _ in range(3)])
+    parts = [slice(0, 2), slice(2, 3)]
+    requests = [LatentRequest.read(FLUX2, tokens[part], Reading(latent_ids=ids[part])) for part in parts]
+    assert requests[0].key == requests[1].key
+    together, whole = LatentRequest.together(requests), LatentRequest.read(FLUX2, tokens, Reading(latent_ids=ids))
+    assert (together.batch, together.pixels) == (3, 3 * 32 * 48)
+    expected = whole.raw_latents(tokens.device, tokens.dtype)
+    assert torch.equal(together.raw_latents(tokens.device, tokens.dtype), expected)
+    others = ({"latent_ids": ids}, {}, {"raw": True}, {"batch_norm_eps": 1e-5})
+    keys = {LatentRequest.read(FLUX2, tokens, Reading(height=32, width=48, **said)).key for said in others}
+    keys.add(LatentRequest.read(FLUX2, tokens, Reading(height=48, width=32)).key)
+    assert len(keys) == 5, "whatever changes the picture"
+
+
+def test_modules_import_only_from_those_before_them() -> None:
+    order = ["packing", "reading", "format", "layout", "checks", "values", "request"]
+    folder = Path(packing.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    for place, name in enumerate(order):
+        found = re.findall(r"fluxvae\.latents\.(\w+)", (folder / f"{name}.py").read_text(encoding="utf-8"))
+        assert set(found) <= set(order[:place]), name
 
 
 TOKENS = torch.zeros(1, 4, 64)
