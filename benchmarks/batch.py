@@ -48,9 +48,9 @@ from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import checkpoint_sha256
 from fluxvae.checkpoints import ASSETS, load_vae
 from fluxvae.demo import read_latents
-from fluxvae.images import postprocess
-from fluxvae.oracle import flux_pipeline_tail_raw, level_difference
-from fluxvae.tolerances import EXACT_VS_REFERENCE_LEVELS
+from fluxvae.pictures import postprocess
+from fluxvae.verify.oracle import flux_pipeline_tail_raw, level_difference
+from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_LEVELS
 from measure import machine
 
 SIDE = 512

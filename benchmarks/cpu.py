@@ -35,7 +35,7 @@ from rich.table import Table
 
 from fluxvae.engine import exact
 from fluxvae.engine.exact import ExactEngine
-from fluxvae.oracle import level_difference
+from fluxvae.verify.oracle import level_difference
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
@@ -119,7 +119,7 @@ ENGINES: dict[str, tuple[str, Build]] = {
 LARGEST_REFERENCE = 768
 """The largest size, in pixels each way, at which diffusers makes the float64 reference. Above it that takes more than
 24 GB, and the exact engine makes the reference instead. In float64 the two are the same function to 4e-14
-(`fluxvae.tolerances.ENGINE_FLOAT64_ERROR`)."""
+(`fluxvae.verify.tolerances.ENGINE_FLOAT64_ERROR`)."""
 FLOAT32 = ("diffusers-f32", "openvino-f32")
 """The float32 engines that others are compared with: "times faster" is against the faster of these."""
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxvae import Decoder
-from fluxvae.images import postprocess
-from fluxvae.oracle import flux_pipeline_tail_raw, level_difference
-from fluxvae.tolerances import EXACT_VS_REFERENCE_CHANGED_FULL, EXACT_VS_REFERENCE_LEVELS
+from fluxvae.pictures import postprocess
+from fluxvae.verify.oracle import flux_pipeline_tail_raw, level_difference
+from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED_FULL, EXACT_VS_REFERENCE_LEVELS
 from measure import flux_vae, machine, measure, packed_latents
 
 

@@ -26,7 +26,7 @@ from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 from fluxvae.engine.records import Norm
 from fluxvae.engine.statistics import FiniteChecks, Moments, NonFiniteMap, Partial
 from fluxvae.errors import NonFiniteOutputError
-from fluxvae.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
+from fluxvae.verify.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/test_cuda_kernels.py"
 

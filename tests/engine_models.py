@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fluxvae.engine.kernels.cpu import vector_code
 from fluxvae.engine.kernels.direct.onednn import computes_directly
-from fluxvae.tolerances import ENGINE_ERROR_RATIO
+from fluxvae.verify.tolerances import ENGINE_ERROR_RATIO
 
 
 @dataclass(frozen=True)

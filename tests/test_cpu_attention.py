@@ -17,7 +17,7 @@ from fluxvae.engine.kernels.cpu.vector_code import LANES
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, TILES
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.network import read_network
-from fluxvae.tolerances import WINOGRAD_ATTENTION
+from fluxvae.verify.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 
 pytestmark = [needs_vector_code, pytest.mark.usefixtures("threads_kept")]

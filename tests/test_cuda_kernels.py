@@ -22,7 +22,7 @@ from fluxvae.engine.kernels.direct import cudnn
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.statistics import FiniteChecks, NonFiniteMap
 from fluxvae.errors import InvalidOptionError
-from fluxvae.images import _as_bytes, postprocess
+from fluxvae.pictures import _as_bytes, postprocess
 
 HERE = Path(__file__).parent
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -16,9 +18,10 @@ from fluxvae import (
     InvalidOptionError,
     MemoryLimitError,
     NonFiniteOutputError,
+    SizeFlooredWarning,
 )
 from fluxvae.errors import FluxVAEError, status_of
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from models import random_vae
 
 LATENTS = torch.randn(2, 4 * 6, 64, generator=torch.Generator().manual_seed(0))
@@ -110,6 +113,16 @@ def test_bad_requests_are_refused_before_any_work(vae: AutoencoderKL, monkeypatc
         decoder.decode(LATENTS, height=64, width=64)
     with pytest.raises(InvalidOptionError, match="scaling_factor"):
         decoder.decode(LATENTS, **SIZE, scaling_factor=0)
+
+
+@pytest.mark.parametrize("memory_limit", [None, "1GiB"])
+def test_a_decode_warns_once_of_a_floored_size(vae: AutoencoderKL, memory_limit: str | None) -> None:
+    decoder = Decoder(vae, memory_limit=memory_limit)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = decoder.decode(LATENTS, height=70, width=100, output_type="uint8")
+    assert images.shape == (2, 64, 96, 3)
+    assert [each.category for each in caught] == [SizeFlooredWarning]
 
 
 def test_the_exact_engine_is_the_default_and_close_to_the_reference(vae: AutoencoderKL, decoder: Decoder) -> None:

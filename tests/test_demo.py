@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import fluxvae.oracle
+import fluxvae.verify.oracle
 from fluxvae import InvalidLatentsError
 from fluxvae.demo import DEFAULT_LATENTS, main, read_latents
 
@@ -51,8 +51,8 @@ def test_a_small_run_passes(small: list[str], tmp_path: Path) -> None:
 def test_a_wrong_decode_fails_the_demo(
     small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = fluxvae.oracle.flux_pipeline_tail
-    monkeypatch.setattr(fluxvae.oracle, "flux_pipeline_tail", lambda *args: real(*args) * 0.999999)
+    real = fluxvae.verify.oracle.flux_pipeline_tail
+    monkeypatch.setattr(fluxvae.verify.oracle, "flux_pipeline_tail", lambda *args: real(*args) * 0.999999)
     assert main(small) == 1
     assert "FAIL" in capsys.readouterr().out
 

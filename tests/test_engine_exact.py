@@ -23,7 +23,7 @@ from fluxvae.engine.records import Norm
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.statistics import MOST_BLOCKS, FiniteChecks, Moments, block_moments
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
+from fluxvae.verify.tolerances import ENGINE_ERROR_RATIO, ENGINE_FLOAT64_ERROR
 from leftovers import nothing_left_behind
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from engine_models import error_ratio, needs_vector_code, one_thread, rms, true_decode
 from engine_peaks import measure
 from family_models import SMALL_DECODER, flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
-from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install
+from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError, MemoryLimitError, install, unpack_latents
 from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.oracle import level_difference
-from fluxvae.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
+from fluxvae.verify.oracle import level_difference
+from fluxvae.verify.tolerances import PREVIEW_PEAK, WINOGRAD_CHANGED, WINOGRAD_LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 __all__ = ["one_thread"]  # a fixture, found by its name
@@ -200,7 +200,7 @@ def test_taef2_takes_flux2s_latents_as_they_are() -> None:
     order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
     decoder = Decoder(tiny)
     with torch.no_grad():
-        expected = tiny.decode(decoder.format.unpack(tokens, 32, 48, None)).sample
+        expected = tiny.decode(unpack_latents(tokens, 32, 48)).sample
     with pytest.warns(ApproximateWarning):
         ours = decoder.decode_raw(tokens[:, order], latent_ids=ids_of(2, 3, 1)[:, order])
     assert torch.equal(ours, expected)

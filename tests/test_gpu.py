@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from engine_models import Shape, rms, true_decode
 from fluxvae.engine.exact import ExactEngine, OutOfMemoryWarning, PrecisionRetryWarning
 from fluxvae.errors import MemoryLimitError, NonFiniteOutputError
-from fluxvae.images import postprocess
+from fluxvae.pictures import postprocess
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,9 +16,11 @@ from family_models import flux2_vae, ids_of, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, pack_latents
 from fluxvae.batch.readings import read_shape
 from fluxvae.batch.tensors import Lazy
-from fluxvae.latent_layout import possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import patchify
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import possible_layouts, read_layout
+from fluxvae.latents.packing import patchify
+from fluxvae.latents.reading import Reading
+from fluxvae.latents.request import LatentRequest
 from models import random_vae
 
 FLUX1 = LatentFormat()
@@ -36,7 +38,10 @@ def check(format: LatentFormat, shape: tuple[int, ...], *size: object, **options
     """By shape alone, as `Decoder.check` does it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        return format.check(torch.empty(shape, dtype=torch.float32, device="meta"), *size, raw=False, **options)
+        latents = torch.empty(shape, dtype=torch.float32, device="meta")
+        height, width = size or (None, None)
+        request = LatentRequest.read(format, latents, Reading(height=height, width=width, raw=False, **options))
+        return request.height, request.width
 
 
 @formats
@@ -172,16 +177,16 @@ def test_a_size_that_does_not_fit_names_the_other_family() -> None:
 
 def test_a_list_is_refused_with_the_shape_that_is_wanted() -> None:
     with pytest.raises(InvalidLatentsError, match=r"list of 2 of tensors of shape \(16, 4, 4\).*\(batch, 16, .*stack"):
-        FLUX1.check([torch.zeros(16, 4, 4)] * 2)
+        LatentRequest.read(FLUX1, [torch.zeros(16, 4, 4)] * 2, Reading())
     with pytest.raises(InvalidLatentsError, match="torch.from_numpy"):
-        FLUX1.check(torch.zeros(16, 4, 4).numpy())
+        LatentRequest.read(FLUX1, torch.zeros(16, 4, 4).numpy(), Reading())
 
 
 def test_a_value_that_is_not_finite_is_named_by_the_callers_index() -> None:
     latents = torch.zeros(16, 4, 5)
     latents[3, 2, 1] = float("nan")
     with pytest.raises(InvalidLatentsError, match=r"nan at index \[3, 2, 1\]"):
-        FLUX1.check(latents)
+        LatentRequest.read(FLUX1, latents, Reading())
 
 
 @pytest.mark.parametrize("memory_limit", [None, "1GiB"])

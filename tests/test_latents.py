@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,11 +22,22 @@ from fluxvae import (
     pack_latents,
     unpack_latents,
 )
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import patchify, unpatchify
+from fluxvae.latents import packing
+from fluxvae.latents.checks import check_options
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.packing import patchify, unpatchify
+from fluxvae.latents.reading import Reading
+from fluxvae.latents.request import LatentRequest
 
 FORMAT = LatentFormat()
 GRIDS = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
+
+
+def size_of(
+    format: LatentFormat, latents: object, height: object = None, width: object = None, **said: object
+) -> tuple[int, int]:
+    request = LatentRequest.read(format, latents, Reading(height=height, width=width, **said))
+    return request.height, request.width
 
 
 @given(GRIDS)
@@ -44,9 +59,9 @@ def test_sizes_are_floored_with_a_warning_that_names_them(grid: tuple[int, int, 
     height, width = 16 * gh + dy, 16 * gw + dx
     if dy or dx:
         with pytest.warns(SizeFlooredWarning, match=f"{height}x{width}.*decoding {16 * gh}x{16 * gw}"):
-            size = FORMAT.check(latents, height, width)
+            size = size_of(FORMAT, latents, height, width)
     else:
-        size = FORMAT.check(latents, height, width)
+        size = size_of(FORMAT, latents, height, width)
     assert size == (16 * gh, 16 * gw)
 
 
@@ -57,7 +72,7 @@ def test_a_patch_count_that_does_not_fit_is_refused(height: int, width: int, pat
     if fits:
         return
     with pytest.raises(InvalidLatentsError, match="height|width"):
-        FORMAT.check(latents, height, width)
+        size_of(FORMAT, latents, height, width)
 
 
 def test_rescaling_is_flux_pipelines_in_every_dtype() -> None:
@@ -66,7 +81,9 @@ def test_rescaling_is_flux_pipelines_in_every_dtype() -> None:
         raw = FORMAT.to_raw(latents)
         assert raw.dtype == dtype
         assert torch.equal(raw, (latents / 0.3611) + 0.1159)
-        assert torch.equal(FORMAT.to_raw(latents, 1.5305, 0.0609), (latents / 1.5305) + 0.0609)
+        assert torch.equal(
+            FORMAT.to_raw(latents, Reading(scaling_factor=1.5305, shift_factor=0.0609)), (latents / 1.5305) + 0.0609
+        )
 
 
 def test_a_checkpoint_without_a_shift_only_scales() -> None:
@@ -78,7 +95,41 @@ def test_a_checkpoint_without_a_shift_only_scales() -> None:
 
 
 def test_numpy_integers_are_sizes() -> None:
-    assert FORMAT.check(torch.zeros(1, 6, 64), np.int32(32), np.int64(48)) == (32, 48)
+    assert size_of(FORMAT, torch.zeros(1, 6, 64), np.int32(32), np.int64(48)) == (32, 48)
+
+
+def test_a_reading_says_what_is_said_and_leaves_the_rest_to_another() -> None:
+    job, file = Reading(height=64, raw=False), Reading(height=32, width=48, raw=True, shift_factor=0)
+    assert job.over(file) == Reading(height=64, width=48, raw=False, shift_factor=0)
+    assert (file.parameters(), Reading().parameters()) == ({"shift_factor": 0.0, "raw": True}, {})
+    with pytest.raises(FrozenInstanceError):
+        job.height = 32
+
+
+def test_requests_with_one_key_are_joined_in_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 6, 128, generator=generator)
+    ids = torch.stack([ids_of(2, 3, 1)[0][torch.randperm(6, generator=generator)] for _ in range(3)])
+    parts = [slice(0, 2), slice(2, 3)]
+    requests = [LatentRequest.read(FLUX2, tokens[part], Reading(latent_ids=ids[part])) for part in parts]
+    assert requests[0].key == requests[1].key
+    together, whole = LatentRequest.together(requests), LatentRequest.read(FLUX2, tokens, Reading(latent_ids=ids))
+    assert (together.batch, together.pixels) == (3, 3 * 32 * 48)
+    expected = whole.raw_latents(tokens.device, tokens.dtype)
+    assert torch.equal(together.raw_latents(tokens.device, tokens.dtype), expected)
+    others = ({"latent_ids": ids}, {}, {"raw": True}, {"batch_norm_eps": 1e-5})
+    keys = {LatentRequest.read(FLUX2, tokens, Reading(height=32, width=48, **said)).key for said in others}
+    keys.add(LatentRequest.read(FLUX2, tokens, Reading(height=48, width=32)).key)
+    assert len(keys) == 5, "whatever changes the picture"
+
+
+def test_modules_import_only_from_those_before_them() -> None:
+    order = ["packing", "reading", "format", "layout", "checks", "values", "request"]
+    folder = Path(packing.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} == {"__init__", *order}
+    for place, name in enumerate(order):
+        found = re.findall(r"fluxvae\.latents\.(\w+)", (folder / f"{name}.py").read_text(encoding="utf-8"))
+        assert set(found) <= set(order[:place]), name
 
 
 TOKENS = torch.zeros(1, 4, 64)
@@ -113,13 +164,13 @@ BAD = {
 @pytest.mark.parametrize(("latents", "height", "width", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_latents_are_refused_by_name(latents: object, height: object, width: object, message: str) -> None:
     with pytest.raises(InvalidLatentsError, match=message):
-        FORMAT.check(latents, height, width)
+        size_of(FORMAT, latents, height, width)
 
 
 @pytest.mark.parametrize("factors", [(0, None), (float("nan"), None), (None, float("inf")), ("1", None), (True, None)])
 def test_bad_factors_are_refused(factors: tuple) -> None:
     with pytest.raises(InvalidOptionError, match="factor"):
-        FORMAT.to_raw(torch.zeros(1, 16, 2, 2), *factors)
+        check_options(FORMAT, Reading(scaling_factor=factors[0], shift_factor=factors[1]))
 
 
 @pytest.mark.parametrize("shape", [(16, 4, 4), (1, 16, 3, 4), (1, 16, 4, 5), (0, 16, 4, 4)])
@@ -147,10 +198,11 @@ def test_position_ids_place_tokens_as_flux2_pipeline_does(grid: tuple[int, int, 
     tokens = torch.randn(batch, gh * gw, 128, generator=generator)
     ids = torch.stack([ids_of(gh, gw, 1)[0][torch.randperm(gh * gw, generator=generator)] for _ in range(batch)])
     size = {"height": 16 * gh, "width": 16 * gw} if sized else {}
-    assert FLUX2.check(tokens, latent_ids=ids, **size) == (16 * gh, 16 * gw)
+    assert size_of(FLUX2, tokens, latent_ids=ids, **size) == (16 * gh, 16 * gw)
     patches = Flux2Pipeline._unpack_latents_with_ids(tokens, ids)
     expected = Flux2Pipeline._unpatchify_latents(patches)
-    assert torch.equal(FLUX2.unpack(tokens, 16 * gh, 16 * gw, ids), expected)
+    request = LatentRequest.read(FLUX2, tokens, Reading(latent_ids=ids, raw=True, **size))
+    assert torch.equal(request.raw_latents(tokens.device, tokens.dtype), expected)
     assert torch.equal(unpatchify(patches), expected)
     assert torch.equal(patchify(expected), patches)
     assert torch.equal(patchify(expected), Flux2Pipeline._patchify_latents(expected))
@@ -166,7 +218,7 @@ def test_any_place_named_twice_or_not_at_all_is_refused(gh: int, gw: int, image:
     ids[image, token, column] = moved
     for size in ({}, {"height": 16 * gh, "width": 16 * gw}):
         with pytest.raises(InvalidLatentsError, match="latent_ids"):
-            FLUX2.check(tokens, latent_ids=ids, **size)
+            size_of(FLUX2, tokens, latent_ids=ids, **size)
 
 
 IDS = ids_of(2, 2, 1)
@@ -188,42 +240,42 @@ BAD_IDS = {
 def test_bad_ids_are_refused_by_name(ids: object, message: str) -> None:
     for size in ({}, {"height": 32, "width": 32}):
         with pytest.raises(InvalidLatentsError, match=f"latent_ids.*({message})"):
-            FLUX2.check(torch.zeros(1, 4, 128), latent_ids=ids, **size)
+            size_of(FLUX2, torch.zeros(1, 4, 128), latent_ids=ids, **size)
 
 
 def test_ids_where_they_mean_nothing_are_refused() -> None:
     with pytest.raises(InvalidLatentsError, match="latent_ids.*another's"):
-        FORMAT.check(TOKENS, 32, 32, latent_ids=IDS)
+        size_of(FORMAT, TOKENS, 32, 32, latent_ids=IDS)
     with pytest.raises(InvalidLatentsError, match="latent_ids.*packed latents only"):
-        FLUX2.check(torch.zeros(1, 128, 2, 2), latent_ids=IDS)
+        size_of(FLUX2, torch.zeros(1, 128, 2, 2), latent_ids=IDS)
     with pytest.raises(InvalidLatentsError, match="grid of 2 x 1"):
-        FLUX2.check(torch.zeros(1, 4, 128), 32, 16, latent_ids=IDS)
+        size_of(FLUX2, torch.zeros(1, 4, 128), 32, 16, latent_ids=IDS)
 
 
 def test_the_other_family_is_named() -> None:
     with pytest.raises(InvalidLatentsError, match="64 features per token.*looks like FLUX.1.*expected 128.*FLUX.2"):
-        FLUX2.check(TOKENS, 32, 32)
+        size_of(FLUX2, TOKENS, 32, 32)
     with pytest.raises(InvalidLatentsError, match="128 features per token.*looks like FLUX.2.*expected 64.*FLUX.1"):
-        FORMAT.check(torch.zeros(1, 4, 128), 32, 32)
+        size_of(FORMAT, torch.zeros(1, 4, 128), 32, 32)
     with pytest.raises(InvalidLatentsError, match="16 channels.*looks like FLUX.1"):
-        FLUX2.check(torch.zeros(1, 16, 2, 2))
+        size_of(FLUX2, torch.zeros(1, 16, 2, 2))
     for channels in (32, 128):
         with pytest.raises(InvalidLatentsError, match=f"{channels} channels.*looks like FLUX.2"):
-            FORMAT.check(torch.zeros(1, channels, 2, 2))
+            size_of(FORMAT, torch.zeros(1, channels, 2, 2))
 
 
 def test_flux2s_unpacked_latents_must_say_whether_they_are_raw() -> None:
     latents = torch.zeros(1, 32, 4, 6)
     with pytest.raises(InvalidLatentsError, match="raw=True or raw=False"):
-        FLUX2.check(latents)
-    assert FLUX2.check(latents, raw=True) == FLUX2.check(latents, raw=False) == (32, 48)
-    assert FLUX2.check(torch.zeros(1, 128, 2, 3)) == (32, 48)
-    assert FLUX2.check(torch.zeros(1, 32, 3, 5), raw=True) == (24, 40), "raw ones of odd sizes decode"
+        size_of(FLUX2, latents)
+    assert size_of(FLUX2, latents, raw=True) == size_of(FLUX2, latents, raw=False) == (32, 48)
+    assert size_of(FLUX2, torch.zeros(1, 128, 2, 3)) == (32, 48)
+    assert size_of(FLUX2, torch.zeros(1, 32, 3, 5), raw=True) == (24, 40), "raw ones of odd sizes decode"
     with pytest.raises(InvalidLatentsError, match="even"):
-        FLUX2.check(torch.zeros(1, 32, 3, 4), raw=False)
-    assert FORMAT.check(torch.zeros(1, 16, 4, 4), raw=True) == (32, 32)
+        size_of(FLUX2, torch.zeros(1, 32, 3, 4), raw=False)
+    assert size_of(FORMAT, torch.zeros(1, 16, 4, 4), raw=True) == (32, 32)
     with pytest.raises(InvalidOptionError, match="raw: got 1"):
-        FORMAT.check(torch.zeros(1, 16, 4, 4), raw=1)
+        size_of(FORMAT, torch.zeros(1, 16, 4, 4), raw=1)
 
 
 def test_the_eps_is_the_checkpoints_unless_given() -> None:
@@ -234,8 +286,8 @@ def test_the_eps_is_the_checkpoints_unless_given() -> None:
         std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + (1e-4 if eps is None else eps))
         expected = Flux2Pipeline._unpatchify_latents(patches * std + vae.bn.running_mean.view(1, -1, 1, 1))
         format = LatentFormat.from_vae(vae)
-        assert torch.equal(format.to_raw(patches, batch_norm_eps=eps), expected)
-    assert not torch.equal(FLUX2.to_raw(patches), FLUX2.to_raw(patches, batch_norm_eps=1e-5))
+        assert torch.equal(format.to_raw(patches, Reading(batch_norm_eps=eps)), expected)
+    assert not torch.equal(FLUX2.to_raw(patches), FLUX2.to_raw(patches, Reading(batch_norm_eps=1e-5)))
 
 
 WRONG_OPTIONS = [
@@ -254,7 +306,7 @@ WRONG_OPTIONS = [
 @pytest.mark.parametrize(("format", "options", "message"), WRONG_OPTIONS)
 def test_options_without_a_place_are_refused(format: LatentFormat, options: dict, message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
-        format.check_options(**options)
+        check_options(format, Reading(**options))
 
 
 def test_sdxls_mean_and_deviation_are_its_pipelines() -> None:
@@ -266,7 +318,7 @@ def test_sdxls_mean_and_deviation_are_its_pipelines() -> None:
     assert torch.equal(format.to_raw(latents), latents * view[1] / 0.13025 + view[0])
     assert torch.equal(LatentFormat.from_config(config | {"latents_mean": mean}).to_raw(latents), latents / 0.13025)
     with pytest.raises(InvalidOptionError, match="latents_mean instead"):
-        format.check_options(shift_factor=0.1)
+        check_options(format, Reading(shift_factor=0.1))
     for wrong in ({"latents_mean": mean[:3]}, {"shift_factor": 0.1}):
         with pytest.raises(CheckpointError, match="latents_mean"):
             LatentFormat.from_config(config | {"latents_mean": mean, "latents_std": std} | wrong)
@@ -294,5 +346,5 @@ def test_what_previews_expect() -> None:
     latents = torch.randn(1, 32, 4, 4)
     assert torch.equal(TAEF2.to_raw(latents), latents)
     assert torch.equal(TAEF2.to_raw(patchify(latents)), latents)
-    assert TAEF2.check(torch.zeros(1, 4, 128), latent_ids=IDS) == (32, 32)
+    assert size_of(TAEF2, torch.zeros(1, 4, 128), latent_ids=IDS) == (32, 32)
     assert (TAEF2.vae_scale_factor, TAEF2.preview, FLUX2.preview) == (8, True, False)

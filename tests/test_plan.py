@@ -24,7 +24,7 @@ from fluxvae.engine.exact import ExactEngine
 from fluxvae.engine.memory import heap, spill
 from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
-from fluxvae.tolerances import PEAK_PREDICTION
+from fluxvae.verify.tolerances import PEAK_PREDICTION
 from leftovers import nothing_left_behind
 
 __all__ = ["one_thread"]  # a fixture, found by its name

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError
 from fluxvae.engine import settings
 from fluxvae.engine.settings import set_aside
-from fluxvae.latent_values import plain
+from fluxvae.latents.values import plain
 from models import random_vae
 
 CPU = torch.device("cpu")

@@ -45,8 +45,8 @@ from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, matmul, toom_co
 from fluxvae.engine.records import Conv
 from fluxvae.engine.statistics import Affine, Partial
 from fluxvae.errors import NonFiniteOutputError
-from fluxvae.oracle import level_difference
-from fluxvae.tolerances import (
+from fluxvae.verify.oracle import level_difference
+from fluxvae.verify.tolerances import (
     WINOGRAD_CHANGED,
     WINOGRAD_CONV,
     WINOGRAD_LAST,

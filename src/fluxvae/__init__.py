@@ -21,7 +21,7 @@ from fluxvae.install import install
 
 if TYPE_CHECKING:
     from fluxvae.decoder import Decoder
-    from fluxvae.packing import SizeFlooredWarning, pack_latents, unpack_latents
+    from fluxvae.latents.packing import SizeFlooredWarning, pack_latents, unpack_latents
 
 __all__ = [
     "CheckpointError",
@@ -48,9 +48,9 @@ __version__ = "0.1.0"
 # supervisor and `fluxvae --help` never use them.
 _WITH_TORCH = {
     "Decoder": "fluxvae.decoder",
-    "SizeFlooredWarning": "fluxvae.packing",
-    "pack_latents": "fluxvae.packing",
-    "unpack_latents": "fluxvae.packing",
+    "SizeFlooredWarning": "fluxvae.latents.packing",
+    "pack_latents": "fluxvae.latents.packing",
+    "unpack_latents": "fluxvae.latents.packing",
 }
 
 

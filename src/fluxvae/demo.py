@@ -26,8 +26,8 @@ from fluxvae.checkpoints import ASSETS
 from fluxvae.claims import MAX_PIXELS, check_pixels
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
-from fluxvae.images import postprocess
-from fluxvae.tolerances import EXACT_VS_REFERENCE_CHANGED, EXACT_VS_REFERENCE_LEVELS
+from fluxvae.pictures import postprocess
+from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED, EXACT_VS_REFERENCE_LEVELS
 
 __all__ = ["main"]
 
@@ -158,7 +158,7 @@ def run(
     # The oracle is imported here rather than at the top, because importing FluxPipeline takes seconds. While it is
     # imported, transformers complains of what is not needed here, and is therefore silenced first.
     transformers_logging.set_verbosity_error()
-    from fluxvae import oracle
+    from fluxvae.verify import oracle
 
     with Progress(TextColumn("{task.description:<42}"), BarColumn(), TimeElapsedColumn(), console=console) as bar:
         step = bar.add_task("loading the checkpoint", total=6)

@@ -61,7 +61,7 @@ class Installed:
         import torch
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        from fluxvae.latent_values import plain
+        from fluxvae.latents.values import plain
 
         if self.vae.use_tiling:
             raise InvalidOptionError(

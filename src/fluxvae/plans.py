@@ -131,8 +131,8 @@ def _by_decoder(
     memory_limit: str | int | None,
 ) -> Planned:  # fmt: skip
     from fluxvae.decoder import Decoder
-    from fluxvae.decoder_options import resolve_device, resolve_dtype
     from fluxvae.forked import refuse_to_hang
+    from fluxvae.options import resolve_device, resolve_dtype
 
     refuse_to_hang()
     where = resolve_device(device)

@@ -14,7 +14,7 @@ from fluxvae.checkpoints.defaults import DEFAULTS
 from fluxvae.checkpoints.module import own_settings
 from fluxvae.checkpoints.outline import outline
 from fluxvae.engine.network import read_network
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
 
 FLUX = {"block_out_channels": [32, 64, 96, 96], "up_block_types": ["UpDecoderBlock2D"] * 4,
         "down_block_types": ["DownEncoderBlock2D"] * 4, "latent_channels": 16}  # fmt: skip

@@ -26,6 +26,7 @@ import fluxvae.client
 from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError, MemoryLimitError, SizeFlooredWarning
 from fluxvae.client import AsyncClient, Client, RemoteVAE
 from fluxvae.errors import DeadlineExceededError, DecodeCancelled, NonFiniteOutputError, UnavailableError
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.client.wire import Unsent, error_of, make_request
 from models import flux_pipeline, run_pipeline
 from serve.client import Serving
@@ -300,10 +301,8 @@ def test_only_what_was_refused_before_any_work_is_retried(
     ],
 )
 def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -> None:
-    request = make_request(
-        packed(0, 16, 16), model="vae_decoder", height=16, width=16, output_type="pil", latent_ids=None,
-        scaling_factor=None, shift_factor=None, batch_norm_eps=None, raw=None, priority=None, request_id="it",
-    )  # fmt: skip
+    reading = Reading(height=16, width=16)
+    request = make_request(packed(0, 16, 16), reading, model="vae_decoder", output_type="pil", request_id="it")
     assert type(error_of(status, message, request, model="m", timeout_s=1.0)) is kind
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from family_models import flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
 from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError
 from fluxvae.client import Client, install
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
 from fluxvae.serve.triton.server import TritonServer, TritonServerError

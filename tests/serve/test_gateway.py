@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
 
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from fluxvae.serve.gateway.forward import MAX_ROWS
 from serve.client import Serving, assert_same_pixels
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxvae import InvalidLatentsError, InvalidOptionError
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from fluxvae.serve.gateway.body import base64_answer, read_json
 from serve.client import Serving
 from serve.gateways import Answer, Gateways, ask

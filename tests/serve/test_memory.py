@@ -10,6 +10,9 @@ import torch
 
 from fluxvae import Decoder, MemoryLimitError, UnavailableError
 from fluxvae.engine.exact import ExactEngine
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.reading import Reading
+from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model import memory
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
 from fluxvae.serve.model.metrics import rung_of
@@ -25,9 +28,8 @@ MAX_PIXELS = 10**8
 def job(rows: int = 1, outputs: tuple[str, ...] = ("images",), size: int = SIZE, index: int = 0) -> Job:
     generator = torch.Generator().manual_seed(index)
     latents = torch.randn(rows, (size // 16) ** 2, 64, generator=generator)
-    return Job(
-        index=index, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(outputs)
-    )
+    request = LatentRequest.read(LatentFormat(), latents, Reading(height=size, width=size))
+    return Job(index=index, request=request, parameters=Parameters(), outputs=frozenset(outputs))
 
 
 def limited(limit: int | None) -> Decoder:

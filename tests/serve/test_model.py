@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fluxvae import Decoder
+from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model import outputs, triton_model
 from fluxvae.serve.model.handover import LOG_MARK, Room
 from fluxvae.serve.triton.guardian import RUN_VARIABLE
@@ -132,7 +133,7 @@ def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.M
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(model.decoder, "decode_raw", broken)
+    monkeypatch.setattr(model.decoder, "decode_request", broken)
     responses = execute(model, [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)])
     for response in responses:
         error = response.error()
@@ -147,16 +148,16 @@ def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.M
 def test_one_request_without_memory_leaves_its_neighbours_alone(
     model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = model.decoder.decode_raw
+    real = model.decoder.decode_request
     shapes = []
 
-    def small_memory(latents: torch.Tensor, **options: Any) -> torch.Tensor:
-        shapes.append(tuple(latents.shape))
-        if len(latents) > 1:
+    def small_memory(request: LatentRequest, **options: Any) -> torch.Tensor:
+        shapes.append(tuple(request.latents.shape))
+        if request.batch > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(latents, **options)  # type: ignore[no-any-return]
+        return real(request, **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(model.decoder, "decode_raw", small_memory)
+    monkeypatch.setattr(model.decoder, "decode_request", small_memory)
     one, two = latents(0, 4), latents(1, 4, batch=2)
     single, pair = execute(model, [InferenceRequest(one, 32, 32), InferenceRequest(two, 32, 32)])
     assert [shape[0] for shape in shapes] == [3, 1, 2], "together, then each alone"
@@ -194,7 +195,7 @@ def test_a_triton_that_misbehaves_leaves_nobody_without_an_answer(model: Any) ->
 
 
 def test_cancelled_requests_are_not_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.decoder, "decode_raw", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(model.decoder, "decode_request", lambda *args, **kwargs: pytest.fail("decoded"))
     [response] = execute(model, [InferenceRequest(latents(0, 4), 32, 32, cancelled=True)])
     assert response.error().code() == TritonError.CANCELLED
 
@@ -314,7 +315,7 @@ def test_after_a_failure_a_watcher_is_not_told_that_all_is_well(model: Any, monk
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     assert decodes(model, [probe()]) == 1
-    monkeypatch.setattr(model.decoder, "decode_raw", broken)
+    monkeypatch.setattr(model.decoder, "decode_request", broken)
     [answer] = execute(model, [probe()])
     assert answer.outputs(), "nobody knows yet"
     [answer] = execute(model, [InferenceRequest(latents(0, 4), 32, 32)])

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,27 +14,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from family_models import flux2_vae, ids_of
 from fluxvae import DecodeCancelled, Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.reading import Reading
+from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model.answering import answer, code_of, group
 from fluxvae.serve.model.memory import decode_jobs
 from fluxvae.serve.model.requests import Job, Parameters, read_job, read_parameters
 
+FLUX2 = LatentFormat.from_vae(flux2_vae())
 SIZES = [(16, 64), (64, 16), (32, 32), (32, 16)]  # the first three have the same number of patches
 
 
-def job(index: int, height: int, width: int, batch: int = 1, **parameters: object) -> Job:
+def job(index: int, height: int, width: int, batch: int = 1, ids: torch.Tensor | None = None, **said: Any) -> Job:
     """A job whose latents carry its index in every value."""
-    latents = torch.full((batch, height * width // 256, 64), float(index))
-    return Job(index=index, latents=latents, height=height, width=width, parameters=Parameters(**parameters))
+    format = LatentFormat() if ids is None and "batch_norm_eps" not in said else FLUX2
+    latents = torch.full((batch, height * width // 256, format.packed_features), float(index))
+    reading = Reading(height=height, width=width, latent_ids=ids, **said)
+    return Job(index=index, request=LatentRequest.read(format, latents, reading), parameters=Parameters())
 
 
 def within(max_pixels: int) -> Callable[[Sequence[Job]], bool]:
-    return lambda jobs: sum(job.pixels for job in jobs) <= max_pixels
+    return lambda jobs: sum(job.request.pixels for job in jobs) <= max_pixels
 
 
 def asked(job: Job) -> tuple[object, ...]:
     """All that must be the same for two jobs to share a decode."""
-    return (job.height, job.width, job.parameters.scaling_factor, job.parameters.shift_factor)
+    reading = job.request.reading
+    return (job.request.height, job.request.width, reading.scaling_factor, reading.shift_factor)
 
 
 def paint(index: float, scaling_factor: float | None, shift_factor: float | None) -> float:
@@ -67,7 +76,7 @@ def test_groups_hold_every_job_once_in_order_and_within_the_budget(jobs: list[Jo
         assert members
         assert len({asked(member) for member in members}) == 1
         assert [member.index for member in members] == sorted(member.index for member in members)
-        assert len(members) == 1 or sum(member.pixels for member in members) <= max_pixels
+        assert len(members) == 1 or sum(member.request.pixels for member in members) <= max_pixels
     for same in {asked(member) for member in jobs}:  # of those, an earlier one is never in a later group
         order = [member.index for members in groups if asked(members[0]) == same for member in members]
         assert order == sorted(order)
@@ -79,19 +88,22 @@ def test_same_patch_count_is_not_the_same_group() -> None:
 
 
 def test_what_changes_the_picture_of_flux2_is_not_decoded_together() -> None:
-    plain, ids = job(0, 32, 32), torch.zeros(1, 4, 4, dtype=torch.int64)
-    others = [
-        job(1, 32, 32, batch_norm_eps=1e-5),
+    ids = ids_of(2, 2, 1)
+    jobs = [
+        job(0, 32, 32, raw=False),
+        job(1, 32, 32, batch_norm_eps=1e-5, raw=False),
         job(2, 32, 32, raw=True),
-        replace(job(3, 32, 32), latent_ids=ids),
-        replace(job(4, 32, 32), latent_ids=ids + 1),
+        job(3, 32, 32, ids=ids),
+        job(4, 32, 32, ids=ids.flip(1)),
     ]
-    groups = group([plain, *others, plain], within(10**6))
+    groups = group([*jobs, jobs[0]], within(10**6))
     assert [[member.index for member in members] for members in groups] == [[0, 0], [1], [2], [3, 4]]
 
 
 def test_layouts_are_not_the_same_group() -> None:
-    packed, unpacked = job(0, 32, 32), replace(job(1, 32, 32), latents=torch.zeros(1, 16, 4, 4))
+    packed = job(0, 32, 32)
+    images = LatentRequest.read(LatentFormat(), torch.zeros(1, 16, 4, 4), Reading())
+    unpacked = replace(packed, request=images)
     assert [len(members) for members in group([packed, unpacked, packed], within(10**6))] == [2, 1]
 
 
@@ -104,7 +116,7 @@ def test_one_of_a_group_that_is_cancelled_gets_no_image_and_the_other_does(durin
     def decode(jobs: Sequence[Job], cancel: Callable[[], bool]) -> torch.Tensor:
         gone.add(0)
         assert not cancel()
-        rows.append(sum(job.rows for job in jobs))
+        rows.append(sum(job.request.batch for job in jobs))
         return torch.zeros(rows[-1], 3, 16, 16)
 
     answers: dict[int, torch.Tensor | Exception] = {}
@@ -126,31 +138,16 @@ class FakeDecoder:
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison
         self.memory_limit = None
-        self.engine = self
 
-    def check(self, latents: torch.Tensor, *, height: int, width: int) -> tuple[int, int]:
-        return height, width
-
-    def decode_raw(
-        self,
-        latents: torch.Tensor,
-        *,
-        height: int,
-        width: int,
-        scaling_factor: float | None,
-        shift_factor: float | None,
-        cancel: Callable[[], bool],
-        **rest: object,
-    ) -> torch.Tensor:
-        assert latents.shape[1] * 256 == height * width
-        assert set(rest.values()) == {None}, "of FLUX.2"
+    def decode_request(self, request: LatentRequest, *, cancel: Callable[[], bool]) -> torch.Tensor:
+        assert request.latents.shape[1] * 256 == request.height * request.width
         if cancel():
             raise DecodeCancelled("cancelled")
-        values = latents[:, 0, 0]
+        values = request.latents[:, 0, 0]
         if self.poison & {int(value) for value in values}:
             raise RuntimeError("boom")
-        colours = values + paint(0, scaling_factor, shift_factor)
-        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, height, width)
+        colours = values + paint(0, request.reading.scaling_factor, request.reading.shift_factor)
+        return colours.reshape(-1, 1, 1, 1).expand(-1, 3, request.height, request.width)
 
 
 @settings(max_examples=200)
@@ -181,20 +178,21 @@ def test_every_job_is_answered_once_with_its_own_image(jobs: list[Job], data: st
             assert isinstance(outcome, RuntimeError)
         else:
             assert isinstance(outcome, torch.Tensor)
-            assert outcome.shape == (job.latents.shape[0], 3, job.height, job.width)
-            assert (outcome == paint(job.index, job.parameters.scaling_factor, job.parameters.shift_factor)).all()
+            request = job.request
+            assert outcome.shape == (request.batch, 3, request.height, request.width)
+            assert (outcome == paint(job.index, request.reading.scaling_factor, request.reading.shift_factor)).all()
 
 
 def test_the_decode_goes_on_while_one_of_its_requests_is_wanted() -> None:
     asked: list[bool] = []
 
     class Slow(FakeDecoder):
-        def decode_raw(self, latents: torch.Tensor, *, cancel: Callable[[], bool], **rest: object) -> torch.Tensor:
+        def decode_request(self, request: LatentRequest, *, cancel: Callable[[], bool]) -> torch.Tensor:
             gone.add(0)
             asked.append(cancel())
             gone.add(1)
             asked.append(cancel())
-            return torch.zeros(len(latents), 3, 16, 16)
+            return torch.zeros(request.batch, 3, 16, 16)
 
     gone: set[int] = set()
     answer(
@@ -212,7 +210,7 @@ def test_the_decode_goes_on_while_one_of_its_requests_is_wanted() -> None:
     [
         ({}, Parameters()),
         ({"format": "jpeg", "quality": 80}, Parameters(format="jpeg", quality=80)),
-        ({"scaling_factor": 1, "shift_factor": 0}, Parameters(scaling_factor=1.0, shift_factor=0.0)),
+        ({"scaling_factor": 1, "shift_factor": 0}, Parameters(reading=Reading(scaling_factor=1.0, shift_factor=0.0))),
         ({"priority": 1, "timeout": 5, "triton_enable_empty_final_response": True}, Parameters()),
     ],
 )
@@ -263,7 +261,8 @@ def read(decoder: Decoder, latents: np.ndarray, heights: object, widths: object,
 def test_a_job_has_the_size_that_is_decoded(decoder: Decoder) -> None:
     with pytest.warns(UserWarning, match="decoding 32x16"):
         found = read(decoder, np.zeros((2, 2, 64), np.float32), 40, 31)
-    assert (found.index, found.height, found.width, found.pixels) == (3, 32, 16, 2 * 32 * 16)
+    assert (found.index, found.request.height, found.request.width) == (3, 32, 16)
+    assert found.request.pixels == 2 * 32 * 16
 
 
 @pytest.mark.parametrize(

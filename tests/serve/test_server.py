@@ -17,7 +17,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from fluxvae import Decoder
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from fluxvae.serve.triton.server import TritonServer
 from serve.client import PROTOCOLS, Protocol, Request, Serving, random_latents
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from fluxvae import Decoder
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
 from serve.client import Request, Serving, random_latents
 from serve.supervised import Supervised, a_request, wait_for
 

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from fluxvae import InvalidLatentsError, pack_latents
 from fluxvae.client import Client, RemoteVAE
-from fluxvae.images import encode
+from fluxvae.pictures import encode
 from serve.client import PROTOCOLS, Request, Serving
 
 FACTORS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}

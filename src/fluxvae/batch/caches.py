@@ -15,7 +15,7 @@ from typing import Any
 
 from fluxvae.batch.readings import Expected
 from fluxvae.batch.tensors import Lazy
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
 
 __all__ = ["Contents", "Picture", "pictures_of"]
 

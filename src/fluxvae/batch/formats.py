@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 
 from fluxvae.batch.caches import Contents, Picture, pictures_of
 from fluxvae.batch.items import Entry, Latents
-from fluxvae.batch.readings import Expected, Reading, read_shape
+from fluxvae.batch.readings import Expected, Images, read_shape
 from fluxvae.batch.tensors import Lazy, Npz, open_npy, unzipped
 from fluxvae.claims import check_member, check_packing, check_rows
 from fluxvae.errors import InvalidLatentsError
+from fluxvae.latents.reading import Reading
 
 __all__ = ["FILE_SUFFIXES", "Source", "open_file", "unreadable"]
 
@@ -81,44 +82,41 @@ class TensorSource:
                 f"{path.name}: cannot be read as {path.suffix[1:]}: {_first_line(error)}; it is damaged, truncated or "
                 "another kind of file: make it again"
             ) from error
-        self._readings = [self._read(picture, expected, path.stat().st_size) for picture in self._pictures]
-        check_rows(path.name, sum(reading.rows for reading in self._readings))
+        self._images = [self._read(picture, expected, path.stat().st_size) for picture in self._pictures]
+        check_rows(path.name, sum(images.rows for images in self._images))
 
-    def _read(self, picture: Picture, expected: Expected, stored: int) -> Reading:
+    def _read(self, picture: Picture, expected: Expected, stored: int) -> Images:
         tensor = picture.tensor
         itemsize = getattr(getattr(torch, tensor.dtype, None), "itemsize", 1)
         check_packing(self._name, math.prod(tensor.shape) * itemsize, stored)
+        said, ids = expected.reading, picture.ids is not None
         height, width = (
-            picture.height if expected.height is None else expected.height,
-            picture.width if expected.width is None else expected.width,
+            picture.height if said.height is None else said.height,
+            picture.width if said.width is None else said.width,
         )
-        ids = picture.ids is not None
         return read_shape(expected.format, tensor.shape, height, width, ids=ids, one=picture.one)
 
     def entries(self) -> list[Entry]:
         """Images of its pictures, with their size where the file tells it."""
         found: list[Entry] = []
-        for picture, reading in zip(self._pictures, self._readings, strict=True):
-            found += self._entries(picture, reading, len(found))
+        for picture, images in zip(self._pictures, self._images, strict=True):
+            found += self._entries(picture, images, len(found))
         return found
 
-    def _entries(self, picture: Picture, reading: Reading, first: int) -> list[Entry]:
-        rows = reading.rows
+    def _entries(self, picture: Picture, images: Images, first: int) -> list[Entry]:
+        rows = images.rows
         heights, widths = _per_row("height", picture.height, rows), _per_row("width", picture.width, rows)
         raws = _per_row("raw", picture.raw, rows)
         if picture.ids is not None:
-            _check_ids(self._name, picture.ids.shape, reading)
+            _check_ids(self._name, picture.ids.shape, images)
         sized = [heights[row] is not None and widths[row] is not None for row in range(rows)]
         ids = [None if picture.ids is None or sized[row] else _ids_of(picture.ids, row) for row in range(rows)]
         return [
             Entry(
                 first + row,
-                reading.shape,
+                images.shape,
                 picture.tensor.dtype,
-                heights[row],
-                widths[row],
-                raw=raws[row],
-                ids=ids[row],
+                Reading(height=heights[row], width=widths[row], latent_ids=ids[row], raw=raws[row]),
                 label=picture.label,
                 ask=picture.ask,
             )
@@ -128,11 +126,11 @@ class TensorSource:
     def load(self, row: int) -> Latents:
         """One row; the others are not read."""
         try:
-            for picture, reading in zip(self._pictures, self._readings, strict=True):
-                if row < reading.rows:
+            for picture, images in zip(self._pictures, self._images, strict=True):
+                if row < images.rows:
                     ids = None if picture.ids is None else _ids_of(picture.ids, row)
-                    return Latents(reading.row(picture.tensor, row), ids)
-                row -= reading.rows
+                    return Latents(images.row(picture.tensor, row), ids)
+                row -= images.rows
             raise IndexError("it is not there")
         except (*_DAMAGE, IndexError) as error:
             raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
@@ -323,12 +321,12 @@ def _per_row(name: str, value: Any, rows: int) -> list[Any]:
     return list(value)
 
 
-def _check_ids(name: str, shape: tuple[int, ...], reading: Reading) -> None:
-    wanted = ((), (reading.rows,))
-    if len(shape) not in (2, 3) or shape[:-2] not in wanted or shape[-2] != reading.shape[1] or shape[-1] != 4:
+def _check_ids(name: str, shape: tuple[int, ...], images: Images) -> None:
+    rows, patches = images.rows, images.shape[1]
+    if shape not in ((patches, 4), (rows, patches, 4)):
         raise InvalidLatentsError(
-            f"{name}: latent_ids: got shape {shape} for {reading.rows} latents of {reading.shape[1]} patches; expected "
-            f"({reading.shape[1]}, 4), or ({reading.rows}, {reading.shape[1]}, 4)"
+            f"{name}: latent_ids: got shape {shape} for {rows} latents of {patches} patches; expected "
+            f"({patches}, 4), or ({rows}, {patches}, 4)"
         )
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save
 
 from fluxvae.batch.items import Item
-from fluxvae.images import FORMATS, OutputType, encode
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.pictures import FORMATS, OutputType, encode
 
 __all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
 
@@ -26,7 +26,8 @@ def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:
     Args:
         record: what the whole job has in common.
     """
-    own = {"source": item.source, "row": str(item.row), "height": str(item.height), "width": str(item.width)}
+    height, width = item.size
+    own = {"source": item.source, "row": str(item.row), "height": str(height), "width": str(width)}
     own |= {key: str(record[key]) for key in METADATA_KEYS if key not in own}
     return own | ({"approximate": PREVIEW_NOTE} if record["approximate"] else {})
 

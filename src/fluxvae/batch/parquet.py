@@ -27,6 +27,7 @@ from fluxvae.batch.items import Entry, Latents
 from fluxvae.batch.readings import Expected, read_shape
 from fluxvae.claims import check_packing, check_rows
 from fluxvae.errors import InvalidLatentsError
+from fluxvae.latents.reading import Reading
 
 __all__ = ["ParquetSource"]
 
@@ -86,11 +87,13 @@ class ParquetSource:
                 index,
                 self._image(row.get("shape") if fixed is None else fixed),
                 row.get("dtype") or "float32",
-                row.get("height"),
-                row.get("width"),
+                Reading(
+                    height=row.get("height"),
+                    width=row.get("width"),
+                    latent_ids=_ids(row.get("latent_ids")),
+                    raw=row.get("raw"),
+                ),
                 row.get("name"),
-                row.get("raw"),
-                _ids(row.get("latent_ids")),
             )
             for index, row in enumerate(rows)
         ]

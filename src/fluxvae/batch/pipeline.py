@@ -15,18 +15,19 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 
-from fluxvae.batch.items import Failure, Item, Latents, Result
+from fluxvae.batch.items import Failure, Item, Result
 from fluxvae.batch.sources import Library
 from fluxvae.decoder import Decoder
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.errors import DecodeCancelled, FluxVAEError, InvalidLatentsError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.images import OutputType, postprocess
+from fluxvae.latents.request import LatentRequest
+from fluxvae.pictures import OutputType, postprocess
 
 __all__ = ["Timing", "batch_size", "batches", "run_pipeline"]
 
@@ -58,14 +59,14 @@ def batches(items: Iterable[Item], size: Callable[[int, int], int]) -> Iterator[
     """Items of one size together, ``size(height, width)`` at most, near the order they came in."""
     stream = iter(items)
     while window := list(islice(stream, WINDOW)):
-        window.sort(key=lambda item: (item.height, item.width))  # stable: sources stay in order
+        window.sort(key=lambda item: item.size)  # stable: sources stay in order
         start = 0
         while start < len(window):
-            first = window[start]
+            same = window[start].size
             end = start + 1
-            while end < len(window) and (window[end].height, window[end].width) == (first.height, first.width):
+            while end < len(window) and window[end].size == same:
                 end += 1
-            step = size(first.height, first.width)
+            step = size(*same)
             yield from (window[i : min(i + step, end)] for i in range(start, end, step))
             start = end
 
@@ -150,7 +151,7 @@ def run_pipeline(
             yield waiting.popleft().result()
 
 
-Read = tuple[Item, "Latents | Failure"]
+Read = tuple[Item, "LatentRequest | Failure"]
 
 
 def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]], groups: Iterable[list[Item]]):  # type: ignore[no-untyped-def]
@@ -165,33 +166,33 @@ def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]]
 
 
 def _read(library: Library, decoder: Decoder, item: Item) -> Read:
-    """Latents of one item, checked, in a dtype that the decoder takes."""
+    """Read the latents of one item, and check them."""
     try:
-        read = library.open(item.source).load(item.row)
-        if read.tensor.dtype == torch.float64:
-            read = Latents(read.tensor.float(), read.ids)
-        size = decoder.check(read.tensor, height=item.height, width=item.width, latent_ids=read.ids, raw=item.raw)
-        if size != (item.height, item.width):
+        row = library.open(item.source).load(item.row)
+        latents = row.tensor.float() if row.tensor.dtype == torch.float64 else row.tensor  # no decoder takes float64
+        request = decoder.request(latents, replace(item.reading, latent_ids=row.ids))
+        if (request.height, request.width) != item.size:
             raise InvalidLatentsError(
-                f"height and width: got {item.height}x{item.width} (height x width), but the latents decode to "
-                f"{size[0]}x{size[1]}"
+                f"height and width: got {item.size[0]}x{item.size[1]} (height x width), but the latents decode to "
+                f"{request.height}x{request.width}"
             )
     except Exception as error:  # whatever a file makes a library raise, the others go on
         return item, Failure.of(error, item.source, item.row, item.name)
-    return item, read
+    return item, request
 
 
 def _decode(
     group: list[Read], decoder: Decoder, output_type: OutputType, stop: threading.Event
 ) -> list[tuple[Item, Any]] | None:
-    """Images, or failures, of one batch; None: stopped."""
-    result: list[tuple[Item, Any]] = [(item, found) for item, found in group if isinstance(found, Failure)]
-    good = [(item, found) for item, found in group if isinstance(found, Latents)]
+    """Decode one batch. Return the image or the failure of each item, or None where the job was stopped."""
+    result: list[tuple[Item, Any]] = []
     # Packed and unpacked latents, with ids and without, raw and not, or of two dtypes may share a size.
-    kinds: dict[Any, list[tuple[Item, Latents]]] = {}
-    for item, found in good:
-        kind = (found.tensor.shape, found.tensor.dtype, found.ids is None, item.raw)
-        kinds.setdefault(kind, []).append((item, found))
+    kinds: dict[Any, list[tuple[Item, LatentRequest]]] = {}
+    for item, found in group:
+        if isinstance(found, Failure):
+            result.append((item, found))
+        else:
+            kinds.setdefault(found.key, []).append((item, found))
     for pairs in kinds.values():
         try:
             result += _decode_same(pairs, decoder, output_type, stop)
@@ -201,20 +202,14 @@ def _decode(
 
 
 def _decode_same(
-    pairs: list[tuple[Item, Latents]], decoder: Decoder, output_type: OutputType, stop: threading.Event
+    pairs: list[tuple[Item, LatentRequest]], decoder: Decoder, output_type: OutputType, stop: threading.Event
 ) -> list[tuple[Item, Any]]:
-    first, has_ids = pairs[0][0], pairs[0][1].ids is not None
+    first = pairs[0][0]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ApproximateWarning)  # told once, and in every file
-            raw = decoder.decode_raw(
-                torch.cat([found.tensor for _, found in pairs]),
-                height=first.height,
-                width=first.width,
-                latent_ids=torch.cat([found.ids for _, found in pairs if found.ids is not None]) if has_ids else None,
-                raw=first.raw,
-                cancel=stop.is_set,
-            )
+            warnings.simplefilter("ignore", ApproximateWarning)  # it is told once, and in every file
+            together = LatentRequest.together([request for _, request in pairs])
+            raw = decoder.decode_request(together, cancel=stop.is_set)
     except DecodeCancelled:
         raise
     except NonFiniteOutputError as error:

@@ -147,9 +147,7 @@ def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threadi
     items = outlook.items
     # Small enough that all actors end together, large enough that reading and writing overlap with decoding.
     per_call = max(1, min(_MOST_PER_CALL, len(items) // (shape.workers * _CALLS_PER_WORKER)))
-    rows = [
-        {"index": index, "item": (i.source, i.row, i.name, i.height, i.width, i.raw)} for index, i in enumerate(items)
-    ]
+    rows = [{"index": index, "item": item.as_dict()} for index, item in enumerate(items)]
     calls = [{"index": [r["index"] for r in part], "items": [r["item"] for r in part]}
              for part in (rows[at : at + per_call] for at in range(0, len(rows), per_call))]  # fmt: skip
     data = ray.data.from_items([_pack(call) for call in calls], override_num_blocks=len(calls)).flat_map(
@@ -219,7 +217,7 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         call = json.loads(row["call"])
-        items = [Item(*item) for item in call["items"]]
+        items = [Item.from_dict(item) for item in call["items"]]
         index = {item.name: at for item, at in zip(items, call["index"], strict=True)}
         return [
             {

@@ -1,6 +1,6 @@
-"""Shapes of files to images: how many there are in a tensor, and what each of them is.
+"""Tells from the shape of a file's tensor how many images it holds, and the shape of each.
 
-`read_shape` counts the images; what they are is for `latent_layout` to say, as at every other door.
+`read_shape` counts the images. What they are is for `fluxvae.latents.layout` to say, as at every other door.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from fluxvae.batch.tensors import Lazy
 from fluxvae.claims import MAX_PIXELS
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.latent_layout import possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import possible_layouts, read_layout
+from fluxvae.latents.reading import UNSAID, Reading
 
-__all__ = ["Expected", "Reading", "read_shape"]
+__all__ = ["Expected", "Images", "read_shape"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,26 +25,23 @@ class Expected:
     """What a job takes its inputs for."""
 
     format: LatentFormat
-    """Of the checkpoint."""
-    height: int | None = None
-    """Pixels, instead of the files' own."""
-    width: int | None = None
-    raw: bool | None = None
-    """Instead of the files' own."""
+    """The format of the checkpoint."""
+    reading: Reading = UNSAID
+    """What the job itself says about all its inputs, which counts instead of what the files say."""
     max_pixels: int = MAX_PIXELS
-    """Of one image."""
+    """The most pixels that one image may have."""
 
 
-class Reading(NamedTuple):
-    """What a tensor of latents is."""
+class Images(NamedTuple):
+    """The images that a tensor of latents holds."""
 
     rows: int
-    """Images in it."""
+    """How many there are."""
     shape: tuple[int, ...]
-    """Of each, with a batch axis of 1: (1, N, 4C), (1, C, lh, lw), or of FLUX.2 (1, 4C, gh, gw)."""
+    """The shape of each with a batch axis of 1: (1, N, 4C), (1, C, lh, lw), or for FLUX.2 also (1, 4C, gh, gw)."""
 
     def row(self, tensor: Lazy, row: int) -> torch.Tensor:
-        """One image of ``tensor``, of ``shape``; the others are not read."""
+        """Return one image of ``tensor``, in `shape`. The others are not read."""
         return (tensor.whole() if self.rows == 1 else tensor.rows(row)).reshape(self.shape)
 
 
@@ -55,20 +53,21 @@ def read_shape(
     *,
     ids: bool = False,
     one: bool = False,
-) -> Reading:
-    """How a tensor of this shape is read: as `read_layout` has it, for all its rows.
+) -> Images:
+    """Return the images in a tensor of this shape, understood as `read_layout` does.
 
-    Whether each row has the size that was said is for the decoder to check, so that one row's mistake is not all rows'.
+    Whether each row has the size that was said is checked later, row by row, so that one row's mistake does not cost
+    the others.
 
     Args:
         shape: as for `read_layout`.
-        height, width: pixels, as far as they are known; whatever is no whole number is taken for unknown.
-        ids: position ids come with it, so it is packed.
-        one: it is one image without a batch axis, (C, h, w) or (C, 1, h, w), whatever its shape could also be.
+        height, width: the size in pixels, as far as it is known. What is no whole number counts as unknown.
+        ids: whether position ids come with the tensor, which means that it is packed.
+        one: whether it is one image without a batch axis, (C, h, w) or (C, 1, h, w), whatever its shape could also be.
 
     Raises:
-        InvalidLatentsError: no shape of this checkpoint's latents, no values, a video, or a shape with two readings
-            that nothing decides.
+        InvalidLatentsError: this checkpoint's latents do not have such a shape, there are no values, it is a video, or
+            the shape has two layouts and nothing decides.
     """
     if not shape or 0 in shape:
         raise InvalidLatentsError(f"latents: got shape {shape}, which holds no values; expected at least one of each")
@@ -77,7 +76,7 @@ def read_shape(
     ambiguous = len(possible_layouts(shape, (format,))) > 1
     size = [value if ambiguous and _whole(value) else None for value in (height, width)]
     layout = read_layout(shape, (format,), *size, with_ids=ids)
-    return Reading(layout.batch, (1, *layout.shape[1:]))
+    return Images(layout.batch, (1, *layout.shape[1:]))
 
 
 def _whole(value: object) -> bool:

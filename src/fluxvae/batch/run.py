@@ -17,6 +17,7 @@ from fluxvae.batch.store import Store, open_store
 from fluxvae.batch.worker import Worker, checkpoint_sha256
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.latents.checks import check_options
 
 __all__ = ["Outlook", "Report", "Watcher", "decode_files", "finish", "look"]
 
@@ -47,7 +48,7 @@ class Outlook:
         """How many images of each (height, width), the most frequent first."""
         counts: dict[tuple[int, int], int] = {}
         for item in self.items:
-            counts[item.height, item.width] = counts.get((item.height, item.width), 0) + 1
+            counts[item.size] = counts.get(item.size, 0) + 1
         return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
@@ -112,9 +113,10 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
     Raises:
         InvalidOptionError: inputs that name nothing, or an output folder that is not as the job expects it.
     """
-    decoder.format.check_options(raw=job.raw)
+    expected = job.expected(decoder.format)
+    check_options(decoder.format, expected.reading)
     found = find(job.inputs)
-    scanned = scan(found, job.suffix, job.expected(decoder.format))
+    scanned = scan(found, job.suffix, expected)
     sources = {one.url for one in found}
     prefix = store.root.rstrip("/")
     for item in scanned.items:

@@ -9,8 +9,9 @@ from fluxvae.batch.readings import Expected
 from fluxvae.claims import MAX_PIXELS
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
-from fluxvae.images import FORMATS, check_format
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.reading import Reading
+from fluxvae.pictures import FORMATS, check_format
 
 __all__ = ["OUTPUT_FORMATS", "Existing", "Job"]
 
@@ -83,8 +84,9 @@ class Job:
         return _SUFFIXES.get(self.format, f".{self.format}")
 
     def expected(self, format: LatentFormat) -> Expected:
-        """What its inputs are taken for, with a checkpoint of this format."""
-        return Expected(format=format, height=self.height, width=self.width, raw=self.raw, max_pixels=self.max_pixels)
+        """Return what the job takes its inputs for, with a checkpoint of this format."""
+        reading = Reading(height=self.height, width=self.width, raw=self.raw)
+        return Expected(format=format, reading=reading, max_pixels=self.max_pixels)
 
     def decoder_options(self) -> dict[str, Any]:
         """For ``Decoder.from_pretrained``, the source beside."""

@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_checks import check_shape
-from fluxvae.packing import SizeFlooredWarning
+from fluxvae.latents.checks import check_shape
+from fluxvae.latents.packing import SizeFlooredWarning
+from fluxvae.latents.reading import Reading
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 
@@ -212,12 +213,12 @@ def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
                             f"name: {name}{suffix} is also the output of {taken[name]}; rename one of them, or decode "
                             "them into folders of their own"
                         )
-                    size, is_raw, floored = _size(one.name, entry, expected)
+                    reading, floored = _settled(one.name, entry, expected)
                 except FluxVAEError as error:
                     result.failures.append(Failure.of(error, one.url, entry.row, name))
                     continue
                 taken[name] = one.url
-                result.items.append(Item(one.url, entry.row, name, *size, is_raw))
+                result.items.append(Item(one.url, entry.row, name, reading))
                 result.floored += floored
     return result
 
@@ -236,18 +237,16 @@ def _entries(found: Found, expected: Expected) -> list[Entry] | FluxVAEError:
         return InvalidLatentsError(f"{found.name}: cannot be read: {type(error).__name__}: {error}")
 
 
-def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int], bool | None, bool]:
-    """What the entry decodes to, whether it is raw, and whether the size is not the one that was asked for."""
-    format = expected.format
-    h = entry.height if expected.height is None else expected.height
-    w = entry.width if expected.width is None else expected.width
-    is_raw = entry.raw if expected.raw is None else expected.raw
-    if is_raw is None and entry.ask is not None:
+def _settled(name: str, entry: Entry, expected: Expected) -> tuple[Reading, bool]:
+    """Return how the entry is to be read, as `Item.reading`, and whether its size had to be floored."""
+    format, said = expected.format, expected.reading.over(entry.reading)
+    h, w, ids = said.height, said.width, said.latent_ids
+    if said.raw is None and entry.ask is not None:
         raise InvalidLatentsError(f"raw: {entry.ask}: pass --raw or --no-raw")
-    if is_raw is not None and not isinstance(is_raw, bool):
-        raise InvalidLatentsError(f"raw: got {is_raw!r}, expected true or false, or nothing")
+    if said.raw is not None and not isinstance(said.raw, bool):
+        raise InvalidLatentsError(f"raw: got {said.raw!r}, expected true or false, or nothing")
     unpacked = entry.shape is not None and len(entry.shape) == 4
-    if (h is None or w is None) and not unpacked and entry.ids is None:
+    if (h is None or w is None) and not unpacked and ids is None:
         raise InvalidLatentsError(
             f"height and width: got height={h}, width={w}; packed latents need both, and the file does not tell them: "
             "pass --height and --width, or keep them beside the latents (safetensors metadata, npz or pt keys, "
@@ -255,16 +254,16 @@ def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int],
         )
     if entry.shape is not None:
         shape = entry.shape
-    elif entry.ids is not None and entry.ids.ndim == 3:
-        shape = (1, entry.ids.shape[1], format.packed_features)
-    else:  # known when the values are read, and checked then
+    elif ids is not None and ids.ndim == 3:
+        shape = (1, ids.shape[1], format.packed_features)
+    else:  # it is known when the values are read, and is checked then
         multiple = format.packed_multiple
         patches = (_whole("height", h) // multiple) * (_whole("width", w) // multiple)
         shape = (1, patches, format.packed_features)
     check_pixels(
         name, shape, format.channels, format.vae_scale_factor, expected.max_pixels, "pass --max-pixels if it is meant"
     )
-    if unpacked and format.flux2 and is_raw is None and shape[1] == format.channels:
+    if unpacked and format.flux2 and said.raw is None and shape[1] == format.channels:
         raise InvalidLatentsError(
             f"latents: got shape {shape}, which may be raw latents (Flux2KleinPipeline's output_type='latent') or "
             "normalised ones: pass --raw or --no-raw, or keep 'raw' (true or false) beside the latents"
@@ -272,9 +271,10 @@ def _size(name: str, entry: Entry, expected: Expected) -> tuple[tuple[int, int],
     if entry.dtype not in _DTYPES:
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SizeFlooredWarning)  # counted here, told once
-        size = check_shape(format, shape, h, w, latent_ids=entry.ids, raw=is_raw)
-    return size, is_raw, not unpacked and h is not None and size != (h, w)
+        warnings.simplefilter("ignore", SizeFlooredWarning)  # such items are counted, and told of once
+        _, height, width, _ = check_shape(format, shape, said)
+    floored = not unpacked and h is not None and (height, width) != (h, w)
+    return replace(said, height=height, width=width, latent_ids=None), floored
 
 
 def _whole(name: str, value: object) -> int:

@@ -10,7 +10,6 @@ Sources: the config.json of each model's VAE on the hub; ComfyUI's ``latent_form
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from fluxvae.checkpoints.entries import Entry
 from fluxvae.errors import CheckpointError, InvalidOptionError
+from fluxvae.latents.reading import is_finite_number
 
 __all__ = [
     "FAMILIES",
@@ -134,7 +134,7 @@ def check_factors(factors: Mapping[str, float | None]) -> dict[str, float]:
 
 def wanted_factor(name: str, value: object) -> str:
     """Return in words what a factor of this name must be, if ``value`` is not that; otherwise an empty text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not is_finite_number(value):
         return "a finite number"
     if name == "scaling_factor" and value == 0:
         return "a number other than 0"

@@ -29,8 +29,8 @@ from fluxvae.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-    from fluxvae.decoder_options import VAE
     from fluxvae.engine.network import Network
+    from fluxvae.options import VAE
 
 __all__ = ["AssumedFamilyWarning", "Checkpoint", "load_vae", "open_checkpoint", "weights_files"]
 
@@ -101,7 +101,7 @@ class Checkpoint:
     @property
     def format(self) -> Any:
         """The `LatentFormat`, which says how the latents of this VAE become raw latents."""
-        from fluxvae.latents import LatentFormat
+        from fluxvae.latents.format import LatentFormat
 
         config = self._module.config if self._outline is None else self._outline.config
         return LatentFormat.from_config(config, self.model)

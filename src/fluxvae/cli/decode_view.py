@@ -16,7 +16,7 @@ from fluxvae.batch.estimate import Estimate
 from fluxvae.batch.folder import FAILURES
 from fluxvae.cli.options import DEMO_NOTE, print_facts
 from fluxvae.engine.plan import size_in_words
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
 
 __all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
 

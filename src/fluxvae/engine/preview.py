@@ -21,7 +21,7 @@ from fluxvae.engine.plan import Plan, size_in_words
 from fluxvae.engine.planner import limit_of
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny

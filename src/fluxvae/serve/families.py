@@ -1,6 +1,6 @@
 """What a model takes, by its name or the class of its checkpoint: for those who read no checkpoint.
 
-The gateway and the client read latents by these formats (`fluxvae.latent_layout`), the model by its checkpoint's.
+The gateway and the client read latents by these formats (`fluxvae.latents.layout`), the model by its checkpoint's.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fluxvae.errors import InvalidOptionError
-from fluxvae.latent_layout import possible_layouts
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import possible_layouts
 from fluxvae.serve.models import MODELS
 
 __all__ = ["families_of", "formats_of", "formats_of_model", "has_factors", "read_raw"]

@@ -14,7 +14,7 @@ def trim_heap() -> None:
     """Give freed memory back to the system, where the C library can (glibc).
 
     Results and reordered weights of one layer's size would stay resident beside those of the next, outside every plan.
-    Within a layer it depends on who allocates: `kernels.onednn.HEAP_BYTES`.
+    Within a layer it depends on who allocates: `HEAP_BYTES` of `kernels/direct/onednn.py`.
     """
     if _TRIM is not None:
         _TRIM(0)

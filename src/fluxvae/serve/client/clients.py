@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidOptionError, UnavailableError
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.client.http_transport import Http
 from fluxvae.serve.client.shared_memory import SharedMemoryGrpc
 from fluxvae.serve.client.transports import Call, Grpc, Transport
@@ -27,7 +28,7 @@ _LONGEST_PAUSE_S = 2.0
 
 
 def _make_transport(protocol: str, url: str, model: str) -> Transport:
-    """The transport by its name: ``"grpc"``, ``"http"`` or ``"shared_memory"``."""
+    """Return the transport of this name: ``"grpc"``, ``"http"`` or ``"shared_memory"``."""
     kinds: dict[str, Callable[[str, str], Transport]] = {"grpc": Grpc, "http": Http, "shared_memory": SharedMemoryGrpc}
     if protocol not in kinds:
         raise InvalidOptionError(f"protocol: got {protocol!r}, expected one of {', '.join(kinds)}")
@@ -40,13 +41,15 @@ class _Base:
     """What both clients share.
 
     Args:
-        url: ``host:port`` of Triton's gRPC endpoint (8001), or of its HTTP endpoint (8000) with ``protocol="http"``.
-        protocol: ``"grpc"``; ``"http"``; or ``"shared_memory"``: gRPC for a server on this machine, with latents and
-            images in system shared memory.
-        model: its name on the server: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or, approximate, ``"vae_preview"``.
-        timeout_s: from the call of ``decode`` to its answer, retries included.
-        retries: how often a request is repeated that was refused before any work: no connection, a full queue. An
-            error after that is never retried.
+        url: the ``host:port`` of Triton's gRPC endpoint (8001), or with ``protocol="http"`` of its HTTP endpoint
+            (8000).
+        protocol: ``"grpc"``, ``"http"``, or ``"shared_memory"``, which is gRPC to a server on this machine, with
+            latents and images in system shared memory.
+        model: the model's name on the server: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or ``"vae_preview"``, whose
+            images are approximate.
+        timeout_s: the seconds that a ``decode`` may take from its call to its answer, retries included.
+        retries: how often a request is repeated that was refused before any work, because there was no connection or
+            the queue was full. After any other error nothing is repeated.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class _Base:
         self._transport = _make_transport(protocol, url, model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along, into another process too: everything but the connection, which it makes itself."""
+        """Return what a copy takes along, also into another process: all but the connection, which it makes itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_transport"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,12 +81,12 @@ class _Base:
         self._transport = _make_transport(self._protocol, self.url, self._model)
 
     def _pauses(self) -> Iterator[float]:
-        """Seconds before each retry: longer and longer, and not all clients at once."""
+        """Yield the seconds to wait before each retry. They grow, and are not the same for all clients."""
         for attempt in range(self._retries):
             yield min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
 
     def _next_pause(self, error: UnavailableError, pauses: Iterator[float], deadline: float) -> float:
-        """How long to wait before the request is repeated; raises ``error`` where it is not to be."""
+        """Return how long to wait before the request is repeated, or raise ``error`` if it is not to be repeated."""
         pause = next(pauses, None)
         if not refused_before_work(error) or pause is None or time.monotonic() + pause >= deadline:
             raise error
@@ -112,39 +115,37 @@ class Client(_Base):
         """Decode latents on the server.
 
         Args:
-            latents: packed (B, patches, 64) with height and width, or unpacked (B, 16, lh, lw), scaled; any device.
-                FLUX.2's and previews', one frame, and one image without its batch are as for ``Decoder.decode``. What
-                comes out always has its batch.
-            height, width: pixels. As the client does not know the server's checkpoint, but only the class its model's
-                name stands for, they are also needed where an image of one family would be another's packed ones:
-                (4, n, 64) to ``"vae_decoder"``.
-            output_type: as for ``Decoder.decode``: ``"pil"``, ``"np"``, ``"pt"``, ``"uint8"``; or ``"raw"``:
-                (B, 3, H, W) nominally in [-1, 1], not clamped. Tensors come as float32 on the CPU.
-            latent_ids, raw: of FLUX.2's latents, as for ``Decoder.decode``.
-            scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own; refused where it has none.
-            priority: 1 is served first; None: the model's default.
-            timeout_s: instead of the client's. Past it the server stops the decode (not over HTTP).
-            request_id: for the server's log; None: a random one.
+            latents: packed (B, patches, 64) with height and width, or unpacked (B, 16, lh, lw); float32, bfloat16 or
+                float16; scaled, as the transformer leaves them; on any device. FLUX.2's latents, previews', one frame,
+                and one image without its batch may be given as to ``Decoder.decode``.
+            height, width: the size of the image in pixels. The client does not know the server's checkpoint, but only
+                the class that its model's name stands for. So they are also needed where an image of one family has
+                the shape of another's packed latents: (4, n, 64) to ``"vae_decoder"``.
+            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"uint8"`` as for ``Decoder.decode``, or ``"raw"``:
+                (B, 3, H, W), nominally in [-1, 1], not clamped. Tensors are float32, on the CPU.
+            latent_ids, raw: for FLUX.2's latents, as for ``Decoder.decode``.
+            scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
+                where it has none.
+            priority: requests with 1 are served first. None is the model's default.
+            timeout_s: is used instead of the client's. After it the server stops the decode, except over HTTP.
+            request_id: names the request in the server's log. None: a random one.
+
+        Returns:
+            The images, always with their batch.
 
         Raises:
             InvalidLatentsError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError: as the library would.
-            DeadlineExceededError: no answer in time.
-            UnavailableError: no connection, a full queue, no memory: the same request may work later.
+            DeadlineExceededError: there was no answer in time.
+            UnavailableError: there was no connection, or the server's queue was full, or it had no memory. The same
+                request may work later.
             FluxVAEError: the server failed.
         """
+        reading = Reading(
+            height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
+            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
+        )  # fmt: skip
         request = make_request(
-            latents,
-            model=self.model,
-            height=height,
-            width=width,
-            output_type=output_type,
-            latent_ids=latent_ids,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            batch_norm_eps=batch_norm_eps,
-            raw=raw,
-            priority=priority,
-            request_id=request_id,
+            latents, reading, model=self.model, output_type=output_type, priority=priority, request_id=request_id
         )
         return self._send(request, self._timeout_s if timeout_s is None else timeout_s)
 
@@ -156,7 +157,7 @@ class Client(_Base):
                 try:
                     return call.future.result()
                 except BaseException:
-                    call.cancel()  # Ctrl-C here ends the decode there
+                    call.cancel()  # so that Ctrl-C here ends the decode on the server
                     raise
             except UnavailableError as error:
                 time.sleep(self._next_pause(error, pauses, deadline))
@@ -195,19 +196,12 @@ class AsyncClient(_Base):
         request_id: str | None = None,
     ) -> Any:
         """As `Client.decode`."""
+        reading = Reading(
+            height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
+            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
+        )  # fmt: skip
         request = make_request(
-            latents,
-            model=self.model,
-            height=height,
-            width=width,
-            output_type=output_type,
-            latent_ids=latent_ids,
-            scaling_factor=scaling_factor,
-            shift_factor=shift_factor,
-            batch_norm_eps=batch_norm_eps,
-            raw=raw,
-            priority=priority,
-            request_id=request_id,
+            latents, reading, model=self.model, output_type=output_type, priority=priority, request_id=request_id
         )
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         deadline, pauses = time.monotonic() + timeout_s, self._pauses()
@@ -223,7 +217,7 @@ class AsyncClient(_Base):
                 await asyncio.sleep(self._next_pause(error, pauses, deadline))
 
     async def _start(self, request: Request, timeout_s: float) -> Call:
-        # In a thread: shared memory registers a region, and large latents are copied.
+        # This happens in a thread, because shared memory registers a region and copies the latents.
         starting = asyncio.ensure_future(asyncio.to_thread(self._transport.start, request, timeout_s))
         try:
             return await asyncio.shield(starting)

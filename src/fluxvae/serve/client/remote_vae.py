@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 
 from fluxvae.checkpoints import ASSETS
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_layout import read_layout, unpacked_shape
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import read_layout, unpacked_shape
 from fluxvae.serve.client.clients import Client
 
 __all__ = ["Installed", "RemoteVAE", "install"]

@@ -26,9 +26,10 @@ from fluxvae.errors import (
     NonFiniteOutputError,
     UnavailableError,
 )
-from fluxvae.latent_layout import Layout, possible_layouts, read_layout
-from fluxvae.latents import LatentFormat
-from fluxvae.packing import SizeFlooredWarning, token_positions
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import Layout, possible_layouts, read_layout
+from fluxvae.latents.packing import SizeFlooredWarning, token_positions
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.families import formats_of_model
 from fluxvae.serve.triton_words import passing_trouble
 
@@ -45,7 +46,8 @@ _OUTPUTS = {
     "raw": ("images_raw", np.float32),
 }
 _DTYPES = ("float32", "bfloat16", "float16")
-_SCALE = 8  # pixels per latent, each way: every VAE of the FLUX family
+_SCALE = 8
+"""How many pixels there are for each latent, in each direction, with every VAE of the FLUX family."""
 _OPTIONS = frozenset(
     {
         "batch_norm_eps",
@@ -60,43 +62,43 @@ _OPTIONS = frozenset(
         "shift_factor",
     }
 )
-"""What errors about them begin with."""
+"""Words with which errors about options begin."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One request to the model."""
+    """One request to the model: latents and what was said about them, as they are sent."""
 
     latents: NDArray[np.float32]
-    """(B, patches, 4*C), or (B, C, lh * lw) with the parameter layout."""
+    """(B, patches, 4*C), or (B, C, lh * lw) with the parameter ``layout``."""
     height: int
     width: int
     output_type: str
     parameters: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
-    """0: the model's default."""
+    """0 stands for the model's default."""
     id: str = ""
     latent_ids: NDArray[np.int64] | None = None
-    """(B, patches, 4), of FLUX.2's packed latents."""
+    """(B, patches, 4), for FLUX.2's packed latents."""
 
     @property
     def output(self) -> str:
-        """The name of the output that is asked for."""
+        """The name of the model's output that is asked for."""
         return _OUTPUTS[self.output_type][0]
 
     @property
     def answer_dtype(self) -> np.dtype[Any]:
-        """Of the output."""
+        """The dtype of that output."""
         return np.dtype(_OUTPUTS[self.output_type][1])
 
     @property
     def answer_bytes(self) -> int:
-        """What the output takes at most: a size that is not a multiple of 16 is floored."""
+        """How many bytes the output takes at most. It takes fewer where the server floors the size."""
         return len(self.latents) * 3 * self.height * self.width * self.answer_dtype.itemsize
 
     @property
     def inputs(self) -> dict[str, NDArray[Any]]:
-        """The tensors, by name."""
+        """The tensors that are sent, by name."""
         rows = (len(self.latents), 1)
         size = {"height": self.height, "width": self.width}
         sent: dict[str, NDArray[Any]] = {name: np.full(rows, value, np.int32) for name, value in size.items()}
@@ -105,30 +107,31 @@ class Request:
 
 
 class Unsent(UnavailableError):
-    """No connection came about: the request did not leave, and is safe to repeat."""
+    """No connection came about, so the request was not sent and is safe to repeat."""
 
 
 def make_request(
     latents: torch.Tensor | NDArray[Any],
+    reading: Reading,
     *,
     model: str,
-    height: int | None,
-    width: int | None,
     output_type: str,
-    latent_ids: torch.Tensor | NDArray[Any] | None,
-    scaling_factor: float | None,
-    shift_factor: float | None,
-    batch_norm_eps: float | None,
-    raw: bool | None,
-    priority: int | None,
-    request_id: str | None,
+    priority: int | None = None,
+    request_id: str | None = None,
 ) -> Request:
-    """The request for these arguments of ``decode`` to this model.
+    """Return the request to a model for these latents.
 
-    Types are checked here, and the shape as far as it must be read; the rest by the server.
+    Types are checked here, and the shape as far as it must be known. The server checks the rest, because it knows the
+    checkpoint.
+
+    Args:
+        latents: as for `Client.decode`.
+        reading: what is said about them.
+        model: the model's name, which tells the class of its VAE.
+        output_type, priority, request_id: as for `Client.decode`.
 
     Raises:
-        InvalidLatentsError, InvalidOptionError: what cannot be put on the wire.
+        InvalidLatentsError, InvalidOptionError: something cannot be sent.
     """
     if output_type not in _OUTPUTS:
         raise InvalidOptionError(f"output_type: got {output_type!r}, expected one of {', '.join(_OUTPUTS)}")
@@ -144,12 +147,13 @@ def make_request(
             f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
             "1"
         )
-    layout = _layout(shape, model, height, width, with_ids=latent_ids is not None)
+    height, width = reading.height, reading.width
+    layout = _layout(shape, model, height, width, with_ids=reading.latent_ids is not None)
     sent = latents.reshape(layout.shape)
     parameters: dict[str, Any] = {}
     ids: NDArray[np.int64] | None = None
-    if latent_ids is not None:
-        ids, (gh, gw) = _ids(latent_ids, layout, one_image=len(shape) == 2)
+    if reading.latent_ids is not None:
+        ids, (gh, gw) = _ids(reading.latent_ids, layout, one_image=len(shape) == 2)
         if height is None and width is None:
             height, width = 2 * _SCALE * gh, 2 * _SCALE * gw
     if layout.size is not None:
@@ -161,12 +165,9 @@ def make_request(
             raise InvalidLatentsError(
                 f"{name}: got {value!r}, expected a positive whole number of pixels; packed latents need both"
             )
-    numbers = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
-    parameters |= {name: float(number) for name, number in numbers.items() if number is not None}
-    if raw is not None:
-        if not isinstance(raw, bool):
-            raise InvalidOptionError(f"raw: got {raw!r}, expected True, False or None")
-        parameters["raw"] = raw
+    if reading.raw is not None and not isinstance(reading.raw, bool):
+        raise InvalidOptionError(f"raw: got {reading.raw!r}, expected True, False or None")
+    parameters |= reading.parameters()
     assert height is not None
     assert width is not None
     return Request(
@@ -182,13 +183,13 @@ def make_request(
 
 
 def _is_tensor(value: object) -> bool:
-    """Whether it is a tensor; who has one has imported PyTorch."""
+    """Return whether it is a tensor. PyTorch is not imported for that, because whoever has a tensor has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _as_float32(latents: Any) -> NDArray[np.float32]:
-    """A tensor or an array as an array in C order, without a copy where it is one."""
+    """Return a tensor or an array as a float32 array in C order, which is a copy only where it has to be."""
     if isinstance(latents, np.ndarray):
         return np.ascontiguousarray(latents, np.float32)
     array: NDArray[np.float32] = latents.detach().to("cpu").float().contiguous().numpy()
@@ -198,7 +199,7 @@ def _as_float32(latents: Any) -> NDArray[np.float32]:
 def _ids(
     latent_ids: torch.Tensor | NDArray[Any], layout: Layout, *, one_image: bool
 ) -> tuple[NDArray[np.int64], tuple[int, int]]:
-    """Position ids with their batch, checked, and the grid they name."""
+    """Check position ids; return them with their batch, and the grid that they name."""
     import torch
 
     ids = torch.from_numpy(latent_ids) if isinstance(latent_ids, np.ndarray) else latent_ids
@@ -209,18 +210,20 @@ def _ids(
 
 
 def _layout(shape: tuple[int, ...], model: str, height: object, width: object, *, with_ids: bool) -> Layout:
+    """Return how the shape is to be understood, as far as the model's name tells what it takes."""
     formats = formats_of_model(model)
     if len(shape) in (3, 4) and not possible_layouts(shape, formats):
-        # Channels of no such model: with their batch, as ever, and the server says what it takes.
+        # No such model has this number of channels. It is taken for latents with their batch, and the server says what
+        # it takes.
         channels = shape[1] if len(shape) == 4 else shape[2] // 4
         formats = (LatentFormat(channels=channels),) if len(shape) == 4 or shape[2] % 4 == 0 else formats
     return read_layout(shape, formats, height, width, with_ids=with_ids)
 
 
 def read_answer(request: Request, array: NDArray[Any]) -> Any:
-    """The output as ``decode`` returns it; ``array`` may be a view that does not live on.
+    """Return the output as ``decode`` returns it. ``array`` may be a view of memory that is used again.
 
-    Warns with `SizeFlooredWarning` where the server decoded a smaller size than was asked for.
+    A `SizeFlooredWarning` tells where the server decoded a smaller size than was asked for.
     """
     channels_first = request.output in ("images_pt", "images_raw")
     size = array.shape[2:4] if channels_first else array.shape[1:3]
@@ -239,8 +242,8 @@ def read_answer(request: Request, array: NDArray[Any]) -> Any:
     if request.output_type == "pil":
         from PIL import Image
 
-        return [Image.fromarray(one) for one in array]  # copies
-    array = array.copy()  # writable, and the caller's own
+        return [Image.fromarray(one) for one in array]  # this copies the pixels
+    array = array.copy()  # so that it is writable, and the caller's own
     if not channels_first:
         return array
     import torch
@@ -253,16 +256,19 @@ _LATE = "Request timeout expired"
 
 
 def refused_before_work(error: BaseException) -> bool:
-    """Whether a request can be repeated without anything being done twice: it did not leave, or the queue was full."""
+    """Return whether a request can be repeated without anything being done twice.
+
+    That is so where it was not sent, and where the server's queue was full.
+    """
     return isinstance(error, Unsent) or (isinstance(error, UnavailableError) and _FULL in str(error))
 
 
 def error_of(status: str, message: str, request: Request, *, model: str, timeout_s: float) -> FluxVAEError:
-    """The error that the library would have raised, or the nearest.
+    """Return the error that the library would have raised, or the one that is nearest to it.
 
     Args:
-        status: gRPC's name of it: ``"INVALID_ARGUMENT"``.
-        message: as the server or gRPC put it.
+        status: gRPC's name of what happened, such as ``"INVALID_ARGUMENT"``.
+        message: the words of the server or of gRPC.
     """
     where = f"(request {request.id})"
     if status == "INVALID_ARGUMENT":

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from fluxvae.errors import InvalidLatentsError, UnavailableError
-from fluxvae.latent_layout import Layout
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.latents.layout import Layout
 from fluxvae.serve.families import families_of
 from fluxvae.serve.gateway.body import Form, base64_answer, largest_json, read_form, read_json
 from fluxvae.serve.gateway.errors import RequestTimeout, TooLarge

@@ -86,14 +86,9 @@ class TritonModel:
         Raises:
             FluxVAEError: what Triton answered, as its HTTP equivalent.
         """
-        parameters: dict[str, Any] = {"layout": latents.layout} if latents.layout != "packed" else {}
+        parameters = dict(latents.parameters)
         if asked.output == "images_encoded":
             parameters["format"] = asked.image_format
-        for factor in ("scaling_factor", "shift_factor"):
-            if (value := getattr(asked, factor)) is not None:
-                parameters[factor] = float(value)
-        if asked.raw is not None:
-            parameters["raw"] = asked.raw
         deadline = time.monotonic() + timeout_s
         rows = latents.array.shape[0]
         whole: NDArray[Any] | None = None

@@ -1,21 +1,21 @@
-"""The latents of a request: what their shape says, before the body is there, and the body as an array.
+"""Reads the latents of a request: first what their shape says, before the body is there, then the body as an array.
 
-No PyTorch in here: to look at latents NumPy is enough, and the gateway stays small and starts at once.
+Nothing here uses PyTorch. NumPy is enough to look at latents, and the gateway stays small and starts at once.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latent_checks import check_shape, not_finite
-from fluxvae.latent_layout import Layout, read_layout
-from fluxvae.packing import SizeFlooredWarning
+from fluxvae.latents.checks import check_shape, not_finite
+from fluxvae.latents.layout import Layout, read_layout
+from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.remote_decode import Asked, Limits
@@ -26,29 +26,30 @@ _LARGEST_RAW = 65504.0  # float16's; latents of any model stay below 100
 
 
 class Latents(NamedTuple):
-    """Latents as the Triton model takes them, and what they will decode to."""
+    """Latents as the Triton model takes them."""
 
     array: NDArray[np.float32]
-    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); of FLUX.2 with 128, and 32 or 128. Always with its batch."""
+    """Packed (B, N, 64), or unpacked (B, 16, lh * lw); FLUX.2's have 128, and 32 or 128. The batch is always there."""
     height: int
-    """Pixels: of the image for unpacked latents, as asked for packed ones (the model floors them)."""
+    """The height in pixels: the image's for unpacked latents; for packed ones what was asked for, as the model floors
+    it."""
     width: int
-    layout: str
-    """``packed`` or ``unpacked``."""
+    parameters: dict[str, Any]
+    """The parameters of the request to the model that say how the latents are to be read."""
     warning: str | None
-    """That the size will be floored, for the client to read."""
+    """Tells the client that the size will be floored; None where it will not."""
 
 
 def read_shape(asked: Asked, limits: Limits) -> Layout:
-    """How the latents are to be read, checked as far as their shape goes.
+    """Return how the shape of the latents is to be understood, checked as far as it goes without them.
 
     Raises:
         InvalidLatentsError: no latents of the model have this shape, the size does not fit it, or nothing tells which
-            of two readings is meant.
-        InvalidOptionError: a batch where one encoded picture is asked for.
-        TooLarge: more than ``limits``.
+            of two layouts is meant.
+        InvalidOptionError: one encoded picture is asked for, and the latents are a batch.
+        TooLarge: there is more than ``limits`` allow.
     """
-    layout = read_layout(asked.shape, formats_of(asked.vae_class), asked.height, asked.width)
+    layout = read_layout(asked.shape, formats_of(asked.vae_class), asked.reading.height, asked.reading.width)
     if layout.size is None:
         pixels = layout.batch * layout.shape[1] * layout.format.packed_multiple**2
     else:
@@ -68,21 +69,23 @@ def read_shape(asked: Asked, limits: Limits) -> Layout:
 
 
 def read_latents(asked: Asked, layout: Layout, body: bytearray | bytes) -> Latents:
-    """The bytes of the latents as an array, checked like the library checks them.
+    """Return the bytes of the latents as an array, checked as the library checks them.
 
     Args:
-        asked: from `parse`.
-        layout: from `read_shape`.
-        body: raw and little-endian; float32 stay where they are.
+        asked: what `parse` returned.
+        layout: what `read_shape` returned.
+        body: the values, raw and little-endian. Those of float32 are not copied.
 
     Raises:
-        InvalidLatentsError: the wrong number of bytes, NaN or Inf, or values so large that no float16 holds them.
+        InvalidLatentsError: the number of bytes is wrong, or there are NaN or Inf, or values so large that no float16
+            holds them.
     """
     if len(body) != asked.nbytes:
         raise wrong_length(f"{len(body)} bytes", asked)
     values = _as_float32(body, asked.dtype)
-    scaling = layout.format.scaling_factor if asked.scaling_factor is None else asked.scaling_factor
-    shift = layout.format.shift_factor if asked.shift_factor is None else asked.shift_factor
+    reading, format = asked.reading, layout.format
+    scaling = format.scaling_factor if reading.scaling_factor is None else reading.scaling_factor
+    shift = format.shift_factor if reading.shift_factor is None else reading.shift_factor
     largest = max(float(values.max()), -float(values.min()))  # of NaN and Inf too
     if not math.isfinite(largest):
         bad = ~np.isfinite(values)
@@ -97,21 +100,21 @@ def read_latents(asked: Asked, layout: Layout, body: bytearray | bytes) -> Laten
         )
     array = values.reshape(*layout.shape[:2], -1)
     if layout.size is not None:
-        return Latents(array, *layout.size, "unpacked", None)
-    assert asked.height is not None  # the check saw to it
-    assert asked.width is not None
-    return Latents(array, asked.height, asked.width, "packed", _check(asked, layout))
+        return Latents(array, *layout.size, {"layout": "unpacked", **reading.parameters()}, None)
+    assert reading.height is not None  # `check_shape` refuses packed latents without a size
+    assert reading.width is not None
+    return Latents(array, reading.height, reading.width, reading.parameters(), _check(asked, layout))
 
 
 def wrong_length(came: str, asked: Asked) -> InvalidLatentsError:
-    """The refusal of a body that does not hold what the query says."""
+    """Return the error that refuses a body which does not hold what the query says."""
     return InvalidLatentsError(
         f"body: got {came}, expected {asked.nbytes}: shape {asked.shape} of {asked.dtype}, raw and little-endian"
     )
 
 
 def _as_float32(body: bytearray | bytes, dtype: str) -> NDArray[np.float32]:
-    if dtype == "bfloat16":  # NumPy has none: it is float32's upper half
+    if dtype == "bfloat16":  # NumPy does not have it; it is the upper half of a float32
         halves = np.frombuffer(body, "<u2").astype(np.uint32)
         halves <<= 16
         return halves.view(np.float32)
@@ -119,8 +122,8 @@ def _as_float32(body: bytearray | bytes, dtype: str) -> NDArray[np.float32]:
 
 
 def _check(asked: Asked, layout: Layout) -> str | None:
-    """The library's own check of such a shape; what it warned of."""
+    """Check the shape as the library does, and return the words of its warning, if it warned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SizeFlooredWarning)
-        check_shape(layout.format, asked.shape, asked.height, asked.width, raw=asked.raw)
+        check_shape(layout.format, asked.shape, asked.reading)
     return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.families import has_factors, read_raw
 from fluxvae.serve.gateway.body import Form
 from fluxvae.serve.gateway.errors import TooLarge
@@ -103,29 +104,24 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a query and its headers ask for: valid by itself, its body still unread."""
+    """What a query and its headers ask for. It is valid by itself, while the body is still unread."""
 
     shape: tuple[int, ...]
     dtype: str
-    height: int | None
-    width: int | None
+    reading: Reading
+    """What is said about the latents. Its factors are as for the Triton model, where None is the checkpoint's own."""
     output: str
     """The Triton model's output: ``images``, ``images_pt``, ``images_raw`` or ``images_encoded``."""
     image_format: str
-    """``jpeg`` or ``png``: the model's words."""
+    """``jpeg`` or ``png``, as the model calls them."""
     base64: bool
-    """A tensor is answered as base64 in JSON."""
+    """Whether a tensor is answered as base64 in JSON."""
     vae_class: str
-    """Of the model that is asked."""
-    scaling_factor: float | None
-    """None: the checkpoint's own, where it has any."""
-    shift_factor: float | None
-    raw: bool | None
-    """Of FLUX.2: nothing is rescaled."""
+    """The class of the VAE that the model serves."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the latents."""
+        """How many bytes the latents take."""
         return math.prod(self.shape) * _ITEMSIZES[self.dtype]
 
 
@@ -162,19 +158,15 @@ def parse(
             f"{form.value}; send one or the other"
         )
     accepted = accept.split(";")[0].strip().lower()
-    scaling_factor, shift_factor, raw = _rescaling(given, vae_class)
+    rescaling = _rescaling(given, vae_class)
     asked = Asked(
         shape=_shape(shape),
         dtype=_choice(given, "dtype"),
-        height=_pixels(given, "height"),
-        width=_pixels(given, "width"),
+        reading=replace(rescaling, height=_pixels(given, "height"), width=_pixels(given, "width")),
         output=_output(output_type, _flag(given, "partial_postprocess"), accepted),
         image_format=_image_format(given, accepted),
         base64=_base64(given, accepted),
         vae_class=vae_class,
-        scaling_factor=scaling_factor,
-        shift_factor=shift_factor,
-        raw=raw,
     )
     if asked.nbytes > limits.max_request_bytes:
         raise TooLarge(
@@ -250,6 +242,7 @@ def _flag(given: dict[str, str], name: str) -> bool:
 
 
 def _number(given: dict[str, str], name: str) -> float | None:
+    """Read a number that comes as text, which is not all that Python's float() takes."""
     if name not in given:
         return None
     try:
@@ -261,14 +254,14 @@ def _number(given: dict[str, str], name: str) -> float | None:
     return value
 
 
-def _rescaling(given: dict[str, str], vae_class: str) -> tuple[float | None, float | None, bool | None]:
-    """(scaling_factor, shift_factor, raw) for the model, where None is the checkpoint's own, or none.
+def _rescaling(given: dict[str, str], vae_class: str) -> Reading:
+    """Return what the query says about rescaling, in the model's terms.
 
-    The client leaves out what was already applied, and says ``do_scaling=True`` where the server's are wanted.
+    The client leaves out what was already applied, and says ``do_scaling=True`` where the server's own is wanted.
     """
     if not has_factors(vae_class):
         _flag(given, "do_scaling")  # its value is checked
-        return None, None, read_raw(given, vae_class)
+        return Reading(raw=read_raw(given, vae_class))
     scaling, shift = _number(given, "scaling_factor"), _number(given, "shift_factor")
     if scaling is not None and not 1 / _LARGEST_SCALING <= abs(scaling) <= _LARGEST_SCALING:
         raise InvalidOptionError(
@@ -276,13 +269,13 @@ def _rescaling(given: dict[str, str], vae_class: str) -> tuple[float | None, flo
             f"{_LARGEST_SCALING:g}: latents are divided by it (FLUX.1: 0.3611)"
         )
     if _flag(given, "do_scaling"):
-        return scaling, shift, None
+        return Reading(scaling_factor=scaling, shift_factor=shift)
     if "do_scaling" in given and (scaling is not None or shift is not None):
         raise InvalidOptionError(
             "do_scaling: got False together with scaling_factor or shift_factor, which contradict it; send one or the "
             "other"
         )
-    return 1.0 if scaling is None else scaling, 0.0 if shift is None else shift, None
+    return Reading(scaling_factor=1.0 if scaling is None else scaling, shift_factor=0.0 if shift is None else shift)
 
 
 def _output(output_type: str, partial_postprocess: bool, accepted: str) -> str:

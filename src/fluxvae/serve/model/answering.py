@@ -32,9 +32,10 @@ def group(jobs: Iterable[Job], fits: Callable[[Sequence[Job]], bool]) -> list[li
     open_groups: dict[object, list[Job]] = {}
     groups: list[list[Job]] = []
     for job in jobs:
-        current = open_groups.get(job.key)
+        key = job.request.key
+        current = open_groups.get(key)
         if current is None or not fits([*current, job]):
-            current = open_groups[job.key] = []
+            current = open_groups[key] = []
             groups.append(current)
         current.append(job)
     return groups
@@ -85,8 +86,8 @@ def _answer_group(
     if isinstance(outcome, torch.Tensor):
         row = 0
         for job in jobs:
-            image = outcome[row : row + job.rows]
-            row += job.rows
+            image = outcome[row : row + job.request.batch]
+            row += job.request.batch
             gone = len(jobs) > 1 and cancelled(job)  # the others kept the decode going
             deliver(job, DecodeCancelled("the request was cancelled during its decode") if gone else image)
     elif len(jobs) == 1 or isinstance(outcome, DecodeCancelled):

@@ -13,6 +13,7 @@ from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.plan import Plan
 from fluxvae.engine.preview import PreviewEngine
 from fluxvae.errors import MemoryLimitError, UnavailableError
+from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model.outputs import output_bytes
 from fluxvae.serve.model.requests import Job
 
@@ -58,11 +59,12 @@ class MemoryBudget:
 
     def fits(self, jobs: Sequence[Job]) -> bool:
         """Whether jobs of one key may share a decode: it stays as cheap as for the first of them alone."""
-        first = jobs[0]
-        if sum(job.pixels for job in jobs) > self._max_pixels:
+        requests = [job.request for job in jobs]
+        first = requests[0]
+        if sum(request.pixels for request in requests) > self._max_pixels:
             return False
         try:
-            plan = self.plan(first.height, first.width, first.rows)
+            plan = self.plan(first.height, first.width, first.batch)
         except MemoryLimitError:
             return False  # the first alone does not fit: it is refused alone
         if plan is None:
@@ -70,9 +72,11 @@ class MemoryBudget:
         # A limit that leaves no room for one more image on the same plan would buy it with a slower one.
         itemsize = self._decoder.dtype.itemsize
         image = 3 * first.height * first.width * itemsize
-        added = sum(job.rows for job in jobs[1:]) * image
-        decoded = sum(job.rows for job in jobs) * image
-        answered = max(output_bytes(job.outputs, job.rows, job.height, job.width, itemsize) for job in jobs)
+        added = sum(request.batch for request in requests[1:]) * image
+        decoded = sum(request.batch for request in requests) * image
+        answered = max(
+            output_bytes(job.outputs, job.request.batch, first.height, first.width, itemsize) for job in jobs
+        )
         return max(plan.peak_bytes + added, decoded + answered) <= self._limit()
 
     def check(self, job: Job) -> None:
@@ -84,11 +88,12 @@ class MemoryBudget:
         limit = self._decoder.memory_limit
         if limit is None:
             return
-        itemsize = self._decoder.dtype.itemsize
-        needed = 3 * job.pixels * itemsize + output_bytes(job.outputs, job.rows, job.height, job.width, itemsize)
+        itemsize, request = self._decoder.dtype.itemsize, job.request
+        rows, height, width = request.batch, request.height, request.width
+        needed = 3 * request.pixels * itemsize + output_bytes(job.outputs, rows, height, width, itemsize)
         if needed > limit:
             raise MemoryLimitError(
-                f"memory_limit: got {limit} bytes in the model's settings; {job.rows} x {job.height}x{job.width} "
+                f"memory_limit: got {limit} bytes in the model's settings; {rows} x {height}x{width} "
                 f"(batch x height x width) as {', '.join(sorted(job.outputs))} take {needed} bytes by themselves; send "
                 "fewer rows in a request, ask for 'images' only, or raise the limit"
             )
@@ -107,23 +112,10 @@ def decode_jobs(decoder: Decoder, jobs: Sequence[Job], cancel: Callable[[], bool
 
     Raises:
         UnavailableError: no plan fits what is free now, or memory ran out with the smallest plan as well.
-        FluxVAEError: as ``decode_raw``. Whatever else it raises, out of memory included, is passed on.
+        FluxVAEError: as ``decode_request``. Whatever else it raises, out of memory included, is passed on.
     """
-    first = jobs[0]
-    asked = first.parameters
-    ids = [job.latent_ids for job in jobs if job.latent_ids is not None]  # of all or of none: they share a key
     try:
-        return decoder.decode_raw(
-            first.latents if len(jobs) == 1 else torch.cat([job.latents for job in jobs]),
-            height=first.height,
-            width=first.width,
-            latent_ids=torch.cat(ids) if ids else None,
-            scaling_factor=asked.scaling_factor,
-            shift_factor=asked.shift_factor,
-            batch_norm_eps=asked.batch_norm_eps,
-            raw=asked.raw,
-            cancel=cancel,
-        )
+        return decoder.decode_request(LatentRequest.together([job.request for job in jobs]), cancel=cancel)
     except MemoryLimitError as error:
         if decoder.memory_limit is not None:
             raise

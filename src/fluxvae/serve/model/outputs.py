@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fluxvae.images import OutputType, encode, postprocess, postprocess_bytes
+from fluxvae.pictures import OutputType, encode, postprocess, postprocess_bytes
 from fluxvae.serve.model.requests import Job
 
 __all__ = ["OUTPUTS", "make_outputs", "output_bytes"]

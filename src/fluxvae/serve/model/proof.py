@@ -51,4 +51,4 @@ class Proof:
 
 
 def _size(job: Job) -> tuple[int, int, int]:
-    return (job.rows, job.height, job.width)
+    return (job.request.batch, job.request.height, job.request.width)

@@ -1,16 +1,17 @@
 """What one request to the Triton model asks for, read and checked before any work.
 
 A request carries latents, one height and one width for each of its B rows, parameters, and for FLUX.2 perhaps position
-ids. Latents are packed, (B, N, 64) for FLUX.1 and (B, N, 128) for FLUX.2, or with the parameter ``layout="unpacked"``
-latent images whose last two dimensions are flattened, (B, 16, lh * lw): the same input can carry both, and odd lh and
-lw exist only unpacked. The first dimension is always the batch here: it has one height and width for each row.
+ids. Its latents are packed, (B, N, 64) for FLUX.1 and (B, N, 128) for FLUX.2. With the parameter ``layout="unpacked"``
+they are latent images whose last two dimensions are flattened, (B, 16, lh * lw). So one input can carry both, and only
+unpacked ones can have odd lh and lw. The first dimension is always the batch here: each of its rows has a height and a
+width.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,14 +19,19 @@ import torch
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.images import check_format
-from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.reading import FACTORS, UNSAID, Reading, finite_number
+from fluxvae.latents.request import LatentRequest
+from fluxvae.pictures import check_format
 
 __all__ = ["LAYOUTS", "Job", "Parameters", "read_job", "read_parameters"]
 
 LAYOUTS = ("packed", "unpacked")
 
-# Triton's own (its docs, protocol/extension_parameters.md); some versions hand them on to the model.
+_NAMES = ("format", "quality", *FACTORS, "raw", "layout", "probe")
+"""The parameters that a request to the model may have."""
+
+# These are Triton's own (its docs, protocol/extension_parameters.md). Some versions hand them on to the model.
 _RESERVED = frozenset(
     {
         "binary_data",
@@ -47,24 +53,21 @@ class _Decoder(Protocol):
     @property
     def format(self) -> LatentFormat: ...
 
-    def check(
-        self, latents: torch.Tensor, *, height: int, width: int, latent_ids: torch.Tensor | None, raw: bool | None
-    ) -> tuple[int, int]: ...
+    def request(self, latents: object, reading: Reading) -> LatentRequest: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """A request's own parameters; None is the default."""
+    """The parameters of a request, with the model's defaults for those that it leaves out."""
 
     format: str = "png"
     quality: int | None = None
-    scaling_factor: float | None = None
-    shift_factor: float | None = None
-    batch_norm_eps: float | None = None
-    raw: bool | None = None
+    reading: Reading = UNSAID
+    """What the parameters say about the latents. The height and the width are not among them: they are tensors."""
     layout: str = "packed"
     probe: bool = False
-    """Decode zeros in the model's own format, whatever the latents are: for health checks that know no format."""
+    """Whether zeros in the model's own format are to be decoded, whatever the latents are. Health checks ask for it,
+    because they do not know the format."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,70 +76,34 @@ class Job:
 
     index: int
     """Its place among the requests of one ``execute``."""
-    latents: torch.Tensor
-    """Packed (B, N, 4*C), or unpacked (B, C, lh, lw), or FLUX.2's patches (B, 4*C, gh, gw)."""
-    height: int
-    """Pixels that will be decoded: already floored to the grid."""
-    width: int
+    request: LatentRequest
+    """The latents, and how they are to be read."""
     parameters: Parameters
     outputs: Set[str] = frozenset({"images"})
     """The names of the outputs that were asked for."""
-    latent_ids: torch.Tensor | None = None
-    """(B, N, 4), of FLUX.2's packed latents: where each token belongs; None: row by row."""
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What requests must share to be decoded together.
-
-        The number of patches is not enough: 512x1024 and 1024x512 have the same.
-        """
-        asked = self.parameters
-        with_ids = self.latent_ids is not None  # each row brings its own, or none does
-        factors = (asked.scaling_factor, asked.shift_factor, asked.batch_norm_eps, asked.raw)
-        return (self.height, self.width, tuple(self.latents.shape[1:]), with_ids, *factors)
-
-    @property
-    def rows(self) -> int:
-        """Its images."""
-        return self.latents.shape[0]
-
-    @property
-    def pixels(self) -> int:
-        """Pixels of all its images."""
-        return self.rows * self.height * self.width
 
 
 def read_parameters(text: str) -> Parameters:
     """Parse ``request.parameters()``: a JSON object.
 
     Raises:
-        InvalidOptionError: an unknown parameter, or a value of the wrong type or range.
+        InvalidOptionError: a parameter is unknown, or its value has the wrong type or is out of range.
     """
     given: dict[str, Any] = json.loads(text or "{}") or {}
     own = {k: v for k, v in given.items() if k not in _RESERVED and not k.startswith("triton_")}
-    if unknown := sorted(own.keys() - Parameters.__dataclass_fields__.keys()):
-        raise InvalidOptionError(
-            f"parameter {unknown[0]!r}: unknown, expected one of {', '.join(Parameters.__dataclass_fields__)}"
-        )
-    for name in ("scaling_factor", "shift_factor", "batch_norm_eps"):
-        if name in own:
-            own[name] = _number(name, own[name])
+    if unknown := sorted(own.keys() - set(_NAMES)):
+        raise InvalidOptionError(f"parameter {unknown[0]!r}: unknown, expected one of {', '.join(_NAMES)}")
+    said: dict[str, Any] = {name: finite_number(name, own.pop(name)) for name in FACTORS if name in own}
     for name in ("raw", "probe"):
         if not isinstance(own.get(name, False), bool):
             raise InvalidOptionError(f"{name}: got {own[name]!r}, expected true or false")
-    if own.get("scaling_factor") == 0:
+    if said.get("scaling_factor") == 0:
         raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
-    parameters = Parameters(**own)
+    parameters = Parameters(reading=Reading(raw=own.pop("raw", None), **said), **own)
     if parameters.layout not in LAYOUTS:
         raise InvalidOptionError(f"layout: got {parameters.layout!r}, expected one of {', '.join(LAYOUTS)}")
     check_format(parameters.format, parameters.quality)
     return parameters
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-        raise InvalidOptionError(f"{name}: got {value!r}, expected a finite number")
-    return float(value)
 
 
 def read_job(
@@ -151,19 +118,20 @@ def read_job(
     decoder: _Decoder,
     max_pixels: int,
 ) -> Job:
-    """Validate one request.
+    """Read and check one request.
 
     Args:
         index: its place in the ``execute``.
         latents: (B, N, 64), or (B, 16, lh * lw) where the parameters say ``"layout": "unpacked"``.
-        heights, widths: (B, 1), all rows the same.
+        heights, widths: (B, 1), the same in all rows.
         parameters: ``request.parameters()``.
         outputs: ``request.requested_output_names()``.
-        decoder: checks latents and size.
-        max_pixels: the most a request may ask for, its whole batch counted.
+        latent_ids: (B, N, 4), for FLUX.2's packed latents that do not come row by row.
+        decoder: checks the latents and what is said about them.
+        max_pixels: the most pixels that a request may ask for, its whole batch counted.
 
     Raises:
-        InvalidLatentsError, InvalidOptionError: what is wrong with it, for the client to read.
+        InvalidLatentsError, InvalidOptionError: say what is wrong with the request, for the client to read.
     """
     asked = read_parameters(parameters)
     batch = latents.shape[0]
@@ -182,22 +150,20 @@ def read_job(
     elif asked.layout == "unpacked":
         in_patches = form.flux2 and latents.shape[1] == 4 * form.channels
         tensor = _unflatten(tensor, height, width, form.packed_multiple if in_patches else form.vae_scale_factor)
-    height, width = decoder.check(tensor, height=height, width=width, latent_ids=ids, raw=asked.raw)
-    read, _ = form.with_batch(tensor, height, width, ids)
-    if read.shape != tensor.shape:
+    request = decoder.request(tensor, replace(asked.reading, height=height, width=width, latent_ids=ids))
+    read = request.latents.shape
+    if read != tensor.shape:
         raise InvalidLatentsError(
-            f"latents: got shape {tuple(latents.shape)} with layout {asked.layout} and {height}x{width} (height x "
-            f"width), which are those of one image {tuple(read.shape)}; expected the batch as the first dimension: "
-            f"send it as (1, {read.shape[1]}, {read.shape[2] * read.shape[3]}) with layout unpacked"
+            f"latents: got shape {tuple(latents.shape)} with layout {asked.layout} and "
+            f"{request.height}x{request.width} (height x width), which are those of one image {tuple(read)}; expected "
+            "the batch as the first dimension: "
+            f"send it as (1, {read[1]}, {read[2] * read[3]}) with layout unpacked"
         )
-    form.check_options(asked.scaling_factor, asked.shift_factor, asked.batch_norm_eps, asked.raw)
-    return Job(
-        index=index, latents=tensor, height=height, width=width, parameters=asked, outputs=outputs, latent_ids=ids
-    )
+    return Job(index=index, request=request, parameters=asked, outputs=outputs)
 
 
 def _unflatten(latents: torch.Tensor, height: int, width: int, scale: int) -> torch.Tensor:
-    """(B, C, rows * columns) to (B, C, rows, columns); nothing is floored: every unpacked size can be said exactly."""
+    """Turn (B, C, rows * columns) into (B, C, rows, columns). Sizes are not floored, as each can be said exactly."""
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % scale:
             raise InvalidLatentsError(

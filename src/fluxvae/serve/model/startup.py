@@ -11,6 +11,7 @@ import torch
 
 from fluxvae.decoder import Decoder
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.model.outputs import OUTPUTS, make_outputs
 from fluxvae.serve.model.requests import Job, Parameters
 from fluxvae.serve.models import MODELS
@@ -164,8 +165,8 @@ def warm_up(decoder: Decoder) -> None:
     tokens = 4  # 2 x 2: the smallest size with neighbours in both directions
     latents = torch.zeros(1, tokens, decoder.format.packed_features, dtype=torch.float32, device="cpu")
     size = 2 * decoder.format.packed_multiple
-    image = decoder.decode_raw(latents, height=size, width=size)
-    job = Job(index=0, latents=latents, height=size, width=size, parameters=Parameters(), outputs=frozenset(OUTPUTS))
-    made = make_outputs(job, image)
+    request = decoder.request(latents, Reading(height=size, width=size))
+    image = decoder.decode_request(request)
+    made = make_outputs(Job(index=0, request=request, parameters=Parameters(), outputs=frozenset(OUTPUTS)), image)
     if made.keys() != set(OUTPUTS) or made["images"].shape != (1, size, size, 3):
         raise FluxVAEError(f"warm-up: a decode of {size}x{size} pixels gave {sorted(made)}, expected every output")

@@ -20,7 +20,8 @@ import torch
 
 from fluxvae import Decoder, FluxVAEError
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.latents import PREVIEW_NOTE
+from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model.answering import answer, code_of
 from fluxvae.serve.model.handover import LOG_MARK, Room, find_room, least_bytes, sent_bytes
 from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
@@ -129,7 +130,7 @@ class TritonPythonModel:
             max_pixels=self.settings.max_pixels,
         )
         self.budget.check(job)
-        find_room(least_bytes(job.outputs, job.pixels))
+        find_room(least_bytes(job.outputs, job.request.pixels))
         return job
 
     def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
@@ -141,7 +142,7 @@ class TritonPythonModel:
             raise
         seconds = time.perf_counter() - start
         self.proof.decoded(jobs, image, time.monotonic())
-        first, rows = jobs[0], sum(job.rows for job in jobs)
+        first, rows = jobs[0].request, sum(job.request.batch for job in jobs)
         self.metrics.decoded(rows, rows * first.height * first.width, seconds, self._plan(first, rows))
         pb_utils.Logger.log_verbose(
             f"fluxvae: requests {', '.join(replies[job.index].id for job in jobs)}: decoded "
@@ -149,9 +150,9 @@ class TritonPythonModel:
         )
         return image
 
-    def _plan(self, job: Job, rows: int) -> Any:
+    def _plan(self, request: LatentRequest, rows: int) -> Any:
         try:
-            return self.budget.plan(job.height, job.width, rows)
+            return self.budget.plan(request.height, request.width, rows)
         except FluxVAEError:  # memory has become scarce since; the decode is done
             return None
 

@@ -1,13 +1,9 @@
 """Latents to raw latents: what the pipelines do between the transformer and the VAE, read from the checkpoint.
 
-    packed (B, gh*gw, 4*C)  --`LatentFormat.unpack`-->  latents (B, C, lh, lw)  --`LatentFormat.to_raw`-->  raw latents
+`LatentFormat` is the one object that knows the differences between models, and nothing behind it does.
 
-`LatentFormat` is the one object that knows the differences between models; nothing behind it does. Everything a caller
-can get wrong about latents and their size is refused here, before any work, by `InvalidLatentsError`. One mistake
-cannot be seen: height and width exchanged when both give the same number of patches (512x1024 and 1024x512) are both
-valid readings of the same tensor.
-
-Source of the arithmetic: the last lines of ``__call__`` in diffusers 0.42.1's pipelines; docs/models.md lists them.
+The arithmetic is that of the last lines of ``__call__`` in the pipelines of diffusers 0.42.1; docs/models.md lists
+them.
 """
 
 from __future__ import annotations
@@ -17,14 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import CheckpointError
-from fluxvae.latent_layout import read_layout
-from fluxvae.packing import (
-    patchify,
-    sort_tokens,
-    token_positions,
-    unpack_latents,
-    unpatchify,
-)
+from fluxvae.latents.packing import patchify, unpatchify
+from fluxvae.latents.reading import UNSAID, Reading
 
 if TYPE_CHECKING:
     import torch
@@ -32,24 +22,24 @@ if TYPE_CHECKING:
 __all__ = ["PREVIEW_NOTE", "BatchNorm", "LatentFormat"]
 
 PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
-"""Of every image that is one, wherever it goes."""
+"""The words that go with every image that is such a preview, wherever it goes."""
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
-    """FLUX.2's statistics of its latents, one mean and variance for each of the 128 channels of a 2x2 patch."""
+    """FLUX.2's statistics of its latents: one mean and one variance for each of the 128 channels of a 2x2 patch."""
 
     module: torch.nn.BatchNorm2d | None
-    """``vae.bn``; read when used, so that it may move with its model. None: only the formula is known."""
+    """``vae.bn``. It is read when it is used, so that it may move with its model. None: only the formula is known."""
     eps: float
-    """``batch_norm_eps`` of the checkpoint's config."""
+    """The ``batch_norm_eps`` of the checkpoint's config."""
 
     def undo(self, patches: torch.Tensor, eps: float | None = None) -> torch.Tensor:
-        """``patches * sqrt(running_var + eps) + running_mean``, rounded where `Flux2Pipeline` rounds.
+        """Return ``patches * sqrt(running_var + eps) + running_mean``, rounded where `Flux2Pipeline` rounds.
 
         Args:
             patches: (B, 128, gh, gw), normalised.
-            eps: instead of the checkpoint's.
+            eps: is used instead of the checkpoint's own.
         """
         assert self.module is not None, "a format that was read from a config decodes nothing"
         mean, var = self.module.running_mean, self.module.running_var
@@ -63,7 +53,7 @@ class BatchNorm:
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How the latents of one checkpoint become raw latents: read from it, the same for every decode.
+    """How the latents of one checkpoint become raw latents: read from it, and the same for every decode.
 
     ``raw = latents / scaling_factor + shift_factor`` (no addition where the checkpoint has no shift), or FLUX.2's
     `BatchNorm`. The defaults are FLUX.1's.
@@ -71,18 +61,20 @@ class LatentFormat:
 
     channels: int = 16
     vae_scale_factor: int = 8
-    """Pixels per latent, each way."""
+    """How many pixels there are for each latent, in each direction."""
     scaling_factor: float = 0.3611
-    """1 where there is `batch_norm` instead."""
+    """It is 1 where there is `batch_norm` instead."""
     shift_factor: float | None = 0.1159
     latents_mean: tuple[float, ...] | None = None
-    """Of some SDXL checkpoints, by channel: ``raw = latents * latents_std / scaling_factor + latents_mean``."""
+    """Some SDXL checkpoints have these two, by channel: ``raw = latents * latents_std / scaling_factor +
+    latents_mean``."""
     latents_std: tuple[float, ...] | None = None
     batch_norm: BatchNorm | None = None
     flux2: bool = False
-    """Tokens may come with position ids, and unpacked latents in 2x2 patches, as FLUX.2's pipelines have them."""
+    """Whether tokens may come with position ids, and unpacked latents in 2x2 patches, as in FLUX.2's pipelines."""
     preview: bool = False
-    """An ``AutoencoderTiny``: it takes latents as the transformer leaves them, and its image is approximate."""
+    """Whether it is an ``AutoencoderTiny``, which takes latents as the transformer leaves them and whose image is
+    approximate."""
 
     @classmethod
     def from_vae(cls, vae: Any) -> LatentFormat:
@@ -98,11 +90,12 @@ class LatentFormat:
         """Read the format from a config that leaves nothing out.
 
         Args:
-            model: its class: ``"AutoencoderKL"``, ``"AutoencoderKLFlux2"`` or ``"AutoencoderTiny"``.
-            bn: the statistics of an ``AutoencoderKLFlux2``, without which the format only describes itself.
+            model: the VAE's class: ``"AutoencoderKL"``, ``"AutoencoderKLFlux2"`` or ``"AutoencoderTiny"``.
+            bn: the statistics of an ``AutoencoderKLFlux2``. Without them the format only describes itself.
 
         Raises:
-            CheckpointError: a mean and deviation that are not one number for each channel, or come with a shift.
+            CheckpointError: the config has a mean and a deviation that are not one number for each channel, or that
+                come with a shift.
         """
         if model == "AutoencoderKLFlux2":
             return cls(
@@ -142,12 +135,12 @@ class LatentFormat:
 
     @property
     def packed_features(self) -> int:
-        """Features of one packed token: a 2x2 patch of every channel."""
+        """The number of features of one packed token, which is a 2x2 patch of every channel."""
         return 4 * self.channels
 
     @property
     def packed_multiple(self) -> int:
-        """Pixels per packed token, each way: 16 for FLUX."""
+        """How many pixels there are for each packed token, in each direction: 16 for FLUX."""
         return 2 * self.vae_scale_factor
 
     def __str__(self) -> str:
@@ -157,98 +150,31 @@ class LatentFormat:
         shift = " + latents_mean" if self.latents_mean is not None else ""
         return f"latents{std} / {self.scaling_factor}{shift}" + (f" + {self.shift_factor}" if self.shift_factor else "")
 
-    # -- checks ------------------------------------------------------------------------------------------------
-
-    def check(
-        self,
-        latents: object,
-        height: object = None,
-        width: object = None,
-        *,
-        latent_ids: object = None,
-        raw: bool | None = None,
-    ) -> tuple[int, int]:
-        """Say what size these latents decode to, or why they cannot be decoded: `latent_values.check_latents`."""
-        from fluxvae.latent_values import check_latents
-
-        return check_latents(self, latents, height, width, latent_ids=latent_ids, raw=raw)
-
-    def check_options(
-        self,
-        scaling_factor: object = None,
-        shift_factor: object = None,
-        batch_norm_eps: object = None,
-        raw: bool | None = None,
-    ) -> None:
-        """Refuse what this checkpoint has no place for: `latent_checks.check_options`."""
-        from fluxvae.latent_checks import check_options
-
-        check_options(self, scaling_factor, shift_factor, batch_norm_eps, raw)
-
-    # -- arithmetic --------------------------------------------------------------------------------------------
-
-    def with_batch(
-        self, latents: torch.Tensor, height: int, width: int, latent_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents and ids, checked, with their batch and without frames.
-
-        Args:
-            height, width: what `check` gave for them.
-
-        Returns:
-            (B, N, 4*C), (B, C, lh, lw) or (B, 4*C, gh, gw), a view where the memory allows; ids (B, N, 4) or None.
-        """
-        layout = read_layout(tuple(latents.shape), (self,), height, width, with_ids=latent_ids is not None)
-        if latent_ids is not None and latent_ids.ndim == 2:
-            latent_ids = latent_ids[None]
-        return latents.reshape(layout.shape), latent_ids
-
-    def unpack(self, latents: torch.Tensor, height: int, width: int, latent_ids: torch.Tensor | None) -> torch.Tensor:
-        """Packed latents (B, N, 4*C), checked, to (B, C, lh, lw)."""
-        if latent_ids is not None:
-            grid = (height // self.packed_multiple, width // self.packed_multiple)
-            places, _ = token_positions(latent_ids, latents.shape[0], latents.shape[1], grid)
-            latents = sort_tokens(latents, places)
-        return unpack_latents(latents, height, width, vae_scale_factor=self.vae_scale_factor)
-
-    def to_raw(
-        self,
-        latents: torch.Tensor,
-        scaling_factor: float | None = None,
-        shift_factor: float | None = None,
-        *,
-        batch_norm_eps: float | None = None,
-        raw: bool | None = None,
-    ) -> torch.Tensor:
+    def to_raw(self, latents: torch.Tensor, reading: Reading = UNSAID) -> torch.Tensor:
         """Undo the model's scaling, in the dtype of ``latents``, as its pipeline computes it.
 
         Args:
-            latents: (B, C, lh, lw), or (B, 4*C, gh, gw) in FLUX.2's patches; as the transformer leaves them.
-            scaling_factor, shift_factor, batch_norm_eps: instead of the checkpoint's own.
-            raw: nothing is to be undone.
+            latents: (B, C, lh, lw), or (B, 4*C, gh, gw) in FLUX.2's patches, as the transformer leaves them.
+            reading: what it says about rescaling is used instead of the checkpoint's own. It has passed
+                `checks.check_options`.
 
         Returns:
-            (B, C, lh, lw), the same dtype.
-
-        Raises:
-            InvalidOptionError: as `check_options`.
+            Raw latents (B, C, lh, lw), in the same dtype.
         """
-        self.check_options(scaling_factor, shift_factor, batch_norm_eps, raw)
         in_patches = latents.shape[1] == 4 * self.channels
-        if self.batch_norm is not None and not raw:
+        if self.batch_norm is not None and not reading.raw:
             patches = latents if in_patches else patchify(latents)
-            return unpatchify(self.batch_norm.undo(patches, batch_norm_eps))
+            return unpatchify(self.batch_norm.undo(patches, reading.batch_norm_eps))
         if in_patches:
             latents = unpatchify(latents)
-        if raw:
+        if reading.raw:
             return latents
         if self.latents_std is not None:
             latents = latents * _by_channel(self.latents_std, latents)
-        scaling = self.scaling_factor if scaling_factor is None else scaling_factor
-        latents = latents / scaling
+        latents = latents / (self.scaling_factor if reading.scaling_factor is None else reading.scaling_factor)
         if self.latents_mean is not None:
             return latents + _by_channel(self.latents_mean, latents)
-        shift = self.shift_factor if shift_factor is None else shift_factor
+        shift = self.shift_factor if reading.shift_factor is None else reading.shift_factor
         return latents if shift is None else latents + shift
 
 

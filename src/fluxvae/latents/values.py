@@ -1,66 +1,40 @@
-"""Latents as tensors: that they are plain ones of a dtype that is taken, that all values are finite, and their shape.
+"""What can be wrong with latents as a tensor: its class, its dtype, and values that are not finite.
 
-Refused before any work, by name. The shape alone: `latent_checks`.
+`checks` checks the shape and what is said about it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.latent_checks import check_shape, not_finite
-from fluxvae.latent_layout import unpacked_shape
+from fluxvae.latents.checks import not_finite
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import unpacked_shape
 
-if TYPE_CHECKING:
-    from fluxvae.latents import LatentFormat
-
-__all__ = ["check_latents", "plain"]
+__all__ = ["check_finite", "plain", "plain_latents"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_latents(
-    format: LatentFormat,
-    latents: object,
-    height: object = None,
-    width: object = None,
-    *,
-    latent_ids: object = None,
-    raw: bool | None = None,
-) -> tuple[int, int]:
-    """Say what size these latents decode to, or why they cannot be decoded.
+def plain_latents(format: LatentFormat, latents: object) -> torch.Tensor:
+    """Return what a caller gave as latents as a `plain` tensor; its shape and its values are still unchecked.
 
     Args:
-        latents: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
-            ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
-            batch (`latent_layout`); float32, bfloat16 or float16; finite. On the ``meta`` device
-            there are no values: the shape alone is checked.
-        height, width: pixels. Needed for packed latents without ids, floored to multiples of 16 (with a
-            `SizeFlooredWarning`), and where they alone tell C packed images from one image without its batch. For
-            others they may be left out; if given they must agree.
-        latent_ids: of FLUX.2's packed latents: (B, N, 4), where each token belongs; (N, 4) with one image's (N, 4*C).
-        raw: as for `Decoder.decode`.
-
-    Returns:
-        (height, width) in pixels of the decoded image.
+        format: the checkpoint's; errors tell the shapes that it takes.
+        latents: float32, bfloat16 or float16.
 
     Raises:
-        InvalidLatentsError: the rank, features, patch count, size, ids, dtype or a value is wrong.
-        InvalidOptionError: ``raw`` is no bool, or true for a preview.
+        InvalidLatentsError: it is no tensor, one of another dtype, or one that cannot be made plain.
     """
     if not isinstance(latents, torch.Tensor):
         raise InvalidLatentsError(_no_tensor(format, latents))
-    plain(latents)
-    if latents.dtype not in _DTYPES:
+    values = plain(latents)
+    if values.dtype not in _DTYPES:
         raise InvalidLatentsError(
-            f"latents: got dtype {latents.dtype}, expected float32, bfloat16 or float16; convert with latents.float()"
+            f"latents: got dtype {values.dtype}, expected float32, bfloat16 or float16; convert with latents.float()"
         )
-    size = check_shape(format, tuple(latents.shape), height, width, latent_ids=latent_ids, raw=raw)
-    if not latents.is_meta:
-        _check_finite(latents)
-    return size
+    return values
 
 
 def _no_tensor(format: LatentFormat, latents: object) -> str:
@@ -79,11 +53,13 @@ def _no_tensor(format: LatentFormat, latents: object) -> str:
 
 
 def plain(latents: torch.Tensor) -> torch.Tensor:
-    """The values of ``latents`` as a tensor of PyTorch's own class, without a copy where they lie as they read.
+    """Return the values of ``latents`` as a tensor of PyTorch's own class, without gradients.
+
+    Nothing is copied where memory holds the values as they read. Compiled kernels read memory as it is, so a tensor
+    must hold its values itself, densely.
 
     Raises:
-        InvalidLatentsError: a tensor that does not hold its values itself, densely: compiled kernels read memory as it
-            is.
+        InvalidLatentsError: the tensor does not.
     """
     kind = type(latents).__name__
     if type(latents).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # FakeTensor, DTensor, quantised ones
@@ -102,7 +78,14 @@ def plain(latents: torch.Tensor) -> torch.Tensor:
     return latents.detach().as_subclass(torch.Tensor).resolve_neg()
 
 
-def _check_finite(latents: torch.Tensor) -> None:
+def check_finite(latents: torch.Tensor) -> None:
+    """Refuse NaN and Inf. A tensor on the ``meta`` device has no values, and passes.
+
+    Raises:
+        InvalidLatentsError: names the first such value, and how many there are.
+    """
+    if latents.is_meta:
+        return
     finite = torch.isfinite(latents)
     if bool(finite.all()):
         return

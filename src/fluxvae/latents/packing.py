@@ -27,26 +27,27 @@ __all__ = [
     "sort_tokens",
     "token_positions",
     "unpack_latents",
+    "unpack_rows",
     "unpatchify",
 ]
 
 
 class SizeFlooredWarning(UserWarning):
-    """The size asked for is not a multiple of 16: the next smaller one was decoded, as FluxPipeline does."""
+    """The size asked for is not a multiple of 16, so the next smaller one is decoded, as FluxPipeline does."""
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
-    """Pack 2x2 patches of latents into tokens, row by row: what the transformer works on.
+    """Pack 2x2 patches of latents into tokens, row by row. The transformer works on such tokens.
 
     Args:
-        latents: (B, C, lh, lw), lh and lw even.
+        latents: (B, C, lh, lw), where lh and lw are even.
 
     Returns:
-        (B, lh/2 * lw/2, 4*C), same dtype; feature ``4*c + 2*dy + dx`` of token ``gw*y + x`` is
+        (B, lh/2 * lw/2, 4*C) in the same dtype; feature ``4*c + 2*dy + dx`` of token ``gw*y + x`` is
         ``latents[b, c, 2*y + dy, 2*x + dx]``.
 
     Raises:
-        InvalidLatentsError: not four dimensions, or an odd height or width.
+        InvalidLatentsError: there are not four dimensions, or lh or lw is odd.
     """
     if latents.ndim != 4 or latents.shape[2] % 2 or latents.shape[3] % 2 or latents.numel() == 0:
         raise InvalidLatentsError(
@@ -59,57 +60,62 @@ def pack_latents(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_latents(packed: torch.Tensor, height: int, width: int, *, vae_scale_factor: int = 8) -> torch.Tensor:
-    """Undo `pack_latents`: tokens back to a latent image.
+    """Undo `pack_latents`: turn tokens back into a latent image.
 
     Args:
         packed: (B, gh*gw, 4*C).
-        height, width: pixels; floored to multiples of ``2 * vae_scale_factor`` with a `SizeFlooredWarning`.
-        vae_scale_factor: pixels per latent, each way.
+        height, width: the size of the image in pixels. It is floored to multiples of ``2 * vae_scale_factor``, with a
+            `SizeFlooredWarning`.
+        vae_scale_factor: how many pixels there are for each latent, in each direction.
 
     Returns:
-        (B, C, 2*gh, 2*gw), same dtype, contiguous.
+        (B, C, 2*gh, 2*gw) in the same dtype, contiguous.
 
     Raises:
-        InvalidLatentsError: not three dimensions, features not a multiple of 4, or a patch count that is not
-            ``(height // 16) * (width // 16)``.
+        InvalidLatentsError: there are not three dimensions, the number of features is not a multiple of 4, or the
+            number of patches is not ``(height // 16) * (width // 16)``.
     """
     if packed.ndim != 3 or packed.shape[2] % 4 or packed.numel() == 0:
         raise InvalidLatentsError(
             f"latents: got shape {tuple(packed.shape)}, expected packed latents (batch, patches, 4 * channels)"
         )
-    b, patches, features = packed.shape
     multiple = 2 * vae_scale_factor
-    height, width = floor_size(height, width, patches, multiple)
-    gh, gw = height // multiple, width // multiple
+    height, width = floor_size(height, width, packed.shape[1], multiple)
+    return unpack_rows(packed, height // multiple, width // multiple)
+
+
+def unpack_rows(packed: torch.Tensor, gh: int, gw: int) -> torch.Tensor:
+    """Turn tokens (B, gh*gw, 4*C) that come row by row into a latent image (B, C, 2*gh, 2*gw), contiguous."""
+    b, _, features = packed.shape
     latents = packed.reshape(b, gh, gw, features // 4, 2, 2)
     return latents.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, 2 * gh, 2 * gw)
 
 
 def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """2x2 patches into channels: (B, C, 2*gh, 2*gw) to (B, 4*C, gh, gw), channel ``4*c + 2*dy + dx``."""
+    """Put 2x2 patches into channels: (B, C, 2*gh, 2*gw) to (B, 4*C, gh, gw), where channel is ``4*c + 2*dy + dx``."""
     b, c, lh, lw = latents.shape
     patches = latents.reshape(b, c, lh // 2, 2, lw // 2, 2)
     return patches.permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, lh // 2, lw // 2)
 
 
 def unpatchify(patches: torch.Tensor) -> torch.Tensor:
-    """Undo `patchify`: (B, 4*C, gh, gw) to (B, C, 2*gh, 2*gw), same dtype, contiguous."""
+    """Undo `patchify`: (B, 4*C, gh, gw) to (B, C, 2*gh, 2*gw) in the same dtype, contiguous."""
     b, features, gh, gw = patches.shape
     latents = patches.reshape(b, features // 4, 2, 2, gh, gw)
     return latents.permute(0, 1, 4, 2, 5, 3).reshape(b, features // 4, 2 * gh, 2 * gw)
 
 
 def sort_tokens(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Tokens in any order to row order.
+    """Bring tokens that come in any order into the order row by row.
 
     Args:
         packed: (B, N, F).
-        places: (B, N) int64, as `token_positions` gives them: where each token belongs, every place once.
+        places: (B, N) int64, where each token belongs, as `token_positions` returns it; every place occurs once.
 
     Returns:
-        (B, N, F): token ``i`` of image ``b`` at ``places[b, i]``.
+        (B, N, F), with token ``i`` of image ``b`` at ``places[b, i]``.
     """
-    import torch  # here, because sizes and formats are read without it
+    import torch  # not at the top of the module, because sizes and formats are read without PyTorch
 
     index = places.to(packed.device).unsqueeze(2).expand_as(packed)
     return torch.empty_like(packed).scatter_(1, index, packed)
@@ -118,19 +124,20 @@ def sort_tokens(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def token_positions(
     latent_ids: object, batch: int, tokens: int, grid: tuple[int, int] | None = None
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Read position ids and see that every cell of the grid is named exactly once, in every image.
+    """Read position ids, and check that they name every cell of the grid exactly once in every image.
 
     Args:
         latent_ids: (B, N, 4) whole numbers (t, row, column, l), as ``Flux2Pipeline._prepare_latent_ids`` makes them;
             t and l are 0 in what it decodes.
         batch, tokens: B and N of the latents.
-        grid: (gh, gw) that the size calls for; None: as large as the ids say, like `Flux2Pipeline`.
+        grid: the (gh, gw) that the size calls for. None: the grid is as large as the ids say, as in `Flux2Pipeline`.
 
     Returns:
         (B, N) int64, ``gw * row + column``, and the grid.
 
     Raises:
-        InvalidLatentsError: another shape or dtype, ids outside the grid, a place named twice or not at all.
+        InvalidLatentsError: the ids have another shape or dtype, lie outside the grid, or name a place twice or not at
+            all.
     """
     import torch
 
@@ -178,18 +185,18 @@ def token_positions(
 
 
 def floor_size(height: object, width: object, patches: int, multiple: int) -> tuple[int, int]:
-    """The size FluxPipeline decodes when asked for ``height`` x ``width``: floored to the packed grid.
+    """Return the size that FluxPipeline decodes when it is asked for ``height`` x ``width``: floored to whole patches.
 
     Args:
         height, width: pixels, positive integers.
-        patches: tokens the latents hold; must equal ``(height // multiple) * (width // multiple)``.
-        multiple: pixels per token, each way (16).
+        patches: how many tokens the latents hold; this must be ``(height // multiple) * (width // multiple)``.
+        multiple: how many pixels there are for each token, in each direction: 16 for FLUX.
 
     Returns:
-        (height, width), multiples of ``multiple``. Warns with `SizeFlooredWarning` where that changed them.
+        (height, width), multiples of ``multiple``. Where that changed them, a `SizeFlooredWarning` says so.
 
     Raises:
-        InvalidLatentsError: not positive integers, or a grid that does not have ``patches`` cells.
+        InvalidLatentsError: they are not positive integers, or their grid does not have ``patches`` cells.
     """
     h, w = pixels("height", height), pixels("width", width)
     gh, gw = h // multiple, w // multiple
@@ -210,7 +217,11 @@ def floor_size(height: object, width: object, patches: int, multiple: int) -> tu
 
 
 def pixels(name: str, value: object) -> int:
-    """A height or width as a positive int; bools, floats and strings are refused, NumPy integers are not."""
+    """Return a height or a width as a positive int.
+
+    Raises:
+        InvalidLatentsError: it is a bool, a float or a text, or it is not positive. NumPy's integers are taken.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError

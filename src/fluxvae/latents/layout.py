@@ -1,27 +1,25 @@
-"""Whether latents are packed or images, and whether they come with their batch: read from their shape, in one place.
+"""Reads from the shape of latents whether they are packed or images, and whether they come with their batch.
 
     (B, N, 4*C)                       packed: tokens of B images              (N, 4*C): of one image
     (B, C, lh, lw)                    B images                                (C, lh, lw): one image
     (B, C, 1, lh, lw)                 one frame of each, as video VAEs shape it   (C, 1, lh, lw): of one image
     with 4*C channels for C           FLUX.2's images in 2x2 patches, half as high and wide
 
-Every door asks `read_layout`: the library, the Triton model, the gateway and the client. The number of channels or
-features decides. Only three dimensions can be read in two ways, ``(C, n, 4*C)``: C packed images of n tokens, or one
-image of n x 4*C latents. Position ids mean packed ones; else height and width decide, which can only fit one reading:
-the image is ``s*n`` by ``s*4*C`` pixels (s pixels per latent), where packed latents would have ``(n//2) * 2*C``
-tokens, and that is never n for two channels or more. Without both sizes such latents are refused.
+Every door asks `read_layout`: the library, the Triton model, the gateway, the client and files. The number of channels
+or features decides. Only one shape can be read in two ways, ``(C, n, 4*C)``: as C packed images of n tokens, or as one
+image of n x 4*C latents. Position ids mean that they are packed. Otherwise height and width decide, because they can
+only fit one reading: the image is ``s*n`` by ``s*4*C`` pixels (s pixels per latent), of which packed latents would have
+``(n//2) * 2*C`` tokens, and that is never n for two channels or more. Without both of them such latents are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fluxvae.errors import InvalidLatentsError
-from fluxvae.packing import pixels
-
-if TYPE_CHECKING:
-    from fluxvae.latents import LatentFormat
+from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.packing import pixels
 
 __all__ = ["Layout", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
 
@@ -39,25 +37,25 @@ _PACKED_FAMILIES = {
 
 
 class Layout(NamedTuple):
-    """How latents are to be read."""
+    """How the shape of latents is to be understood."""
 
     format: LatentFormat
-    """Of the formats that were possible, the one they are in."""
+    """The format that they are in, among those that were possible."""
     packed: bool
     shape: tuple[int, ...]
-    """With the batch and without frames: packed (B, N, 4*C), or images (B, C, lh, lw) or (B, 4*C, gh, gw). The latents
-    reshaped to it hold the same values in the same order."""
+    """The shape with the batch and without frames: packed (B, N, 4*C), or images (B, C, lh, lw) or (B, 4*C, gh, gw).
+    The latents reshaped to it hold the same values in the same order."""
     size: tuple[int, int] | None
-    """(height, width) in pixels that images decode to; None for packed ones, whose shape does not tell it."""
+    """The (height, width), in pixels, that images decode to. None for packed latents, whose shape does not tell it."""
 
     @property
     def batch(self) -> int:
-        """Images."""
+        """The number of images."""
         return self.shape[0]
 
 
 def possible_layouts(shape: tuple[int, ...], formats: Sequence[LatentFormat]) -> list[Layout]:
-    """Every reading that the numbers of channels and features allow: none, one, or two (packed first)."""
+    """Return every layout that the numbers of channels and features allow: none, one, or two (packed first)."""
     found: dict[tuple[bool, tuple[int, ...]], Layout] = {}
     for format in formats:
         if len(shape) in (2, 3) and shape[-1] == format.packed_features:
@@ -80,18 +78,18 @@ def read_layout(
     *,
     with_ids: bool = False,
 ) -> Layout:
-    """The one reading of latents of this shape.
+    """Return the one layout of latents of this shape.
 
     Args:
-        shape: of the latents, no dimension 0.
-        formats: what they may be: one where the checkpoint is known; of several, the first is named in errors.
-        height, width: in pixels, where they are known. Images must have them exactly. What packed latents need of them
-            is for `latent_checks` to say, except where they must tell two readings apart.
-        with_ids: position ids came with them.
+        shape: the shape of the latents, in which no dimension is 0.
+        formats: the formats they may have; one where the checkpoint is known. Of several, errors name the first.
+        height, width: in pixels, where they are known. Images must have exactly this size. What packed latents need of
+            it is for `checks` to say, except where it must tell two layouts apart.
+        with_ids: whether position ids came with the latents.
 
     Raises:
-        InvalidLatentsError: no reading; two, and nothing that decides; a video; a height or width that is not the
-            image's.
+        InvalidLatentsError: the latents have no layout, or two and nothing that decides; they are a video; the height
+            or the width is not the image's.
     """
     found = possible_layouts(shape, formats)
     if with_ids and found and not (found := [layout for layout in found if layout.packed]):
@@ -107,14 +105,17 @@ def read_layout(
 
 
 def unpacked_shape(format: LatentFormat) -> str:
-    """The shape of a format's unpacked latents, in words."""
+    """Return the shape of a format's unpacked latents, in words."""
     scale = format.vae_scale_factor
     patches = f", or in patches (batch, {4 * format.channels}, height/{2 * scale}, width/{2 * scale})"
     return f"(batch, {format.channels}, height/{scale}, width/{scale})" + (patches if format.flux2 else "")
 
 
 def other_family(shape: tuple[int, ...], format: LatentFormat, *, packed: bool) -> str:
-    """For errors about the size of three dimensions: what they look like when read the other way, if anything."""
+    """Return, for an error about the size, what latents of three dimensions look like when they are read the other way.
+
+    The text is empty where they look like nothing that is known.
+    """
     if len(shape) != 3:
         return ""
     if packed and shape[0] in _FAMILIES and shape[0] != format.channels:
@@ -129,9 +130,9 @@ def _takes(channels: int, format: LatentFormat) -> bool:
 
 
 def _as_images(shape: tuple[int, ...], format: LatentFormat) -> tuple[int, int, int, int] | None:
-    """(B, C, rows, columns), where the shape can be read so.
+    """Return (B, C, rows, columns), or None where the shape cannot be read so.
 
-    (C, 1, lh, lw) is one frame of one image: no model's latents have one channel, so it is no batch of C images.
+    (C, 1, lh, lw) is one frame of one image and no batch of C images, because no model's latents have one channel.
     """
     match shape:
         case (batch, channels, 1, rows, columns) if _takes(channels, format):
@@ -146,7 +147,7 @@ def _as_images(shape: tuple[int, ...], format: LatentFormat) -> tuple[int, int, 
 
 
 def _decide(shape: tuple[int, ...], found: list[Layout], height: object, width: object) -> Layout:
-    """The one of two readings, packed and image, that height and width fit."""
+    """Return the one of two layouts, packed and image, that height and width fit."""
     packed, image = found
     assert packed.packed
     assert image.size is not None
@@ -184,7 +185,7 @@ def _check_size(shape: tuple[int, ...], layout: Layout, height: object, width: o
 
 
 def _none(shape: tuple[int, ...], format: LatentFormat) -> str:
-    """Why latents of this shape have no reading."""
+    """Return the words that say why latents of this shape have no layout."""
     maker = "use the checkpoint of the model that made the latents"
     if len(shape) in (2, 3):
         features = shape[-1]
