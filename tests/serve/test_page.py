@@ -103,7 +103,7 @@ def test_the_example(page: Page, gateway: str, serving: Serving) -> None:
     expect(page.get_by_role("img")).to_be_visible()
     facts = page.locator("#facts")
     expect(facts).to_contain_text("512 × 512 pixels")
-    expect(facts).to_contain_text(re.compile(r"[\d.]+ s, of it [\d.]+ s in Triton"))
+    expect(facts).to_contain_text(re.compile(r"[\d.]+ s, of which [\d.]+ s in Triton"))
     expect(facts).to_contain_text("(1, 1024, 64)")
     expect(page.locator("#server-facts")).to_contain_text("megapixels")
     latents, height, width = read_latents(DEFAULT_LATENTS)
