@@ -227,10 +227,10 @@ def _ai_toolkit(held: Contents, expected: Expected) -> list[Picture] | None:
 
 
 def _onetrainer(held: Contents, expected: Expected) -> list[Picture] | None:
-    """Recognise what OneTrainer writes: mgds' ``DiskCache``, with ``FluxBaseDataLoader``'s and
-    ``Flux2BaseDataLoader``'s names.
+    """Recognise what OneTrainer writes: mgds' ``DiskCache``.
 
-    It is the mean of the VAE's distribution, which is raw. OneTrainer scales it when it uses it.
+    The names are those that ``FluxBaseDataLoader`` and ``Flux2BaseDataLoader`` give. The latents are the mean of the
+    VAE's distribution, which is raw. OneTrainer scales it when it uses it.
     """
     if "latent_image" not in held.tensors:
         return None

@@ -88,8 +88,7 @@ def left_to_do(items: Sequence[Item], store: Store, job: Job, record: dict[str, 
 
 
 def write_record(store: Store, record: dict[str, Any]) -> None:
-    """Write the record of the job, from `record_of`, to ``job.json``. To be called before the first image is
-    written."""
+    """Write the record of the job, from `record_of`, to ``job.json``, which must be there before the first image."""
     store.write(RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 

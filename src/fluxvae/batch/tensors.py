@@ -181,8 +181,7 @@ class Npz(Mapping[str, Lazy]):
         return Lazy(tuple(shape), dtype.name, take)
 
     def _read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
-        """Unpack ``size`` bytes from ``start`` on, and no more. Where nothing follows them, the checksum is
-        compared."""
+        """Unpack ``size`` bytes from ``start`` on. Where nothing follows them, the checksum is compared."""
         with self._lock, self._zip.open(info) as file:
             if start < _NEAR:
                 file.read(start)  # read rather than skipped, because zipfile compares no checksum after a seek
