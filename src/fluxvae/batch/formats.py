@@ -337,12 +337,12 @@ def _beside(held: Contents, name: str) -> Any:
 
 
 def _number(value: Any) -> object:
-    """Turn digits into a number, because metadata are texts. Anything else is returned, and the checks refuse it."""
+    """Turn a text of digits into a number, because metadata are texts. Anything else the checks refuse."""
     return int(value) if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() else value
 
 
 def _truth(value: Any) -> object:
-    """Turn ``"true"`` or ``"false"`` into a bool, because metadata are texts. Anything else is returned, and refused."""
+    """Turn ``"true"`` and ``"false"`` into a bool, because metadata are texts. Anything else the checks refuse."""
     return {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
