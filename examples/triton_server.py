@@ -1,8 +1,8 @@
-"""Serve the model folder on a real Triton server on this machine, for local use: Ctrl-C stops it.
+"""Serve the model folder with a real Triton server on this machine, for local use. Ctrl-C stops it.
 
     uv run examples/triton_server.py
 
-In production run NVIDIA's container instead; the same folder serves there unchanged (docs/triton.md).
+In production, run NVIDIA's container instead, in which the same folder serves unchanged (docs/triton.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """Leave the ``with`` below, which stops Triton, whether it is starting or serving; once is enough."""
+    """Leave the ``with`` block below, which stops Triton whether it is starting or serving.
+
+    Further signals are ignored, so that they do not interrupt the stopping.
+    """
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(0)
@@ -29,10 +32,18 @@ def end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = Path(__file__).parent.parent / "triton_models"
-    parser.add_argument("--models", type=Path, default=models, help="the model folder (default: triton_models)")
-    parser.add_argument("--load", nargs="+", default=["vae_decoder"], help="which of them (default: vae_decoder)")
-    parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument(
+        "--models", type=Path, default=models, help="the folder with the models (default: triton_models)"
+    )
+    parser.add_argument(
+        "--load", nargs="+", default=["vae_decoder"], help="the models to load from it (default: vae_decoder)"
+    )
+    parser.add_argument(
+        "--http-port", type=int, default=8000, help="Triton's HTTP port; 0 picks a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grpc-port", type=int, default=8001, help="Triton's gRPC port; 0 picks a free one (default: %(default)s)"
+    )
     args = parser.parse_args()
     for number in _SIGNALS:
         signal.signal(number, end)
