@@ -1,8 +1,8 @@
-"""Serve the model folder on a real Triton server on this machine, for local use: Ctrl-C stops it.
+"""Serve the model folder with a real Triton server on this machine, for local use. Ctrl-C stops it.
 
     uv run examples/triton_server.py
 
-In production run NVIDIA's container instead; the same folder serves there unchanged (docs/triton.md).
+In production, run NVIDIA's container instead, in which the same folder serves unchanged (docs/triton.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """Leave the ``with`` below, which stops Triton, whether it is starting or serving; once is enough."""
+    """Leave the ``with`` block below, which stops Triton whether it is starting or serving.
+
+    Further signals are ignored, so that they do not interrupt the stopping.
+    """
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(0)

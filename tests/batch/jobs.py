@@ -27,19 +27,19 @@ CPU = ("--device", "cpu")
 
 
 def latents(seed: int, height: int = 64, width: int = 64) -> torch.Tensor:
-    """Packed, (1, N, 64)."""
+    """Random packed latents (1, N, 64) of one image of this size in pixels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(1, (height // 16) * (width // 16), 64, generator=generator)
 
 
 def save(path: Path, tensor: torch.Tensor, height: int = 64, width: int = 64) -> None:
-    """As safetensors, with its size."""
+    """Save latents as safetensors, with the size of their image in the metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"latents": tensor}, path, {"height": str(height), "width": str(width)})
 
 
 def folder_of(path: Path, count: int, height: int = 64, width: int = 64) -> dict[str, torch.Tensor]:
-    """So many files ``0000.safetensors``, ...; their latents by name."""
+    """Write ``count`` files ``0000.safetensors``, ``0001.safetensors``, ..., and return their latents by name."""
     made = {f"{index:04d}": latents(index, height, width) for index in range(count)}
     for name, tensor in made.items():
         save(path / f"{name}.safetensors", tensor, height, width)
@@ -47,39 +47,39 @@ def folder_of(path: Path, count: int, height: int = 64, width: int = 64) -> dict
 
 
 def pixels(decoder: Decoder, tensor: torch.Tensor, height: int = 64, width: int = 64) -> np.ndarray:
-    """(H, W, 3), by the library."""
+    """The pixels (H, W, 3) that the library decodes latents to."""
     return decoder.decode(tensor, height=height, width=width, output_type="uint8")[0]
 
 
 def image(path: Path) -> np.ndarray:
-    """(H, W, 3), read whole."""
+    """The pixels (H, W, 3) of an image file, which is read to its end."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
 def files(folder: Path) -> set[str]:
-    """Everything below a folder, hidden files included."""
+    """The paths of all files below a folder, hidden ones too, relative to it."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def failures(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``failures.jsonl``."""
+    """The failures in a folder's ``failures.jsonl``."""
     return [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
 
 
 def decode(*arguments: str | Path) -> Result:
-    """``fluxvae decode`` in this process."""
+    """Run ``fluxvae decode`` in this process."""
     return CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["decode", *map(str, arguments), *CPU])
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """``fluxvae decode`` in a process of its own, on one core."""
+    """Start ``fluxvae decode`` in a process of its own, on one core."""
     command = [sys.executable, "-m", "fluxvae.cli", "decode", *map(str, arguments), *CPU]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 class Forked:
-    """As `start`'s process, but a fork of one that has imported everything: seconds sooner."""
+    """The same as `start`'s process, but forked from one that has imported everything, which saves seconds."""
 
     def __init__(self, *arguments: str | Path) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -114,7 +114,7 @@ class Forked:
 
 
 def _command(words: list[str], out: str, errors: str) -> None:
-    """The command line in this process, on one core."""
+    """Run the command line in this process, on one core."""
     for number, name in ((1, out), (2, errors)):
         os.dup2(os.open(name, os.O_WRONLY), number)
     torch.set_num_threads(1)
@@ -126,7 +126,7 @@ Process = subprocess.Popen[str] | Forked
 
 
 def wait_a_moment(job: Process, seconds: float = 0.02) -> None:
-    """So long, or until the job ends."""
+    """Wait so many seconds, or until the job ends."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         job.wait(seconds)
 
@@ -140,7 +140,7 @@ def wait_for_images(job: Process, out: Path, count: int) -> None:
 
 
 def assert_whole(out: Path, made: dict[str, torch.Tensor], decoder: Decoder) -> None:
-    """Every image is there once and is the library's; nothing else is there but the record."""
+    """Assert that every image is there and is the library's, and that nothing else is there but the record."""
     assert files(out) == {f"{name}.png" for name in made} | {RECORD}
     for name, tensor in made.items():
         assert np.array_equal(image(out / f"{name}.png"), pixels(decoder, tensor)), name

@@ -38,18 +38,18 @@ def flux2_decoder(flux2: Path) -> Decoder:
 
 
 def one(seed: int, channels: int = 16, h: int = LH, w: int = LW) -> torch.Tensor:
-    """One image's latents, (C, h, w)."""
+    """Random latents (C, h, w) of one image."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(channels, h, w, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def picture(decoder: Decoder, tensor: torch.Tensor, raw: bool | None) -> np.ndarray:
-    """Of (C, h, w), by the library."""
+    """The pixels that the library decodes latents (C, h, w) to."""
     return decoder.decode(tensor.unsqueeze(0), raw=raw, output_type="uint8")[0]
 
 
 def comfyui(path: Path, samples: torch.Tensor, *, version: bool = True) -> None:
-    """``SaveLatent.save``."""
+    """Write latents as ComfyUI does in ``SaveLatent.save``."""
     held = {"latent_tensor": samples.contiguous()}
     if version:
         held["latent_format_version_0"] = torch.tensor([], dtype=torch.float32, device="cpu")
@@ -57,7 +57,7 @@ def comfyui(path: Path, samples: torch.Tensor, *, version: bool = True) -> None:
 
 
 def sd_scripts(path: Path, *buckets: torch.Tensor, flipped: bool = False, suffix: bool = True) -> None:
-    """``LatentsCachingStrategy.save_latents_to_disk``."""
+    """Write latents as sd-scripts does in ``LatentsCachingStrategy.save_latents_to_disk``."""
     held: dict[str, Any] = {}
     for latents in buckets:
         end = f"_{latents.shape[-2]}x{latents.shape[-1]}" if suffix else ""
@@ -71,24 +71,24 @@ def sd_scripts(path: Path, *buckets: torch.Tensor, flipped: bool = False, suffix
 
 
 def musubi(path: Path, held: dict[str, torch.Tensor], architecture: str) -> None:
-    """``save_latent_cache_common``: width and height are the original picture's."""
+    """Write latents as musubi-tuner does (``save_latent_cache_common``), with the original picture's size."""
     metadata = {"architecture": architecture, "width": "1000", "height": "700", "format_version": "1.0.1"}
     save_file(held, path, metadata)
 
 
 def ai_toolkit(path: Path, latent: torch.Tensor, space: str) -> None:
-    """``LatentCachingMixin._cache_one_latent``."""
+    """Write latents as ai-toolkit does in ``LatentCachingMixin._cache_one_latent``."""
     info = {"filename": "cat.jpg", "scale_to_width": "80", "crop_x": "0", "latent_version": "1", "format": "pt"}
     save_file({"latent": latent}, path, info | {"latent_space_version": space})
 
 
 def onetrainer(path: Path, **latents: torch.Tensor) -> None:
-    """mgds' ``DiskCache``: one item of its split names."""
+    """Write latents as OneTrainer does with mgds' ``DiskCache``: one item of its split names."""
     torch.save(latents | {"original_resolution": (700, 1000), "crop_offset": (0, 3)}, path)
 
 
 def test_a_folder_of_every_program(tmp_path: Path, demo: Decoder) -> None:
-    """All that trainers and ComfyUI keep of FLUX.1, mixed, in one job without a flag."""
+    """One job needs no flags to decode a folder of all files that trainers and ComfyUI write for FLUX.1."""
     made = {index: one(index) for index in range(12)}
     there = tmp_path / "in"
     there.mkdir()
@@ -129,7 +129,7 @@ def test_a_folder_of_every_program(tmp_path: Path, demo: Decoder) -> None:
     expected["simpletuner"] = (made[11], False)
     comfyui(there / "frame.latent", made[10].reshape(1, 16, 1, LH, LW))
     expected["frame"] = (made[10], True)
-    # What lies beside them and is none.
+    # These files lie beside the latents and hold none.
     torch.save([{"crop_resolution": (48, 80), "image_path": "cat.jpg"}], there / "aggregate.pt")
     torch.save({"tokens_1": one(1), "tokens_mask_1": one(2)}, there / "1.pt")
     save_file({"varlen_t5_bfloat16": one(3)}, there / "dog_fk_te.safetensors", {"architecture": "a", "caption1": "dog"})
@@ -146,7 +146,7 @@ def test_a_folder_of_every_program(tmp_path: Path, demo: Decoder) -> None:
 
 
 def test_a_folder_of_flux2(tmp_path: Path, flux2: Path, flux2_decoder: Decoder) -> None:
-    """FLUX.2: normalised patches of all but OneTrainer, which keeps what the VAE gave."""
+    """The same for FLUX.2, of which all write normalised patches but OneTrainer, which keeps what the VAE encoded."""
     there = tmp_path / "in"
     there.mkdir()
     expected: dict[str, tuple[torch.Tensor, bool]] = {}
@@ -199,7 +199,7 @@ def test_what_is_not_told_is_asked_for(tmp_path: Path, demo: Decoder) -> None:
 
 
 def test_one_image_without_its_batch(tmp_path: Path, demo: Decoder) -> None:
-    """(C, h, w) is one image, also where its last side makes it look like packed rows, if the size says so."""
+    """Latents (C, h, w) that look like packed rows by their last side are one image if the size says so."""
     there = tmp_path / "in"
     there.mkdir()
     plain, wide = one(1), one(2, h=2, w=64)

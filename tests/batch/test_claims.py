@@ -37,7 +37,8 @@ for there, out in jobs:
         cli.main()
     except SystemExit as end:
         status = end.code
-    # Not ru_maxrss, which a new program takes over from the process that started it: this one, which wrote the files.
+    # Not ru_maxrss: a new program inherits it from the process that started it, which is this one, and that has written
+    # the files.
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     told.append([status, int(peak.split()[1]) // 1024])
 print(json.dumps(told), file=sys.stderr)
@@ -50,14 +51,14 @@ def zeros(*shape: int) -> torch.Tensor:
 
 
 class Bytes:
-    """A pickle that PyTorch allows, and that takes as many bytes as it says."""
+    """An object whose pickle PyTorch allows, and which takes 4 GB when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return bytearray, (4 * 10**9,)
 
 
 def zipped_zeros(path: Path, name: str, header: bytes, size: int) -> None:
-    """A zip archive with one file of so many zeros behind a header, written without that much memory."""
+    """Write a zip archive with one file, a header and ``size`` zeros, without taking as much memory."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open(name, "w", force_zip64=True) as file,
@@ -69,14 +70,14 @@ def zipped_zeros(path: Path, name: str, header: bytes, size: int) -> None:
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """Of float32."""
+    """The header of an ``.npy`` file that claims a float32 array of this shape."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return file.getvalue()
 
 
 def bombs(there: Path) -> dict[str, str]:
-    """Write them; what is said of each."""
+    """Write files that claim far too much, and return what the failure of each says."""
     size = 128 * 2**20
     zipped_zeros(there / "zeros.npz", "latents.npy", npy_header((1, 16, 1024, 2048)), size)
     zipped_zeros(there / "rows.npz", "latents.npy", npy_header((512, 16, 64, 64)), size)
@@ -103,7 +104,7 @@ def bombs(there: Path) -> dict[str, str]:
     lists = pa.ListArray.from_arrays(lists.offsets, lists.values.fill_null(0.0))
     table = pa.table({"latents": lists, "height": [2048] * 24, "width": [2048] * 24})
     pq.write_table(table, there / "lists.parquet", compression="zstd", row_group_size=24)
-    with open(there / "header.npy", "wb") as sparse:  # version 2.0, with a header of 3 GiB
+    with open(there / "header.npy", "wb") as sparse:  # NumPy's format 2.0, with a header of 3 GiB
         sparse.write(b"\x93NUMPY\x02\x00" + (3 * 2**30).to_bytes(4, "little"))
         sparse.truncate(4 * 2**30)
     with open(there / "old.pt", "wb") as sparse:
@@ -112,7 +113,7 @@ def bombs(there: Path) -> dict[str, str]:
     with zipfile.ZipFile(there / "directory.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("latents.npy", npy_header((1, 16, 1024, 2048)) + bytes(2**22))
     small = bytearray((there / "directory.npz").read_bytes())
-    struct.pack_into("<I", small, small.rfind(b"PK\x01\x02") + 24, 4096)  # its directory says what is not so
+    struct.pack_into("<I", small, small.rfind(b"PK\x01\x02") + 24, 4096)  # its directory gives a wrong size
     (there / "directory.npz").write_bytes(small)
     with zipfile.ZipFile(there / "members.npz", "w") as archive:
         for index in range(20_000):
@@ -172,7 +173,7 @@ def bombs(there: Path) -> dict[str, str]:
 
 
 def test_bombs_are_refused_and_the_rest_is_done(tmp_path: Path, demo: Decoder) -> None:
-    """In a process of its own, whose memory stays far below what the files claim."""
+    """The job runs in a process of its own, whose memory stays far below what the files claim."""
     made = folder_of(tmp_path / "good", 2)
     there = tmp_path / "in"
     folder_of(there, 2)

@@ -38,7 +38,7 @@ def decoder(flux2: Path) -> Decoder:
 
 
 def shuffled(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed latents (B, N, 128) and ids (B, N, 4), another order in every row."""
+    """Packed latents (B, N, 128) and ids (B, N, 4), whose tokens are in another order in every row."""
     generator = torch.Generator().manual_seed(3)
     cells = torch.cartesian_prod(torch.zeros(1).long(), torch.arange(GH), torch.arange(GW), torch.zeros(1).long())
     ids = torch.stack([cells[torch.randperm(GH * GW, generator=generator)] for _ in range(count)])
@@ -82,7 +82,7 @@ KINDS: dict[str, Callable[[Path, Held, bool], None]] = {
 @pytest.mark.parametrize("size", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_position_ids(kind: str, size: bool, tmp_path: Path, flux2: Path, decoder: Decoder) -> None:
-    """Tokens in any order, another in every row of one batch; the ids also tell the size."""
+    """The rows of a batch may have their tokens in different orders. The ids also tell the size."""
     latents, ids = shuffled(3)
     KINDS[kind](tmp_path / f"set.{kind}", {"latents": latents, "latent_ids": ids}, size)
     done = decode(tmp_path / f"set.{kind}", "-o", tmp_path / "out", "--checkpoint", flux2)
@@ -113,7 +113,7 @@ def test_ids_for_all_rows_and_ids_that_are_wrong(tmp_path: Path, flux2: Path, de
 
 
 def test_raw_is_said_in_the_file_or_by_an_option(tmp_path: Path, flux2: Path, decoder: Decoder) -> None:
-    """Raw and normalised latents of one shape in one job; what says neither is not guessed."""
+    """One job may hold raw and normalised latents of the same shape. Where a file says neither, it is not guessed."""
     latents = torch.randn(1, 32, 2 * GH, 2 * GW, generator=torch.Generator().manual_seed(4))
     (tmp_path / "in").mkdir()
     save_file({"latents": latents}, tmp_path / "in/raw.safetensors", {"raw": "true"})
@@ -192,7 +192,7 @@ def test_full_images_do_not_say_they_are_approximate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["flux2", "taef1", "taef2"])
 def test_dry_runs(kind: str, tmp_path: Path, flux2: Path) -> None:
-    """A rate is measured with latents that every checkpoint takes."""
+    """The rate is measured with latents that every checkpoint takes, also a preview's."""
     if kind != "flux2":
         tiny_vae(32 if kind == "taef2" else 16).save_pretrained(tmp_path / kind)
     latents = torch.randn(1, GH * GW, 64 if kind == "taef1" else 128)

@@ -27,7 +27,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that everybody may enter; pytest's own are for their owner alone."""
+    """A folder that every user may enter. Only their owner may enter pytest's own."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -35,7 +35,7 @@ def public() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def nobody() -> Iterator[None]:
-    """Root may read and write everything, so this process is nobody's meanwhile, all of its threads."""
+    """Let all threads of this process be user ``nobody``'s for a while, because root may read and write everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -52,7 +52,7 @@ def nobody() -> Iterator[None]:
 
 
 def as_nobody(public: Path, out: Path, decoder: Decoder) -> Report:
-    """The job from ``in``, once everything that a decode reads has been read."""
+    """Run the job of ``in`` as user ``nobody``, after a decode as root has loaded all code that a decode needs."""
     save(public / "warm/cat.safetensors", latents(0))
     decode_files(Job(inputs=(f"{public}/warm",), out=f"{public}/warmed"), decoder=decoder)
     with nobody():
@@ -134,7 +134,7 @@ def test_from_and_to_another_filesystem(remote: Any, demo: Decoder) -> None:
 
 
 def test_another_filesystem_that_fails(remote: Any, demo: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One write breaks off in the middle: nothing of it is there, the others are whole, a later run makes it."""
+    """A write that breaks off leaves nothing. The other images are whole, and a later run adds the missing one."""
     remote_latents(remote, 3)
     pipe, broken = type(remote).pipe_file, []
 

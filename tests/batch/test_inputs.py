@@ -60,7 +60,7 @@ KINDS: dict[str, tuple[str, Write]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs(kind: str, tmp_path: Path, demo: Decoder) -> None:
-    """Three rows in one file: three images, by the rows' numbers."""
+    """A file with three rows gives three images, named by the rows' numbers."""
     suffix, write = KINDS[kind]
     rows = torch.cat([latents(seed) for seed in range(3)])
     write(tmp_path / f"cats.{suffix}", rows)
@@ -124,7 +124,7 @@ def test_outputs(format: str, tmp_path: Path, demo: Decoder) -> None:
 
 
 class Code:
-    """A pickle that runs something when it is read."""
+    """An object whose pickle runs something when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -194,7 +194,7 @@ def test_a_disk_with_no_room(tmp_path: Path, demo: Decoder) -> None:
 
 
 def test_full_says_what_to_do(tmp_path: Path, demo: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure at the very end of the write, as a quota gives it; then there is room again."""
+    """The write fails at its very end, as it does by a quota. Afterwards there is room again."""
     folder_of(tmp_path / "in", 2)
     job = Job(inputs=(str(tmp_path / "in"),), out=str(tmp_path / "out"))
     decode_files(Job(inputs=(str(tmp_path / "in/0000.safetensors"),), out=str(tmp_path / "out")), decoder=demo)

@@ -48,14 +48,14 @@ def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: in
         before = {path.name: path.stat().st_ino for path in out.glob("*.png")}
         job = run(tmp_path / "in", "-o", out, "--batch", "2", "--resume")
         wait_for_images(job, out, len(before) + chance.randint(1, count // (4 * kills)))
-        wait_a_moment(job, chance.uniform(0, 0.05))  # not only just after an image came
+        wait_a_moment(job, chance.uniform(0, 0.05))  # so that the kill does not always come just after an image
         assert job.poll() is None, f"the job ended before kill {turn}: {job.communicate()}"
         job.kill()
         job.communicate()
         assert job.returncode == -signal.SIGKILL
         now = {path.name: path.stat().st_ino for path in out.glob("*.png")}
         assert before.items() <= now.items(), "what was done was done again"
-        for name in now:  # whole, also before anything is repaired
+        for name in now:  # every image is whole, even before a run repairs anything
             assert np.array_equal(image(out / name), wanted[name])
     present = len(list(out.glob("*.png")))
     told = json.loads(decode(tmp_path / "in", "-o", out, "--batch", "2", "--resume", "--json").stdout)
@@ -64,7 +64,7 @@ def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: in
 
 
 def test_interrupted(tmp_path: Path, demo: Decoder) -> None:
-    """Ctrl-C: what is under way ends, the exit status is a shell's, nothing half done stays."""
+    """After Ctrl-C what is being written is finished, the exit status is 130, and nothing half done stays."""
     made = folder_of(tmp_path / "in", 60)
     out = tmp_path / "out"
     job = Forked(tmp_path / "in", "-o", out, "--batch", "1", "--json")

@@ -40,8 +40,8 @@ def test_two_workers_make_the_same_files(tmp_path: Path, demo: Decoder) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_worker_killed_in_the_middle(tmp_path: Path, demo: Decoder) -> None:
-    """kill -9 of one worker's process: its items are done by another, what was there is left alone, nothing is lost."""
-    made = folder_of(tmp_path / "in", 160)  # calls of ten: the worker that dies has one under way
+    """After ``kill -9`` of one worker another does its items but those that it had finished, and nothing is lost."""
+    made = folder_of(tmp_path / "in", 160)  # enough for calls of ten, so that the worker that dies has one under way
     out = tmp_path / "out"
     job = start(tmp_path / "in", "-o", out, *TWO)
     victim = _workers(job, 2)[0]
@@ -59,7 +59,7 @@ def test_a_worker_killed_in_the_middle(tmp_path: Path, demo: Decoder) -> None:
 
 
 def _workers(job: subprocess.Popen[str], count: int) -> list[psutil.Process]:
-    """The processes of a job's decoders, when all of them are there."""
+    """Wait until the processes of all decoders of a job run, and return them."""
     deadline = time.monotonic() + 180
     while job.poll() is None:
         assert time.monotonic() < deadline, f"waited 180 s for {count} workers"

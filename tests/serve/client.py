@@ -43,7 +43,7 @@ class Request:
     outputs: tuple[str, ...] | None = ("images",)
     parameters: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, np.ndarray | None] = field(default_factory=dict)
-    """Instead of the usual inputs; None leaves one out."""
+    """Tensors that replace the usual inputs, by name; None leaves an input out."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         rows = (len(self.latents), 1)
@@ -62,11 +62,11 @@ class Serving:
 
     @property
     def exact(self) -> bool:
-        """Whether the engine promises the same bits in any batch; diffusers does not."""
+        """Whether the engine promises the same bits in any batch. Only diffusers' engine does not."""
         return self.library.engine.name == "exact"
 
     def infer(self, protocol: Protocol, request: Request, model: str = "vae_decoder") -> dict[str, np.ndarray]:
-        """One request. Raises InferenceServerException when the server refuses it."""
+        """Send one request and return its outputs. Raises InferenceServerException when the server refuses it."""
         module: Any = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
         inputs = []
         for name, array in request.arrays().items():
@@ -81,7 +81,7 @@ class Serving:
         else:
             client = module.InferenceServerClient(self.server.grpc_url)
             options["client_timeout"] = _TIMEOUT_S
-        with client:  # an open HTTP connection, idle or not, holds up the server's shutdown
+        with client:  # an HTTP connection that stays open, even idle, delays the server's shutdown
             result = client.infer(model, inputs, **options)
             response = result.get_response()
             outputs = response["outputs"] if protocol == "http" else response.outputs
@@ -91,7 +91,10 @@ class Serving:
     def infer_together(
         self, protocol: Protocol, requests: Sequence[Request]
     ) -> list[dict[str, np.ndarray] | InferenceServerException]:
-        """Requests in one ``execute`` of the gathering model, which runs once it has 8 rows; its counts prove it."""
+        """Send requests so that they share one ``execute``, and return their answers.
+
+        They go to the gathering model, which waits until it has 8 rows. Its counts prove that it has run once.
+        """
         assert sum(len(request.latents) for request in requests) == GATHER_ROWS
 
         def one(request: Request) -> dict[str, np.ndarray] | InferenceServerException:
@@ -104,7 +107,7 @@ class Serving:
         with ThreadPoolExecutor(len(requests)) as pool:
             answers = list(pool.map(one, requests))
         deadline = time.monotonic() + 60
-        while (after := self._executions()) == before:  # counted after the answers have left
+        while (after := self._executions()) == before:  # Triton counts only after it has sent the answers
             assert time.monotonic() < deadline, "no execute was counted"
             time.sleep(0.01)
         assert after - before == Counter({GATHER_ROWS: 1})
@@ -119,7 +122,7 @@ class Serving:
         )
 
     def decode(self, request: Request, output_type: str = "uint8") -> Any:
-        """What the library makes of the same request."""
+        """The image that the library decodes the same request to."""
         factors = {k: v for k, v in request.parameters.items() if k.endswith("_factor")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SizeFlooredWarning)
@@ -138,12 +141,12 @@ class Serving:
         ).numpy()
 
     def assert_same_pixels(self, images: np.ndarray, request: Request) -> None:
-        """``images`` (uint8) are the library's."""
+        """Assert that ``images`` (uint8) are those of the library."""
         assert_same_pixels(images, self.decode(request), exact=self.exact)
 
 
 def assert_same_pixels(images: np.ndarray, expected: np.ndarray, *, exact: bool) -> None:
-    """The same bits; without the exact engine, up to diffusers' own wavering from batch to batch."""
+    """Assert that pixels are the same bits. diffusers' engine wavers from batch to batch, so it may be off by one."""
     assert (images.shape, images.dtype) == (expected.shape, np.uint8)
     if exact:
         np.testing.assert_array_equal(images, expected)

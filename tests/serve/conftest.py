@@ -20,7 +20,7 @@ TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny images on a shared machine: threads that wait for each other take many times longer than one alone."""
+    """Compute with one thread, because on tiny images threads that wait for each other take many times longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder: FLUX's topology, 32 channels wide, seeded."""
+    """A checkpoint folder with FLUX's topology, only 32 channels wide, and random weights from a fixed seed."""
     folder = tmp_path_factory.mktemp("tiny")
     random_vae().save_pretrained(folder)
     return folder
@@ -37,12 +37,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def library(tiny_checkpoint: Path) -> Decoder:
-    """The library on the same weights as the server: what pixels are held against."""
+    """The library with the server's weights, with whose pixels the server's are compared."""
     return Decoder.from_pretrained(tiny_checkpoint, device="cpu")
 
 
 def copy_model(repository: Path, name: str, **edits: str) -> Path:
-    """A copy of the shipped model under another name; ``edits`` replace text of its config, which must be there."""
+    """Copy the shipped model under another name. ``edits`` replace texts of its config, each of which must be there."""
     folder = repository / name
     shutil.copytree(TRITON_MODELS / "vae_decoder", folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = folder / "config.pbtxt"
@@ -56,7 +56,7 @@ def copy_model(repository: Path, name: str, **edits: str) -> Path:
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder) -> Iterator[Serving]:
-    """The shipped model folder, and a copy that waits until an ``execute`` is full: 8 rows."""
+    """A server of the shipped model and of a copy of it, which waits until an ``execute`` is full with 8 rows."""
     repository = tmp_path_factory.mktemp("repository")
     (repository / "vae_decoder").symlink_to(TRITON_MODELS / "vae_decoder")
     copy_model(repository, GATHER, **{"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"})

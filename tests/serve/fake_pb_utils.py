@@ -68,10 +68,10 @@ TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 
 
 class ResponseSender:
-    """Takes exactly one response, the final one."""
+    """Stands for Triton's response sender. It takes exactly one response, the final one."""
 
     full: ClassVar[bool] = False
-    """There is no room for responses in shared memory."""
+    """Whether there is no room for responses in shared memory."""
 
     def __init__(self) -> None:
         self.responses: list[InferenceResponse] = []
@@ -81,14 +81,14 @@ class ResponseSender:
         assert flags == TRITONSERVER_RESPONSE_COMPLETE_FINAL
         assert isinstance(response, InferenceResponse)
         assert not self.counted, "answered twice"
-        self.counted += 1  # as Triton does, before there is room
+        self.counted += 1  # Triton too counts a response before it makes room for it
         if self.full:
             raise TritonModelException("Failed to increase the shared memory pool size")
         self.responses.append(response)
 
 
 class InferenceRequest:
-    """What ``execute`` gets: the latents' rows share ``height`` and ``width``."""
+    """A request as ``execute`` gets it. All rows of its latents have the same ``height`` and ``width``."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Logger:
 
 
 class MetricFamily:
-    """Counts like Triton's; ``values`` is the page."""
+    """Stands for Triton's metrics. ``values`` holds what the metrics page would show."""
 
     COUNTER, GAUGE = "counter", "gauge"
     values: ClassVar[dict[tuple[str, ...], float]] = {}

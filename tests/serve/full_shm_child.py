@@ -39,7 +39,7 @@ import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
     def execute(self, requests):
         sizes = [int(pb_utils.get_input_tensor_by_name(request, "SIZE").as_numpy()[0]) for request in requests]
-        senders = [request.get_response_sender() for request in requests]  # as ours does, and does not use it
+        senders = [request.get_response_sender() for request in requests]  # made, but not used, as in our model
         return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.full(size, 7, np.uint8))]) for size in sizes]
 """
 
@@ -60,7 +60,7 @@ def post(url: str, size: int, rows: int = 1, output_type: str = "pt") -> dict[st
 
 @contextmanager
 def full(left: int) -> Iterator[None]:
-    """All of it taken by somebody else, but for so many bytes."""
+    """Let a file take all shared memory but ``left`` bytes for a while."""
     stat = os.statvfs(SHM)
     filler = SHM / "filler"
     with filler.open("wb") as file:
@@ -72,7 +72,7 @@ def full(left: int) -> Iterator[None]:
 
 
 def served(checkpoint: str) -> dict[str, Any]:
-    """Through ``fluxvae serve``'s parts and the gateway."""
+    """Ask the gateway of a ``fluxvae serve`` before, while and after shared memory is full, and return its answers."""
     told: list[str] = []
     supervisor = Supervisor(
         ServeSettings(
@@ -105,7 +105,7 @@ def served(checkpoint: str) -> dict[str, Any]:
 
 
 def handed_over(folder: Path) -> dict[str, Any]:
-    """What Triton itself tells a client of an answer for which there was no room after all."""
+    """Return what Triton itself tells a client whose answer is returned by ``execute`` and finds no room."""
     (folder / "big/1").mkdir(parents=True)
     (folder / "big/config.pbtxt").write_text(CONFIG)
     (folder / "big/1/model.py").write_text(MODEL)

@@ -20,7 +20,7 @@ TIMEOUT_S = 100.0
 
 @dataclass(frozen=True)
 class Answer:
-    """One HTTP answer, read to its end."""
+    """An HTTP answer that was read to its end."""
 
     status: int
     headers: Mapping[str, str]
@@ -38,13 +38,13 @@ class Gateways:
     _servers: dict[str, uvicorn.Server] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # One loop for all: gRPC's asyncio side is one for the process.
+        # All gateways share one event loop, because gRPC's asyncio works with only one in a process.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gateways", daemon=True)
         self._thread.start()
 
     def start(self, **settings: Any) -> str:
-        """A new gateway; returns its address, without a slash at the end."""
+        """Start a new gateway, and return its address without a slash at the end."""
         usual = {
             "triton_grpc_url": self.grpc_url,
             "triton_metrics_url": self.metrics_url,
@@ -88,7 +88,7 @@ def ask(
     body: Any = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Answer:
-    """One request by the standard library: no proxy, no retry, no redirect."""
+    """Send one request with the standard library, which uses no proxy, and neither retries nor follows redirects."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
     start = time.perf_counter()
     try:

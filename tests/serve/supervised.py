@@ -19,11 +19,11 @@ import psutil
 from serve.client import Request, random_latents
 
 LOOPBACK = "127.0.0.1"
-START_S = 200.0  # for a machine that does other things too
+START_S = 200.0  # generous, because the machine may do other things too
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> float:
-    """Seconds until the condition held."""
+    """Wait until a condition holds, and return how many seconds that took."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout_s, f"waited {timeout_s:g} s for {what}"
@@ -79,7 +79,7 @@ class Supervised:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def child(self, part: str) -> psutil.Process:
-        """The one child with this in its command line."""
+        """The only child process whose command line holds this."""
         [found] = [child for child in self.children() if part in " ".join(child.cmdline()[:3])]
         return found
 
@@ -111,7 +111,7 @@ class Supervised:
         return self.process.wait(timeout_s)
 
     def end(self) -> None:
-        """However a test went."""
+        """End everything that was started, however the test went."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.send_signal(signal.SIGTERM)
@@ -137,7 +137,7 @@ class Supervised:
 
 def _runs(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # process 1 may reap late
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # process 1 may reap it late
     except psutil.NoSuchProcess:
         return False
 

@@ -47,7 +47,7 @@ def packed(seed: int, height: int, width: int, batch: int = 1) -> torch.Tensor:
 
 @pytest.fixture
 def regions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]:
-    """What is there of the regions that clients make, and afterwards nothing. Other processes have theirs there too."""
+    """Returns the shared memory regions of the clients in this process, and asserts that none are left in the end."""
     made: list[str] = []
 
     def make(*args: Any, **options: Any) -> SharedMemory:
@@ -72,7 +72,7 @@ def client(serving: Serving, protocol: str, regions: Callable[[], set[str]]) -> 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_close_leaves_no_connection(serving: Serving, protocol: str) -> None:
-    """Also after an error that somebody still holds: an open one holds up the server's shutdown."""
+    """Even while somebody holds an error of a request. A connection left open would delay the server's shutdown."""
     port = int(url_of(serving, protocol).rpartition(":")[2])
 
     def connections() -> list[Any]:
@@ -245,7 +245,7 @@ def test_no_server(protocol: str) -> None:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers with what the test put into ``server.answers``, and counts."""
+    """Answers each request with the next of ``server.answers``, which the test has put there."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))

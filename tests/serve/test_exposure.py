@@ -54,7 +54,7 @@ class Target:
 
 @contextlib.contextmanager
 def by_example(repository: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The example as a person runs it, on free ports; with what it printed."""
+    """Run the example as a person would, on free ports. Yields its process and what it printed."""
     command = [sys.executable, str(ROOT / "examples/triton_server.py"), "--models", str(repository), "--load", "echo"]
     command += ["--http-port", "0", "--grpc-port", "0", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -95,7 +95,7 @@ def target(
             running.end()
         return
     repository = write_model(folder / "repository")
-    # One that is there and not asked for: nobody may load it.
+    # This model is in the repository but was not asked for, so nobody may load it.
     shutil.copytree(repository / "echo", repository / "other")
     (repository / "other" / "config.pbtxt").write_text(CONFIG.replace('"echo"', '"other"'))
     if request.param == "library":
@@ -110,7 +110,7 @@ def target(
 
 
 def post(address: str, path: str, body: Any, headers: dict[str, str] | None = None) -> int:
-    """Status of a POST as a page of another origin could send it: its type needs no question before."""
+    """The status of a POST that a page of another origin could send, as a browser does not ask before this type."""
     connection = http.client.HTTPConnection(address, timeout=60)
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "text/plain", **(headers or {})})
@@ -122,7 +122,7 @@ def post(address: str, path: str, body: Any, headers: dict[str, str] | None = No
 
 
 def attackers_model(marks: Path, name: str) -> dict[str, str]:
-    """Parameters that upload a model: it leaves a mark when Triton runs it."""
+    """Parameters of a request that uploads a model, which leaves a mark when Triton runs it."""
     code = f"open({str(marks / name)!r}, 'w').close()\nclass TritonPythonModel:\n    def execute(self, r): pass\n"
     config = {
         "name": "guest",
@@ -169,7 +169,7 @@ def refused_over_grpc(attack: Callable[[], object]) -> None:
 
 
 def test_the_models_cannot_be_exchanged_even_by_who_has_every_key(repository: Path, tmp_path: Path) -> None:
-    """The restriction is one lock; that Triton was started without model control is the other."""
+    """Even without the restriction of its endpoints Triton refuses, because it was started without model control."""
     marks = tmp_path / "marks"
     marks.mkdir()
     with TritonServer(repository, models=["echo"], open_apis=["model-repository"]) as server:
@@ -231,7 +231,7 @@ def status_of_get(address: str, path: str) -> int:
 
 
 def test_what_the_command_line_shows_opens_nothing_but_the_models_settings(target: Target) -> None:
-    """Every user of the machine can read it in /proc: what opens a control is not there, or cannot be sent."""
+    """Every user of the machine can read it in /proc. So what opens a control is not there, or cannot be sent."""
     processes = [psutil.Process(target.pid), *psutil.Process(target.pid).children(recursive=True)]
     [server] = [one for one in processes if "bin/tritonserver" in one.cmdline()[0]]
     rules = [one.partition("=")[2] for one in server.cmdline() if one.startswith("--http-restricted-api=")]
@@ -243,7 +243,7 @@ def test_what_the_command_line_shows_opens_nothing_but_the_models_settings(targe
             connection.putrequest("GET", "/v2/logging")
             connection._buffer.append(f"{name}: {attempt}".encode())  # type: ignore[attr-defined]
             connection.endheaders()
-            with contextlib.suppress(http.client.RemoteDisconnected):  # malformed: refused without a word
+            with contextlib.suppress(http.client.RemoteDisconnected):  # it is malformed, and may get no answer
                 assert connection.getresponse().status in (400, 403)
     with tritonclient.grpc.InferenceServerClient(target.grpc) as client:
         for attempt in (value.strip(), value.replace("\n", " ")):
@@ -287,7 +287,7 @@ def runs(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_the_example_ends_what_it_started(repository: Path, number: int) -> None:
-    """SIGKILL stands for the death of the parent: then its guardian does it."""
+    """After SIGKILL, which stands for any sudden death of the parent, its guardian ends everything."""
     with by_example(repository) as (process, _):
         everything = psutil.Process(process.pid).children(recursive=True)
         assert any("tritonserver" in one.name() for one in everything)
@@ -305,7 +305,7 @@ def regions_of(pid: int) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_program_that_dies_with_its_server_open_leaves_nothing(repository: Path, number: int) -> None:
-    """A program that handles no signal: nothing of ``with`` is run."""
+    """The program handles no signals, so the end of its ``with`` block never runs."""
     code = (
         "import sys, time; from fluxvae.serve.triton.server import TritonServer\n"
         f"with TritonServer({str(repository)!r}):\n print('serving', flush=True); time.sleep(600)"
@@ -327,7 +327,7 @@ def test_a_program_that_dies_with_its_server_open_leaves_nothing(repository: Pat
 
 @pytest.mark.browser
 def test_a_page_of_another_origin_runs_no_code_and_reads_nothing(target: Target, tmp_path: Path) -> None:
-    """Chromium, with a page from another port that fires what a browser lets it send without asking."""
+    """In Chromium a page from another port sends all that a browser lets it send without asking first."""
     from playwright.sync_api import sync_playwright
 
     from serve.test_page import FLAGS

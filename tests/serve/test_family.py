@@ -45,7 +45,7 @@ protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 
 @dataclass(frozen=True)
 class Family:
-    """The server, and for each of its models the library on the same weights."""
+    """A server, and for each of its models the library with the same weights."""
 
     server: TritonServer
     library: dict[str, Decoder]
@@ -92,7 +92,7 @@ def latents(features: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def shuffled(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same picture's tokens in another order for each row, and their ids."""
+    """Put the tokens of each row into another order. Returns them with their ids, which tell where they belong."""
     ids = ids_of(SIZE["height"] // 16, SIZE["width"] // 16, len(packed))
     orders = [torch.randperm(PATCHES, generator=torch.Generator().manual_seed(7 + row)) for row in range(len(packed))]
     tokens = torch.stack([row[order] for row, order in zip(packed, orders, strict=True)])
@@ -113,7 +113,7 @@ def test_the_folders_say_what_they_serve() -> None:
 
 
 def test_the_folders_hold_the_same_code() -> None:
-    """`vae_decoder`'s, which mypy checks, is the demo too; beside that and the docstring they are equal."""
+    """mypy checks only `vae_decoder`'s code. The others differ in the docstring, and have no demo."""
 
     def code(name: str) -> list[str]:
         tree = ast.parse((Path(__file__).parents[2] / "triton_models" / name / "1" / "model.py").read_text())
@@ -145,7 +145,7 @@ def test_tokens_in_any_order(family: Family, protocol: Protocol, model: str) -> 
 
 
 def test_with_and_without_ids_at_the_same_time(family: Family) -> None:
-    """Triton does not batch them with each other; each gets its own picture all the same."""
+    """Each gets its own picture although Triton never puts requests with and without ids into one batch."""
     serving = family.serving(FLUX2)
     with family.client(FLUX2) as client:
         calls = []

@@ -22,7 +22,7 @@ from fluxvae.serve.supervisor.notices import Notices
 from fluxvae.serve.triton_words import passing_trouble
 
 CHILD = Path(__file__).parent / "full_shm_child.py"
-AT_ONCE_S = 20.0  # a decode's time, on a machine that others use too; before, nothing came at all
+AT_ONCE_S = 20.0  # enough for a decode on a busy machine; the fault that is tested for is that no answer ever comes
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_the_supervisor_says_so(found: Any) -> None:
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_triton_tells_what_could_not_be_handed_over(found: Any, protocol: str) -> None:
-    """Where free memory is in pieces, only trying tells; what `execute` returns is answered all the same."""
+    """If free memory is in pieces, only trying shows whether `execute`'s answer fits; if not, Triton sends an error."""
     (small, _), (large, seconds), (again, _), (after, _) = found["handed_over"][protocol]
     assert (small, again, after) == (1000, 1000, 4 * 2**20)
     assert passing_trouble(large) is not None, large
@@ -106,19 +106,19 @@ def test_notices(tmp_path: Path) -> None:
     assert notices.take(0.0) is None
     with log.open("a") as file:
         file.write(f'E1127 "{handover.LOG_MARK}: request a: shared memory: no room"\nelse\n{handover.LOG_MARK}: half')
-    assert notices.take(0.5) is None  # not looked at so soon
+    assert notices.take(0.5) is None  # it is too soon to look again
     told = notices.take(1.0)
     assert told is not None
     assert told.startswith("shared memory is full: request a: no room.")
     with log.open("a") as file:
         file.write(" a line\n" + f"{handover.LOG_MARK}: request c\n")
-    assert notices.take(2.0) is None  # told a moment ago
+    assert notices.take(2.0) is None  # people were told a moment ago
     with log.open("a") as file:
         file.write(f"{handover.LOG_MARK}: request d\n")
     told = notices.take(100.0)
     assert told is not None
     assert "request d (and 2 more like it)" in told
-    log.write_text(f"{handover.LOG_MARK}: request e\n")  # rotated
+    log.write_text(f"{handover.LOG_MARK}: request e\n")  # the log was rotated
     told = notices.take(200.0)
     assert told is not None
     assert "request e" in told

@@ -91,7 +91,7 @@ def test_pt_with_a_processor(gateway: str, serving: Serving, layout: str) -> Non
 @layouts
 @pytest.mark.parametrize("batch", [1, 2])
 def test_pt(gateway: str, serving: Serving, layout: str, batch: int) -> None:
-    """Not postprocessed: about [-1, 1], not clamped."""
+    """The tensor is not post-processed: its values are about [-1, 1] and not clamped."""
     latents = 4 * some_latents(layout, batch=batch)
     tensor = remote(gateway, latents, output_type="pt", return_type="pt")
     assert torch.equal(tensor, local(serving, latents, "raw"))
@@ -142,10 +142,10 @@ def test_dtypes(gateway: str, serving: Serving, dtype: torch.dtype) -> None:
     [
         ({"scaling_factor": 0.5, "shift_factor": 0.25}, {"scaling_factor": 0.5, "shift_factor": 0.25}),
         ({"scaling_factor": 0.5, "shift_factor": None}, {"scaling_factor": 0.5, "shift_factor": 0.0}),
-        # do_scaling, the client's default, without factors: the server's own
+        # By default the client sends do_scaling=True without factors, which asks for the server's own.
         ({"scaling_factor": None, "shift_factor": None}, FACTORS),
         ({"scaling_factor": None, "shift_factor": 0.25}, {"scaling_factor": 0.3611, "shift_factor": 0.25}),
-        # no scaling asked for: these are raw latents already
+        # Without do_scaling the latents are raw already.
         ({"do_scaling": False}, {"scaling_factor": 1.0, "shift_factor": 0.0}),
         ({"do_scaling": None}, {"scaling_factor": 1.0, "shift_factor": 0.0}),
     ],
@@ -167,7 +167,7 @@ def test_size_of_unpacked_latents_may_be_given(gateway: str, serving: Serving) -
 
 
 def test_the_upright_and_the_lying_picture(gateway: str) -> None:
-    """The same latents, as many patches: height and width must arrive as they were sent."""
+    """The same latents have as many patches with height and width exchanged, so both must arrive as they were sent."""
     latents = some_latents("packed")
     assert remote(gateway, latents).size == (WIDTH, HEIGHT)
     assert remote(gateway, latents, height=WIDTH, width=HEIGHT).size == (HEIGHT, WIDTH)

@@ -18,7 +18,7 @@ from fluxvae.serve.triton.controls import CONFIG_KEY_VARIABLE
 from serve.gateways import ask, wait_until
 
 KIB, MIB = 2**10, 2**20
-MOST_BYTES = 24 * MIB  # what a flood sends, and more than the gateway may grow by
+MOST_BYTES = 24 * MIB  # how much a flood sends, which is more than the gateway's memory may grow by
 GROWTH = 8 * MIB
 POST = b"POST /decode?shape=1&shape=16&shape=64&dtype=float32&height=64&width=64 HTTP/1.1\r\nHost: localhost\r\n"
 POST += b"Content-Type: tensor/binary\r\n"
@@ -87,7 +87,7 @@ def test_a_flood_ends_and_leaves_no_trace(process: Process, flood: str) -> None:
             pass
     assert sent < MOST_BYTES, "it took all of it"
     assert process.memory - before < GROWTH
-    if "trailer" not in flood and "chunk" not in flood:  # those come in the midst of a request: the connection ends
+    if "trailer" not in flood and "chunk" not in flood:  # those come within a request, and the connection just ends
         assert b" 431 " in answer or b" 400 " in answer, answer
     assert process.answers()
 

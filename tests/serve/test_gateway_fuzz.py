@@ -31,7 +31,7 @@ STATUSES = {int(code) for code in OPERATION["responses"]} - {500, 502, 503, 504}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 JSON = ("tensor/base64", "application/json")
 ACCEPTED = ("tensor/binary", "tensor/base64", "image/png", "image/jpeg")
-LONGEST_S = 30.0  # of any answer, on a machine that others use too; images here are tiny
+LONGEST_S = 30.0  # how long any answer may take on a busy machine, with the tiny images used here
 
 GARBAGE = st.one_of(
     st.sampled_from(
@@ -49,7 +49,7 @@ ANY_JSON = st.recursive(
     max_leaves=6,
 )
 
-# Where few of the values that the schema allows go together with the rest.
+# Parameters of whose allowed values only few fit the other parameters.
 SANE = {
     "scaling_factor": st.floats(0.125, 2, width=32),
     "shift_factor": st.floats(-2, 2, width=32),
@@ -58,7 +58,7 @@ SANE = {
 
 
 def by_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Values that the document allows."""
+    """Draw values that the OpenAPI document allows."""
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     if schema["type"] == "array":
@@ -71,7 +71,7 @@ def by_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @st.composite
 def queries(draw: st.DrawFn) -> dict[str, Any]:
-    """A query: often one that fits together, then with some parameters left out, replaced or spoilt."""
+    """Draw a query. Often its parameters fit together at first, and then some are left out, replaced or spoilt."""
     query: dict[str, Any] = {"dtype": draw(by_schema(PARAMETERS["dtype"]["schema"]))}
     batch, rows, columns = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     if draw(st.booleans()):
@@ -97,7 +97,7 @@ def queries(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def right_length(query: dict[str, Any]) -> int:
-    """Bytes the body should have; 64 where the query says nothing usable."""
+    """Return how many bytes the body should have, by the query; 64 where the query says nothing usable."""
     shape, itemsize = query.get("shape"), ITEMSIZE.get(str(query.get("dtype")))
     if isinstance(shape, list) and all(isinstance(each, int) for each in shape) and itemsize is not None:
         length = math.prod(shape) * itemsize
@@ -112,7 +112,7 @@ def bodies(draw: st.DrawFn, length: int) -> bytes:
         values = np.random.default_rng(draw(st.integers(0, 99))).standard_normal(length // 2 + 2, dtype=np.float32)
         return values.tobytes()[:length]
     if kind == 8:
-        return np.random.default_rng(draw(st.integers(0, 99))).bytes(length)  # huge values, NaN, Inf
+        return np.random.default_rng(draw(st.integers(0, 99))).bytes(length)  # such bytes hold huge values, NaN and Inf
     return draw(st.binary(max_size=300))
 
 
@@ -124,7 +124,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, str], bytes]:
         "Accept": draw(st.sampled_from([*ACCEPTED, "*/*", "", "text/html;q=1"])),
     }
     if draw(st.integers(0, 4)) == 0:
-        # What HTTP allows in a header; the rest uvicorn refuses itself.
+        # Only what HTTP allows in a header, because uvicorn itself refuses everything else.
         allowed = st.characters(min_codepoint=32, max_codepoint=255, exclude_characters="\x7f")
         headers["X-Request-ID"] = draw(st.text(allowed, max_size=140))
     path = draw(st.sampled_from(["/", "/decode"]))
@@ -135,7 +135,7 @@ def requests(draw: st.DrawFn) -> tuple[str, dict[str, str], bytes]:
 
 
 def as_json(draw: st.DrawFn, query: dict[str, Any], latents: bytes) -> tuple[bytes, dict[str, Any]]:
-    """A body that holds the latents, and perhaps some of the parameters, which the query then lacks."""
+    """Draw a JSON body that holds the latents, and perhaps some parameters, which then are not in the query."""
     inside = {name: query[name] for name in query if draw(st.booleans())} if draw(st.booleans()) else {}
     told: dict[str, Any] = {"inputs": base64.b64encode(latents).decode()}
     if inside or draw(st.booleans()):
@@ -181,7 +181,7 @@ def test_fuzz(gateway: str, request: tuple[str, dict[str, str], bytes]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fuzz_at_length(gateway: str) -> None:
-    """5,000 cases, of which a fair part are good requests: or they would show little."""
+    """A fair part of the 5,000 cases must be good requests, or they would show little."""
     statuses: list[int] = []
 
     @given(request=requests())
@@ -197,7 +197,7 @@ def test_fuzz_at_length(gateway: str) -> None:
 
 
 def test_broken_http_gets_an_answer(gateway: str) -> None:
-    """uvicorn's own refusal; the server goes on."""
+    """uvicorn refuses these itself, and the server goes on."""
     for line in (
         b"\x00\x01\x02\r\n\r\n",
         b"GET / HTTP/1.1\r\nno header\r\n\r\n",

@@ -53,7 +53,7 @@ def first_client(
     partial_postprocess: bool = False,
     output_tensor_type: str = "base64",
 ) -> Any:
-    """What the first ``remote_decode`` did, of which kijai's node has a copy: both types are base64 by default."""
+    """Decode as the first ``remote_decode`` did, of which kijai's node has a copy: by default both types are base64."""
     parameters = {
         "do_scaling": True,
         "output_type": output_type,
@@ -92,7 +92,7 @@ def test_tensors_are_the_librarys(gateway: str, serving: Serving, dtype: torch.d
 
 @pytest.mark.parametrize("file", ["png", "jpeg"])
 def test_pictures_are_what_is_accepted(gateway: str, serving: Serving, file: str) -> None:
-    """Those clients had no ``image_format``."""
+    """The first clients had no ``image_format``, and said only what they accept."""
     latents = latents_of()
     picture = first_client(gateway, latents, output_type="pil", accept=f"image/{file}")
     [expected] = serving.library.decode(latents, output_type="uint8")
@@ -110,7 +110,7 @@ PARAMETERS = {"shape": [1, 16, 5, 7], "dtype": "float32", "output_type": "pt", "
 
 
 def test_parameters_in_the_body(gateway: str, serving: Serving) -> None:
-    """As Hugging Face's endpoints take any request: numbers, truth values and null in place of a query's texts."""
+    """Parameters in JSON may be numbers, truth values and null, as for Hugging Face's endpoints."""
     latents = latents_of()
     expected = serving.library.decode_raw(latents).numpy()
     inputs = text_of(latents)
@@ -192,7 +192,7 @@ def test_contradictions_about_the_answer(gateway: str) -> None:
 
 @pytest.mark.parametrize("piece", [b"[", b"[],", b'{"a":', b"1,", b'"inputs"', b'"inputs": '])
 def test_json_costs_no_more_than_its_bytes(piece: bytes) -> None:
-    """A parser would make objects of 20 MB that take half a gigabyte."""
+    """A JSON parser would turn these 20 MB into objects that take half a gigabyte."""
     body = bytearray(piece * (20 * 2**20 // len(piece)))
     tracemalloc.start()
     start = time.perf_counter()
@@ -200,7 +200,7 @@ def test_json_costs_no_more_than_its_bytes(piece: bytes) -> None:
         with pytest.raises(InvalidLatentsError, match="beside the text 'inputs'"):
             read_json(body)
         assert tracemalloc.get_traced_memory()[1] < 2**20
-        assert time.perf_counter() - start < 10  # no search that goes back and forth
+        assert time.perf_counter() - start < 10  # the search must not backtrack
     finally:
         tracemalloc.stop()
 
@@ -233,7 +233,7 @@ def test_any_json_is_read_or_refused(told: Any, parameters: Any, cut: int) -> No
 
 
 @given(st.binary(max_size=40), st.lists(st.integers(0, 9), max_size=4))
-@example(bytes(range(256)) * 2**13 + b"x", [1])  # in several pieces
+@example(bytes(range(256)) * 2**13 + b"x", [1])  # large enough for several pieces
 def test_a_tensor_as_json(data: bytes, shape: list[int]) -> None:
     length, pieces = base64_answer(memoryview(data), tuple(shape), "uint8")
     text = b"".join(pieces)

@@ -18,7 +18,7 @@ from serve.client import Serving
 from serve.gateways import Answer, Gateways, ask
 
 QUICK_S = 0.1
-ATTEMPTS = 5  # on a shared machine the best of some is what the code takes
+ATTEMPTS = 5  # on a busy machine, the shortest of some times is what the code itself takes
 
 SHAPE = (1, 16, 64)
 QUERY = {"shape": list(SHAPE), "dtype": "float32", "height": 64, "width": 64}
@@ -27,7 +27,7 @@ BODY = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32).tobytes
 
 
 def post(url: str, *, body: Any = BODY, headers: dict[str, str] | None = None, **changes: Any) -> Answer:
-    """A good request with ``changes`` to its query; None leaves a parameter out."""
+    """Send a good request with ``changes`` to its query. None leaves a parameter out."""
     query = {name: value for name, value in {**QUERY, **changes}.items() if value is not None}
     path = f"/decode?{urlencode(query, doseq=True)}"
     return ask(url, "POST", path, headers={**HEADERS, **(headers or {})}, body=body)
@@ -133,7 +133,7 @@ def test_refused(gateway: str, serving: Serving, case: str) -> None:
 
 
 def test_the_good_request_is_good(gateway: str) -> None:
-    """Or the refusals above would show nothing."""
+    """The request that the refusals above change is itself accepted; otherwise they would show nothing."""
     assert post(gateway).status == 200
     assert post(gateway, shape=[1, 16, 8, 8]).status == 200
     assert post(gateway, shape=[1, 16, 8, 8], height=None, width=None).status == 200
@@ -147,16 +147,16 @@ def test_a_size_that_is_floored_says_so(gateway: str) -> None:
 
 
 def test_an_oversized_upload_costs_no_memory(gateway: str) -> None:
-    """64 MiB of body that the query announces honestly: answered before it is sent, and read to nowhere."""
+    """A body of 64 MiB is refused before it is sent. What the client sends all the same is read and thrown away."""
     with connect(gateway) as connection:
         start = time.perf_counter()
         connection.sendall(head(2**26, shape=[1, 2**18, 64]))
         assert received(connection, until=b"more than").startswith(b"HTTP/1.1 413 ")
         assert time.perf_counter() - start < 1
         chunk = bytes(2**20)
-        process = psutil.Process()  # the gateway's, which is this one
+        process = psutil.Process()  # the gateway runs in this process
         before = process.memory_info().rss
-        for _ in range(64):  # a client that sends before it reads gets rid of its body, and is not reset
+        for _ in range(64):  # a client may send its whole body before it reads, without being reset
             connection.sendall(chunk)
             assert process.memory_info().rss - before < 2**24
 
@@ -206,7 +206,7 @@ def connect(url: str) -> socket.socket:
 
 
 def head(length: int, **changes: Any) -> bytes:
-    """The first part of a request whose body is ``length`` bytes."""
+    """The head of a request whose body has ``length`` bytes."""
     lines = [
         f"POST /decode?{urlencode({**QUERY, **changes}, doseq=True)} HTTP/1.1",
         "Host: 127.0.0.1",
@@ -217,7 +217,7 @@ def head(length: int, **changes: Any) -> bytes:
 
 
 def received(connection: socket.socket, until: bytes) -> bytes:
-    """What arrives, up to and with ``until``."""
+    """Read from a connection until ``until`` has arrived, and return everything."""
     answer = b""
     while until not in answer:
         part = connection.recv(65536)
@@ -227,7 +227,7 @@ def received(connection: socket.socket, until: bytes) -> bytes:
 
 
 def triton_requests(serving: Serving) -> float:
-    """Requests that reached the model, whatever became of them."""
+    """How many requests have reached the model, whatever became of them."""
     page = ask(serving.server.metrics_url.removesuffix("/metrics"), path="/metrics").body.decode()
     names = ("nv_inference_request_success{", "nv_inference_request_failure{")
     return sum(

@@ -41,7 +41,7 @@ BODY = np.zeros(SMALL, np.float32).tobytes()
 TENSOR = {"Content-Type": "tensor/binary"}
 
 MEDIUM = (1, 64 * 64, 64)  # 1024x1024
-LARGE = (1, 128 * 128, 64)  # 2048x2048: seconds of decoding, so that something can happen meanwhile
+LARGE = (1, 128 * 128, 64)  # 2048x2048, which takes seconds to decode, so that something can happen meanwhile
 LARGE_PATH = f"/decode?{urlencode({**QUERY, 'shape': LARGE, 'height': 2048, 'width': 2048}, doseq=True)}"
 LARGE_BODY = np.zeros(LARGE, np.float32).tobytes()
 
@@ -110,7 +110,7 @@ def test_everything_with_the_token(guarded: str, headers: dict[str, str]) -> Non
 
 
 def test_remote_decode_carries_the_token_in_its_endpoint(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unmodified client has no other way to send one."""
+    """The token may be in the address, because the unmodified client has no other way to send it."""
     monkeypatch.setenv("NO_PROXY", "*")
     latents = torch.zeros(1, 16, 4, 4)
     endpoint = guarded.replace("http://", f"http://any:{TOKEN}@")
@@ -137,7 +137,7 @@ def test_request_ids(gateway: str) -> None:
 
 
 def test_the_id_reaches_triton_and_comes_back_in_errors(gateway: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's core puts the request's id into what it refuses: more rows than a batch holds, were they not split."""
+    """The id is in the error of Triton's core, which refuses more rows than a batch may have, if they are not split."""
     monkeypatch.setattr(forward, "MAX_ROWS", 16)
     query = urlencode({**QUERY, "shape": (9, 4, 64)}, doseq=True)
     answer = ask(gateway, "POST", f"/decode?{query}", headers={**TENSOR, "X-Request-ID": "mine-42"}, body=BODY * 9)
@@ -224,7 +224,7 @@ def test_a_decode_that_takes_too_long_is_cancelled(gateways: Gateways, serving: 
 def test_a_client_that_leaves_takes_its_decode_with_it(gateways: Gateways, serving: Serving) -> None:
     url, impatient = gateways.start(), gateways.start(timeout_s=0.3)
     client = start_large(url, "leaves")
-    # The model has one instance: while it decodes, nothing else is answered.
+    # The model has one instance, so while it decodes it answers nothing else.
     wait_until(lambda: ask(impatient, "POST", DECODE, headers=TENSOR, body=BODY).status == 504, "no decode began")
     client.sock.close()  # type: ignore[union-attr]
     wait_until(lambda: metrics(url)["fluxvae_gateway_in_flight"] == 0, "the gateway did not notice", timeout_s=10)
@@ -245,7 +245,7 @@ def test_no_more_than_max_in_flight(gateways: Gateways) -> None:
 
 
 def start_large(url: str, request_id: str) -> http.client.HTTPConnection:
-    """A decode of seconds, under way in Triton."""
+    """Send a request whose decode takes seconds, and return once it is under way in Triton."""
     running = under_way(url)
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=100)
     connection.request("POST", LARGE_PATH, LARGE_BODY, {**TENSOR, "X-Request-ID": request_id})
@@ -254,18 +254,18 @@ def start_large(url: str, request_id: str) -> http.client.HTTPConnection:
 
 
 def under_way(url: str) -> float:
-    """Requests whose body is there: at work or in the line."""
+    """How many requests are at work or wait in line, their bodies having arrived."""
     seen = metrics(url)
     return seen["fluxvae_gateway_in_flight"] + seen["fluxvae_gateway_waiting"]
 
 
 def stopped(serving: Serving, request_id: str) -> bool:
-    """Whether the model took this request and gave up on it, because nobody waited any more: its log says so."""
+    """Whether the log says that the model took this request and gave it up, because nobody waited for it any more."""
     return f"request {request_id}: DecodeCancelled" in serving.server.log()
 
 
 def test_many_at_once_get_their_own(gateway: str) -> None:
-    """Answers are not mixed up, and every one has its sender's id."""
+    """Answers are not mixed up, and each has the id of its request."""
     results: dict[int, Any] = {}
 
     def one(index: int) -> None:
@@ -316,7 +316,7 @@ def process(serving: Serving) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def test_as_a_process(process: tuple[subprocess.Popen[str], str]) -> None:
-    """Ready, guarded by the environment's token, and done with its last request before SIGTERM ends it."""
+    """The process gets ready, asks for the environment's token, and finishes its last request after SIGTERM."""
     running, url = process
     assert url.startswith("http://127.0.0.1:")
     assert ask(url, path="/readyz").status == 200

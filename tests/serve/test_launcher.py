@@ -75,7 +75,7 @@ def folders() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers of others on this machine make folders too."""
+    """Let servers make their folders in a place of this test's own, because others on this machine make folders too."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
 
 
@@ -116,7 +116,7 @@ def test_serves_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
     assert_nothing_left(server, group, before)
     assert f"PREFIX {os.path.realpath(sys.prefix)} GREETING hello" in log.read_text()
     assert server.log() == log.read_text()
-    server.stop()  # again does no harm
+    server.stop()  # stopping it again does no harm
 
 
 @pytest.mark.parametrize("victim", ["server", "stub"])

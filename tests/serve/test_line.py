@@ -21,7 +21,7 @@ BODY = np.random.default_rng(0).standard_normal((1, 1, 64), dtype=np.float32).to
 
 
 async def settle() -> None:
-    """Let every task go as far as it can."""
+    """Let every task run until it waits for something."""
     for _ in range(10):
         await asyncio.sleep(0)
 

@@ -40,7 +40,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[TritonServer]:
-    """One of its own: its memory is measured."""
+    """A server for this module alone, because its memory is measured."""
     repository = tmp_path_factory.mktemp("load")
     (repository / MODEL).symlink_to(TRITON_MODELS / MODEL)
     environment = {"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> I
 
 @pytest.fixture(scope="module")
 def cases(library: Decoder) -> list[Case]:
-    """No two have the same image."""
+    """Latents that decode to different images, so that a mixed-up answer would be noticed."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for height, width in SIZES:
@@ -65,7 +65,7 @@ def cases(library: Decoder) -> list[Case]:
 
 
 async def load(server: TritonServer, cases: list[Case], requests: int, protocol: str, seed: int) -> Counter[str]:
-    """Send requests, ``CONCURRENCY`` at a time; how many came to which end. Raises where one ended wrongly."""
+    """Send requests, ``CONCURRENCY`` at a time, and return how many ended in which way. Raises if one ended wrongly."""
     draw = random.Random(seed)
     numbers = iter(range(requests))
     ends: Counter[str] = Counter()
@@ -80,7 +80,7 @@ async def load(server: TritonServer, cases: list[Case], requests: int, protocol:
         decode = client.decode(case.latents, **case.options, output_type="uint8", request_id=str(number))
         task = asyncio.ensure_future(decode)
         if kind == "cancelled":
-            await asyncio.wait([task], timeout=draw.uniform(0, 0.1))  # in the queue, in its decode, or too late
+            await asyncio.wait([task], timeout=draw.uniform(0, 0.1))  # in the queue, in its decode, or already answered
             task.cancel()
         try:
             image = await task
@@ -100,7 +100,7 @@ async def load(server: TritonServer, cases: list[Case], requests: int, protocol:
 
 
 def resident(server: TritonServer) -> int:
-    """Bytes of the server and its models, shared memory included."""
+    """How many bytes the server and its models have in memory, with shared memory."""
     assert server.pid is not None
     group = [process for process in psutil.process_iter() if _group(process.pid) == server.pid]
     assert group
@@ -142,7 +142,7 @@ def test_a_short_load(server: TritonServer, cases: list[Case], protocol: str) ->
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_2000_requests_at_concurrency_8(server: TritonServer, cases: list[Case]) -> None:
-    run(server, cases, 200, "grpc")  # allocators and regions have the size they keep
+    run(server, cases, 200, "grpc")  # afterwards allocators and regions have the size that they keep
     memory, regions = resident(server), shared(server)
     run(server, cases, 2000, "grpc")
     assert shared(server) == regions

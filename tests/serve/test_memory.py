@@ -55,7 +55,7 @@ def test_a_group_grows_as_long_as_its_plan_has_room() -> None:
 
 def test_a_group_leaves_room_for_outputs() -> None:
     alone = limited(1 << 30).plan(SIZE, SIZE).peak_bytes
-    rows = 2 + alone // IMAGE  # so many that images and outputs weigh more than the decode of one
+    rows = 2 + alone // IMAGE  # so many that their images and outputs take more than the decode of one
     many = [job(rows, OUTPUTS), job(1)]
     assert MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits([job(rows), job(1)])
     assert not MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits(many)
@@ -87,7 +87,7 @@ def test_output_bytes_bound_what_is_kept(names: tuple[str, ...]) -> None:
     kept = sum(
         sum(map(len, array.ravel())) if array.dtype == object else array.nbytes
         for name, array in made.items()
-        if name != "images_raw"  # the image itself
+        if name != "images_raw"  # that output is the image itself
     )
     assert output_bytes(asked.outputs, 2, SIZE, SIZE, 4) >= kept
 
@@ -112,7 +112,7 @@ def test_a_plan_cut_to_what_was_free_is_made_again(monkeypatch: pytest.MonkeyPat
 
 
 class ScarceMemory:
-    """Makes decodes run out of memory whose plan needs more than there is."""
+    """Lets a decode run out of memory if its plan needs more than there is."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, has: int) -> None:
         self.peaks: list[int] = []

@@ -52,7 +52,7 @@ def arguments(**parameters: str) -> dict[str, str]:
 
 
 def execute(model: Any, requests: list[InferenceRequest]) -> list[fake_pb_utils.InferenceResponse]:
-    """The answer to each request; there is exactly one."""
+    """Run ``execute``, and return the answers to the requests, after asserting that each has exactly one."""
     assert model.execute(requests) is None, "answers are sent, not returned"
     return [response for request in requests for [response] in [request.sender.responses]]
 
@@ -247,7 +247,7 @@ def test_finalize_lets_the_weights_go(model: Any) -> None:
 
 @pytest.mark.parametrize("supervised", [False, True])
 def test_an_answer_that_triton_does_not_take(model: Any, monkeypatch: pytest.MonkeyPatch, supervised: bool) -> None:
-    """It takes no other either: under `fluxvae serve` the process ends, for Triton to tell the client."""
+    """Triton takes no other answer then. Under `fluxvae serve` the process ends, so that Triton tells the client."""
     ended: list[int] = []
     monkeypatch.setattr(triton_model.os, "_exit", ended.append)
     monkeypatch.setenv(RUN_VARIABLE, "a run") if supervised else monkeypatch.delenv(RUN_VARIABLE, raising=False)
@@ -264,7 +264,7 @@ def test_an_answer_that_triton_does_not_take(model: Any, monkeypatch: pytest.Mon
 def test_where_room_is_tight_a_single_answer_is_returned(
     model: Any, monkeypatch: pytest.MonkeyPatch, requests: int
 ) -> None:
-    """Triton can tell its client of a failure then; with neighbours that were answered already it could not."""
+    """Triton can then answer a failure with an error. It could not if other requests had been answered already."""
     monkeypatch.setattr(triton_model, "find_room", lambda sizes: Room.TIGHT)
     asked = [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(requests)]
     returned = model.execute(asked)
@@ -279,12 +279,12 @@ def test_where_room_is_tight_a_single_answer_is_returned(
 
 
 def probe() -> InferenceRequest:
-    """What a watcher asks."""
+    """A request as a health check sends it."""
     return InferenceRequest(np.zeros((1, 1, 1), np.float32), 16, 16, probe=True)
 
 
 def decodes(model: Any, requests: list[InferenceRequest]) -> float:
-    """How many images were decoded to answer these."""
+    """Answer requests, and return how many images were decoded for that."""
     before = count("fluxvae_decodes_total")
     for response in execute(model, requests):
         with contextlib.suppress(AssertionError):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.browser
 
 TOKEN = "let-me-in"
 FLAGS = [
-    "--no-sandbox",  # root, in a container
+    "--no-sandbox",  # Chromium has no sandbox where tests run as root, in a container
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -54,7 +54,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """An empty page, 20 s for every expectation; what goes wrong inside it fails the test."""
+    """An empty page, which has 20 s to meet each expectation. Errors inside it fail the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     opened = context.new_page()
     opened.set_default_timeout(20_000)
@@ -72,7 +72,7 @@ LOCAL = ("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:")
 
 
 def pixels(page: Page) -> list[np.ndarray]:
-    """What the page's links save."""
+    """The pixels of the files that the page's links save."""
     pictures = []
     for link in page.locator("figcaption a").all():
         with page.expect_download() as download:
@@ -103,7 +103,7 @@ def test_the_example(page: Page, gateway: str, serving: Serving) -> None:
     expect(page.get_by_role("img")).to_be_visible()
     facts = page.locator("#facts")
     expect(facts).to_contain_text("512 × 512 pixels")
-    expect(facts).to_contain_text(re.compile(r"[\d.]+ s, of it [\d.]+ s in Triton"))
+    expect(facts).to_contain_text(re.compile(r"[\d.]+ s, of which [\d.]+ s in Triton"))
     expect(facts).to_contain_text("(1, 1024, 64)")
     expect(page.locator("#server-facts")).to_contain_text("megapixels")
     latents, height, width = read_latents(DEFAULT_LATENTS)
@@ -168,7 +168,7 @@ def test_unpacked_latents_of_an_odd_size(page: Page, gateway: str, serving: Serv
 def test_one_image_without_its_batch(
     page: Page, gateway: str, serving: Serving, tmp_path: Path, size: tuple[int, int]
 ) -> None:
-    """(16, 4, 64) may also be 16 packed images: the size in the file tells, or the page asks for it."""
+    """Latents (16, 4, 64) may also be 16 packed images. The size in the file tells, or the page asks for the size."""
     latents = torch.randn(16, *size, generator=torch.Generator().manual_seed(0))
     pixel_size = {"height": 8 * size[0], "width": 8 * size[1]}
     told = {name: str(side) for name, side in pixel_size.items()}
@@ -317,7 +317,7 @@ def test_the_description_of_the_api(page: Page, gateway: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_nothing_sticks_out(page: Page, gateway: str, width: int, scheme: str) -> None:
-    """No sideways scrolling, and text that stands out from its ground as WCAG's AA asks: 4.5 to 1."""
+    """The page does not scroll sideways, and its text has a contrast of 4.5 to 1 at least, as WCAG's level AA asks."""
     page.set_viewport_size({"width": width, "height": 800})
     page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
     page.goto(gateway)

@@ -40,13 +40,13 @@ def within(max_pixels: int) -> Callable[[Sequence[Job]], bool]:
 
 
 def asked(job: Job) -> tuple[object, ...]:
-    """All that must be the same for two jobs to share a decode."""
+    """Everything that two jobs must have in common to share a decode."""
     reading = job.request.reading
     return (job.request.height, job.request.width, reading.scaling_factor, reading.shift_factor)
 
 
 def paint(index: float, scaling_factor: float | None, shift_factor: float | None) -> float:
-    """A colour that tells whose image it is and with which factors it was decoded."""
+    """A colour that depends on the job and on the factors with which it was decoded."""
     return index + (0 if scaling_factor is None else 100) + (0 if shift_factor is None else 200)
 
 
@@ -77,7 +77,7 @@ def test_groups_hold_every_job_once_in_order_and_within_the_budget(jobs: list[Jo
         assert len({asked(member) for member in members}) == 1
         assert [member.index for member in members] == sorted(member.index for member in members)
         assert len(members) == 1 or sum(member.request.pixels for member in members) <= max_pixels
-    for same in {asked(member) for member in jobs}:  # of those, an earlier one is never in a later group
+    for same in {asked(member) for member in jobs}:  # of those that may share a decode, an earlier one is never later
         order = [member.index for members in groups if asked(members[0]) == same for member in members]
         assert order == sorted(order)
 
@@ -109,7 +109,7 @@ def test_layouts_are_not_the_same_group() -> None:
 
 @pytest.mark.parametrize("during", [False, True], ids=["before", "during"])
 def test_one_of_a_group_that_is_cancelled_gets_no_image_and_the_other_does(during: bool) -> None:
-    """Cancelled once the shared decode has begun, for which the other keeps it going; or before, and left out of it."""
+    """A job cancelled before the shared decode is left out of it; later the decode goes on for the other one."""
     rows: list[int] = []
     gone: set[int] = set() if during else {0}
 
@@ -133,7 +133,7 @@ def test_one_of_a_group_that_is_cancelled_gets_no_image_and_the_other_does(durin
 
 
 class FakeDecoder:
-    """Paints each image in its own colour; fails for a whole batch that holds a poisonous one."""
+    """Decodes each job to a colour of its own, and fails for every batch with a job that is poisonous."""
 
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison
@@ -294,7 +294,7 @@ def test_a_job_refused(decoder: Decoder, batch: int, heights: object, widths: ob
 def test_rows_that_are_the_channels_of_one_image_are_refused(
     decoder: Decoder, shape: tuple[int, ...], size: tuple[int, int], layout: str
 ) -> None:
-    """The library decodes these shapes to one image; here the first dimension has a height and width for each row."""
+    """The library reads these shapes as one image. The model does not: its first dimension is always the batch."""
     column = (shape[0], 1)
     with pytest.raises(
         InvalidLatentsError, match=r"one image \(1, 16, .*send it as \(1, 16, \d+\) with layout unpacked"

@@ -69,7 +69,7 @@ def check_output(serving: Serving, name: str, value: np.ndarray, request: Reques
 
 MIXED = [
     Request(random_latents(0, 64, 128), 64, 128),
-    Request(random_latents(0, 64, 128), 128, 64),  # the same latents, the other way up
+    Request(random_latents(0, 64, 128), 128, 64),  # the same latents with height and width exchanged
     Request(random_latents(1, 64, 64), 64, 64),
     Request(random_latents(2, 64, 128, batch=2), 64, 128),
     Request(random_latents(3, 48, 80), 48, 80),
@@ -88,7 +88,7 @@ def test_mixed_sizes_in_one_execute(serving: Serving, protocol: Protocol) -> Non
 
 @protocols
 def test_factors_in_one_execute(serving: Serving, protocol: Protocol) -> None:
-    """Requests of one size whose factors differ must not be decoded with each other's."""
+    """Requests of one size with different factors must each be decoded with their own."""
     data = random_latents(0, 32, 32, batch=2)
     factors = [{}, {"scaling_factor": 0.5}, {"shift_factor": 0.0}, {"scaling_factor": 0.5, "shift_factor": 0.0}]
     requests = [Request(data, 32, 32, parameters=parameters) for parameters in factors]
@@ -116,7 +116,7 @@ def test_image_formats(serving: Serving, protocol: Protocol, format: str, qualit
 
 
 def test_http_without_a_client_library(serving: Serving) -> None:
-    """Plain JSON, as curl would send it."""
+    """The tensors are in plain JSON, as curl would send them."""
     data = random_latents(0, 32, 32)
     request = Request(data, 32, 32)
     body = {
@@ -143,7 +143,7 @@ def test_the_shipped_folder_serves_the_demo_checkpoint(protocol: Protocol, demo_
 
 @pytest.fixture(scope="module")
 def demo_serving() -> Iterator[Serving]:
-    """The folder as it is shipped, nothing set: what a user's first server is."""
+    """The folder is as it is shipped, with nothing set, which is what a user's first server is."""
     library = Decoder.from_pretrained("demo", device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("CHECKPOINT", "DEVICE", "MEMORY_LIMIT"):

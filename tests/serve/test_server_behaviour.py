@@ -27,7 +27,7 @@ from serve.conftest import copy_model
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 SLOW = "slow_queue"
-LONG = 2048  # pixels each way: six seconds with the tiny checkpoint, hundreds of blocks
+LONG = 2048  # height and width in pixels; a decode takes six seconds with the tiny checkpoint, in hundreds of blocks
 QUEUE = 3
 
 
@@ -40,7 +40,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -
 
 
 def metric(server: TritonServer, name: str, **labels: str) -> float:
-    """The metric's value; 0 where there is none yet."""
+    """The value of a metric; 0 where the page does not have it yet."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_url, timeout=10) as answer:
         page = answer.read().decode()
@@ -113,7 +113,7 @@ def pending(serving: Serving) -> float:
 
 @contextmanager
 def busy(serving: Serving) -> Iterator[Asked]:
-    """While the model decodes something long, which is cancelled at the end."""
+    """Keep the model busy with a long decode, which is cancelled at the end."""
     asked = Asked(serving, long_request(), "busy", priority=1)
     wait_for(lambda: running(serving), "the long decode to begin")
     try:
@@ -143,7 +143,7 @@ def test_unpacked_latents_odd_sizes_too(serving: Serving, protocol: Protocol, si
 
 
 def test_layouts_do_not_mix_in_one_execute(serving: Serving) -> None:
-    """64 channels' worth of tokens and 16 channels' worth of latents, the same size, side by side."""
+    """Packed and unpacked latents of one size are decoded in the same ``execute``."""
     packed = Request(random_latents(0, 32, 32, batch=4), 32, 32)
     latents = np.random.default_rng(1).standard_normal((4, 16, 4, 4), dtype=np.float32)
     unpacked = Request(latents.reshape(4, 16, 16), 32, 32, parameters={"layout": "unpacked"})
@@ -188,7 +188,7 @@ def test_a_decode_stops_within_a_strip_of_its_cancellation(pressed: Serving, how
     asked = Asked(pressed, long_request(), f"gone-by-{how}", **options)
     wait_for(lambda: running(pressed), "the model to take the request")
     if how == "cancel":
-        # Its latents are read and checked before its decode begins: as late as the deadline, that has long been so.
+        # Reading and checking the latents comes before the decode. After as long as in the other case it is long done.
         wait_for(lambda: time.monotonic() - asked.started > 0.7, "the decode to be under way")
         asked.context.cancel()
     asked.wait()
@@ -212,7 +212,8 @@ def test_a_decode_stops_within_a_strip_of_its_cancellation(pressed: Serving, how
 def test_a_full_queue_refuses_at_once(pressed: Serving) -> None:
     small = Request(random_latents(1, 32, 32), 32, 32)
     with busy(pressed):
-        # Triton may hold a request beyond the queue, staged for the model; so one more than the queue holds is filler.
+        # Triton may hold one request more than the queue does, because it stages one for the model. So the queue is
+        # filled with one more than it holds.
         waiting = [Asked(pressed, small, f"waits-{number}") for number in range(QUEUE + 1)]
         wait_for(lambda: pending(pressed) >= QUEUE, "the queue to fill")
         refused = []
@@ -240,7 +241,7 @@ def test_priority_1_overtakes_the_default(pressed: Serving) -> None:
         wait_for(lambda: pending(pressed) >= QUEUE, "the high one to wait")
     for asked in (*low, high):
         assert asked.wait().error is None
-    # One may have been staged for the model before the high one came.
+    # Triton may have staged one request for the model before the one of high priority came.
     assert sum(asked.finished < high.finished for asked in low) <= 1
 
 

@@ -38,7 +38,7 @@ def per_row(*values: int) -> np.ndarray:
     return np.array(values, np.int32).reshape(-1, 1)
 
 
-# Refused by the model: (request, part of the message).
+# Requests that the model refuses, each with a part of the message.
 OURS = {
     "features of FLUX.2": (Request(np.zeros((1, 4, 128), np.float32), 32, 32), "looks like FLUX.2"),
     "features of nothing": (Request(np.zeros((1, 4, 63), np.float32), 32, 32), "got 63 features"),
@@ -80,7 +80,7 @@ def test_refused_alone_beside_a_good_request(serving: Serving, protocol: Protoco
 
 @protocols
 def test_a_picture_of_nan_is_an_error_and_its_group_is_decoded_without_it(serving: Serving, protocol: Protocol) -> None:
-    """Finite latents whose pixels are not: same size and factors, so they shared a decode until it failed."""
+    """The latents of one request are finite, but not its pixels. The other shared its decode until that failed."""
     bad = Request(np.full_like(GOOD, 1e38), 32, 32)
     good = Request(random_latents(1, 32, 32, batch=GATHER_ROWS - 1), 32, 32)
     error, answer = serving.infer_together(protocol, [bad, good])
@@ -91,7 +91,7 @@ def test_a_picture_of_nan_is_an_error_and_its_group_is_decoded_without_it(servin
     serving.assert_same_pixels(answer["images"], good)
 
 
-# Refused by Triton itself before a batch is formed: (request, status).
+# Requests that Triton itself refuses before it forms a batch, each with the status.
 TRITONS = {
     "rank": (Request(GOOD[0], 32, 32, inputs={"height": per_row(32), "width": per_row(32)}), BAD_REQUEST),
     "float16 latents": (Request(GOOD.astype(np.float16), 32, 32), BAD_REQUEST),

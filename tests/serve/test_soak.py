@@ -39,7 +39,7 @@ REQUESTS = int(os.environ.get("FLUXVAE_SOAK_REQUESTS", "10000"))
 WARM_UP = 600
 CLIENTS = 12
 SETTLE_S = 3.0
-"""After a kill is over: requests that were under way get their errors."""
+"""For how many seconds after the recovery from a kill requests may still end in errors."""
 FEATURES = dict(zip(MODELS, (64, 128, 128), strict=True))
 SIZES = [(32, 32), (32, 48), (48, 32), (64, 64), (16, 96), (128, 128)]
 OUTPUTS = ("pt", "uint8", "png")
@@ -78,7 +78,7 @@ def _pixels(file: bytes) -> np.ndarray:
 
 @dataclass
 class Disturbances:
-    """When something had been killed, and was not back."""
+    """The spans of time in which something had been killed and was not back."""
 
     spans: list[list[float]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -97,12 +97,12 @@ class Disturbances:
 
 
 class Wrong(Exception):
-    """An answer that may not be."""
+    """A request ended in a way in which none may."""
 
 
 @dataclass
 class Soak:
-    """The load: what it sends, and what came back."""
+    """The load on the server: what it sends, and what came back."""
 
     server: Supervised
     cases: list[Case]
@@ -149,7 +149,7 @@ class Soak:
             self.ends[f"{kind}: {end}"] += 1
             self.done += 1
         if end != expected:
-            time.sleep(1.0)  # a client that was told to try again
+            time.sleep(1.0)  # what a client does that is told to try again
 
     def _gateway(self, case: Case, output: str, kind: str, draw: random.Random) -> str:
         body = case.latents.numpy().tobytes()
@@ -167,7 +167,7 @@ class Soak:
         headers = {"Content-Type": "tensor/base64", "Content-Length": str(len(body)), "Accept": "tensor/base64"}
 
         def right(answer: bytes) -> bool:
-            if output == "png":  # for who accepts tensors only, pil is one
+            if output == "png":  # a client that accepts tensors only gets one with output_type=pil too
                 tensor = np.frombuffer(base64.b64decode(json.loads(answer)["inputs"]), np.float32)
                 return bool(np.array_equal(tensor, (case.raw / 2 + 0.5).clip(0, 1).ravel()))
             return case.is_right(output, base64.b64decode(json.loads(answer)["inputs"]))
@@ -239,7 +239,7 @@ class Soak:
 
 
 def state(server: Supervised) -> dict[str, dict[str, float]]:
-    """Memory in MB, descriptors and threads of each process, and shared memory."""
+    """The memory in MB, the descriptors and the threads of each process, and the shared memory."""
     found: dict[str, dict[str, float]] = {}
     for process in [psutil.Process(server.process.pid), *server.children()]:
         words = " ".join(process.cmdline())
@@ -310,7 +310,7 @@ def test_ten_thousand_requests(checkpoints: dict[str, Path], cases: list[Case]) 
         killer.join(600)
         assert not killer.is_alive()
         assert Counter(kills) == dict.fromkeys((*MODELS, "tritonserver", "gateway", "guardian"), 2), kills
-        soak.run(REQUESTS, WARM_UP)  # all new processes do what the old ones had done
+        soak.run(REQUESTS, WARM_UP)  # so that the new processes have done everything that the old ones had
         for client in soak.clients.values():
             client.close()
         wait_for(lambda: idle(server), "the connections to end")
@@ -330,7 +330,7 @@ def test_ten_thousand_requests(checkpoints: dict[str, Path], cases: list[Case]) 
 
 
 def idle(server: Supervised) -> bool:
-    """Whether nobody has a connection to the gateway, but for what it has to Triton."""
+    """Whether the gateway has no connections but its own to Triton."""
     port = int(server.address("gateway").rpartition(":")[2])
     connections = server.gateway.net_connections("tcp")
     return not any(one.status == psutil.CONN_ESTABLISHED and one.laddr.port == port for one in connections)

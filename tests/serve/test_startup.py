@@ -122,7 +122,7 @@ def test_a_first_decode_that_fails_keeps_the_model_from_loading() -> None:
 
 
 class ReadsFirstValueOnly(fake_pb_utils.Tensor):
-    """What the wheel's stub gives under NumPy 2."""
+    """The array that the wheel's stub makes of a tensor under NumPy 2."""
 
     @staticmethod
     def from_dlpack(name: str, tensor: torch.Tensor) -> fake_pb_utils.Tensor:

@@ -31,8 +31,8 @@ from serve.supervised import Supervised, a_request, wait_for
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLUX = LatentFormat()
-NOTICED_S = 1.5  # of a death: 0.05 measured; before it was 3
-BACK_IN_S = 15.0  # beyond the time that loading takes
+NOTICED_S = 1.5  # how soon a death must be noticed; 0.05 s were measured
+BACK_IN_S = 15.0  # how much longer than loading it may take until the server is back
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def client(server: Supervised, library: Decoder) -> Serving:
 
 
 def through_gateway(server: Supervised, request: Request) -> np.ndarray:
-    """A picture by diffusers' protocol, as uint8; without factors it would take the latents as raw ones."""
+    """Decode to uint8 by diffusers' protocol. The factors are sent, because without them latents count as raw."""
     latents = request.latents
     shape = "&".join(f"shape={size}" for size in latents.shape)
     query = f"{shape}&dtype=float32&height={request.height}&width={request.width}&output_type=pil&image_format=png"
@@ -100,7 +100,7 @@ def test_ready_means_that_it_decodes(server: Supervised, library: Decoder) -> No
 
 
 def test_an_idle_server_does_not_decode(server: Supervised) -> None:
-    """It is asked every two seconds; at FLUX's widths each decode would cost a quarter of a second of a core."""
+    """It is asked every two seconds. With FLUX's full VAE each decode would take a quarter of a second of a core."""
 
     def count(name: str) -> float:
         with DIRECT.open(f"http://{server.address('metrics')}/metrics", timeout=30) as answer:
@@ -129,7 +129,7 @@ def test_a_killed_stub_comes_back(server: Supervised, library: Decoder) -> None:
 
 @pytest.mark.parametrize("part", ["stub", "triton"])
 def test_readiness_ends_with_a_death(server: Supervised, library: Decoder, part: str) -> None:
-    """Although a decode was answered just before."""
+    """A death is noticed although a decode was answered just before."""
     before = server.told("Triton: back in service")
     assert_serves(server, library, 2)
     assert page(server, "/readyz") == 200
@@ -161,7 +161,7 @@ def test_a_taken_port_is_named(tiny_checkpoint: Path, request: pytest.FixtureReq
 
 
 class Everything(BaseHTTPRequestHandler):
-    """Answers whatever it is asked: that a server is ready, that an image was decoded."""
+    """Answers every question with yes: that a server is ready, and that an image was decoded."""
 
     def do_GET(self) -> None:
         if self.command == "POST":
@@ -182,7 +182,7 @@ class Everything(BaseHTTPRequestHandler):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", ["triton", "gateway"])
 def test_a_port_that_is_taken_in_mid_service(tiny_checkpoint: Path, request: pytest.FixtureRequest, part: str) -> None:
-    """By a program that even answers as ours would. It is named; the end comes only after the time of a start."""
+    """A program has the port, and even answers as ours would. It is named, and waited for as long as for a start."""
     supervised = start(tiny_checkpoint, request, "--ready-timeout", "40").ready()
     name = "Triton HTTP" if part == "triton" else "gateway"
     host, _, port = supervised.address(name).partition(":")
@@ -235,7 +235,7 @@ def test_what_dies_in_mid_load_comes_back(
                 answers.append("ok")
             except (InferenceServerException, OSError, http.client.HTTPException, AssertionError) as error:
                 answers.append(error)
-                stop.wait(0.2)  # not in a tight loop while it is down
+                stop.wait(0.2)  # while the server is down, it is not asked in a tight loop
 
     threads = [threading.Thread(target=load, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -245,7 +245,7 @@ def test_what_dies_in_mid_load_comes_back(
     name = "gateway" if victim == "gateway" else "Triton"
     took = wait_for(lambda: server.told(f"{name}: back in service") == 1, f"service after the {victim}'s death", 200)
     load_time = float(re.search(r"back in service after ([\d.]+) s", server.output)[1])  # type: ignore[index]
-    patience = 0 if number == signal.SIGKILL else 25  # until it counts as hung
+    patience = 0 if number == signal.SIGKILL else 25  # how long it takes until the server counts as hung
     assert took - load_time < BACK_IN_S + patience, server.output
     count = len(answers)
     wait_for(lambda: len(answers) > count + 20, "answers after it")
@@ -269,7 +269,7 @@ def test_what_dies_in_mid_load_comes_back(
 def test_a_killed_supervisor_takes_all_with_it(tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
     server = start(tiny_checkpoint, request).ready()
     assert server.regions()
-    server.guardian.kill()  # a new one takes its place
+    server.guardian.kill()  # the supervisor must start a new one
     wait_for(lambda: "guardian: ended; restarting" in server.output, "a new guardian")
     server.everything |= {server.guardian.pid}
     server.signal_and_wait(signal.SIGKILL)
@@ -281,7 +281,7 @@ def test_a_killed_supervisor_takes_all_with_it(tiny_checkpoint: Path, request: p
 def test_what_is_under_way_is_finished_and_a_busy_server_is_left_alone(
     request: pytest.FixtureRequest,
 ) -> None:
-    """A decode of several times the patience, by the demo checkpoint, through the gateway; then SIGTERM."""
+    """A decode through the gateway takes several times the patience, with the demo checkpoint. Then SIGTERM comes."""
     server = start("demo", request, "--patience", "6", "--drain", "500", "--request-timeout", "500").ready()
     asked = Request(random_latents(0, 4096, 2048), 4096, 2048)
     started = time.monotonic()
@@ -324,7 +324,7 @@ def test_a_second_signal_does_not_wait(request: pytest.FixtureRequest) -> None:
 
 
 def test_a_bad_checkpoint_ends_with_its_own_error(tmp_path: Path) -> None:
-    """Found before anything is started where it is plain, by the model where it is not."""
+    """What is plain is found before anything is started, and the model finds the rest."""
     command = [sys.executable, "-m", "fluxvae.cli", "serve", "--port", "0", "--grpc-port", "0", "--http-port", "0"]
     command += ["--metrics-port", "0", "--checkpoint"]
     missing = subprocess.run([*command, "./nothing"], capture_output=True, text=True, timeout=60)

@@ -49,7 +49,7 @@ DEAD = Outcome(Answer.FAILED, "HTTP 500: Stub process 'x' is not healthy.", fina
 
 
 def verdict(*seen: tuple[float, Outcome | None, float]) -> str | None:
-    """Of a watch that has seen (second, outcome, processor seconds); only the last may be a reason."""
+    """What a watch says last that is told (second, outcome, processor seconds). Before, it must have said nothing."""
     watch = Watch(now=0.0, patience_s=10, busy_limit_s=100)
     verdicts = [watch.judge(*one) for one in seen]
     assert not any(verdicts[:-1]), verdicts
@@ -60,10 +60,10 @@ def verdict(*seen: tuple[float, Outcome | None, float]) -> str | None:
     "seen",
     [
         [(t, OK, 0.0) for t in range(0, 500, 5)],
-        [(t, None, t / 10) for t in range(99)],  # one long decode on a tenth of a core
-        [(t, BUSY, t / 10) for t in range(99)],  # a full queue
+        [(t, None, t / 10) for t in range(99)],  # a long decode that gets a tenth of a core
+        [(t, BUSY, t / 10) for t in range(99)],  # the queue is full
         [(1, FAILED, 0.0), (3, OK, 0.0), (5, FAILED, 0.0), (7, OK, 0.0)],
-        [(1, None, 50.0), (9, None, 50.0)],  # idle, but not for long
+        [(1, None, 50.0), (9, None, 50.0)],  # it does nothing, but not for long
     ],
     ids=["answers", "busy", "queue full", "one failure is forgiven", "patience"],
 )
@@ -274,7 +274,7 @@ def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And out of it when one fails, while the other answers."""
+    """Triton is out of service again when one of its models fails, although the other answers."""
     answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
     monkeypatch.setattr(triton_service, "decode_tiny", lambda address, model, timeout_s: answers[model])
     monkeypatch.setattr(triton_service, "ASK_EVERY_S", 0.0)
@@ -425,7 +425,7 @@ def test_processes() -> None:
 
 
 def test_deaths_are_told_at_once() -> None:
-    """Of children, and of their children, which others may wait for."""
+    """Deaths are announced of children and of their children, which other processes may wait for."""
     code = "import subprocess, sys; p = subprocess.Popen(['sleep', '1000']); print(p.pid, flush=True); p.wait()"
     parent = subprocess.Popen([sys.executable, "-c", code + "; sys.stdin.read()"], stdin=-1, stdout=-1, text=True)
     assert parent.stdout is not None
@@ -470,7 +470,7 @@ def ignores(pid: int, number: signal.Signals) -> bool:
 
 
 def test_the_guardian_takes_away_what_is_left(tmp_path: Path) -> None:
-    """Also grandchildren in sessions of their own, and nothing that is not marked."""
+    """Grandchildren in sessions of their own are ended too, and nothing that is not marked."""
     tag, folder = uuid.uuid4().hex, tmp_path / "folder"
     folder.mkdir()
     region = Path(f"/dev/shm/fluxvae_test_{tag}_1")
@@ -555,7 +555,7 @@ def test_a_gateway_that_cannot_start(tmp_path: Path) -> None:
 
 
 class Everything(http.server.BaseHTTPRequestHandler):
-    """Answers whatever it is asked."""
+    """A server that answers every question with 200."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -566,7 +566,7 @@ class Everything(http.server.BaseHTTPRequestHandler):
 
 
 def test_an_answer_from_another_program_is_not_the_gateways(tmp_path: Path) -> None:
-    """It has the port since we looked; ours will end for that, but not at once."""
+    """The program took the port after we had looked. Ours will end because of that, but not at once."""
     slow = stand_in(tmp_path, "import time; time.sleep(1000)")
     slow.launch()
     try:
@@ -600,7 +600,7 @@ def test_a_gateway_gets_time_to_finish(tmp_path: Path) -> None:
 
 
 class Fragile:
-    """A service that fails as told: at the start (an error), or later (a reason)."""
+    """A service that fails as it is told: with an error at the start, or for a reason later."""
 
     name = "fragile"
 
@@ -659,7 +659,7 @@ def test_restarts_with_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_port_that_another_has_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the first start and at any other; it is named, and after the time of a start it is the end."""
+    """This holds for every start. The port is named, and waited for only as long as a start may take."""
     monkeypatch.setattr(keeper_module, "_TICK_S", 0.001)
     monkeypatch.setattr(keeper_module, "_PORT_DELAY_S", 0.01)
     monkeypatch.setattr(keeper_module, "_DELAYS_S", (0.0,))
@@ -693,7 +693,7 @@ def test_a_first_start_that_fails_is_the_callers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_child_that_cannot_be_kept_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that dies must not leave a child unwatched."""
+    """A thread that dies must not leave its child unwatched."""
     fragile = Fragile("died")
     error = PermissionError("cannot be killed")
     monkeypatch.setattr(fragile, "stop", lambda hurry: (_ for _ in ()).throw(error))

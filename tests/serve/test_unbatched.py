@@ -24,7 +24,7 @@ from serve.client import PROTOCOLS, Request, Serving
 
 FACTORS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-# The last is as wide as a packed token has features: only its height and width tell it from 16 packed images.
+# The last image is as wide as a packed token has features, so only its height and width tell it from 16 packed images.
 SIZES = [(4, 6), (5, 7), (4, 64)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=["small", "odd", "ambiguous"])
 
@@ -91,7 +91,7 @@ def test_sdnext(gateway: str, serving: Serving, size: tuple[int, int], kind: str
 
 
 def test_sdnext_with_packed_latents(gateway: str, serving: Serving) -> None:
-    """As its FLUX.1 pipelines leave them; a size that is no multiple of 16 is floored, as the pipeline did."""
+    """The latents are as its FLUX.1 pipelines leave them, which floor a size that is no multiple of 16, as we do."""
     tokens = pack_latents(image((4, 6)))
     expected = serving.library.decode_raw(tokens, height=32, width=48, **FACTORS)
     assert torch.equal(sdnext(gateway, tokens, 32, 48, "raw"), expected)
@@ -99,7 +99,7 @@ def test_sdnext_with_packed_latents(gateway: str, serving: Serving) -> None:
 
 
 def test_kijais_node_with_one_frame(gateway: str, serving: Serving) -> None:
-    """ComfyUI's latents, (B, C, lh, lw) or with a frame, raw, without a size: it says ``do_scaling=False``."""
+    """ComfyUI's latents are raw, (B, C, lh, lw) or with a frame. They come without a size, but ``do_scaling=False``."""
     latents = image((5, 7), batch=2)
     expected = serving.library.decode_raw(latents, raw=True)
     for samples in (latents, latents[:, :, None]):
@@ -129,7 +129,7 @@ def test_the_client(serving: Serving, size: tuple[int, int]) -> None:
 
 
 def test_as_many_packed_images_as_channels(gateway: str, serving: Serving) -> None:
-    """(4, 4, 64) and the size of one token, beside one SD image of this shape: never taken for it."""
+    """Packed latents (4, 4, 64) and their size are never taken for one image of SD's that has this shape."""
     tokens = torch.randn(4, 4, 64, generator=torch.Generator().manual_seed(0))
     expected = serving.library.decode_raw(tokens, height=32, width=32)
     with Client(serving.server.grpc_url) as client:
@@ -154,8 +154,8 @@ def test_the_remote_vae_takes_what_a_vae_takes(serving: Serving) -> None:
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_model_itself_has_a_batch_always(serving: Serving, protocol: Any) -> None:
-    """Its inputs have a row for each image; what reads as one image without its batch is refused, not regrouped."""
-    as_image = Request(image((4, 6))[0, :8].reshape(8, 4, 6).numpy(), 32, 48)  # 8 rows: as many as Triton lets through
+    """The model's inputs have a row for each image. Latents that read as one image without its batch are refused."""
+    as_image = Request(image((4, 6))[0, :8].reshape(8, 4, 6).numpy(), 32, 48)  # Triton lets 8 rows through
     one_channel = Request(image((4, 6))[0, :8].reshape(8, 1, 24).numpy(), 32, 48, parameters={"layout": "unpacked"})
     for request, message in ((as_image, "6 features per token"), (one_channel, "1 channels")):
         with pytest.raises(InferenceServerException, match=message):

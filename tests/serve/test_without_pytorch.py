@@ -15,7 +15,7 @@ from serve.gateways import ask, wait_until
 from serve.test_gateway_floods import Process
 
 AT_REST = 120 * 10**6
-"""Bytes that a gateway may hold, of 540 MB before; 69 measured."""
+"""How many bytes of memory a gateway may take. 69 MB were measured; with PyTorch it took 540 MB."""
 HEAVY = ("torch", "diffusers", "transformers", "numba", "scipy", "pandas")
 
 
@@ -31,7 +31,7 @@ def test_importing_it_is_light(module: str) -> None:
 
 
 def test_a_client_of_arrays_needs_none(serving: Serving, tmp_path: Path) -> None:
-    """Pictures and arrays come without it; a tensor only where one is asked for."""
+    """A client imports PyTorch only where a tensor is asked for, and not for pictures and arrays."""
     latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "latents.npy", latents.numpy())
     out = run(f"""

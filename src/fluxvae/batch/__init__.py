@@ -1,10 +1,10 @@
-"""Jobs over many latents: files in, files out, on one machine or many.
+"""Jobs that decode many files of latents to files of images, on one machine or on many.
 
     from fluxvae.batch import Job, decode_files
 
     report = decode_files(Job(inputs=("latents/",), out="images/", checkpoint="ae.safetensors", existing="resume"))
 
-`decode_files_on_ray` does the same job on a Ray cluster. ``fluxvae decode`` is both on the command line.
+`decode_files_on_ray` does the same job on a Ray cluster. On the command line ``fluxvae decode`` offers both.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""Latents as other programs keep them: ComfyUI's files and the caches of trainers, each known by its header.
+"""Recognises latents that other programs wrote: ComfyUI's files and the caches of trainers.
 
-Every program has one small function here that looks at what a file holds, by name, and says which of its tensors are
-pictures and what is known of them; or None: it is not that program's. `docs/latent-files.md` says the same in a table,
-with the place in each program's source. What a file does not tell is asked for (`Picture.ask`), never guessed.
-SimpleTuner's have no function: a tensor alone in a ``.pt``, scaled, is what any such tensor is taken for.
+Every program has one small function here. It looks at the names of what a file holds, and returns the tensors that are
+latents of pictures, with what the file tells of them; or None where the program did not write the file.
+`docs/latent-files.md` has the same in a table, with the place in each program's source. What a file does not tell, the user has to say
+(`Picture.ask`): nothing is guessed. SimpleTuner needs no function, because its files are a single tensor of scaled
+latents in a ``.pt``, and that is how such a file is read anyway.
+
+*Scaled* latents are what a transformer leaves, *raw* ones what the VAE decodes. *Normalised patches* are FLUX.2's
+scaled latents in 2x2 patches: 128 channels at half the height and width.
 """
 
 from __future__ import annotations
@@ -22,48 +26,56 @@ __all__ = ["Contents", "Picture", "pictures_of"]
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file's header tells."""
+    """What a file holds, as its header tells it."""
 
     name: str
-    """Of the file."""
+    """The file's name, without its folder."""
     tensors: Mapping[str, Lazy]
-    """By name; the name is ``""`` where the file is one tensor and has none."""
+    """The tensors by name. The name is ``""`` where the file is a single tensor, which has none."""
     values: Mapping[str, Any]
-    """Metadata of safetensors, which are texts; other values of a ``.pt``."""
+    """What is not a tensor, by name: the metadata of safetensors, which are texts, or the other values of a ``.pt``."""
     parts: tuple[Mapping[str, Any], ...] = ()
-    """A ``.pt`` that is a list of dictionaries."""
+    """The dictionaries of a ``.pt`` that is a list of them."""
 
     @property
     def suffix(self) -> str:
-        """``"pt"``."""
+        """The end of the file's name in lower case and without its dot, such as ``"pt"``."""
         return self.name.rpartition(".")[2].lower()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One tensor of a file that is latents."""
+    """One tensor of latents in a file, with what the file says about it."""
 
     tensor: Lazy
     one: bool = False
-    """It is one image without a batch axis, (C, h, w) or (C, frames, h, w), whatever its shape could also be."""
+    """Whether it is one image without a batch axis, (C, h, w) or (C, frames, h, w), even if its shape could also be
+    read as something else."""
     label: str = ""
-    """What tells it from the others of its file, for the output's name."""
+    """What distinguishes the picture from others in its file. It becomes a part of the output's name."""
     height: object = None
+    """The height in pixels as the file gives it, unchecked: one value for all images, or a list with one for each.
+    None: the file gives none."""
     width: object = None
+    """The width in pixels, likewise."""
     raw: object = None
+    """Whether the latents are raw, likewise."""
     ids: Lazy | None = None
+    """The position ids of the tokens of FLUX.2's packed latents, (N, 4) or (B, N, 4), if the file has any."""
     ask: str | None = None
-    """Why the file alone does not say whether they are raw; the caller has to."""
+    """Why the file alone does not tell whether the latents are raw, so that the user has to; None where it does."""
 
 
 def pictures_of(held: Contents, expected: Expected) -> list[Picture] | None:
-    """The pictures of a file that another program wrote; empty: it holds none, such as a text encoder's cache.
+    """Find the pictures in a file that another program wrote.
 
     Args:
-        expected: what the job takes its inputs for; above all the checkpoint they are to be decoded with.
+        held: what the file holds.
+        expected: how the job reads its inputs; its ``format`` is that of the checkpoint they will be decoded with.
 
     Returns:
-        None: no program's that is known here.
+        The pictures, none of them where the file is known to hold something else, such as what a text encoder gave.
+        None where no program that is known here wrote the file.
     """
     for layout in _LAYOUTS:
         if (found := layout(held, expected)) is not None:
@@ -76,10 +88,21 @@ def pictures_of(held: Contents, expected: Expected) -> list[Picture] | None:
 _FLUX1, _SD3, _SDXL, _SD = ("FLUX.1", 16, 0.3611), ("SD3", 16, 1.5305), ("SDXL", 4, 0.13025), ("SD", 4, 0.18215)
 _FLUX2 = ("FLUX.2", 32, 1.0)
 _Space = tuple[str, int, float]
+"""A model that latents were scaled for: its name, its number of latent channels and its scaling_factor."""
 
 
 def _ask(space: _Space | None, program: str, said: str, format: LatentFormat) -> str | None:
-    """Why latents scaled for one model are not simply another's: they may have the same shape and other factors."""
+    """Return why the user has to say whether latents are raw, or None where they may be taken as scaled.
+
+    Two models may have latents of the same shape and other factors, so a checkpoint of the wrong one would decode them
+    to a wrong picture without an error.
+
+    Args:
+        space: the model that the program scaled the latents for; None: one that is not known here.
+        program: the program's name.
+        said: the file's own name for the model.
+        format: the latent format of the checkpoint that is to decode them.
+    """
     if space is None:
         return f"{program} made it for {said!r}, of which fluxvae does not know whether it is raw or scaled"
     name, channels, factor = space
@@ -95,13 +118,16 @@ def _ask(space: _Space | None, program: str, said: str, format: LatentFormat) ->
 
 
 def _comfyui(held: Contents, expected: Expected) -> list[Picture] | None:
-    """``nodes.py``, SaveLatent and LoadLatent. A LATENT is what ComfyUI's VAE decodes: raw, and of FLUX.2 normalised
-    patches, since its VAE does the statistics itself."""
+    """Recognise what ComfyUI's node SaveLatent writes and LoadLatent reads (both in ``nodes.py``).
+
+    Such latents are what ComfyUI's VAE decodes, so they are raw. Those of FLUX.2 are normalised patches, because there
+    ComfyUI's VAE applies the checkpoint's statistics itself.
+    """
     if "latent_tensor" not in held.tensors:
         return None
     tensor, format = held.tensors["latent_tensor"], expected.format
     channels = tensor.shape[1] if len(tensor.shape) > 3 else 0
-    if "latent_format_version_0" not in held.tensors:  # before May 2023: LoadLatent multiplies by 1 / 0.18215
+    if "latent_format_version_0" not in held.tensors:  # from before May 2023; LoadLatent multiplies by 1 / 0.18215
         if format.channels == _SD[1] and format.scaling_factor == _SD[2]:
             return [Picture(tensor, raw=False)]
         return [Picture(tensor, ask="it has no latent_format_version_0, as ComfyUI wrote files of SD before May 2023")]
@@ -126,7 +152,7 @@ _MUSUBI: dict[str, _Space] = {
 
 
 def _sd_scripts(held: Contents, expected: Expected) -> list[Picture] | None:
-    """``library/strategy_base.py``, ``save_latents_to_disk``: ``*_flux.npz``."""
+    """Recognise the ``*_flux.npz`` of sd-scripts (``save_latents_to_disk`` in ``library/strategy_base.py``)."""
     if held.suffix != "npz" or not any(name.startswith(("original_size", "crop_ltrb")) for name in held.tensors):
         return None
     model = held.name[: -len(".npz")].rpartition("_")[2]
@@ -134,18 +160,25 @@ def _sd_scripts(held: Contents, expected: Expected) -> list[Picture] | None:
 
 
 def _kohya_safetensors(held: Contents, expected: Expected) -> list[Picture] | None:
-    """``cache_io.py`` of musubi-tuner, and sd-scripts' branch ``new_cache``. Their metadata's ``height`` and ``width``
-    are the original picture's: the latents have the bucket's size."""
+    """Recognise what musubi-tuner (``cache_io.py``) and sd-scripts' branch ``new_cache`` write.
+
+    The ``height`` and ``width`` in their metadata are not used: they are the original picture's, and the latents have
+    the size of the bucket that the trainer put the picture into.
+    """
     if "architecture" not in held.values or "format_version" not in held.values:
         return None
     model, format = str(held.values["architecture"]), expected.format
-    if model == "z_image":  # cached as the VAE gives them; scaled when trained
+    if model == "z_image":  # the cache holds what the VAE encoded, and training scales it later
         return [Picture(each.tensor, True, each.label, raw=True) for each in _kohya(held, format, "", model, _FLUX1)]
     known = _MUSUBI | _SD_SCRIPTS
     return _kohya(held, format, "sd-scripts" if model in _SD_SCRIPTS else "musubi-tuner", model, known.get(model))
 
 
 def _kohya(held: Contents, format: LatentFormat, program: str, model: str, space: _Space | None) -> list[Picture]:
+    """Return the tensors that are named as both of kohya-ss' programs name latents.
+
+    Where a file has latents of several sizes or dtypes, these become a part of the labels, to tell them apart.
+    """
     found = {name: match for name in held.tensors if (match := _KOHYA.fullmatch(name))}
     ask = _ask(space, program, model, format)
     sizes = {(match["size"], match["dtype"]) for match in found.values() if match["kind"] in (None, "flipped")}
@@ -177,7 +210,10 @@ _AI_TOOLKIT: dict[str, _Space] = {
 
 
 def _ai_toolkit(held: Contents, expected: Expected) -> list[Picture] | None:
-    """``toolkit/dataloader_mixins.py``, ``_cache_one_latent``; always scaled, of FLUX.2 normalised patches."""
+    """Recognise what ai-toolkit writes (``_cache_one_latent`` in ``toolkit/dataloader_mixins.py``).
+
+    Its latents are always scaled; those of FLUX.2 are normalised patches.
+    """
     if "latent" not in held.tensors or "latent_space_version" not in held.values:
         return None
     said = str(held.values["latent_space_version"])
@@ -191,8 +227,11 @@ def _ai_toolkit(held: Contents, expected: Expected) -> list[Picture] | None:
 
 
 def _onetrainer(held: Contents, expected: Expected) -> list[Picture] | None:
-    """mgds' ``DiskCache`` with the names of ``FluxBaseDataLoader`` and ``Flux2BaseDataLoader``: the mean as the VAE
-    gives it, raw; it is scaled when it is used."""
+    """Recognise what OneTrainer writes: mgds' ``DiskCache``.
+
+    The names are those that ``FluxBaseDataLoader`` and ``Flux2BaseDataLoader`` give. The latents are the mean of the
+    VAE's distribution, which is raw. OneTrainer scales it when it uses it.
+    """
     if "latent_image" not in held.tensors:
         return None
     names = {"latent_image": "", "latent_conditioning_image": "conditioning"}
@@ -203,7 +242,10 @@ _TEXTS = ("t5_out", "text_embed", "text_embed_0", "prompt_embeds", "tokens", "to
 
 
 def _texts(held: Contents, expected: Expected) -> list[Picture] | None:
-    """What trainers keep beside latents: what text encoders gave, and OneTrainer's ``aggregate.pt``."""
+    """Recognise what trainers keep beside latents: what text encoders gave, and OneTrainer's ``aggregate.pt``.
+
+    These files hold no pictures, so the job skips them instead of reporting them as failures.
+    """
     named = held.tensors.keys() | held.values.keys()
     if any(name.startswith("latent") for name in held.tensors):
         return None

@@ -1,4 +1,4 @@
-"""What a job would do and about how long it would take: a dry run."""
+"""The dry run of a job: what it would do, and about how long that would take."""
 
 from __future__ import annotations
 
@@ -23,43 +23,54 @@ from fluxvae.errors import MemoryLimitError
 __all__ = ["Estimate", "SizeEstimate", "estimate"]
 
 _SAMPLE = 32
-"""Latents each way of the image that the rate is measured with: 256 pixels for FLUX."""
+"""The height and width, in latents, of the image that is decoded to measure the rate. For FLUX it has 256x256
+pixels."""
 
 
 @dataclass(frozen=True)
 class SizeEstimate:
-    """The images of one size."""
+    """What decoding the images of one size would take."""
 
     height: int
+    """The images' height in pixels."""
     width: int
+    """The images' width in pixels."""
     images: int
+    """How many images of this size the job has to decode."""
     batch: int
-    """Of them in one decode."""
+    """How many of them one decode would take together."""
     peak_bytes: int
-    """Of such a decode, above the weights; 0 where there is a problem."""
+    """How many bytes such a decode would take above the weights at its peak; 0 where there is a problem."""
     seconds: float
+    """About how long all of them would take on this machine; 0 where there is a problem."""
     problem: str | None
-    """Why they cannot be decoded within the memory limit."""
+    """Why they cannot be decoded within the memory limit; None where they can."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A job that was not done."""
+    """What a job would do, and what it would take."""
 
     outlook: Outlook
+    """What the job would do."""
     sizes: tuple[SizeEstimate, ...]
+    """What the images of each size would take, the most frequent size first."""
     out: str
+    """The path or URL of the output folder."""
     checkpoint: str
+    """The job's checkpoint, as it was given."""
     device: str
+    """The device that would decode, such as ``"cuda:0"``."""
     dtype: str
+    """The dtype that it would decode in, such as ``"bfloat16"``."""
 
     @property
     def seconds(self) -> float:
-        """All decodes, one after the other on this machine, at the rate of one small decode."""
+        """How long all decodes would take, one after the other on this machine and as fast as one small decode was."""
         return sum(size.seconds for size in self.sizes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate for JSON."""
         return {
             "out": self.out,
             "to_decode": len(self.outlook.items),
@@ -77,10 +88,12 @@ class Estimate:
 
 
 def estimate(job: Job) -> Estimate:
-    """Read the inputs' metadata, plan every size, decode one small image. Nothing is written.
+    """Estimate a job: read its inputs' metadata, plan a decode of every size, and time one small decode.
+
+    Nothing is written.
 
     Raises:
-        FluxVAEError: what would keep the job from starting.
+        FluxVAEError: the job could not start, and for the same reason.
     """
     decoder = Decoder.from_pretrained(job.checkpoint, **job.decoder_options())
     dtype = str(decoder.dtype).removeprefix("torch.")
@@ -102,13 +115,13 @@ def _size(decoder: Decoder, job: Job, rate: float, height: int, width: int, imag
 
 
 def _rate(decoder: Decoder) -> float:
-    """Multiply-adds per second of this decoder, on this machine as busy as it is now."""
+    """Measure how many multiply-adds a second this decoder does, on this machine and as busy as it is now."""
     decoder.prepare()
     format = decoder.format
     latents = torch.zeros(1, format.channels, _SAMPLE, _SAMPLE, dtype=torch.float32, device="cpu")
     side = _SAMPLE * format.vae_scale_factor
     plan: Plan = decoder.plan(side, side)
-    raw = not decoder.approximate  # a preview takes none
+    raw = not decoder.approximate  # a preview does not take raw latents
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ApproximateWarning)
         decoder.decode_raw(latents, raw=raw)

@@ -1,4 +1,7 @@
-"""The output folder as a job's: what is done, what it was told last time, what failed, who writes there."""
+"""What a job keeps in its output folder besides images: its record, its failures, and the lock against other jobs.
+
+From the record and the images that are there, `left_to_do` finds what a resumed job still has to decode.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,20 @@ RECORD = "job.json"
 FAILURES = "failures.jsonl"
 _LOCK = ".fluxvae-lock"
 _MUST_AGREE = ("checkpoint_sha256", "raw_latents", "engine", "dtype", "raw", "format", "quality")
+"""The entries of the record that decide what the images are like. A job is resumed only where they are as before."""
 _FLUSH_S = 5.0
+"""How many seconds pass at least before failures.jsonl is written again."""
 
 
 def record_of(job: Job, checkpoint_sha256: str, decoder: Decoder, dtype: str | None = None) -> dict[str, Any]:
-    """What all images of a job have in common: ``job.json``, and part of every image's metadata.
+    """Describe what all images of a job have in common. It becomes ``job.json`` and a part of every image's metadata.
 
     Args:
-        dtype: of the decoders that will make them; None: of ``decoder``.
+        job: the job.
+        checkpoint_sha256: the SHA-256 of the checkpoint's weights, in hexadecimal digits.
+        decoder: a decoder of the job's checkpoint.
+        dtype: the dtype of the decoders that will make the images, such as ``"bfloat16"``, where it is not that of
+            ``decoder``.
     """
     return {
         "fluxvae": __version__,
@@ -49,11 +58,11 @@ def record_of(job: Job, checkpoint_sha256: str, decoder: Decoder, dtype: str | N
 
 
 def left_to_do(items: Sequence[Item], store: Store, job: Job, record: dict[str, Any]) -> list[Item]:
-    """The items that have no image yet.
+    """Return the items that the job has to decode: those without an image, or all where it is told to overwrite.
 
     Raises:
-        InvalidOptionError: images are there and the job was not told what to do with them; or they were made with
-            other weights or in another way.
+        InvalidOptionError: there are images already, and the job was not told what to do with them; or it is to resume,
+            and they were made with other weights or options.
     """
     if job.existing == "overwrite":
         return list(items)
@@ -79,18 +88,19 @@ def left_to_do(items: Sequence[Item], store: Store, job: Job, record: dict[str, 
 
 
 def write_record(store: Store, record: dict[str, Any]) -> None:
-    """Say what this job is, before its first image."""
+    """Write the record of the job, from `record_of`, to ``job.json``, which must be there before the first image."""
     store.write(RECORD, (json.dumps(record, indent=2) + "\n").encode())
 
 
 @contextlib.contextmanager
 def lock(store: Store) -> Iterator[None]:
-    """Hold a local output folder for one job of this machine; it goes with the process, however that ends.
+    """Lock a local output folder, so that no other job on this machine writes to it. Remote folders are not locked.
 
-    A folder that was made for this and is empty in the end, after a refusal, goes too.
+    The lock ends with the process, however that ends. A folder that had to be made for the lock file is removed again
+    if nothing was written to it, as happens after a refusal.
 
     Raises:
-        InvalidOptionError: another job is writing there.
+        InvalidOptionError: another job is writing to the folder, or this process may not.
     """
     if not isinstance(store, LocalStore):
         yield
@@ -105,7 +115,7 @@ def lock(store: Store) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink == 0:  # another job ended, and removed it, in between
+            if os.fstat(descriptor).st_nlink == 0:  # a job that just ended removed the file between open and flock
                 raise BlockingIOError
         except BlockingIOError:
             raise InvalidOptionError(
@@ -114,8 +124,8 @@ def lock(store: Store) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is held
-            with contextlib.suppress(OSError):  # it is not empty
+            path.unlink(missing_ok=True)  # before it is unlocked, or another job could lock a file that is then removed
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
                 for folder in made:
                     folder.rmdir()
     finally:
@@ -123,26 +133,31 @@ def lock(store: Store) -> Iterator[None]:
 
 
 class FailureLog:
-    """``failures.jsonl``: one line for each failure of this run, written as a whole every few seconds and at the end.
+    """Collects the failures of this run and writes them to ``failures.jsonl``, one line for each.
 
-    A disk that is full does not lose them: they are kept, written when they can be, and told in any case.
+    The file is always written as a whole, every few seconds and at the end. Where it cannot be written, for instance to
+    a full disk, no failure is lost: they stay in `failures`, and are written as soon as that succeeds.
+
+    Args:
+        store: the output folder.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self.failures: list[Failure] = []
+        """All failures of this run, in the order in which they became known."""
         self._written, self._next = 0, 0.0
         self.problem: str | None = None
-        """Why the file could not be written the last time it was tried."""
+        """Why the last attempt to write the file failed; None where it succeeded."""
 
     def add(self, failure: Failure) -> None:
-        """Record one."""
+        """Record one failure, and write the file if that was last done some seconds ago."""
         self.failures.append(failure)
         if time.monotonic() >= self._next:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written; without failures, what an earlier run left goes."""
+        """Write the file if it lacks failures. Without any failure, remove the file that an earlier run left."""
         self._next = time.monotonic() + _FLUSH_S
         try:
             if not self.failures:

@@ -1,10 +1,17 @@
-"""Files of latents: safetensors (also as ``.latent``), npy, npz, pt. What they hold, by their headers, and rows.
+"""Reads files of latents: safetensors (also those that end in ``.latent``), npy, npz and pt.
 
-Latents are a tensor ``(B, N, 4C)`` or ``(B, C, lh, lw)``, or one image without its batch axis (`readings`), named
-``latents`` where things have names, or the only one there. Beside it are ``height``, ``width`` and ``raw`` (FLUX.2:
-nothing is to be rescaled), one for all rows or one for each, and, also of FLUX.2, ``latent_ids`` ``(N, 4)`` or
-``(B, N, 4)``. Files of other programs are known by their own names (`caches`). Nothing here runs code that a file
-brings along, and nothing is read but headers until a row is asked for; a header that claims too much is refused.
+A file's header tells which images the file holds. The latents of one image, called a row, are read only when they are
+asked for.
+
+In fluxvae's own layout the latents are a tensor of shape ``(B, N, 4C)`` or ``(B, C, lh, lw)``, or those of one image
+without its batch axis (see `readings`). Where the format gives tensors names, this one is called ``latents``, or it is
+the only one. Beside it there may be ``height`` and ``width`` in pixels and ``raw`` (the latents are raw already, so
+nothing is rescaled), each with one value for all rows or one for each row. FLUX.2's packed latents may also have
+``latent_ids`` of shape ``(N, 4)`` or ``(B, N, 4)``. Files of other programs are recognised by the names that those
+programs use (see `caches`).
+
+A file may come from anybody. So code that a file brings along is never run, and a header that claims far more than the
+file can hold is refused before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from fluxvae.latents.reading import Reading
 
 __all__ = ["FILE_SUFFIXES", "Source", "open_file", "unreadable"]
 
-# What libraries raise for files that are damaged or of another kind.
+# The errors by which the libraries report a file that is damaged or of another kind.
 _DAMAGE = (
     OSError,
     EOFError,
@@ -49,26 +56,44 @@ class Source(Protocol):
     """One open file of latents."""
 
     def entries(self) -> list[Entry]:
-        """What it holds, image by image; nothing where it is known to be of another kind, as a text encoder's cache.
+        """List the images that the file holds, as its header tells them.
+
+        The list is empty where the file is known to hold something else, such as what a text encoder gave.
 
         Raises:
-            InvalidLatentsError: not what its suffix says, without latents, or it claims more than it may.
+            InvalidLatentsError: what stands beside the latents does not fit them, or claims more than it may.
         """
 
     def load(self, row: int) -> Latents:
-        """One row."""
+        """Read the latents of one image.
+
+        Args:
+            row: the image's number in this file, as `Entry.row` has it.
+
+        Raises:
+            InvalidLatentsError: they cannot be read.
+        """
 
 
 class TensorSource:
-    """A file of tensors, some of which are latents with, perhaps, their sizes and ids."""
+    """A file of tensors, some of which are latents; the images' sizes and their tokens' ids may stand beside them.
+
+    Args:
+        path: the file, on this machine.
+        expected: how the job reads its inputs.
+
+    Raises:
+        InvalidLatentsError: the file cannot be read, is not what its suffix says, holds no latents, or claims more
+            than it may.
+    """
 
     def __init__(self, path: Path, expected: Expected) -> None:
         self._name = path.name
         try:
-            if path.exists() and not path.is_file():  # to open a pipe would wait for someone to write to it
+            if path.exists() and not path.is_file():  # opening a pipe would wait until someone writes to it
                 raise InvalidLatentsError(f"{path.name}: is a pipe, a device or a folder; expected a file of latents")
             with open(path, "rb"):
-                pass  # safetensors calls every file that it may not read missing
+                pass  # opened only for the system's reason, because safetensors calls every unreadable file missing
         except OSError as error:
             raise InvalidLatentsError(unreadable(path.name, error)) from error
         try:
@@ -86,6 +111,7 @@ class TensorSource:
         check_rows(path.name, sum(images.rows for images in self._images))
 
     def _read(self, picture: Picture, expected: Expected, stored: int) -> Images:
+        """Return how a picture's tensor is divided into images; refuse it if it claims far more than is stored."""
         tensor = picture.tensor
         itemsize = getattr(getattr(torch, tensor.dtype, None), "itemsize", 1)
         check_packing(self._name, math.prod(tensor.shape) * itemsize, stored)
@@ -97,7 +123,7 @@ class TensorSource:
         return read_shape(expected.format, tensor.shape, height, width, ids=ids, one=picture.one)
 
     def entries(self) -> list[Entry]:
-        """Images of its pictures, with their size where the file tells it."""
+        """List the images of all pictures in the file, each with its size where the file tells it."""
         found: list[Entry] = []
         for picture, images in zip(self._pictures, self._images, strict=True):
             found += self._entries(picture, images, len(found))
@@ -124,7 +150,7 @@ class TensorSource:
         ]
 
     def load(self, row: int) -> Latents:
-        """One row; the others are not read."""
+        """Read one row, and where the format allows it nothing else."""
         try:
             for picture, images in zip(self._pictures, self._images, strict=True):
                 if row < images.rows:
@@ -137,7 +163,7 @@ class TensorSource:
 
 
 def unreadable(name: str, error: OSError) -> str:
-    """The words for a file that the system does not give."""
+    """Return the message for a file that the system does not let this process read."""
     return f"{name}: cannot be read: {error.strerror or error}; see that it is there and may be read"
 
 
@@ -145,10 +171,11 @@ def open_file(path: Path, expected: Expected) -> Source:
     """Open a local file by its suffix, one of `FILE_SUFFIXES`.
 
     Args:
-        expected: what the job takes its inputs for.
+        path: the file.
+        expected: how the job reads its inputs.
 
     Raises:
-        InvalidLatentsError: damaged, refused, or without latents.
+        InvalidLatentsError: the file is damaged, holds no latents, or is refused because it is unsafe to read.
     """
     return TensorSource(path, expected)
 
@@ -157,9 +184,10 @@ def open_file(path: Path, expected: Expected) -> Source:
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 _LARGEST_PICKLE = 64 * 2**20
-"""Of names and shapes: tensors are beside it."""
+"""The most bytes that a pickle in a zip archive may have. It holds only names and shapes; tensors lie beside it."""
 _LARGEST_OLD = 4 * 2**30
-"""Of a file in which names and tensors follow one another: all of it is looked through before it is read."""
+"""The most bytes that a file in PyTorch's format before 1.6 may have. Names and tensors follow one another in it, so
+all of it has to be searched for what is not allowed before it is loaded."""
 
 
 def _safetensors(path: Path) -> Contents:
@@ -168,7 +196,7 @@ def _safetensors(path: Path) -> Contents:
     def lazy(key: str) -> Lazy:
         taken = file.get_slice(key)
         dtype = _SAFETENSORS_DTYPES.get(taken.get_dtype(), taken.get_dtype())
-        # A slice of a scalar is refused by safetensors; nothing here needs one.
+        # safetensors refuses to slice a scalar. That is no loss: in its files the sizes stand in the metadata.
         return Lazy(tuple(taken.get_shape()), dtype, taken.__getitem__)
 
     return Contents(path.name, {key: lazy(key) for key in file.keys()}, file.metadata() or {})  # noqa: SIM118
@@ -184,7 +212,7 @@ def _npz(path: Path) -> Contents:
 
 def _pt(path: Path) -> Contents:
     with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"  # SimpleTuner, told to compress its cache
+        packed = file.read(2) == b"\x1f\x8b"  # gzip, which SimpleTuner writes if it is told to compress its cache
         held = _unpickle(path.name, unzipped(path) if packed else file)
     if isinstance(held, torch.Tensor):
         held = {"": held}
@@ -208,12 +236,15 @@ def _pt(path: Path) -> Contents:
 
 
 def _unpickle(name: str, source: IO[bytes]) -> Any:
-    """What ``torch.load`` gives of tensors and plain values; mapped from a zip archive in a file."""
+    """Load tensors and plain values with ``torch.load``, and refuse everything else.
+
+    From a zip archive on disk the tensors are mapped, so their values are read only when they are used.
+    """
     source.seek(0)
     archive = source.read(4) == b"PK\x03\x04"
     pickles = _pickles(name, source) if archive else [_bytes_of(source)]
     if any(data.find(b"\nbytearray\n") >= 0 for data in pickles):
-        # The one thing that PyTorch allows in a pickle and that takes memory by a number alone.
+        # Of what PyTorch allows in a pickle, only a bytearray takes as much memory as a mere number in it says.
         raise InvalidLatentsError(f"{name}: refused, for it holds a bytearray; save the latents alone, as tensors")
     source.seek(0)
     mapped = archive and isinstance(source, io.BufferedReader)
@@ -221,7 +252,7 @@ def _unpickle(name: str, source: IO[bytes]) -> Any:
         return torch.load(source.name if mapped else source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         told = str(error.__context__ or error)
-        if "Unsupported operand" in told:  # of a later protocol than torch.save's
+        if "Unsupported operand" in told:  # the pickle is of a later protocol than torch.save writes
             told = "it is a pickle of Python's own, which torch.save did not write"
         if "GLOBAL" not in told and "class" not in told.lower():
             raise ValueError(told) from error
@@ -234,7 +265,7 @@ def _unpickle(name: str, source: IO[bytes]) -> Any:
 
 
 def _pickles(name: str, source: IO[bytes]) -> list[bytes]:
-    """Those of an archive, in which nothing claims more than can be."""
+    """Return the pickles in a zip archive, after checking that no file in it claims more bytes than it can have."""
     with zipfile.ZipFile(source) as archive:
         for member in archive.infolist():
             check_member(name, member)
@@ -249,6 +280,7 @@ def _pickles(name: str, source: IO[bytes]) -> list[bytes]:
 
 
 def _bytes_of(source: IO[bytes]) -> bytes | mmap.mmap:
+    """Return all bytes of a file in memory or on disk; one on disk is mapped rather than read."""
     if isinstance(source, io.BytesIO):
         return source.getvalue()
     size = source.seek(0, io.SEEK_END)
@@ -303,17 +335,21 @@ def _beside(held: Contents, name: str) -> Any:
 
 
 def _number(value: Any) -> object:
-    """A number, also of metadata, which are texts; left as it is where it is none, for the check to name."""
+    """Turn a text of digits into a number, because metadata are texts. Anything else the checks refuse."""
     return int(value) if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() else value
 
 
 def _truth(value: Any) -> object:
-    """``true`` or ``false``, also of metadata; left as it is where it is neither, for the check to name."""
+    """Turn ``"true"`` and ``"false"`` into a bool, because metadata are texts. Anything else the checks refuse."""
     return {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
 
 
 def _per_row(name: str, value: Any, rows: int) -> list[Any]:
-    """One value for each row, of one for all or one for each."""
+    """Return one value for each row, from a single value for all rows or a list with one for each.
+
+    Raises:
+        InvalidLatentsError: the list has another length.
+    """
     if not isinstance(value, (list, tuple)):
         return [value] * rows
     if len(value) != rows:
@@ -331,7 +367,7 @@ def _check_ids(name: str, shape: tuple[int, ...], images: Images) -> None:
 
 
 def _ids_of(ids: Lazy, row: int) -> torch.Tensor:
-    """(1, N, 4)."""
+    """Read the position ids of one row, of shape (1, N, 4)."""
     return ids.whole().unsqueeze(0) if len(ids.shape) == 2 else ids.rows(row)
 
 

@@ -1,14 +1,14 @@
-"""Parquet: one row is one image, columns ``latents``, ``height``, ``width`` and, if there are any,
-``name``, ``raw`` (true or false) and ``latent_ids`` (lists of four whole numbers, one for each token).
+"""Reads latents from Parquet files, in which every row is one image.
 
-``latents`` is one of
+The columns are ``latents``, ``height`` and ``width`` and, where they are needed, ``name`` (the output's), ``raw`` (true
+or false) and ``latent_ids`` (a list of four whole numbers for each token). The column ``latents`` holds either
 
-- nested lists, (N, 4C) packed or (C, lh, lw) unpacked (also (C, 1, lh, lw), one frame), or Arrow's fixed-shape tensors
-  of that shape;
-- a flat list, or bytes, with a column ``shape``; bytes also with ``dtype`` unless they are float32.
+- nested lists of shape (N, 4C), which are packed latents, or (C, lh, lw) or (C, 1, lh, lw), which are unpacked ones; or
+  Arrow's fixed-shape tensors of such a shape;
+- or a flat list or bytes, with the shape in a column ``shape`` and, for bytes that are not float32, a column ``dtype``.
 
-Columns of sizes and names are read to know a job; latents are read a row group at a time when their turn comes. A row
-group that claims far more than is stored of it is refused by the file's metadata.
+To list the images only the small columns are read. Latents are read one row group at a time, when their turn comes. A
+row group is refused before it is read if by the file's metadata it claims far more bytes than are stored of it.
 """
 
 from __future__ import annotations
@@ -32,19 +32,22 @@ from fluxvae.latents.reading import Reading
 __all__ = ["ParquetSource"]
 
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "FIXED_LEN_BYTE_ARRAY": 2}
-"""Bytes of one value once it is read, at least."""
+"""How many bytes a value of each physical type takes in memory at least."""
 _BYTES_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DAMAGE = (OSError, ValueError, KeyError, pa.ArrowException)
 
 
 class ParquetSource:
-    """One Parquet file.
+    """One Parquet file of latents.
 
     Args:
-        name: for messages.
-        path: of the file, in ``filesystem``.
-        filesystem: any of fsspec's; only the row groups and columns asked for are read from it.
-        expected: what the job takes its inputs for.
+        name: what messages call the file.
+        path: its path in ``filesystem``.
+        filesystem: one of fsspec's filesystems. Only the row groups and columns that are asked for are read from it.
+        expected: how the job reads its inputs.
+
+    Raises:
+        InvalidLatentsError: the file cannot be read, is damaged, or has no column ``latents``.
     """
 
     def __init__(self, name: str, path: str, filesystem: Any, expected: Expected) -> None:
@@ -66,17 +69,21 @@ class ParquetSource:
         check_rows(name, self._file.metadata.num_rows)
         type = self._file.schema_arrow.field("latents").type
         self._type = type.value_type if pa.types.is_dictionary(type) else type
-        self._lock = threading.Lock()  # one row group at a time, whoever asks
+        self._lock = threading.Lock()  # so that threads read one row group after the other, and only one is in memory
         self._group: tuple[int, pa.Table] | None = None
         ends = np.cumsum([self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)])
         self._ends: list[int] = ends.tolist()
 
     def entries(self) -> list[Entry]:
-        """Every row, from its small columns."""
+        """List the images, one for each row, from the small columns alone.
+
+        Raises:
+            InvalidLatentsError: a shape or ids that no latents have, or a column that claims more than is stored.
+        """
         small = ("height", "width", "name", "shape", "dtype", "raw")
         wanted = [name for name in small if name in self._columns]
         if "latent_ids" in self._columns and not {"height", "width"} <= self._columns:
-            wanted.append("latent_ids")  # only they tell the size
+            wanted.append("latent_ids")  # without both sides in columns, the ids are what tells the size
         self._check(range(self._file.num_row_groups), wanted)
         count = self._file.metadata.num_rows
         columns = {name: _listed(column) for name, column in zip(wanted, self._file.read(columns=wanted), strict=True)}
@@ -99,13 +106,21 @@ class ParquetSource:
         ]
 
     def _image(self, shape: Any) -> tuple[int, ...] | None:
-        """Of one row, which is one image: with a batch axis. None: only its values tell."""
+        """Return the shape of a row's latents with a batch axis of 1, from their own shape without one.
+
+        Returns:
+            None where ``shape`` is not known: then only the values tell it.
+        """
         if not shape or not all(isinstance(side, int) for side in shape):
             return None
         return read_shape(self._expected.format, tuple(shape), one=True).shape
 
     def _check(self, groups: range, columns: list[str]) -> None:
-        """Refuse row groups that are read together and of which these columns claim far more than is stored."""
+        """Refuse to read these columns of these row groups together if they claim far more bytes than are stored.
+
+        Raises:
+            InvalidLatentsError: a column does.
+        """
         sums: dict[str, tuple[int, int]] = {}
         for group in groups:
             stored = self._file.metadata.row_group(group)
@@ -122,7 +137,11 @@ class ParquetSource:
             check_packing(f"{self._name}: {where} of {path}", claimed, packed)
 
     def load(self, row: int) -> Latents:
-        """One row."""
+        """Read one row. Its row group is read as a whole and kept, because the next rows are mostly in it too.
+
+        Raises:
+            InvalidLatentsError: the row cannot be read, or what it holds are no latents.
+        """
         group = next(i for i, end in enumerate(self._ends) if row < end)
         first = self._ends[group - 1] if group else 0
         try:
@@ -154,7 +173,11 @@ class ParquetSource:
         return torch.from_numpy(np.array(values))
 
     def _from_bytes(self, data: pa.Buffer, shape: Any, table: pa.Table, index: int) -> torch.Tensor:
-        """Checked where they lie, and only then copied: a small file may hold the same large bytes in every row."""
+        """Make a tensor of a row's bytes, which are checked before they are copied.
+
+        A small file can hold the same large bytes in every row, and those must not take memory before they are known to
+        be latents.
+        """
         name = (table["dtype"][index].as_py() if "dtype" in self._columns else None) or "float32"
         if name not in _BYTES_DTYPES:
             raise InvalidLatentsError(f"dtype: got {name!r}, expected {', '.join(_BYTES_DTYPES)}")
@@ -167,6 +190,7 @@ class ParquetSource:
         return torch.frombuffer(bytearray(data), dtype=dtype).reshape(sides)
 
     def _shape(self, shape: Any, values: int) -> tuple[int, ...]:
+        """Return the shape in a row's column ``shape``, after checking that it fits the number of values."""
         if not shape or math.prod(shape) != values or min(shape) < 1:
             raise InvalidLatentsError(
                 f"shape: got {shape} for {values} values; expected (patches, features) or (channels, height/8, "
@@ -176,7 +200,10 @@ class ParquetSource:
 
 
 def _open(path: str, filesystem: Any) -> pq.ParquetFile:
-    """Bytes and texts that are the same in many rows stay one, so that a small file cannot claim them once for each."""
+    """Open a Parquet file so that bytes or texts that are the same in many rows are in memory once.
+
+    Otherwise a small file could take memory for them once for each row.
+    """
     file = pq.ParquetFile(path, filesystem=filesystem)
     schema = file.schema
     texts = [
@@ -191,7 +218,7 @@ def _open(path: str, filesystem: Any) -> pq.ParquetFile:
 
 
 def _listed(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values; those of a dictionary are shared."""
+    """Return a column's values. Rows with the same entry of a dictionary share one object."""
     if not pa.types.is_dictionary(column.type):
         return list(column.to_pylist())
     found: list[Any] = []
@@ -202,7 +229,11 @@ def _listed(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _ids(value: Any) -> torch.Tensor | None:
-    """(1, N, 4), or as it comes, for the check to name; None: row by row."""
+    """Make a tensor of a row's position ids, (1, N, 4) if they are right; what is wrong with others the checks say.
+
+    Returns:
+        None where there are none, and the tokens are in order, row by row.
+    """
     if value is None:
         return None
     try:
@@ -213,7 +244,7 @@ def _ids(value: Any) -> torch.Tensor | None:
 
 
 def _unnest(array: pa.Array) -> np.ndarray[Any, Any]:
-    """Lists within lists, of equal lengths, as one array."""
+    """Make one array of lists within lists, which must have equal lengths at each level."""
     kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if not any(is_kind(array.type) for is_kind in kinds):
         return np.asarray(array.to_numpy(zero_copy_only=False))

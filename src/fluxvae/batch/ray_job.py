@@ -1,11 +1,13 @@
-"""The same job on many machines: a Ray Data pipeline whose stage is an actor with a decoder.
+"""Runs a job on many machines: a Ray Data pipeline whose only stage is an actor with a decoder.
 
     items (names and sizes only) --> actors: read, decode, write --> results (names and failures)
 
-Latents and images never travel between machines: an actor reads and writes by itself, so its reading, decoding and
-writing overlap as they do in one process, and Ray moves rows of text. Ray Data streams, keeps its queues bounded, and
-starts an actor again that was lost, with the items it had; those it had finished are there, and are left alone.
-Nothing of this module's is needed until it is called: Ray is an optional package.
+Latents and images never travel between machines. An actor reads and writes by itself, so its reading, decoding and
+writing overlap as they do in one process, and Ray only moves rows of text. Ray Data hands out the items as a stream and
+keeps its queues bounded. It starts an actor again that was lost, and gives it the same items; the images that the lost
+one had finished exist, and are left alone.
+
+Ray is an optional package, so it is imported only when a job is run with it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from fluxvae.errors import InvalidOptionError, UnavailableError
 __all__ = ["decode_files_on_ray"]
 
 _MOST_PER_CALL = 64
+"""The most items that an actor is given in one call."""
 _CALLS_PER_WORKER = 8
+"""How many calls of equal size the items make for each actor at least, if there are enough of them."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,27 @@ def decode_files_on_ray(
     watcher: Watcher | None = None,
     stop: threading.Event | None = None,
 ) -> Report:
-    """As `decode_files`, on a Ray cluster. Every node must see the inputs and the output folder under the same names.
+    """Do what `decode_files` does, on a Ray cluster.
+
+    Every node must see the inputs, the checkpoint and the output folder under the same names.
 
     Args:
+        job: what to decode, and how.
         address: ``"local"`` starts a cluster in processes of this machine, for this job; ``"auto"`` finds the one this
             machine belongs to; ``"host:port"`` or ``"ray://host:port"`` is another. In a process that is connected to
             Ray already, that connection is used.
-        workers: actors; None: one for each GPU, or as many as the cluster's cores allow.
-        threads: cores of each actor; None: 4, or all that the smallest node has.
+        workers: how many actors decode. None: one for each GPU, or as many as the cluster's cores allow.
+        threads: how many cores each actor gets. None: 1 beside a GPU; on CPUs 4, or all that the smallest node has.
+        watcher: is told how the job goes on.
+        stop: the event that stops the job.
+
+    Returns:
+        What became of the job, as `decode_files` returns it.
 
     Raises:
-        InvalidOptionError: Ray is not installed, or the cluster is too small for what was asked.
-        UnavailableError: no cluster at this address.
-        FluxVAEError: as `decode_files`.
+        InvalidOptionError: Ray is not installed, or the cluster is too small for the actors that were asked for.
+        UnavailableError: there is no cluster at this address, or the pipeline ended before the job did.
+        FluxVAEError: the job as a whole cannot be done, as in `decode_files`.
     """
     ray = _import_ray()
     stop = stop or threading.Event()
@@ -92,7 +104,7 @@ def decode_files_on_ray(
             return finish(job, store, record, lambda: look(job, here, record, store), work, watcher)
         finally:
             if not connected:
-                ray.shutdown()  # its actors end with it; then nothing writes any more
+                ray.shutdown()  # ends the actors, so that no file is being written while the temporary ones are removed
                 store.clean()
     finally:
         if not connected:
@@ -100,7 +112,8 @@ def decode_files_on_ray(
 
 
 def _import_ray() -> Any:
-    # Before the import: workers run this Python, not a new environment of uv's; no usage reports.
+    # Both are read when Ray is imported. Workers shall run in this Python environment, not in one that uv makes for
+    # them, and Ray shall send no reports of its usage.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -113,7 +126,7 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str) -> None:
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress, beside ours
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would log its progress between the lines of the job's
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -124,6 +137,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _shape(ray: Any, job: Job, workers: int | None, threads: int | None) -> _Shape:
+    """Return how many actors the cluster has room for, or the number that was asked for if it has room for so many."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
@@ -140,12 +154,21 @@ def _shape(ray: Any, job: Job, workers: int | None, threads: int | None) -> _Sha
 
 
 def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threading.Event) -> Iterator[Result]:
+    """Decode an outlook's items on the actors, and yield what became of each, in the order in which they are done.
+
+    Args:
+        outlook: what the job has to do.
+        make: the arguments that each actor is made with.
+        shape: how many actors there are, and what each of them gets.
+        stop: the event that stops the job.
+    """
     import ray
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # the job has its own
+    context.enable_progress_bars = False  # the job shows its own progress
     items = outlook.items
-    # Small enough that all actors end together, large enough that reading and writing overlap with decoding.
+    # A call is small enough that all actors end at about the same time, and large enough that reading and writing
+    # overlap with decoding.
     per_call = max(1, min(_MOST_PER_CALL, len(items) // (shape.workers * _CALLS_PER_WORKER)))
     rows = [{"index": index, "item": item.as_dict()} for index, item in enumerate(items)]
     calls = [{"index": [r["index"] for r in part], "items": [r["item"] for r in part]}
@@ -156,7 +179,7 @@ def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threadi
         compute=ray.data.ActorPoolStrategy(size=shape.workers),
         num_cpus=shape.threads,
         num_gpus=1 if shape.gpu else None,
-    )  # a lost actor is started again, and has its calls again: Ray Data's default, without limit
+    )  # by default Ray Data starts a lost actor again and repeats its calls, as often as it takes
     seen: set[int] = set()
     for row in _rows(data, stop):
         index = int(row["index"])
@@ -170,7 +193,13 @@ def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threadi
 
 
 def _rows(data: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """Rows as they come, until there are no more or ``stop`` is set, even while none comes."""
+    """Yield the pipeline's rows as they come.
+
+    They are followed in a thread of their own, so that a stop is noticed even while no row comes.
+
+    Raises:
+        UnavailableError: the pipeline ended with an error.
+    """
     came: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def follow() -> None:
@@ -198,12 +227,12 @@ def _rows(data: Any, stop: threading.Event) -> Iterator[dict[str, Any]]:
 
 
 def _pack(call: dict[str, Any]) -> dict[str, Any]:
-    """A call as one row: JSON, so that no type of Arrow's comes between."""
+    """Make one row of a call. It is JSON, because Arrow would turn the values into types of its own."""
     return {"call": json.dumps(call)}
 
 
 class _Actor:
-    """A decoder on some machine: takes some items, answers with what became of them."""
+    """A decoder on one machine of the cluster. It is called with some items, and returns what became of each."""
 
     def __init__(
         self, job: Job, device: str, dtype: str, record: dict[str, Any], job_id: str, shape: _Shape
@@ -229,7 +258,7 @@ class _Actor:
         ]
 
     def _run(self, items: list[Item]) -> Iterator[Result]:
-        """What an actor that was lost had finished of this call is not done again."""
+        """Decode the items of one call, but those whose images a lost actor finished before this one got its call."""
         left = []
         for item in items:
             if self._job.existing != "overwrite" and self._store.exists(f"{item.name}{self._job.suffix}"):

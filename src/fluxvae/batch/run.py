@@ -1,4 +1,4 @@
-"""A job from its beginning to its end, with one decoder in this process."""
+"""Runs a job from its beginning to its end, with one decoder in this process."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ __all__ = ["Outlook", "Report", "Watcher", "decode_files", "finish", "look"]
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a job will do, known before the first decode."""
+    """What a job will do, as far as it is known before the first decode."""
 
     items: tuple[Item, ...]
-    """Still to be decoded."""
+    """The images that are still to be decoded."""
     present: int
-    """Images that are there already and will be left alone."""
+    """How many images are there already and will be left alone."""
     failures: tuple[Failure, ...]
-    """What the inputs' metadata already rule out."""
+    """The files and images that cannot be decoded, as the inputs' metadata already show."""
     floored: int
-    """Images whose size was floored to a multiple of 16."""
+    """How many images have a height or width that was floored to a multiple of 16."""
     approximate: bool
-    """The checkpoint is a preview's: what it makes is not the full VAE's image."""
+    """Whether the checkpoint is a preview's, so that the images will not be those of the full VAE."""
     skipped: int = 0
-    """Files that are known to hold no latents, such as a text encoder's cache."""
+    """How many files are known to hold no latents, such as a text encoder's cache."""
 
     @property
     def pixels(self) -> int:
-        """Still to be decoded."""
+        """The number of pixels that are still to be decoded."""
         return sum(item.pixels for item in self.items)
 
     def sizes(self) -> dict[tuple[int, int], int]:
-        """How many images of each (height, width), the most frequent first."""
+        """Return how many of the images have each (height, width) in pixels, the most frequent size first."""
         counts: dict[tuple[int, int], int] = {}
         for item in self.items:
             counts[item.size] = counts.get(item.size, 0) + 1
@@ -57,29 +57,36 @@ class Report:
     """What became of a job."""
 
     out: str
+    """The path or URL of the output folder."""
     decoded: int = 0
+    """How many images this run wrote."""
     present: int = 0
+    """How many images were there already and were left alone."""
     failures: list[Failure] = field(default_factory=list)
+    """The files and images that were not decoded because something was wrong with them, each with the reason."""
     skipped: int = 0
-    """As `Outlook.skipped`."""
+    """How many files are known to hold no latents, as `Outlook.skipped`."""
     left: int = 0
-    """Not begun, for the job was stopped."""
+    """How many images are still to be made, because the job was stopped."""
     pixels: int = 0
+    """The number of pixels of the images that this run wrote."""
     seconds: float = 0.0
+    """How long reading, decoding and writing took together; looking through the inputs before is not counted."""
     idle_share: float | None = None
-    """Of the decoder's time, what it waited for reading and writing. None: not measured (under Ray)."""
+    """The share of its time, from 0 to 1, that the decoder waited for reading and writing. None: nothing was decoded,
+    or it was not measured, as on a Ray cluster."""
     approximate: bool = False
-    """As `Outlook.approximate`."""
+    """Whether the checkpoint is a preview's, as `Outlook.approximate`."""
     log_problem: str | None = None
-    """Why failures.jsonl could not be written."""
+    """Why failures.jsonl could not be written; None where it could."""
 
     @property
     def stopped(self) -> bool:
-        """It did not come to its end."""
+        """Whether the job was stopped before its end."""
         return self.left > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON. ``failures`` names the file that lists them; it is None where there is none."""
         rate = 1 / self.seconds if self.seconds else 0.0
         return {
             "out": self.out,
@@ -98,20 +105,27 @@ class Report:
 
 
 class Watcher(Protocol):
-    """Follows a job."""
+    """Is told how a job goes on, for instance to show its progress."""
 
     def begin(self, outlook: Outlook) -> None:
-        """Called once, before the first decode."""
+        """Is called once, before the first decode, with what the job will do."""
 
     def result(self, result: Result) -> None:
-        """Called for every item."""
+        """Is called for every item, as soon as it is known what became of it."""
 
 
 def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Outlook:
-    """Read what the inputs' metadata tell, and what of it is done.
+    """Find out what a job has to do: what its inputs' metadata tell, and which of its images are there already.
+
+    Args:
+        job: the job.
+        decoder: a decoder of its checkpoint.
+        record: the job's record, from `record_of`.
+        store: its output folder.
 
     Raises:
-        InvalidOptionError: inputs that name nothing, or an output folder that is not as the job expects it.
+        InvalidOptionError: an input names nothing, an image would be written over latents, or the output folder holds
+            images that the job may not add to.
     """
     expected = job.expected(decoder.format)
     check_options(decoder.format, expected.reading)
@@ -141,15 +155,18 @@ def decode_files(
     """Decode every image of a job that is not there yet.
 
     Args:
-        decoder: of the job's checkpoint, if it is in memory already.
-        watcher: follows the job.
-        stop: set it to stop after what is under way; ``Report.left`` says what was not done.
+        job: what to decode, and how.
+        decoder: a decoder of the job's checkpoint, if one is in memory already. None: it is loaded.
+        watcher: is told how the job goes on.
+        stop: the event that stops the job. What is being decoded is given up and what is being written is finished;
+            ``Report.left`` then says how many images are left.
 
     Returns:
-        What became of it. Bad items are in ``Report.failures`` and in ``failures.jsonl``, and did not stop the others.
+        What became of the job. One bad item does not stop the others: it is in ``Report.failures`` and in
+        ``failures.jsonl``.
 
     Raises:
-        FluxVAEError: the job as a whole cannot be done: its options, its checkpoint, its folder.
+        FluxVAEError: the job as a whole cannot be done, because of its options, its checkpoint or its output folder.
     """
     decoder = decoder or Decoder.from_pretrained(job.checkpoint, **job.decoder_options())
     record = record_of(job, checkpoint_sha256(job), decoder)
@@ -175,7 +192,16 @@ def finish(
     work: Callable[[Outlook, Callable[[Result], None]], None],
     watcher: Watcher | None,
 ) -> Report:
-    """What every job does around its work: the lock, the record, the count, failures, temporary files."""
+    """Do a job's work, and what every job does around it: lock, record, count, log failures, remove temporary files.
+
+    Args:
+        job: the job.
+        store: its output folder.
+        record: its record, from `record_of`.
+        looked: returns what the job has to do; called once the folder is locked.
+        work: decodes the items of an outlook, and calls its second argument with what became of each.
+        watcher: is told how the job goes on.
+    """
     with lock(store):
         outlook = looked()
         store.clean()

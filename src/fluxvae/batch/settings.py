@@ -1,4 +1,4 @@
-"""What a job is told."""
+"""The options of a job."""
 
 from __future__ import annotations
 
@@ -22,41 +22,50 @@ _SUFFIXES = {"jpeg": ".jpg"}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Latents to decode and how.
+    """The latents that a job decodes, and how it decodes them.
 
     Raises:
-        InvalidOptionError: an option that cannot be honoured.
+        InvalidOptionError: an option has a value that cannot be honoured. Whether the checkpoint has a place for it is
+            known only when the job runs.
     """
 
     inputs: tuple[str, ...]
-    """Files, folders or globs: paths, or URLs that fsspec knows."""
+    """The files, folders or globs of latents, as paths or as URLs that fsspec can open."""
     out: str
-    """Folder or URL."""
+    """The output folder, as a path or as a URL that fsspec can write to."""
     checkpoint: str = "demo"
+    """The checkpoint that decodes: the ``source`` of `Decoder.from_pretrained`."""
     revision: str | None = None
-    """Of a hub id."""
+    """The branch, tag or commit, where the checkpoint is a hub id."""
     variant: str | None = None
-    """Of a folder's or repository's weights, such as fp16."""
+    """The variant of the weights in the checkpoint's folder or repository, such as ``"fp16"``."""
     family: str | None = None
-    """Whose VAE a single file holds, as for `Decoder.from_pretrained`."""
+    """Whose VAE a single file holds, such as ``"flux1"``, as for `Decoder.from_pretrained`."""
     device: str = "auto"
+    """Where to decode, such as ``"cpu"`` or ``"cuda:1"``. ``"auto"`` is CUDA where there is a GPU, else the CPU."""
     dtype: str = "auto"
+    """The dtype to decode in, such as ``"float32"``. ``"auto"`` is bfloat16 on CUDA and float32 on a CPU."""
     memory_limit: int | str | None = None
-    """What a decode may add above the weights; what waits to be decoded or written comes on top (docs/batch.md)."""
+    """How much memory a decode may add above the weights, in bytes or as text such as ``"2GiB"``. None: what is free
+    when it begins, less a margin. What waits to be decoded or written comes on top (docs/batch.md)."""
     format: str = "png"
+    """The format of the outputs, one of `OUTPUT_FORMATS`."""
     quality: int | None = None
-    """Of jpeg and webp."""
+    """The quality of jpeg and webp, from 1 to 100. None: the default of `fluxvae.pictures.encode`."""
     height: int | None = None
-    """Pixels, instead of the files' own."""
+    """The height of all images in pixels, instead of what the files say. None: what they say."""
     width: int | None = None
+    """The width of all images in pixels, likewise."""
     raw: bool | None = None
-    """Instead of the files' own: the latents are raw, or are not, as for `Decoder.decode`."""
+    """Whether all latents are raw, as for `Decoder.decode`, instead of what the files say. None: what they say."""
     max_pixels: int = MAX_PIXELS
-    """Of one image: a file that claims a larger one is refused by its header."""
+    """The largest number of pixels one image may have. A file that claims a larger one is refused by its header."""
     batch: int = 4
-    """Images of one size in one decode, at most; fewer where the memory limit has no room."""
+    """The largest number of images in one decode, which all have the same size. Fewer are decoded together where the
+    memory limit has no room for so many."""
     existing: Existing = "refuse"
-    """What becomes of outputs that are there: refuse to start, decode only what is missing, or decode all again."""
+    """What to do where outputs exist already: ``"refuse"`` to start, ``"resume"`` with those that are missing, or
+    ``"overwrite"`` them all."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -80,16 +89,16 @@ class Job:
 
     @property
     def suffix(self) -> str:
-        """Of the outputs, with its dot."""
+        """The suffix of the outputs, with its dot, such as ``".png"``."""
         return _SUFFIXES.get(self.format, f".{self.format}")
 
     def expected(self, format: LatentFormat) -> Expected:
-        """Return what the job takes its inputs for, with a checkpoint of this format."""
+        """Return how the job reads its inputs, if its checkpoint has this latent format."""
         reading = Reading(height=self.height, width=self.width, raw=self.raw)
         return Expected(format=format, reading=reading, max_pixels=self.max_pixels)
 
     def decoder_options(self) -> dict[str, Any]:
-        """For ``Decoder.from_pretrained``, the source beside."""
+        """Return the keyword arguments for `Decoder.from_pretrained`, to which only the checkpoint has to be added."""
         return {
             "revision": self.revision,
             "variant": self.variant,

@@ -1,4 +1,7 @@
-"""Inputs to items: files, folders, globs, here or at any URL that fsspec knows."""
+"""Finds the files of latents that a job's inputs name, opens them, and lists the images to make from them.
+
+Inputs are files, folders and globs, on this machine or at any URL that fsspec can open.
+"""
 
 from __future__ import annotations
 
@@ -39,28 +42,31 @@ class Found:
     """One file of latents."""
 
     url: str
-    """What fsspec opens; a plain path where it is local."""
+    """What fsspec opens: a path where the file is on this machine, else a URL."""
     name: str
-    """Of its output: below the folder or the glob it was found by."""
+    """The name of its output without a suffix, relative to the folder or glob by which the file was found."""
 
 
 @dataclass
 class Scan:
-    """What a job's inputs hold."""
+    """What a job's inputs hold, as far as their metadata tell."""
 
     items: list[Item] = field(default_factory=list)
+    """The images to make."""
     failures: list[Failure] = field(default_factory=list)
+    """The files and images that cannot be decoded, each with the reason."""
     floored: int = 0
-    """Items whose size is not a multiple of 16 and was floored, as FluxPipeline does."""
+    """How many items have a height or width that was floored to a multiple of 16, as FluxPipeline does."""
     skipped: int = 0
-    """Files that are known to hold no latents, such as what text encoders gave, which trainers keep beside them."""
+    """How many files are known to hold no latents, such as what text encoders gave, which trainers keep beside
+    latents."""
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """fsspec's filesystem of a URL or path, and the path in it.
+    """Return fsspec's filesystem for a URL or path, and the path within it.
 
     Raises:
-        InvalidOptionError: a protocol that fsspec does not know, or whose package is missing.
+        InvalidOptionError: fsspec does not know the protocol, or the package that it needs for it is missing.
     """
     try:
         filesystem, path = fsspec.url_to_fs(url)
@@ -70,13 +76,14 @@ def filesystem_of(url: str) -> tuple[Any, str]:
 
 
 def find(inputs: Sequence[str]) -> list[Found]:
-    """The files of latents that these inputs name, in a fixed order, none of them twice.
+    """Find the files of latents that the inputs name, in a fixed order and each of them once.
 
     Args:
-        inputs: files, folders (searched to their bottom) or globs (``**`` for any depth).
+        inputs: files, folders (with all folders below them) or globs (in which ``**`` stands for any depth).
 
     Raises:
-        InvalidOptionError: an input that names nothing, or a file that is not of latents.
+        InvalidOptionError: an input names nothing, or a folder or glob without files of latents, or a file whose suffix
+            is not one of `SUFFIXES`.
     """
     found: dict[str, Found] = {}
     for given in inputs:
@@ -95,7 +102,7 @@ def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
     def url(at: str) -> str:
         return at if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(at))
 
-    # A file whose name holds a [ or a * is that file before it is a glob.
+    # A path that exists is taken as it is, even if its name holds a [ or a *. Only what does not exist can be a glob.
     if filesystem.isdir(path):
         root, paths = path, filesystem.find(path)
     elif filesystem.exists(path) or filesystem.lexists(path):
@@ -114,13 +121,13 @@ def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
 
 
 class Library:
-    """Opens sources and keeps the last few open; safe to use from several threads.
+    """Opens files of latents and keeps the last few open. Several threads may use it at the same time.
 
-    Files that are not local are fetched whole into a temporary file, except Parquet, of which only the row groups and
-    columns that are asked for are read.
+    A file that is not on this machine is fetched as a whole into a temporary file. Parquet is the exception: only the
+    row groups and columns that are asked for are read, wherever the file is.
 
     Args:
-        expected: what the job takes its inputs for.
+        expected: how the job reads its inputs.
     """
 
     def __init__(self, expected: Expected) -> None:
@@ -129,10 +136,14 @@ class Library:
         self._lock = threading.Lock()
 
     def open(self, url: str) -> Source:
-        """Open one source.
+        """Open one file, unless it is still open.
+
+        Args:
+            url: its path or URL, as `Found.url` has it.
 
         Raises:
-            InvalidLatentsError: unreadable, damaged, refused, or without latents.
+            InvalidLatentsError: the file cannot be read, is damaged, is refused because it is unsafe to read, or holds
+                no latents.
         """
         with self._lock:
             if url in self._open:
@@ -160,14 +171,15 @@ def _open(url: str, expected: Expected) -> Source:
             local = Path(folder) / name
             _check_room(name, filesystem.size(path), folder)
             filesystem.get_file(path, str(local))
-            return open_file(local, expected)  # what is mapped of it stays when its name goes
+            return open_file(local, expected)  # what is mapped of the file can be read even after its name is removed
     except FluxVAEError:
         raise
-    except Exception as error:  # every filesystem has errors of its own
+    except Exception as error:  # each of fsspec's filesystems raises errors of its own
         raise InvalidLatentsError(f"{name}: cannot be read: {error}") from error
 
 
 def _check_room(name: str, size: int | None, folder: str) -> None:
+    """Refuse to fetch a file of ``size`` bytes (None: unknown) into a folder whose disk has no room for it."""
     free = shutil.disk_usage(folder).free
     if size is not None and size > free:
         raise InvalidLatentsError(
@@ -187,12 +199,12 @@ def _parquet(name: str, path: str, filesystem: Any, expected: Expected) -> Sourc
 
 
 def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
-    """Every image there is to make, and everything that is wrong with the inputs as far as their metadata tell.
+    """List the images to make, and everything that the files' metadata show to be wrong with them.
 
     Args:
-        found: by `find`.
-        suffix: of the outputs, with its dot.
-        expected: what the job takes its inputs for; shapes are checked against the checkpoint's format.
+        found: the files, as `find` returns them.
+        suffix: the suffix of the outputs, with its dot.
+        expected: how the job reads its inputs; shapes are checked against its format, which is the checkpoint's.
     """
     result = Scan()
     taken: dict[str, str] = {}
@@ -224,7 +236,13 @@ def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
 
 
 def _named(name: str, entry: Entry, plain: int) -> str:
-    """The output's name: the file's, with what tells an entry from the others of its file."""
+    """Return the output's name: the file's, with what distinguishes the entry from others in its file.
+
+    Args:
+        name: the file's name, as `Found.name` has it.
+        entry: the entry.
+        plain: how many entries of the file have no label of their own, and so are told apart by their numbers.
+    """
     return f"{name}_{entry.label}" if entry.label else with_row(name, entry.row, plain)
 
 
@@ -233,12 +251,16 @@ def _entries(found: Found, expected: Expected) -> list[Entry] | FluxVAEError:
         return _open(found.url, expected).entries()
     except FluxVAEError as error:
         return error
-    except Exception as error:  # a bad file must not stop the others, whatever a library makes of it
+    except Exception as error:  # whatever a library raises for a bad file, the other files are still decoded
         return InvalidLatentsError(f"{found.name}: cannot be read: {type(error).__name__}: {error}")
 
 
 def _settled(name: str, entry: Entry, expected: Expected) -> tuple[Reading, bool]:
-    """Return how the entry is to be read, as `Item.reading`, and whether its size had to be floored."""
+    """Check an entry. Return how it is to be read, as `Item.reading`, and whether its size had to be floored.
+
+    Raises:
+        InvalidLatentsError: the size, or whether the latents are raw, is not known; or the latents do not fit either.
+    """
     format, said = expected.format, expected.reading.over(entry.reading)
     h, w, ids = said.height, said.width, said.latent_ids
     if said.raw is None and entry.ask is not None:
@@ -256,7 +278,7 @@ def _settled(name: str, entry: Entry, expected: Expected) -> tuple[Reading, bool
         shape = entry.shape
     elif ids is not None and ids.ndim == 3:
         shape = (1, ids.shape[1], format.packed_features)
-    else:  # it is known when the values are read, and is checked then
+    else:  # only the values tell the shape, which is checked when they are read; until then the size implies one
         multiple = format.packed_multiple
         patches = (_whole("height", h) // multiple) * (_whole("width", w) // multiple)
         shape = (1, patches, format.packed_features)
@@ -271,7 +293,7 @@ def _settled(name: str, entry: Entry, expected: Expected) -> tuple[Reading, bool
     if entry.dtype not in _DTYPES:
         raise InvalidLatentsError(f"latents: got dtype {entry.dtype}, expected {', '.join(_DTYPES)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SizeFlooredWarning)  # such items are counted, and told of once
+        warnings.simplefilter("ignore", SizeFlooredWarning)  # counted in Scan.floored, and told all at once
         _, height, width, _ = check_shape(format, shape, said)
     floored = not unpacked and h is not None and (height, width) != (h, w)
     return replace(said, height=height, width=width, latent_ids=None), floored

@@ -1,8 +1,10 @@
-"""Where outputs go: a folder, or any URL fsspec knows. A file there is whole, or not there at all.
+"""Where outputs go: a folder, or any URL that fsspec can write to. A file there is whole, or it is not there at all.
 
-Locally a file is written under a temporary name, synced and renamed. Object stores put whole objects; other remote
-filesystems get a temporary name and a move. A temporary name says whose it is:
-``.<hash>.<job>.<host>.<pid>.<start>.fluxvae-part``; so what dead processes left can be told from what is being written.
+On this machine a file is written under a temporary name, synced to the disk, and renamed. In an object store an object
+appears only once it is complete. On other remote filesystems a file is written under a temporary name and then moved.
+
+A temporary name, ``.<hash>.<job>.<host>.<pid>.<start>.fluxvae-part``, says which job and which process writes the file.
+So what processes left that are dead can be told from what is being written, and only that is removed.
 """
 
 from __future__ import annotations
@@ -23,41 +25,51 @@ __all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.(?P<job>\w+)\.(?P<host>\w+)\.(?P<pid>\d+)\.(?P<start>\d+)\.fluxvae-part")
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
+"""fsspec's protocols of object stores, which never show a part of an object."""
 
 
 class Store(Protocol):
-    """An output folder."""
+    """An output folder. Its files are named by their paths relative to it, with ``/`` between folders."""
 
     root: str
+    """The folder's path or URL."""
 
     def existing(self) -> set[str]:
-        """Every file in it, by its path below it; temporary ones are not among them."""
+        """Return the names of all files in the folder but temporary ones."""
 
     def exists(self, name: str) -> bool:
-        """Is this file there?"""
+        """Return whether there is a file of this name."""
 
     def read(self, name: str) -> bytes | None:
-        """All of a file; None: there is none."""
+        """Read a whole file; None where there is none."""
 
     def write(self, name: str, data: bytes) -> None:
-        """Write one file, whole or not at all; one that is there is replaced.
+        """Write one file, whole or not at all. A file of this name is replaced.
 
         Raises:
-            OSError: and nothing is left of it.
+            OSError: the file could not be written, and nothing of it is left.
         """
 
     def remove(self, name: str) -> None:
-        """Remove one file, if it is there."""
+        """Remove one file if there is one of this name."""
 
     def clean(self) -> int:
-        """Remove temporary files of this job, and those of processes of this machine that are no more; how many."""
+        """Remove the temporary files of this job, and those of processes of this machine that no longer run.
+
+        Returns:
+            How many files were removed.
+        """
 
 
 def open_store(url: str, job: str) -> Store:
-    """The store at a path or URL; it is made when something is written.
+    """Return the output folder at a path or URL. It need not exist: it is made when the first file is written.
 
     Args:
-        job: letters and digits that tell this job from others.
+        url: the path or URL.
+        job: letters and digits that distinguish this job from others, for the names of its temporary files.
+
+    Raises:
+        InvalidOptionError: fsspec cannot open the URL.
     """
     filesystem, path = filesystem_of(url)
     return (
@@ -66,7 +78,7 @@ def open_store(url: str, job: str) -> Store:
 
 
 class LocalStore:
-    """A folder."""
+    """An output folder on this machine; see `Store`."""
 
     def __init__(self, root: Path, job: str) -> None:
         self.root = str(root)
@@ -120,7 +132,7 @@ class LocalStore:
 
 
 class RemoteStore:
-    """A folder in one of fsspec's filesystems."""
+    """An output folder in one of fsspec's filesystems; see `Store`."""
 
     def __init__(self, filesystem: Any, path: str, job: str) -> None:
         self.root = str(filesystem.unstrip_protocol(path))
@@ -181,22 +193,30 @@ class RemoteStore:
 
 
 def _part_name(name: str, job: str) -> str:
-    """Of ``name`` while it is written by this process: of one length, however long the name is."""
+    """Return the temporary name under which this process writes the file ``name``.
+
+    It holds a hash instead of the name, so that it is no longer for a long name and never too long for the filesystem.
+    """
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
     return f".{digest}.{job}.{_host()}.{os.getpid()}.{_started(os.getpid()) or 0}.fluxvae-part"
 
 
 def _host() -> str:
+    """Return a short hash of this machine's name."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def _is_dead(host: str, pid: str, start: str) -> bool:
-    """A process of this machine that is no more: its number is free, or another process has it."""
+    """Return whether a process of this machine has ended: no process has its number, or one with another start has."""
     return host == _host() and str(_started(int(pid))) != start
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks; None: there is no such process. 0 where there is no /proc."""
+    """Return when a process started, in clock ticks since the machine did.
+
+    Returns:
+        None where there is no such process; 0 where there is one, but no /proc that tells when it started.
+    """
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""Tensors of a file: their shapes now, from its header; their values later, a row at a time where the format allows."""
+"""Tensors in files: their shapes are read at once, from the header, and their values only when they are needed.
+
+Where the format allows it, a single row can be read without the others.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,41 @@ from fluxvae.errors import InvalidLatentsError
 __all__ = ["Lazy", "Npz", "open_npy", "unzipped"]
 
 _WHOLE = 256 * 2**20
-"""Bytes of an array in an npz that are unpacked at once and kept to its checksum; of larger ones, a row at a time."""
+"""An array in an npz of at most so many bytes is unpacked as a whole, so that its checksum is compared; of a larger one
+only the row that is asked for."""
 _NEAR = 2**16
+"""So many bytes are cheap to read: the longest header, the longest stretch that is skipped by reading it, and a
+block."""
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """One tensor of a file."""
+    """One tensor in a file, whose values are read when they are asked for."""
 
     shape: tuple[int, ...]
     dtype: str
-    """As torch names it: ``"float32"``."""
+    """The dtype's name in torch, such as ``"float32"``. One that latents cannot have may go by its format's own
+    name."""
     take: Callable[[Any], Any]
-    """Entries of the first dimension, as a tensor or an array; only they are read, where the format allows it."""
+    """Reads the entries of the first dimension that a slice selects, as a tensor or an array. Where the format allows
+    it, nothing else is read."""
 
     def rows(self, first: int, count: int = 1) -> torch.Tensor:
-        """``count`` entries of the first dimension, in memory of their own."""
+        """Read ``count`` entries of the first dimension from ``first`` on, into memory of their own."""
         return _owned(self.take(slice(first, first + count)))
 
     def whole(self) -> torch.Tensor:
-        """All of it, in memory of its own."""
+        """Read the whole tensor, into memory of its own."""
         return _owned(self.take(slice(None) if self.shape else ...))
 
     @classmethod
     def of(cls, value: Any) -> Lazy | None:
-        """A tensor or an array that is there already, or mapped; None: it is neither, or has no values in one place."""
+        """Wrap a tensor or array that is in memory already, or mapped.
+
+        Returns:
+            None where ``value`` is neither, or has no values that a row could be taken of: a sparse tensor, one on the
+            ``meta`` device, or an array of anything but numbers.
+        """
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
             return cls(tuple(value.shape), str(value.dtype).removeprefix("torch."), value.detach().__getitem__)
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
@@ -55,31 +68,33 @@ class Lazy:
 
 
 def _owned(value: Any) -> torch.Tensor:
+    """Copy a tensor or array into a contiguous tensor with this machine's byte order."""
     if isinstance(value, torch.Tensor):
         return value.clone(memory_format=torch.contiguous_format)
     return torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
 
 
 def open_npy(path: Path) -> Lazy:
-    """The array of an ``.npy``, mapped: nothing is read but its header.
+    """Map the array of an ``.npy`` file, of which only the header is read now.
 
     Raises:
-        InvalidLatentsError: an array of Python objects, or of anything but numbers.
-        ValueError, OSError: damaged, truncated, or no ``.npy``.
+        InvalidLatentsError: it is an array of Python objects, or of anything else but numbers.
+        ValueError, OSError: the file is damaged, truncated, or no ``.npy``.
     """
     with open(path, "rb") as file:
         _, _, dtype = _header(file)
     _check_dtype(path.name, dtype)
     found = Lazy.of(npy.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
-    assert found is not None  # its dtype says so
+    assert found is not None  # because _check_dtype accepted its dtype
     return found
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, in Fortran's order, dtype) of an array in NumPy's format."""
+    """Read the header of an array in NumPy's format: its shape, whether it is in Fortran's order, and its dtype."""
     start = file.read(12)
     file.seek(0)
-    if start[6:7] == b"\x02" and int.from_bytes(start[8:12], "little") > _NEAR:  # NumPy reads it before it judges it
+    # NumPy reads the whole header before it refuses one that is too long, so a long one is refused here.
+    if start[6:7] == b"\x02" and int.from_bytes(start[8:12], "little") > _NEAR:
         raise ValueError(f"it claims a header of {int.from_bytes(start[8:12], 'little')} bytes")
     version = npy.read_magic(file)  # type: ignore[no-untyped-call]
     if version == (1, 0):
@@ -99,17 +114,19 @@ def _check_dtype(name: str, dtype: np.dtype[Any]) -> None:
 
 
 class Npz(Mapping[str, Lazy]):
-    """The arrays of an ``.npz`` by their names, of which only those that are asked for are unpacked.
+    """The arrays of an ``.npz`` by their names. An array is unpacked only when it is asked for.
 
-    No more of them is unpacked than they claim, and what claims too much is refused.
+    Of each array no more is unpacked than it claims to have, and one that claims too much is refused.
 
     Raises:
-        zipfile.BadZipFile, OSError: damaged, truncated, or no zip archive.
+        zipfile.BadZipFile, OSError: the file is damaged, truncated, or no zip archive.
+        ValueError: two arrays in it have the same name.
     """
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
-        self._zip = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115 (open as long as this is, also if its name goes)
+        # The file is opened here and stays open as long as this object, even if the file's name is removed meanwhile.
+        self._zip = zipfile.ZipFile(open(path, "rb"))  # noqa: SIM115
         self._lock = threading.Lock()
         arrays = [info for info in self._zip.infolist() if info.filename.endswith(".npy")]
         self._members = {info.filename.removesuffix(".npy"): info for info in arrays}
@@ -126,10 +143,12 @@ class Npz(Mapping[str, Lazy]):
         return name in self._members
 
     def __getitem__(self, name: str) -> Lazy:
-        """One array, by its header.
+        """Return one array, of which only the header is read now.
 
         Raises:
-            InvalidLatentsError: it claims more than can be stored of it, or is not of numbers.
+            KeyError: there is no such array.
+            InvalidLatentsError: it claims more than it stores, or more than could be packed into that; it is not an
+                array of numbers; or it is large and in Fortran's order, in which no row can be read alone.
         """
         info = self._members[name]
         label = f"{self._name}: {name}"
@@ -162,10 +181,10 @@ class Npz(Mapping[str, Lazy]):
         return Lazy(tuple(shape), dtype.name, take)
 
     def _read(self, info: zipfile.ZipInfo, start: int, size: int) -> bytes:
-        """So many bytes and no more; where they are the rest of it, its checksum is compared."""
+        """Unpack ``size`` bytes from ``start`` on. Where nothing follows them, the checksum is compared."""
         with self._lock, self._zip.open(info) as file:
             if start < _NEAR:
-                file.read(start)  # a seek would give up the checksum
+                file.read(start)  # read rather than skipped, because zipfile compares no checksum after a seek
             else:
                 file.seek(start)
             data = file.read(size)
@@ -175,10 +194,13 @@ class Npz(Mapping[str, Lazy]):
 
 
 def unzipped(path: Path) -> io.BytesIO:
-    """All that a file packed by gzip holds; what would unpack to more than `most_unpacked` is counted, not kept.
+    """Unpack a file that gzip packed, into memory.
+
+    It is unpacked twice. The first pass only counts the bytes, so that a file of more than `most_unpacked` allows never
+    gets into memory.
 
     Raises:
-        InvalidLatentsError: there is more.
+        InvalidLatentsError: the file would unpack to more.
     """
     most, count = most_unpacked(path.stat().st_size), 0
     with gzip.open(path) as data:

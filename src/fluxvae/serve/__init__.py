@@ -1,8 +1,8 @@
-"""Serving: what runs inside Triton, what starts and watches it, what stands in front of it, and what calls it.
+"""Serving: what runs inside Triton, what starts and watches Triton, what stands in front of it, and what calls it.
 
-model/       Triton's Python model: requests to jobs, jobs to decodes within the memory limit, answers, metrics
-triton/      find and start a ``tritonserver``
-gateway/     HTTP for people and for diffusers' ``remote_decode``
-supervisor/  ``fluxvae serve``: starts both, decodes to see that they live, restarts
-client/      calls Triton over gRPC, HTTP or shared memory; `fluxvae.client` is its public face
+model/       Triton's Python model: it checks requests, decodes them within the memory limit, answers, and counts
+triton/      finds a ``tritonserver`` and starts it
+gateway/     HTTP in front of Triton, for people and for diffusers' ``remote_decode``
+supervisor/  ``fluxvae serve``: starts Triton and the gateway, checks by decoding that they work, and restarts them
+client/      calls Triton over gRPC, HTTP or shared memory; users import it as `fluxvae.client`
 """

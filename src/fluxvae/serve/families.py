@@ -1,6 +1,7 @@
-"""What a model takes, by its name or the class of its checkpoint: for those who read no checkpoint.
+"""Tells what latents a model takes from its name or from its checkpoint's class, without reading the checkpoint.
 
-The gateway and the client read latents by these formats (`fluxvae.latents.layout`), the model by its checkpoint's.
+The gateway and the client read latents by these formats (`fluxvae.latents.layout`), because they have no checkpoint.
+The model reads them by the format of its own.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ _INSTEAD = {
     "AutoencoderKLFlux2": "FLUX.2's latents are rescaled by the checkpoint's statistics",
     "AutoencoderTiny": "a preview takes latents as the transformer leaves them",
 }
-"""Of factors, for the classes that have none."""
-# As far as a shape tells: statistics and factors are the model's.
+"""Why a class of checkpoint has no factors that a request could override, for messages."""
+# These formats say which shapes latents have. The statistics and factors that they are rescaled by, only the model
+# knows.
 _FLUX1 = LatentFormat()
 _FLUX2 = LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True)
 _SD = LatentFormat(channels=4, scaling_factor=1.0, shift_factor=None)
 _FORMATS = {
     "AutoencoderKL": (_FLUX1,),
     "AutoencoderKLFlux2": (_FLUX2,),
-    # Whether a preview is TAEF1's or TAEF2's only the model knows.
+    # Only the model knows whether its preview is TAEF1, for FLUX.1, or TAEF2, for FLUX.2.
     "AutoencoderTiny": (
         LatentFormat(scaling_factor=1.0, shift_factor=None, preview=True),
         LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True, preview=True),
@@ -35,12 +37,12 @@ _FORMATS = {
 
 
 def formats_of(vae_class: str) -> tuple[LatentFormat, ...]:
-    """How the gateway takes latents for a model of this class, as far as the class tells."""
+    """Return the formats in which the gateway takes latents for a model whose checkpoint is of this class."""
     return _FORMATS[vae_class]
 
 
 def formats_of_model(model: str) -> tuple[LatentFormat, ...]:
-    """How a model of this name may take latents, as far as its name tells: any checkpoint of its class."""
+    """Return the formats in which a model of this name may take latents: those of all checkpoints it could have."""
     if model not in MODELS:
         return (_FLUX1, _FLUX2, _SD)
     vae_class = MODELS[model]
@@ -48,27 +50,27 @@ def formats_of_model(model: str) -> tuple[LatentFormat, ...]:
 
 
 def families_of(shape: tuple[int, ...]) -> list[str]:
-    """The classes of the full VAEs that may decode latents of this shape."""
+    """Return the classes of full VAEs, not previews, that may decode latents of this shape."""
     return [name for name in ("AutoencoderKL", "AutoencoderKLFlux2") if possible_layouts(shape, _FORMATS[name])]
 
 
 def has_factors(vae_class: str) -> bool:
-    """Whether latents are rescaled by factors, which a request may override."""
+    """Return whether a class of checkpoint rescales latents by factors, which a request may override."""
     return vae_class not in _INSTEAD
 
 
 def read_raw(given: Mapping[str, str], vae_class: str) -> bool | None:
-    """Whether latents are raw already, for a model without factors; those are refused, not ignored.
+    """Read whether latents are raw already, from a query to a model without factors.
 
     Args:
-        given: the query; its ``do_scaling`` is the client's way to say that latents are not raw.
-        vae_class: of the model.
+        given: the query's parameters. A client says with ``do_scaling=True`` that its latents are not raw.
+        vae_class: the class of the model's checkpoint.
 
     Returns:
-        ``raw`` for the model; None: it has no such thing.
+        The model's parameter ``raw``; None for a preview, which has none.
 
     Raises:
-        InvalidOptionError: a factor, or raw latents for a preview.
+        InvalidOptionError: the query has a factor, which would be ignored, or raw latents for a preview.
     """
     for name in ("scaling_factor", "shift_factor"):
         if name in given:

@@ -1,4 +1,7 @@
-"""The models of ``triton_models``, and which one serves what: for the supervisor and the gateway, without PyTorch."""
+"""The models of ``triton_models``, and what each of them serves.
+
+The supervisor, the gateway and the client need this, so it is to be had without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,34 @@ from fluxvae.errors import InvalidOptionError
 __all__ = ["MODEL", "MODELS", "read_memory_limits", "read_models", "vae_class_of"]
 
 MODEL = "vae_decoder"
+"""The name of the model that is served if nothing else is asked for."""
 MODELS = {
     MODEL: "AutoencoderKL",
     "vae_decoder_flux2": "AutoencoderKLFlux2",
     "vae_preview": "AutoencoderTiny",
 }
-"""Name to the class of checkpoint it serves, as its ``config.pbtxt`` says too."""
+"""The names of the models, and the class in diffusers of the checkpoints that each serves. Their ``config.pbtxt`` files
+name the same classes."""
 
 
 def vae_class_of(model: str) -> str:
-    """The class of checkpoint behind a model; one with another name is taken for a copy of ``vae_decoder``."""
+    """Return the class of checkpoint that a model serves; a model of another name is taken for one like `MODEL`."""
     return MODELS.get(model, MODELS[MODEL])
 
 
 def read_models(given: Iterable[str], checkpoint: str | None) -> dict[str, str]:
-    """What `fluxvae serve` is to serve, in order.
+    """Read which models `fluxvae serve` is to serve, from the values of ``--model`` and ``--checkpoint``.
 
     Args:
-        given: ``NAME=CHECKPOINT``, each name at most once.
-        checkpoint: of ``vae_decoder``, which then comes first; None: it is served only where ``given`` names it, or
-            names nothing: then with the demo checkpoint.
+        given: texts of the form ``NAME=CHECKPOINT``, with each name at most once.
+        checkpoint: the checkpoint of ``vae_decoder``, which then is the first model. With None, ``vae_decoder`` is
+            served only where ``given`` names it, or where ``given`` is empty: then with the demo checkpoint.
 
     Returns:
-        Name to checkpoint.
+        The checkpoints by the models' names, in the order in which they are served.
 
     Raises:
-        InvalidOptionError: no such name, one twice, or no checkpoint.
+        InvalidOptionError: a name is none of `MODELS` or is given twice, or a checkpoint is missing.
     """
     models = {} if checkpoint is None else {MODEL: checkpoint}
     for one in given:
@@ -53,10 +58,16 @@ def read_models(given: Iterable[str], checkpoint: str | None) -> dict[str, str]:
 
 
 def read_memory_limits(given: Iterable[str]) -> dict[str, str]:
-    """Memory limits of single models: ``NAME=SIZE``, each name at most once, to size by name.
+    """Read the memory limits of single models, from the values of ``--model-memory-limit``.
+
+    Args:
+        given: texts of the form ``NAME=SIZE``, with each name at most once.
+
+    Returns:
+        The sizes by the models' names, as text and unchecked. `ServeSettings` checks that the models are served.
 
     Raises:
-        InvalidOptionError: no size, or a name twice. Whether the model is served is for `ServeSettings` to say.
+        InvalidOptionError: a size is missing, or a name is given twice.
     """
     limits: dict[str, str] = {}
     for one in given:

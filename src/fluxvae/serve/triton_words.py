@@ -1,7 +1,7 @@
-"""Errors that Triton calls INTERNAL although they pass: the same request may work later.
+"""Recognises errors that Triton calls INTERNAL although they pass, so that the same request may work later.
 
-For the gateway and the client. The texts are Triton's own, of its Python backend and its core (2.51; the source of
-mid-2026 has the same).
+The gateway and the client tell their users to try again after these. The words by which they are recognised are those
+of Triton's core and Python backend 2.51; the source of mid-2026 has the same.
 """
 
 from __future__ import annotations
@@ -15,5 +15,9 @@ _TROUBLES = {
 
 
 def passing_trouble(message: str) -> str | None:
-    """What the message of an INTERNAL error means, in words for clients; None where it may not pass."""
+    """Return in words for clients what has caused an INTERNAL error that passes; None for one that may not pass.
+
+    Args:
+        message: the error's message.
+    """
     return next((told for words, told in _TROUBLES.items() if words in message), None)

@@ -1,1 +1,1 @@
-"""Clients of the Triton model; `fluxvae.client` exports what is public."""
+"""Clients of our Triton models. `fluxvae.client` exports what is public."""

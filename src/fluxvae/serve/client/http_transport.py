@@ -1,4 +1,4 @@
-"""Triton's HTTP endpoint with binary tensors, from threads that keep their connections."""
+"""Sends requests to Triton's HTTP endpoint, with binary tensors, from threads that share connections kept open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ _CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 501: "UNIMPLEMENTED", 503: 
 
 
 class Http:
-    """HTTP with binary tensors. Triton does not notice that a client has gone: the decode goes on without it."""
+    """Carries requests over HTTP with binary tensors.
+
+    Over HTTP Triton does not notice that a client has gone, so a decode goes on after it was cancelled here.
+
+    Args:
+        url: the ``host:port`` of Triton's HTTP endpoint.
+        model: the model's name.
+        connections: how many requests may be on their way at the same time, and how many connections are kept open.
+    """
 
     def __init__(self, url: str, model: str, connections: int = 32) -> None:
         self._model = model
@@ -29,16 +37,16 @@ class Http:
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fluxvae-http")
 
     def start(self, request: Request, timeout_s: float) -> Call:
-        """Send; see `Transport`."""
+        """Send a request; see `Transport.start`."""
         call = Call()
         call.future = self._threads.submit(self._post, request, timeout_s)
         call.cancel = call.future.cancel
         return call
 
     def close(self) -> None:
-        """Close the connections: open ones hold up a server's shutdown."""
+        """Wait for the requests on their way, and close the connections, which would delay a server's shutdown."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._pool.close()  # at once, also where the error of a request still holds its response, and that the pool
+        self._pool.close()  # not left to garbage collection, because a request's error may keep response and pool alive
 
     def _post(self, request: Request, timeout_s: float) -> Any:
         body, header_length = _body(request, timeout_s)
@@ -71,7 +79,11 @@ class Http:
 
 
 def _body(request: Request, timeout_s: float) -> tuple[bytes, int]:
-    """Triton's binary tensor extension: a JSON header, then the tensors' bytes in its order."""
+    """Encode a request by Triton's binary tensor extension: a JSON header, and behind it the tensors in its order.
+
+    Returns:
+        The body, and the number of bytes of its header.
+    """
     arrays = request.inputs
     parameters = {**request.parameters, "timeout": max(1, int(timeout_s * 1e6))}
     if request.priority:

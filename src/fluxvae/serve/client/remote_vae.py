@@ -1,4 +1,4 @@
-"""Diffusers pipelines that decode on a server: `RemoteVAE` in place of ``pipe.vae``, and `install` in one line."""
+"""Lets diffusers' pipelines decode on a server: `RemoteVAE` replaces ``pipe.vae``, and `install` puts it there."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Installed", "RemoteVAE", "install"]
 
 
 class RemoteVAE(torch.nn.Module):
-    """In place of ``pipe.vae`` where a diffusers pipeline only decodes: the decode happens on the server.
+    """A VAE that decodes on a server. It takes the place of ``pipe.vae`` in a diffusers pipeline that only decodes.
 
     The pipeline's own post-processing follows, so its images are those of a local `fluxvae` decode in the server's
-    dtype. Images of a batch go one by one. ``encode`` is not there: image-to-image pipelines need a real VAE.
+    dtype. The images of a batch are sent one by one. It cannot encode, so image-to-image pipelines need a real VAE.
 
     Args:
-        client: how to reach the server, or its gRPC ``host:port``.
-        config: of the VAE, as ``pipe.vae.config``; None: FLUX.1's.
-        bn: of FLUX.2's VAE, ``pipe.vae.bn``: its pipelines rescale latents themselves.
-        options: for `Client`, where ``client`` is an address.
+        client: the client to send with, or the ``host:port`` of the server's gRPC endpoint.
+        config: the VAE's configuration, as in ``pipe.vae.config``. None: FLUX.1's.
+        bn: the statistics of FLUX.2's latents, ``pipe.vae.bn``, because its pipelines rescale latents themselves.
+        options: options for `Client`, where ``client`` is an address.
     """
 
     def __init__(
@@ -46,28 +46,36 @@ class RemoteVAE(torch.nn.Module):
         if bn is not None:
             self.bn = bn
         self.config = FrozenDict(config)
-        """What pipelines read: scale, shift, block widths."""
-        # Without weights; moved and cast with the pipeline, it tells where and in what dtype latents are expected.
+        """The configuration, from which pipelines read the scaling and shift factors and the number of levels."""
+        # An empty tensor, which is moved and cast with the pipeline, and so tells where it has its latents and as what.
         self._where: torch.Tensor
         self.register_buffer("_where", torch.empty(0, dtype=torch.float32, device="cpu"), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where pipelines put latents: no matter to the server."""
+        """Where pipelines put latents. To the server it makes no difference."""
         return self._where.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What pipelines cast latents to."""
+        """The dtype that pipelines cast latents to."""
         return self._where.dtype
 
     def decode(self, z: torch.Tensor, return_dict: bool = True, generator: object = None) -> Any:
-        """As ``AutoencoderKL.decode``: raw latents (B, C, lh, lw) to (B, 3, H, W) in their dtype, on their device.
+        """Decode raw latents, as ``AutoencoderKL.decode`` does.
 
-        One frame, (B, C, 1, lh, lw), and one image without its batch, (C, lh, lw), are taken too.
+        Args:
+            z: raw latents (B, C, lh, lw). One frame, (B, C, 1, lh, lw), and one image without its batch, (C, lh, lw),
+                are taken too.
+            return_dict: whether to return a ``DecoderOutput`` instead of a tuple.
+            generator: ignored.
+
+        Returns:
+            The images (B, 3, H, W), nominally in [-1, 1], in the dtype of ``z`` and on its device.
 
         Raises:
-            InvalidLatentsError: other shapes: packed latents are not raw.
+            InvalidLatentsError: the latents have another shape, such as that of packed ones, which are not raw.
+            FluxVAEError: the request failed, as for `Client.decode`.
         """
         flux2 = "batch_norm_eps" in self.config
         z = z.reshape(self._images(z))
@@ -77,10 +85,10 @@ class RemoteVAE(torch.nn.Module):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _images(self, z: torch.Tensor) -> tuple[int, ...]:
-        """The shape of raw latents with their batch and without frames."""
-        format = LatentFormat(channels=self.config["latent_channels"])  # raw ones are never in patches
+        """Return the shape that raw latents have with their batch axis and without frames."""
+        format = LatentFormat(channels=self.config["latent_channels"])  # not flux2: raw latents are never in patches
         shape, scale = tuple(z.shape), format.vae_scale_factor
-        # A VAE is given images: theirs is the size that tells (C, n, 4*C) from packed latents.
+        # What a VAE is given are images, not packed latents. Their size says so where the shape is (C, n, 4*C).
         size = (shape[-2] * scale, shape[-1] * scale) if len(shape) > 2 else ()
         layout = read_layout(shape, (format,), *size)
         if layout.packed:
@@ -91,12 +99,21 @@ class RemoteVAE(torch.nn.Module):
         return layout.shape
 
     def encode(self, *_: object, **__: object) -> Any:
-        """Refused: only decoding is remote."""
+        """Refuse to encode, because only decoding happens on the server.
+
+        Raises:
+            InvalidOptionError: always.
+        """
         raise InvalidOptionError("vae: fluxvae.client.RemoteVAE only decodes; encode with an AutoencoderKL")
 
 
 class Installed:
-    """What `install` put into a pipeline; `remove` puts the pipeline's own VAE back. Also a context manager."""
+    """The handle of an `install`. `remove` undoes it, and so does leaving a ``with`` block of this object.
+
+    Args:
+        pipe: the pipeline.
+        vae: what takes the place of its VAE.
+    """
 
     def __init__(self, pipe: Any, vae: RemoteVAE) -> None:
         self.vae = vae
@@ -104,7 +121,7 @@ class Installed:
         pipe.vae = vae
 
     def remove(self) -> None:
-        """Undo `install` and close the connection; a second call does nothing."""
+        """Give the pipeline its own VAE back, and close the connection. A second call does nothing."""
         if self._pipe is not None:
             self._pipe.vae, self._pipe = self._before, None
             self.vae.client.close()
@@ -117,18 +134,22 @@ class Installed:
 
 
 def install(pipe: Any, url: str, **options: Any) -> Installed:
-    """Make a diffusers pipeline decode on another machine.
+    """Let a diffusers pipeline decode on a server instead of with its own VAE.
 
-    A pipeline loaded with ``vae=None`` never has the VAE's weights here; FLUX.1's configuration is used then. FLUX.2's
-    pipelines need their VAE, of which the statistics of latents stay in use, and decode with ``vae_decoder_flux2``.
+    A pipeline may be loaded with ``vae=None``, so that the VAE's weights never come into memory here. It is then given
+    FLUX.1's configuration. FLUX.2's pipelines must be loaded with their VAE, because they rescale latents by its
+    statistics; they decode with the model ``vae_decoder_flux2``.
 
     Args:
-        pipe: a pipeline with a ``vae``.
-        url: the server's gRPC ``host:port``.
-        options: for `Client`: ``protocol``, ``model``, ``timeout_s``, ``retries``.
+        pipe: the pipeline.
+        url: the ``host:port`` of the server's gRPC endpoint.
+        options: options for `Client`: ``protocol``, ``model``, ``timeout_s``, ``retries``.
 
     Returns:
         A handle whose ``remove()`` undoes it.
+
+    Raises:
+        InvalidOptionError: the pipeline decodes on a server already, or is FLUX.2's without a VAE.
     """
     vae = getattr(pipe, "vae", None)
     if isinstance(vae, RemoteVAE):

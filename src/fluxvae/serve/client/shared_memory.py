@@ -1,4 +1,4 @@
-"""gRPC with the tensors in system shared memory: for a server on the same machine."""
+"""Sends requests over gRPC with latents and images in system shared memory, to a server on the same machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ __all__ = ["SharedMemoryGrpc"]
 
 
 class SharedMemoryGrpc(Grpc):
-    """gRPC with latents and images in system shared memory: for a server on this machine, and large images.
+    """Carries requests over gRPC, with latents and images in system shared memory, to a server on this machine.
 
-    A region is made for each request that is in flight and used again by later ones. One whose request ended without
-    an answer is not, nor taken back from the server, which may still read or write it: its memory is given back by
-    ``close`` here, and there when the server ends. Triton before 25.07 guards its memory badly, so this is for servers
-    you trust, and the server must allow it: ``fluxvae serve --allow-client-shm``.
+    That saves time with large images. Each request that is on its way has a region of its own, which later requests use
+    again. A region whose request ended without an answer is not used again, and stays registered with the server, which
+    may still read or write it. This process gives its memory back in ``close``, and the server when it ends.
+
+    The server must allow this: ``fluxvae serve --allow-client-shm``. It should do so only among clients that trust each
+    other, because Triton before 25.07 guards its memory badly against those that may name regions (SECURITY.md).
+
+    Args:
+        url: the ``host:port`` of Triton's gRPC endpoint.
+        model: the model's name.
     """
 
     def __init__(self, url: str, model: str) -> None:
@@ -35,7 +41,7 @@ class SharedMemoryGrpc(Grpc):
         self._all: list[SharedMemory] = []
 
     def start(self, request: Request, timeout_s: float) -> Call:
-        """Send; see `Transport`."""
+        """Send a request; see `Transport.start`."""
         sent = request.latents.nbytes
         region = self._lease(sent + request.answer_bytes, request, timeout_s)
         np.ndarray(request.latents.shape, np.float32, region.buf)[...] = request.latents
@@ -58,17 +64,18 @@ class SharedMemoryGrpc(Grpc):
         )
 
     def close(self) -> None:
-        """Take every region back from the server, and its memory from the machine."""
+        """Take the idle regions back from the server, free the memory of all of them, and close the connection."""
         with self._lock:
             regions, idle, self._all, self._idle = self._all, self._idle, [], []
         for region in regions:
             if region in idle:
-                with contextlib.suppress(InferenceServerException):  # the server is gone, and its mappings with it
+                with contextlib.suppress(InferenceServerException):  # where the server has ended, so have its mappings
                     self._client.unregister_system_shared_memory(region.name, client_timeout=5)
             _free(region)
         super().close()
 
     def _lease(self, nbytes: int, request: Request, timeout_s: float) -> SharedMemory:
+        """Return a region of at least ``nbytes`` bytes: the smallest idle one that suffices, or else a new one."""
         with self._lock:
             large_enough = [region for region in self._idle if region.size >= nbytes]
             if large_enough:
@@ -102,7 +109,7 @@ class SharedMemoryGrpc(Grpc):
     def _translate(self, error: InferenceServerException, request: Request, timeout_s: float) -> FluxVAEError:
         if "shared memory region" not in (error.message() or ""):
             return super()._translate(error, request, timeout_s)
-        with self._lock:  # the server was restarted: it knows no region of ours
+        with self._lock:  # the server was restarted, so it knows none of the idle regions either
             forgotten, self._idle = self._idle, []
             self._all = [region for region in self._all if region not in forgotten]
         for region in forgotten:
@@ -117,5 +124,5 @@ class SharedMemoryGrpc(Grpc):
 
 def _free(region: SharedMemory) -> None:
     region.unlink()
-    with contextlib.suppress(BufferError):  # an answer is being read from it: the memory goes with the last view
+    with contextlib.suppress(BufferError):  # an answer in it is being read, and the last view of it frees the memory
         region.close()

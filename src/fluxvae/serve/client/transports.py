@@ -1,7 +1,8 @@
-"""How a client's requests reach Triton: a call is started and gives back its future, to wait on or to await. gRPC here.
+"""The interface by which a client's requests reach Triton (`Transport`), and gRPC as such a transport.
 
-HTTP and shared memory: `http_transport`, `shared_memory`. Not covered: TLS, and Triton's
-restricted protocols; put a proxy in front where the network is not trusted.
+A transport starts a call, which has a future that a thread can wait for and an event loop can await. HTTP is in
+`http_transport`, and shared memory in `shared_memory`. No transport has TLS or knows Triton's restricted protocols;
+where the network is not trusted, put a proxy in front of the server.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from fluxvae.serve.client.wire import Request, error_of, read_answer
 __all__ = ["TYPES", "Call", "Grpc", "Transport"]
 
 TYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
+"""Triton's names of dtypes by NumPy's."""
 _FINAL = ("StatusCode.INVALID_ARGUMENT", "StatusCode.INTERNAL", "StatusCode.NOT_FOUND")
-"""Errors after which the server does nothing more about the request."""
+"""The errors after which the server no longer works on the request, nor touches its memory."""
 _CHANNEL = [
-    # A restarted server is found again within a second; by default gRPC waits up to two minutes between attempts.
+    # By default gRPC waits up to two minutes between attempts to connect. So a restarted server is found in a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_send_message_length", -1),
@@ -32,33 +34,50 @@ _CHANNEL = [
 
 
 class Call:
-    """A request on its way: ``future`` gives what ``decode`` returns, or raises; `cancel` stops it where it can."""
+    """A request on its way to the server."""
 
     def __init__(self) -> None:
         self.future: Future[Any] = Future()
-        self.future.set_running_or_notify_cancel()  # only the answer ends it: nobody else may set its state
+        """Gives what ``Client.decode`` returns or raises."""
+        self.future.set_running_or_notify_cancel()  # from here on only the answer ends it, and nobody can cancel it
         self.cancel: Callable[[], object] = lambda: None
+        """Stops the request, where the transport can."""
 
 
 class Transport(Protocol):
-    """Carries requests to one model."""
+    """Carries requests to one model of one server."""
 
     def start(self, request: Request, timeout_s: float) -> Call:
-        """Send a request; from several threads at a time if need be."""
+        """Send a request, without waiting for its answer. Several threads may do so at the same time.
+
+        Args:
+            request: what to send.
+            timeout_s: after how many seconds the answer is no longer wanted.
+
+        Raises:
+            FluxVAEError: the request could not be sent.
+        """
 
     def close(self) -> None:
-        """Let go of connections and memory."""
+        """Close the connections and free the memory of this transport."""
 
 
 class Grpc:
-    """gRPC: the default. Its deadline and its cancellation stop the decode itself."""
+    """Carries requests over gRPC, which is the default.
+
+    When a request's deadline passes or it is cancelled, gRPC tells the server, which stops the decode.
+
+    Args:
+        url: the ``host:port`` of Triton's gRPC endpoint.
+        model: the model's name.
+    """
 
     def __init__(self, url: str, model: str) -> None:
         self._model = model
         self._client = triton.InferenceServerClient(url, channel_args=_CHANNEL)
 
     def start(self, request: Request, timeout_s: float) -> Call:
-        """Send; see `Transport`."""
+        """Send a request; see `Transport.start`."""
         inputs = []
         for name, array in request.inputs.items():
             inputs.append(triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]))
@@ -67,7 +86,7 @@ class Grpc:
         return self._send(request, timeout_s, inputs, output, lambda result: result.as_numpy(request.output))
 
     def close(self) -> None:
-        """Close the channel; what is in flight fails."""
+        """Close the channel. Requests that are on their way fail."""
         self._client.close()
 
     def _send(
@@ -79,6 +98,14 @@ class Grpc:
         array_of: Callable[[Any], NDArray[Any]],
         done: Callable[[bool], None] = lambda answered: None,
     ) -> Call:
+        """Send a request, and let its future have the answer.
+
+        Args:
+            request, timeout_s: as for `Transport.start`.
+            inputs, output: tritonclient's.
+            array_of: returns the output's array from tritonclient's result.
+            done: is called once the request has ended, with whether the server is certainly done with its memory.
+        """
         call = Call()
 
         def take(result: Any, error: InferenceServerException | None) -> None:
@@ -100,7 +127,7 @@ class Grpc:
             outputs=[output],
             request_id=request.id,
             priority=request.priority,
-            timeout=max(1, int(timeout_s * 1e6)),  # in Triton's queue: no decode for a caller who gave up
+            timeout=max(1, int(timeout_s * 1e6)),  # so that Triton decodes nothing for a caller who has given up
             client_timeout=timeout_s,
             parameters=request.parameters or None,
         )

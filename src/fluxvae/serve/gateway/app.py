@@ -1,9 +1,9 @@
-"""The HTTP gateway: diffusers' ``remote_decode`` protocol in front of the Triton models, and a page for people.
+"""Puts the HTTP gateway together: diffusers' ``remote_decode`` protocol in front of the Triton models, and a web page.
 
     python -m fluxvae.serve.gateway --triton 127.0.0.1:8001 --metrics http://127.0.0.1:8002/metrics --port 8080
 
 The token comes from the environment (``FLUXVAE_TOKEN``), never from the command line, which every user of the machine
-can read. Not covered here: TLS, and limits by client: put a reverse proxy in front for those.
+can read. The gateway has no TLS and no limits for single clients; a reverse proxy in front of it can add them.
 """
 
 from __future__ import annotations
@@ -46,44 +46,48 @@ __all__ = ["GatewaySettings", "main", "make_app"]
 
 _NAME = re.compile(r"[\w.-]+")
 _BODIES = 32
-"""Bodies of the largest size that the gateway holds at a time, until they are answered; one address may hold half."""
+"""How many bodies of the largest size the gateway holds in memory, until they are answered. One address may hold half
+as many."""
 _OPEN = frozenset({"/healthz", "/readyz"})
+"""The paths that need no token, because what watches the gateway asks them."""
 _EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Where Triton is, and what one request may ask for.
+    """Where the gateway finds Triton, who may call it, and what a request may ask for.
 
     Raises:
-        InvalidOptionError: a limit that is not above 0, or an empty token.
+        InvalidOptionError: a limit is not above 0, the token is empty, or a name of a model or host is none.
     """
 
     triton_grpc_url: str
-    """``host:port``."""
+    """The ``host:port`` of Triton's gRPC endpoint."""
     triton_metrics_url: str | None = None
-    """The whole address; None leaves Triton's metrics out of ``/metrics``."""
+    """The whole address of Triton's metrics page. None leaves Triton's metrics out of ``/metrics``."""
     triton_config_key: str | None = None
-    """Opens the models' configuration at a Triton that guards it; None: it does not."""
+    """The key for the models' configuration, where Triton guards it (see `fluxvae.serve.triton.controls`)."""
     models: Sequence[str] = (MODEL,)
-    """Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
+    """The names of the models. Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
     token: str | None = None
-    """What every client must send, but for ``/healthz`` and ``/readyz``; None lets everyone in."""
+    """The token that clients must send, except to ``/healthz`` and ``/readyz``. None lets everyone in."""
     host: str = "127.0.0.1"
     """The address that the gateway is bound to."""
     allowed_hosts: Sequence[str] = ()
-    """Names that requests may call it by, besides loopback's. Only those are answered where some are given, or where it
-    is bound to loopback without a token; otherwise any."""
+    """Host names by which requests may call the gateway, besides those of loopback. Where some are given, or where the
+    gateway is bound to loopback without a token, no other name is answered; otherwise any name is."""
     max_request_bytes: int = 16 * 2**20
-    """Of one body: 4096x4096 as float32."""
+    """The largest number of bytes of latents in one request. By default they are those of 4096x4096 pixels in
+    float32."""
     max_pixels: int = 4096 * 4096
-    """Of all images of one request; as the model's own ``max_pixels``, which holds too."""
+    """The largest number of pixels that all images of one request may have together. The model's own ``max_pixels``
+    holds besides."""
     timeout_s: float = 300.0
-    """From a request's start to its answer."""
+    """How many seconds may pass from the beginning of a request to its answer."""
     max_in_flight: int = 64
-    """Decodes under way; as many as the model's queue holds."""
+    """How many decodes may be under way at the same time. By default they are as many as the model's queue holds."""
     max_queue: int = 512
-    """Requests that may wait until one is done; 0: none."""
+    """How many more requests may wait until one of those is done. With 0 none may."""
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models) or not all(map(_NAME.fullmatch, self.models)):
@@ -100,17 +104,17 @@ class GatewaySettings:
 
     @property
     def checked_hosts(self) -> frozenset[str] | None:
-        """What `OuterLayer` takes as ``allowed_hosts``."""
+        """The host names besides loopback's that `OuterLayer` allows; None where it allows any."""
         if self.allowed_hosts or (self.token is None and is_loopback(self.host)):
             return frozenset(map(read_allowed_host, self.allowed_hosts))
         return None
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
-    """The gateway as an ASGI app. Its connection to Triton is made, and closed, by the ASGI lifespan.
+    """Make the gateway's ASGI app. It connects to Triton when the ASGI lifespan begins, and disconnects at its end.
 
     Args:
-        settings: all there is to know.
+        settings: all that the app needs to know.
     """
     metrics = GatewayMetrics()
     pages = Pages(__version__)
@@ -236,7 +240,14 @@ async def _on_bug(request: Request, error: Exception) -> Response:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; requests under way get ``--drain`` seconds to finish."""
+    """Serve until SIGTERM or SIGINT, after which the requests under way get ``--drain`` seconds to finish.
+
+    Args:
+        argv: the command line's arguments; None: those of this process.
+
+    Returns:
+        The exit status, 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m fluxvae.serve.gateway",
         description="Serve an HTTP gateway to fluxvae's models on a Triton server that runs already. It speaks "

@@ -1,13 +1,14 @@
-"""The two forms of a request's body: the latents' raw bytes, or JSON that holds them in base64.
+"""Reads the two forms of a request's body: the latents' raw bytes, or JSON that holds them in base64.
 
+    Content-Type                               body
     tensor/binary, application/octet-stream    the bytes
     tensor/base64, application/json            {"inputs": "<base64>", "parameters": {...}}
 
-The second is what kijai's ComfyUI-HFRemoteVae and the first clients of the hosted endpoints send. ``parameters`` may be
-left out; it holds what else would be in the query string, by the same names.
+The second form is what kijai's ComfyUI-HFRemoteVae and the first clients of the hosted endpoints send. ``parameters``
+may be left out; it holds what would otherwise be in the query string, by the same names.
 
-JSON is read without building what it describes: ``inputs`` is cut out first, and the rest has to be small. A body of
-brackets would otherwise become objects of many times its size.
+The text in ``inputs`` is cut out before the JSON is parsed, and the rest has to be small. Otherwise a body that
+consists of brackets would become objects of many times its size.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from fluxvae.serve.gateway.errors import UnsupportedMedia
 __all__ = ["Form", "base64_answer", "largest_json", "read_form", "read_json"]
 
 _LARGEST_REST = 64 * 2**10
-"""Bytes of a JSON body beside its ``inputs``."""
+"""How many bytes of a JSON body there may be beside the text in its ``inputs``."""
 _INPUTS = re.compile(rb'"inputs"\s*:\s*"([^"\\]*)"')
 _EXPECTED = '{"inputs": "the latents\' bytes in base64", "parameters": {...}}'
-_PIECE = 3 * 2**18  # whole groups of three bytes: pieces of base64 may be put together
+_PIECE = 3 * 2**18  # bytes that are encoded at a time: a multiple of 3, so that no padding comes between the pieces
 
 
 class Form(Enum):
@@ -48,10 +49,10 @@ _FORMS = {
 
 
 def read_form(headers: Mapping[str, str]) -> Form:
-    """The form that the headers announce.
+    """Return the form of the body that the headers announce.
 
     Raises:
-        UnsupportedMedia: another type, or a compressed body.
+        UnsupportedMedia: they announce another type, or a compressed body.
     """
     content_type = headers.get("content-type", "")
     form = _FORMS.get(content_type.partition(";")[0].strip().lower())
@@ -66,16 +67,16 @@ def read_form(headers: Mapping[str, str]) -> Form:
 
 
 def largest_json(nbytes: int) -> int:
-    """Bytes of the largest JSON body with so many bytes of latents."""
+    """Return how many bytes a JSON body with ``nbytes`` bytes of latents may have at most."""
     return 4 * -(-nbytes // 3) + _LARGEST_REST
 
 
 def read_json(body: bytearray | bytes) -> tuple[bytes, list[tuple[str, str]]]:
-    """The latents' bytes in a JSON body, and its parameters as a query string would have them.
+    """Return the latents' bytes in a JSON body, and its parameters as (name, value) pairs like those of a query string.
 
     Raises:
-        InvalidLatentsError: it is no such JSON, or ``inputs`` no base64.
-        InvalidOptionError: a parameter that is no text, number or truth value.
+        InvalidLatentsError: the body is not JSON of this form, or its ``inputs`` are not base64.
+        InvalidOptionError: a parameter is neither a text, nor a number, a truth value, null or a list of these.
     """
     found = _INPUTS.search(body)
     rest = _rest(body, found)
@@ -97,13 +98,16 @@ def read_json(body: bytearray | bytes) -> tuple[bytes, list[tuple[str, str]]]:
 
 
 def base64_answer(data: memoryview, shape: tuple[int, ...], dtype: str) -> tuple[int, Any]:
-    """A tensor as the hosted endpoints gave it to clients that accept ``tensor/base64``.
+    """Make the body that the hosted endpoints gave to clients that accept ``tensor/base64``.
+
+    It is ``{"inputs": base64, "parameters": {"shape": [...], "dtype": ...}}``.
 
     Args:
-        data: its bytes.
+        data: the tensor's bytes.
+        shape, dtype: the tensor's.
 
     Returns:
-        Bytes of ``{"inputs": base64, "parameters": {"shape": [...], "dtype": ...}}``, and its pieces, made one by one.
+        How many bytes the body has, and an iterator over its pieces, which encodes one at a time to save memory.
     """
     before = b'{"inputs": "'
     after = b'", "parameters": ' + json.dumps({"shape": list(shape), "dtype": dtype}).encode() + b"}"
@@ -118,7 +122,7 @@ def base64_answer(data: memoryview, shape: tuple[int, ...], dtype: str) -> tuple
 
 
 def _rest(body: bytearray | bytes, found: re.Match[bytes] | None) -> Any:
-    """The JSON without what ``inputs`` holds."""
+    """Parse the JSON of a body, from which the text in ``inputs`` was cut out: there it is empty."""
     start, end = found.span(1) if found is not None else (0, 0)
     if len(body) - (end - start) > _LARGEST_REST:
         raise InvalidLatentsError(
@@ -135,7 +139,7 @@ def _rest(body: bytearray | bytes, found: re.Match[bytes] | None) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which nothing is lost in silence."""
+    """Make a dictionary of a JSON object. A name that is there twice is refused, rather than one of them dropped."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1)
@@ -144,7 +148,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _as_query(name: str, value: Any) -> list[tuple[str, str]]:
-    """One parameter; a list is repeated, and what is null was left out."""
+    """Return one parameter as a query string has it: a list is repeated, and null counts as left out."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     for one in values:
         if not isinstance(one, (str, bool, int, float)):

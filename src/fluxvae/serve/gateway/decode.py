@@ -1,7 +1,9 @@
-"""The gateway's one piece of work: a remote_decode request in, the image or an error out.
+"""Answers a request of the ``remote_decode`` protocol with the image, or with an error.
 
-In this order, so that bad input costs neither memory nor time: query and headers, announced length, body, latents,
-Triton; of JSON the body before the query, which it may complete. A client that goes away takes its decode with it.
+A request is checked in this order, so that bad input costs neither memory nor time: query and headers, announced
+    length,
+body, latents; only then Triton is asked. A JSON body is read before the query, because it may hold a part of it. When a
+client disconnects, its decode is cancelled.
 """
 
 from __future__ import annotations
@@ -35,37 +37,40 @@ _T = TypeVar("_T")
 
 
 class _ClientGone(Exception):
-    """Nobody waits for the answer."""
+    """The client has disconnected, so that nobody waits for the answer."""
 
 
 @dataclass
 class _Body:
-    """What has arrived of a request."""
+    """What has arrived of a request's body."""
 
     address: str
-    """Of its client."""
+    """The client's IP address."""
     data: bytearray | bytes = b""
-    """The latents' bytes; first, where it is JSON, its text."""
+    """The latents' bytes. Of a JSON body it is the text first, and the latents' bytes once that was read."""
     held: int = 0
-    """Bytes that are counted for it."""
+    """How many bytes `BodyMemory` counts for it."""
 
 
 def decode_path(model: str) -> str:
-    """Where a model is served."""
+    """Return the path of the address at which a model is served."""
     return f"/models/{model}/decode"
 
 
 class DecodeEndpoint:
-    """``POST`` to a model's `decode_path`; to the first's also at ``/decode`` and ``/``, remote_decode's usual address.
+    """Answers every ``POST`` that asks for a decode.
+
+    Each model is at its `decode_path`. The first is also at ``/decode``, and at ``/``, where ``remote_decode`` usually
+    sends.
 
     Args:
-        models: decode; by name.
-        limits: of one request.
-        timeout_s: from the request's start to its answer.
-        max_in_flight: requests to all models that are at work at a time.
-        max_queue: requests that may wait for that, with their bodies.
-        max_body_bytes: of all bodies that arrive, wait or are at work.
-        metrics: counts.
+        models: the models by their names.
+        limits: what one request may ask for.
+        timeout_s: how many seconds may pass from a request's beginning to its answer.
+        max_in_flight: how many requests, to all models together, may be at work at a time.
+        max_queue: how many more may wait for that, with their bodies in memory.
+        max_body_bytes: how many bytes the bodies of all requests may have that arrive, wait or are at work.
+        metrics: the metrics to count in.
     """
 
     def __init__(
@@ -89,7 +94,11 @@ class DecodeEndpoint:
         metrics.waiting.set_function(lambda: self._line.waiting)
 
     async def __call__(self, request: Request, name: str) -> Response:
-        """Answer one request to the model of this name; errors are raised, for the app's handlers."""
+        """Answer one request to the model of this name.
+
+        Raises:
+            FluxVAEError: the request is refused or failed. The app's handlers turn it into an answer.
+        """
         body = _Body(request.client.host if request.client else "")
         try:
             return await self._decode(request, name, body)
@@ -105,7 +114,7 @@ class DecodeEndpoint:
             asked, layout = self._read_head(request, name, form, query)
             await self._read_body(request, body, asked.nbytes, lambda came: wrong_length(came, asked), start)
             received = time.perf_counter()
-        else:  # what is asked for may be in the body too
+        else:  # the body is JSON, which may hold parameters too
             most = largest_json(self._limits.max_request_bytes)
             await self._read_body(request, body, most, lambda came: _too_large(came, most), start, copies=2)
             received = time.perf_counter()
@@ -113,7 +122,7 @@ class DecodeEndpoint:
             body.data = data
             asked, layout = self._read_head(request, name, form, merge(query, more))
         deadline = start + self._timeout_s
-        # In a thread: to look at 16 MiB of latents takes milliseconds, which others would wait for.
+        # Checking 16 MiB of latents takes milliseconds. In a thread it does not keep the other requests waiting.
         latents = await asyncio.to_thread(read_latents, asked, layout, body.data)
         checked = began = time.perf_counter()
         model = self._models[name]
@@ -141,7 +150,7 @@ class DecodeEndpoint:
             raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
 
     def _elsewhere(self, asked: Asked) -> str:
-        """Which address decodes latents of this shape, where it is another model's."""
+        """Return a sentence that names the address that decodes latents of this shape, if another model does."""
         families = families_of(asked.shape)
         if asked.vae_class in (*families, "AutoencoderTiny"):
             return ""
@@ -158,10 +167,20 @@ class DecodeEndpoint:
         *,
         copies: int = 1,
     ) -> None:
-        """Fill ``body``, and never with more than ``most``; its memory is counted, so often as there will be copies.
+        """Read the body of a request into ``body``, and count its memory.
+
+        Args:
+            request: the request.
+            body: what is filled.
+            most: how many bytes it must have, or, where there will be copies, may have at most.
+            wrong: makes the error for another length, from words for what came.
+            start: when the request began, by ``time.perf_counter``.
+            copies: how many times the bytes will be in memory, and so are counted.
 
         Raises:
-            Exception: that of ``wrong``, where another length is announced, or more arrives.
+            FluxVAEError: the error of ``wrong``; the body arrives too slowly; or its bytes would be too many beside
+                those of other requests.
+            _ClientGone: the client has disconnected.
         """
         announced = request.headers.get("content-length")
         if announced is not None and not (announced == str(most) if copies == 1 else int(announced) <= most):
@@ -192,7 +211,11 @@ class DecodeEndpoint:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of ``work``, which is cancelled when the client disconnects."""
+    """Return the result of ``work``, or cancel it when the client disconnects.
+
+    Raises:
+        _ClientGone: the client has disconnected.
+    """
 
     async def disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,7 +1,8 @@
-"""Which names a request may call the gateway by, and which pages may send it something: pure functions.
+"""Decides by which host names requests may call the gateway, and which web pages may send it something.
 
-A page whose own name is made to point at 127.0.0.1 (DNS rebinding) is of the gateway's origin for a browser, and may
-read its answers. What gives it away is the ``Host`` of its requests, which a page cannot choose.
+A web page can let its own host name point at 127.0.0.1 (DNS rebinding). A browser then takes the gateway for the page's
+own server, and lets the page read the answers. What gives such a page away is the ``Host`` header of its requests: the
+browser puts the page's host name there, and the page cannot change it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ _AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:/@\s%]+)(?::(\d{1,5}))?")
 
 
 def split_authority(authority: str) -> tuple[str, str] | None:
-    """``(host, port)`` of ``host[:port]``: in lower case, without brackets and a last dot; None where it is neither.
+    """Split ``host[:port]`` into host and port.
 
-    A zone (``[fe80::1%eth0]``), user names and spaces are refused: no browser sends them.
+    Returns:
+        The host in lower case, without brackets and without a dot at its end; and the port, which is empty where there
+        is none. None where the text is not of this form. Neither are texts with a zone (``[fe80::1%eth0]``), a user
+        name or a space, which no browser sends.
     """
     found = _AUTHORITY.fullmatch(authority.lower())
     if found is None:
@@ -30,10 +34,11 @@ def split_authority(authority: str) -> tuple[str, str] | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as `split_authority` gives it, is this machine: 127.0.0.0/8, ::1, localhost and names below it.
+    """Return whether a host, as `split_authority` gives it, is this machine: 127.0.0.0/8, ::1, or localhost.
 
-    ``.localhost`` cannot be registered, so no stranger can point it anywhere. Numbers written in another way
-    (2130706433, 0x7f.1) are names here, and foreign ones: a browser turns them into 127.0.0.1 before it sends them.
+    Names that end in ``.localhost`` are this machine too: nobody can register one, so no stranger can point it
+    anywhere. An address in another notation (2130706433, 0x7f.1) counts as a foreign name. That is no loss, because a
+    browser turns it into 127.0.0.1 before it sends it.
     """
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -46,10 +51,10 @@ def is_loopback(host: str) -> bool:
 
 
 def read_allowed_host(text: str) -> str:
-    """A value of ``--allowed-host``, as `may_call` compares it.
+    """Turn a value of ``--allowed-host`` into the form in which `may_call` compares hosts.
 
     Raises:
-        InvalidOptionError: anything but one name or address without a port.
+        InvalidOptionError: it is anything but one name or address without a port.
     """
     split = split_authority(f"[{text}]" if text.count(":") > 1 and not text.startswith("[") else text)
     if split is None or split[1] or "*" in text:
@@ -61,18 +66,20 @@ def read_allowed_host(text: str) -> str:
 
 
 def may_call(hosts: Sequence[str], allowed: frozenset[str]) -> bool:
-    """Whether requests with these ``Host`` headers are for this gateway: all are loopback's or ``allowed``.
+    """Return whether a request with these ``Host`` headers calls the gateway by a name of its own.
 
-    None at all is a program's, since every browser sends one.
+    Such names are loopback's and those that are ``allowed``. A request without the header may call too: it comes from a
+    program, because every browser sends one.
     """
     split = [split_authority(host) for host in hosts]
     return all(each is not None and (is_loopback(each[0]) or each[0] in allowed) for each in split)
 
 
 def may_send(origins: Sequence[str], hosts: Sequence[str], allowed: frozenset[str]) -> bool:
-    """Whether a page of this ``Origin`` may cause work: it is the gateway's own, or of a host that is ``allowed``.
+    """Return whether a request with these ``Origin`` and ``Host`` headers may make the gateway work.
 
-    Programs send no ``Origin``. ``null``, of files and sandboxed frames, is no page of ours.
+    It may if the page that sent it is the gateway's own, or of a host that is ``allowed``. Programs send no ``Origin``,
+    and may too. The origin ``null``, which files and sandboxed frames have, is never that of the gateway's page.
     """
     own = {split_authority(host) for host in hosts} - {None}
     for origin in origins:

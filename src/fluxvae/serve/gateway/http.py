@@ -1,6 +1,7 @@
-"""What holds for every request to the gateway: an id, the token, JSON errors, one log line, counted and timed.
+"""Does what every request to the gateway needs: an id, the checks of host and token, a log line, counting and timing.
 
-A plain ASGI wrapper, not Starlette's ``BaseHTTPMiddleware``: that one hides a client's disconnect from the app.
+`OuterLayer` is a plain ASGI wrapper instead of Starlette's ``BaseHTTPMiddleware``, because that one hides from the app
+that a client has disconnected.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ __all__ = ["CLIENT_GONE", "GatewayMetrics", "OuterLayer", "error_response", "req
 _log = logging.getLogger("fluxvae.gateway")
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
 CLIENT_GONE = 499
-"""For log and metrics: nobody is there to read it."""
+"""The status in log and metrics of a request whose client disconnected, so that nobody reads the answer."""
 
 
 class GatewayMetrics:
-    """The gateway's own Prometheus metrics."""
+    """The gateway's own Prometheus metrics, beside those of Triton and of the model."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -57,7 +58,7 @@ class GatewayMetrics:
             registry=self.registry,
         )
         self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes under way", registry=self.registry)
-        self.waiting = Gauge("fluxvae_gateway_waiting", "Requests in the line", registry=self.registry)
+        self.waiting = Gauge("fluxvae_gateway_waiting", "Requests that wait in line", registry=self.registry)
         self.received = Counter(
             "fluxvae_gateway_received_bytes", "Bytes of latents that arrived", registry=self.registry
         )
@@ -67,16 +68,17 @@ class GatewayMetrics:
 
 
 class OuterLayer:
-    """Wraps the app.
+    """The outermost layer of the gateway: it refuses who may not enter, gives requests ids, and logs and counts them.
 
     Args:
-        app: everything else.
-        token: what a client must send; None lets everyone in.
-        allowed_hosts: by which names the gateway may be called, besides loopback's; None: by any.
-        open_paths: need no token.
-        known_paths: may be a metric's label; others are counted together, or a scanner would make one each.
-        ask_for_token: the page that a browser gets for ``GET /`` with its 401.
-        metrics: counts.
+        app: the rest of the gateway.
+        token: the token that a client must send; None lets everyone in.
+        allowed_hosts: the host names by which requests may call the gateway besides loopback's; None: any.
+        open_paths: the paths that need no token.
+        known_paths: the paths that metrics have labels for. All others share one label, because a scanner would
+            otherwise make a new one with every path that it tries.
+        ask_for_token: makes the page that a browser gets instead of ``/`` when it sends no token.
+        metrics: the metrics to count in.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class OuterLayer:
         metrics: GatewayMetrics,
     ) -> None:
         self._app = app
-        # An environment that is not UTF-8 holds surrogates for its bytes: the token is then those very bytes.
+        # Python holds what is not UTF-8 in the environment as surrogates; this turns them back into the same bytes.
         self._token = token.encode("utf-8", "surrogateescape") if token is not None else None
         self._allowed_hosts = allowed_hosts
         self._open_paths = open_paths
@@ -133,7 +135,7 @@ class OuterLayer:
                     request_id,
                 )
             await app(scope, receive, send_with_id)
-        except Exception:  # answered as a 500 further in; here it is logged under its id
+        except Exception:  # the app has answered it with a 500 and raised it again, so it is only logged here
             _log.exception("request %s failed", request_id)
         finally:
             path = scope["path"] if scope["path"] in self._known_paths else "other"
@@ -144,7 +146,7 @@ class OuterLayer:
             _log.log(level, "%s %s %s %.1f ms %s", scope["method"], path, status, seconds * 1e3, request_id)
 
     def _foreign(self, scope: Scope, headers: Headers) -> GatewayError | None:
-        """What stands against a request that a page of another origin may have sent."""
+        """Return the error for a request that a web page of another origin may have sent; None where it may enter."""
         if self._allowed_hosts is None:
             return None
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
@@ -177,9 +179,14 @@ class OuterLayer:
 
 
 def sent_token(authorization: bytes) -> bytes:
-    """The token in the header's bytes: a bearer's, or the password of Basic, which is how an address carries it.
+    """Return the token in an ``Authorization`` header, or nothing where it holds none.
 
-    Bytes, because letters beyond ASCII arrive in UTF-8 (RFC 7617), and text would have to guess that.
+    It is what follows ``Bearer``, or the password of Basic authentication, which is what clients make of a token in an
+    address (``http://any:TOKEN@host/``).
+
+    Args:
+        authorization: the header's value. It is bytes, because letters beyond ASCII arrive in UTF-8 (RFC 7617), and a
+            text would depend on how the header was decoded.
     """
     scheme, _, value = authorization.partition(b" ")
     if scheme.lower() == b"bearer":
@@ -193,12 +200,12 @@ def sent_token(authorization: bytes) -> bytes:
 
 
 def request_id_of(request: Request) -> str:
-    """The id of this request: the client's own, or one made here."""
+    """Return the id of a request: the one that the client sent, or else the one that `OuterLayer` made."""
     return str(request.scope["state"]["request_id"])
 
 
 def error_response(error: Exception, request_id: str) -> JSONResponse:
-    """``error`` as JSON, with the status and headers that belong to it."""
+    """Return the answer to a request that failed: the error as JSON, with the status and headers that belong to it."""
     headers: dict[str, Any] = dict(error.headers) if isinstance(error, GatewayError) else {}
     if isinstance(error, UnavailableError):
         headers["Retry-After"] = str(error.retry_after_s) if isinstance(error, Busy) else "1"

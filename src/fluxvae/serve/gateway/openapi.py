@@ -1,4 +1,4 @@
-"""The gateway's OpenAPI document, made from the protocol's own table of parameters."""
+"""Makes the gateway's OpenAPI document from the table of parameters by which requests are read."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ __all__ = ["document"]
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _ERRORS = {
     "400": "The request, the latents or the size are wrong; the message says what to do.",
-    "401": "No token, or a wrong one.",
+    "401": "The request has no token, or a wrong one.",
     "408": "The body did not arrive in time.",
-    "413": "More bytes or pixels than this gateway takes.",
-    "415": "A body of another type, or a compressed one.",
+    "413": "The request has more bytes or asks for more pixels than this gateway takes.",
+    "415": "The body is of another type, or compressed.",
     "500": "The decode failed inside the server, whose log has the details.",
     "502": "Triton does not serve the model.",
-    "503": "Triton is not there or its queue is full: try again.",
+    "503": "Triton is not there, or it or this gateway has too much to do: try again.",
     "504": "The image was not ready in time.",
 }
 
 
 def document(limits: Limits, version: str, *, models: Sequence[str] = (MODEL,), token: bool) -> dict[str, Any]:
-    """The document.
+    """Make the OpenAPI document, a dictionary for JSON.
 
     Args:
         limits: what a request may ask for.
-        version: fluxvae's.
-        models: the names of those that are served, the first at ``/`` too.
-        token: whether clients must send one.
+        version: the version of fluxvae.
+        models: the names of the models that are served; the first is served at ``/`` and ``/decode`` too.
+        token: whether clients must send a token.
     """
     pages = {
         "/healthz": ("The gateway's process is alive.", "application/json", "200"),
         "/readyz": ("A decode through Triton was answered just now; 503 otherwise.", "application/json", "200 503"),
         "/metrics": ("The gateway's Prometheus metrics, and Triton's.", "text/plain", "200"),
-        "/info": ("Versions, the model's settings, limits, examples.", "application/json", "200 503"),
-        "/docs": ("This document for people.", "text/html", "200"),
-        "/openapi.json": ("This document.", "application/json", "200"),
+        "/info": ("Versions, the models' settings, limits and examples.", "application/json", "200 503"),
+        "/docs": ("This document as a page to read.", "text/html", "200"),
+        "/openapi.json": ("This document as JSON.", "application/json", "200"),
     }
     paths: dict[str, Any] = {
         path: {
@@ -84,9 +84,9 @@ _ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error", "kind", "request_id"],
     "properties": {
-        "error": {"type": "string", "description": "What is wrong, what was expected, what to do."},
+        "error": {"type": "string", "description": "What is wrong, what was expected, and what to do."},
         "kind": {"type": "string", "description": "The class of the error."},
-        "request_id": {"type": "string", "description": "As in X-Request-ID, and in the logs."},
+        "request_id": {"type": "string", "description": "The request's id, as in X-Request-ID and in the logs."},
     },
 }
 
@@ -106,7 +106,10 @@ _JSON_BODY: dict[str, Any] = {
         "additionalProperties": False,
         "properties": {
             "inputs": {**_BASE64, "description": "The latents' raw little-endian bytes."},
-            "parameters": {"type": "object", "description": "What the query string lacks, by the same names."},
+            "parameters": {
+                "type": "object",
+                "description": "The parameters that the query string does not have, by the same names.",
+            },
         },
     }
 }
@@ -138,18 +141,22 @@ def _decode(limits: Limits, model: str) -> dict[str, Any]:
     for name, description in (
         (
             "Accept",
-            "tensor/binary with output_type=pil: a tensor in [0, 1] in place of an encoded picture. tensor/base64: "
-            "tensors come as JSON.",
+            "With output_type=pil, tensor/binary asks for a tensor in [0, 1] in place of an encoded picture. "
+            "tensor/base64 asks for tensors as JSON.",
         ),
-        ("X-Request-ID", "1 to 128 visible ASCII characters: comes back, and is in every log. Made where left out."),
+        (
+            "X-Request-ID",
+            "An id of 1 to 128 visible ASCII characters, which comes back with the answer and is in every log. Where "
+            "it is left out, one is made.",
+        ),
     ):
         parameters.append({"name": name, "in": "header", "description": description, "schema": {"type": "string"}})
     json_error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     return {
         "summary": f"Decode latents with {model} ({_TAKES[vae_class_of(model)]}): diffusers' remote_decode.",
-        "description": f"The body is the latents' raw little-endian bytes, exactly as many as shape and dtype say, at "
-        f"most {limits.max_request_bytes}, or JSON with these bytes in base64; the images have at most "
-        f"{limits.max_pixels} pixels together.",
+        "description": f"The body is the latents' raw little-endian bytes, exactly as many as shape and dtype say and "
+        f"at most {limits.max_request_bytes}, or JSON with these bytes in base64. All images of a request may have at "
+        f"most {limits.max_pixels} pixels together.",
         "parameters": parameters,
         "requestBody": {
             "required": True,
@@ -164,12 +171,21 @@ def _decode(limits: Limits, model: str) -> dict[str, Any]:
             "200": {
                 "description": "The image. A tensor's shape and dtype are in the headers.",
                 "headers": {
-                    "shape": {"description": "JSON list; tensors only.", "schema": {"type": "string"}},
-                    "dtype": {"description": "float32 or uint8; tensors only.", "schema": {"type": "string"}},
+                    "shape": {
+                        "description": "The shape of a tensor, as a JSON list; pictures have none.",
+                        "schema": {"type": "string"},
+                    },
+                    "dtype": {
+                        "description": "The dtype of a tensor, float32 or uint8; pictures have none.",
+                        "schema": {"type": "string"},
+                    },
                     "X-Request-ID": {"schema": {"type": "string"}},
-                    "Server-Timing": {"description": "Milliseconds by phase.", "schema": {"type": "string"}},
+                    "Server-Timing": {
+                        "description": "How many milliseconds each phase of the request took.",
+                        "schema": {"type": "string"},
+                    },
                     "X-Fluxvae-Warning": {
-                        "description": "A size was floored, or it is a preview.",
+                        "description": "Says that the size was floored, or that the image is an approximate preview.",
                         "schema": {"type": "string"},
                     },
                 },

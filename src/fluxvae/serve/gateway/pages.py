@@ -1,7 +1,8 @@
-"""The gateway's pages for people: the decode page, the one that asks for the token, and the API's description.
+"""The gateway's web pages: the one that decodes, the one that asks for the token, and the API's description.
 
-Each is one HTML file with its style and scripts inside: nothing is loaded from elsewhere, and a browser that has no
-token yet gets nothing but the question. The content policy names the very scripts by their hash.
+Each page is a single HTML document with its style and scripts inside, so that it loads nothing from elsewhere, and a
+browser without the token gets nothing but the question for it. The pages' content security policy allows only these
+scripts and this style, by their hashes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _SCRIPTS = ("theme.css", "safetensors.js", "app.js", "token.js")
 
 
 class Pages:
-    """The pages, read once.
+    """Makes the pages, from files that are read once.
 
     Args:
-        version: fluxvae's, shown at the foot.
+        version: the version of fluxvae, which is shown at the foot of the decode page.
     """
 
     def __init__(self, version: str) -> None:
@@ -32,7 +33,7 @@ class Pages:
         hashes = {name: f"'sha256-{_sha256(text)}'" for name, text in parts.items()}
         scripts = " ".join(hashes[name] for name in _SCRIPTS if name.endswith(".js"))
         self._headers = {
-            # The same for every page: the one that asks for the token turns into the main one.
+            # All pages have one policy, because the page that asks for the token turns into the decode page in place.
             "Content-Security-Policy": f"default-src 'none'; script-src {scripts}; style-src {hashes['theme.css']}; "
             "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "Cache-Control": "no-store",
@@ -50,16 +51,16 @@ class Pages:
             )
 
     def main(self) -> Response:
-        """The decode page."""
+        """Return the decode page."""
         return HTMLResponse(self._html["index.html"], headers=self._headers)
 
     def ask_for_token(self) -> Response:
-        """The 401 that a browser gets: a form, and nothing about what is served."""
+        """Return the page, with status 401, that asks for the token and tells nothing about what is served."""
         headers = self._headers | {"WWW-Authenticate": 'Bearer realm="fluxvae"'}
         return HTMLResponse(self._html["token.html"], 401, headers)
 
     def docs(self, openapi: dict[str, Any]) -> Response:
-        """The OpenAPI document as a page to read."""
+        """Return an OpenAPI document as a page to read."""
         body = "".join(
             _operation(method, path, operation)
             for path, operations in openapi["paths"].items()

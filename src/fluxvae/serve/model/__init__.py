@@ -1,1 +1,1 @@
-"""What the Triton models are made of; `triton_model` joins the parts, all folders of ``triton_models`` import it."""
+"""The code of the Triton models. `triton_model` joins its parts, and each folder of ``triton_models`` imports that."""

@@ -1,7 +1,8 @@
-"""Which requests one decode answers, and who gets which answer: the Triton model's logic without Triton.
+"""Decides which requests are decoded together, and delivers to each its answer.
 
-Requests are decoded together when they agree on everything that changes how latents become pixels. Each gets exactly
-one answer, as soon as its own group is decoded; one that fails takes no other down.
+This is the logic of the Triton model, but without Triton. Requests are decoded together if they agree on everything
+that changes how latents become pixels. Each gets exactly one answer, as soon as its group is decoded. A request that
+fails does not make others fail.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from fluxvae.serve.model.requests import Job
 __all__ = ["Decode", "answer", "code_of", "group"]
 
 Decode = Callable[[Sequence[Job], Callable[[], bool]], torch.Tensor]
-"""Jobs of one group, and ``cancel``, to (rows of all jobs, 3, H, W) in about [-1, 1]."""
+"""Decodes the jobs of one group to images (rows of all jobs, 3, H, W) in about [-1, 1]. The second argument is asked
+meanwhile; once it returns true, the decode is cancelled."""
 
 
 def group(jobs: Iterable[Job], fits: Callable[[Sequence[Job]], bool]) -> list[list[Job]]:
-    """Put jobs that can be decoded together into groups, in order of arrival.
+    """Divide jobs into groups that can be decoded together, in order of arrival.
 
-    Every job is in exactly one group; one that does not fit by itself is alone in its group.
+    Every job is in exactly one group. One that does not even fit alone is in a group of its own.
 
     Args:
-        jobs: valid requests.
-        fits: whether these jobs, all of one key, may share a decode.
+        jobs: the jobs, which are valid requests.
+        fits: returns whether these jobs, which all have the same key, may share a decode.
     """
     open_groups: dict[object, list[Job]] = {}
     groups: list[list[Job]] = []
@@ -49,16 +51,16 @@ def answer(
     fits: Callable[[Sequence[Job]], bool],
     cancelled: Callable[[Job], bool],
 ) -> None:
-    """Decode all jobs, group by group, and deliver each exactly once: its pixels, or what went wrong.
+    """Decode all jobs, group by group, and deliver to each exactly once its images or the error.
 
-    A group that fails is decoded again job by job, so that one job cannot take its neighbours down.
+    If a group fails, its jobs are decoded again one by one, so that a job that fails does not make others fail.
 
     Args:
         decode: decodes a group.
-        jobs: valid requests.
-        deliver: takes a job with (B, 3, H, W) in about [-1, 1], or with an error. Must not raise.
-        fits: whether jobs of one key may share a decode.
-        cancelled: whether nobody waits for a job any more; asked before, during and after its decode.
+        jobs: the jobs, which are valid requests.
+        deliver: is called with a job and its images (B, 3, H, W) in about [-1, 1], or its error. It must not raise.
+        fits: returns whether jobs of the same key may share a decode.
+        cancelled: returns whether nobody waits for a job any more. It is asked before, during and after its decode.
     """
     for members in group(jobs, fits):
         _answer_group(decode, members, deliver, cancelled)
@@ -81,24 +83,27 @@ def _answer_group(
     outcome: torch.Tensor | Exception
     try:
         outcome = decode(jobs, lambda: all(cancelled(job) for job in jobs))
-    except Exception as error:  # delivered to those it concerns
+    except Exception as error:  # delivered below to the jobs that it concerns
         outcome = error
     if isinstance(outcome, torch.Tensor):
         row = 0
         for job in jobs:
             image = outcome[row : row + job.request.batch]
             row += job.request.batch
-            gone = len(jobs) > 1 and cancelled(job)  # the others kept the decode going
+            gone = len(jobs) > 1 and cancelled(job)  # the decode went on for the other jobs
             deliver(job, DecodeCancelled("the request was cancelled during its decode") if gone else image)
     elif len(jobs) == 1 or isinstance(outcome, DecodeCancelled):
         for job in jobs:
             deliver(job, outcome)
     else:
-        del outcome  # its traceback holds what the failed decode had allocated
+        del outcome  # its traceback keeps alive what the failed decode had allocated
         for job in jobs:
             _answer_group(decode, [job], deliver, cancelled)
 
 
 def code_of(error: BaseException) -> str:
-    """The name of the ``TritonError`` code for ``error``; memory that ran out may be free again on a retry."""
+    """Return the name of the ``TritonError`` code for an error.
+
+    Out of memory is UNAVAILABLE, because there may be enough when the client tries again.
+    """
     return "UNAVAILABLE" if is_out_of_memory(error) else status_of(error).triton

@@ -1,11 +1,14 @@
-"""Whether there is room to hand an answer to Triton: a region of /dev/shm, which grows and never shrinks.
+"""Finds out whether there is room to hand an answer to Triton, which takes it from a region of /dev/shm.
 
-Triton's ``send`` counts a response before it makes room for it. Where the region cannot grow any more, ``send`` raises,
-no error can be sent in the response's place, and the client would wait for ever. So what has no room is refused, before
-the work where its size is known, and again before it is sent. Between the two lies an answer for which the region has
-enough that may not be in one piece. If it is alone, ``execute`` returns it instead of sending it: Triton then answers a
-failure with an error of its own. (To send the response and the end one after the other would do as well, were it not
-that Triton 2.51 crashes where the client has left in between.)
+The region grows and never shrinks. Triton's ``send`` counts a response as sent before it makes room for it. Where the
+region cannot grow any more, ``send`` raises, no error can be sent in the response's place, and the client would wait
+for ever. So an answer that has no room is refused with an error: before the decode where the answer's size is known by
+then, and again before it is sent.
+
+One case is left, `Room.TIGHT`: the region may have enough free bytes, but not in one piece. If the request is alone in
+its ``execute``, the answer is then returned from ``execute`` rather than sent, because Triton answers with an error of
+its own where that fails. (Sending the response and the end of the answers separately would do as well, but Triton 2.51
+crashes if the client leaves between the two.)
 
 Source: Triton's python_backend, ``response_sender.cc``, ``shm_manager.h`` and ``pb_stub.cc``; seen with Triton 2.51.
 """
@@ -27,15 +30,15 @@ if TYPE_CHECKING:
 __all__ = ["LOG_MARK", "Room", "find_room", "least_bytes", "room_for", "sent_bytes"]
 
 LOG_MARK = "fluxvae: shared memory"
-"""What lines of the log about it begin with; `fluxvae serve` looks for them."""
+"""What the log's lines about a lack of room begin with. `fluxvae serve` looks for them."""
 _SHM = Path("/dev/shm")
-_GROWTH = 2**20  # the region grows by whole ones of these, at least one (shm-growth-byte-size, by default)
-_SPARE = 2**26  # what others may take in the moment between our look and Triton's
+_GROWTH = 2**20  # the region grows by a multiple of so many bytes (the default of shm-growth-byte-size)
+_SPARE = 2**26  # bytes that other processes may take between our look and the moment in which Triton takes its own
 _BYTES_PER_PIXEL = {"images": 3, "images_np": 12, "images_pt": 12, "images_raw": 12}
 
 
 class Room(Enum):
-    """What there is for an answer."""
+    """How much room there is for an answer."""
 
     AMPLE = "the region can grow by all of it"
     TIGHT = "the region has as much, but perhaps not in one piece, or can grow by hardly more"
@@ -43,20 +46,25 @@ class Room(Enum):
 
 
 def least_bytes(outputs: Iterable[str], pixels: int) -> list[int]:
-    """Bytes of each output of so many pixels, before there are any; files may be of any size."""
+    """Return how many bytes each output will have, without encoded files, whose size is known only once they are made.
+
+    Args:
+        outputs: the names of the outputs.
+        pixels: how many pixels all images of the answer have together.
+    """
     return [_BYTES_PER_PIXEL[name] * pixels for name in outputs if name in _BYTES_PER_PIXEL]
 
 
 def sent_bytes(arrays: Iterable[np.ndarray[Any, Any]]) -> list[int]:
-    """Bytes that each output takes as it is handed over; files have their length before them."""
+    """Return how many bytes each output takes when it is handed over. Files take 4 bytes more, for their length."""
     return [sum(4 + len(file) for file in array.flat) if array.dtype == object else array.nbytes for array in arrays]
 
 
 def find_room(sizes: list[int]) -> Room:
-    """The room for outputs of these sizes, in bytes: `Room.AMPLE` or `Room.TIGHT`.
+    """Return how much room there is for outputs of these sizes in bytes: `Room.AMPLE` or `Room.TIGHT`.
 
     Raises:
-        UnavailableError: there is none; it says what they take, and what there is.
+        UnavailableError: there is none. The message says how much the outputs take and how much there is.
     """
     stat = os.statvfs(_SHM)
     disk = stat.f_bavail * stat.f_frsize
@@ -72,11 +80,12 @@ def find_room(sizes: list[int]) -> Room:
 
 
 def room_for(sizes: list[int], region: int, disk: int) -> Room:
-    """What there is for tensors of these sizes.
+    """Decide how much room there is for tensors of these sizes.
 
     Args:
-        region: bytes that are free in the region; perhaps not in one piece.
-        disk: bytes by which regions can grow.
+        sizes: the tensors' sizes in bytes.
+        region: how many bytes are free in the region, perhaps not in one piece.
+        disk: by how many bytes the regions in /dev/shm can still grow together.
     """
     growth = sum(_GROWTH * (size // _GROWTH + 1) for size in sizes)
     if growth + _SPARE <= disk:
@@ -85,6 +94,6 @@ def room_for(sizes: list[int], region: int, disk: int) -> Room:
 
 
 def _region_free() -> int | None:
-    """Bytes that are free in the region of this process; None outside of Triton's stub."""
+    """Return how many bytes are free in the region of this process; None where it does not run inside Triton."""
     pool: Any = getattr(sys.modules.get("c_python_backend_utils"), "shared_memory", None)
     return int(pool.free_memory()) if hasattr(pool, "free_memory") else None

@@ -1,7 +1,7 @@
-"""The model's own numbers on Triton's Prometheus page, beside Triton's ``nv_inference_*``.
+"""The model's own metrics, which Triton shows on its Prometheus page beside its ``nv_inference_*``.
 
-Every metric has the label ``model``. Triton (2.51) counts a request that was answered with an error as a success:
-``fluxvae_errors_total`` is the count to watch.
+Every metric has the label ``model``. To notice errors, watch ``fluxvae_errors_total``, because Triton (2.51) counts a
+request that was answered with an error as a success.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _GAUGES = {
 
 
 class Metrics:
-    """Counters and gauges of one model, shared by its instances.
+    """The counters and gauges of one model, which its instances share.
 
     Args:
-        pb_utils: Triton's module.
+        pb_utils: the module ``triton_python_backend_utils``.
         model: the model's name.
     """
 
     def __init__(self, pb_utils: Any, model: str) -> None:
         family = pb_utils.MetricFamily
         kinds = [(_COUNTERS, family.COUNTER), (_GAUGES, family.GAUGE)]
-        # Families must outlive their metrics.
+        # The families are kept because they must outlive their metrics.
         self._families = {
             name: family(name=name, description=description, kind=kind)
             for descriptions, kind in kinds
@@ -47,13 +47,20 @@ class Metrics:
         }
         self._model = model
         self._metrics: dict[tuple[str, ...], Any] = {}
-        # A counter that is not there until something happens looks like a server that does not count.
+        # These appear on the page at once, with 0: a counter that is missing looks as if the server did not count.
         for name in ("fluxvae_decodes_total", "fluxvae_megapixels_total", "fluxvae_decode_seconds_total"):
             self._metric(name)
         self._metric("fluxvae_spilled_decodes_total")
 
     def decoded(self, images: int, pixels: int, seconds: float, plan: Plan | None) -> None:
-        """Count one decode of so many images and pixels, with the plan it ran on where the engine plans."""
+        """Count one decode.
+
+        Args:
+            images: how many images it made.
+            pixels: how many pixels they have together.
+            seconds: how long it took.
+            plan: the plan that it followed; None where the engine does not plan.
+        """
         self._metric("fluxvae_decodes_total").increment(images)
         self._metric("fluxvae_megapixels_total").increment(pixels / 1e6)
         self._metric("fluxvae_decode_seconds_total").increment(seconds)
@@ -65,11 +72,11 @@ class Metrics:
             self._metric("fluxvae_spilled_decodes_total").increment(images)
 
     def taken(self, requests: int) -> None:
-        """Count requests that have left the queue."""
+        """Count requests that the model has taken from the queue."""
         self._metric("fluxvae_in_flight").increment(requests)
 
     def answered(self) -> None:
-        """Count one of them as answered."""
+        """Count one of the requests that were taken as answered."""
         self._metric("fluxvae_in_flight").increment(-1)
 
     def failed(self, error: BaseException) -> None:
@@ -84,14 +91,14 @@ class Metrics:
 
 
 def kind_of(error: BaseException) -> str:
-    """The error's class for `FluxVAEError`; others are few, so that labels stay few."""
+    """Return the label for an error: the class of a `FluxVAEError`. All others share two, so that labels stay few."""
     if isinstance(error, FluxVAEError):
         return type(error).__name__
     return "OutOfMemory" if is_out_of_memory(error) else "InternalError"
 
 
 def rung_of(plan: Plan) -> str:
-    """The dearest thing a plan does: ``"memory"`` (nothing), ``"recompute"`` or ``"spill"``."""
+    """Return the dearest thing that a plan does to save memory: ``"spill"``, ``"recompute"``, or none: ``"memory"``."""
     if plan.spill_bytes:
         return "spill"
     return "recompute" if plan.work_ratio > 1 else "memory"

@@ -1,4 +1,4 @@
-"""The model's outputs: what each is, what it takes in memory, and the arrays for those that were asked for."""
+"""Makes the model's outputs from a decoded image, and says how much memory that takes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from fluxvae.serve.model.requests import Job
 __all__ = ["OUTPUTS", "make_outputs", "output_bytes"]
 
 OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
+"""The names of the outputs: uint8 pixels (B, H, W, 3); float32 in [0, 1] as (B, H, W, 3) and as (B, 3, H, W); encoded
+files (B, 1); and float32 (B, 3, H, W) as the VAE gives it, nominally in [-1, 1]."""
 _TYPES: dict[str, OutputType] = {"images": "uint8", "images_np": "np", "images_pt": "pt"}
 
 
 def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -> dict[str, Any]:
-    """The arrays that ``job`` asked for, C-contiguous, by the output's name.
+    """Make the outputs that a job asked for.
 
     Args:
-        job: whose image it is.
-        image: (B, 3, H, W), about [-1, 1], on any device.
-        comment: for the metadata of encoded files: that the picture is approximate.
+        job: the job.
+        image: its images (B, 3, H, W), about [-1, 1], on any device.
+        comment: a text for the metadata of encoded files, such as that the picture is approximate.
+
+    Returns:
+        C-contiguous arrays by the outputs' names.
     """
     names = job.outputs
     arrays: dict[str, Any] = {}
@@ -38,7 +43,7 @@ def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -
             arrays["images_encoded"] = np.array(files, dtype=np.object_)
     if "images_np" in names:
         arrays["images_np"] = postprocess(image, "np")
-    # Triton's NumPy has no bfloat16.
+    # NumPy has no bfloat16, so floats are always sent as float32.
     if "images_pt" in names:
         arrays["images_pt"] = postprocess(image, "pt").float().cpu().numpy()
     if "images_raw" in names:
@@ -47,10 +52,16 @@ def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -
 
 
 def output_bytes(names: Set[str], batch: int, height: int, width: int, itemsize: int) -> int:
-    """What `make_outputs` adds to memory at its peak, its results included; ``itemsize`` is that of the VAE's dtype.
+    """Return how many bytes `make_outputs` takes at most at its peak, besides the image that it is given.
 
-    A bound, not exact: the bands of each output are counted as if they lived together. On CUDA most of it is in host
-    memory, which the limit does not speak of; counting it errs on the safe side.
+    Its results are counted. It is an upper bound, because the temporary bands of all outputs are counted as if they
+    were in memory at the same time. On CUDA most of these bytes are in host memory, to which the memory limit does not
+    apply; counting them errs on the safe side.
+
+    Args:
+        names: the outputs that are made.
+        batch, height, width: how many images there are, and their size in pixels.
+        itemsize: how many bytes a value of the VAE's dtype has.
     """
     values = batch * 3 * height * width
     needed = sum(
@@ -59,7 +70,7 @@ def output_bytes(names: Set[str], batch: int, height: int, width: int, itemsize:
     if "images_encoded" in names:
         if "images" not in names:
             needed += postprocess_bytes("uint8", batch, height, width, itemsize)
-        # Files of noise are a little larger than its pixels; Pillow holds one picture, its file and a copy of it.
+        # A file of noise is a little larger than its pixels. Pillow holds one picture, its file and a copy of the file.
         needed += values + values // 8 + 3 * 4 * height * width
     if itemsize != 4:
         needed += 4 * values * len(names & {"images_pt", "images_raw"})

@@ -1,10 +1,11 @@
-"""When a watcher's tiny question needs a decode to be answered, and when the last one still stands for it.
+"""Decides whether a health check's tiny request needs a decode, or can be answered with the result of an earlier one.
 
-`fluxvae serve` and the gateway ask every few seconds whether decodes are answered. At FLUX's full widths on a CPU the
-smallest decode takes a quarter of a second of a core, because the weights are prepared anew for each decode. What has
-decoded within the last five minutes, for anybody, is not made to prove it again: the question then still shows that
-Triton, the way to the model's process and that process are alive. After a decode that failed of itself nothing is taken
-for granted: the next question is answered by a decode, or by its error.
+`fluxvae serve` and the gateway ask every few seconds whether decodes are answered, by requests with the parameter
+``probe``. With FLUX's full VAE on a CPU, even the smallest decode takes a quarter of a second of a core, because the
+weights are prepared anew for each decode. So where the model has decoded anything within the last five minutes, it need
+not prove again that it can. Such an answer still shows that Triton, the way to the model's process and that process are
+alive. After a decode that failed for a reason of its own, nothing is taken for granted: the next probe is answered by a
+decode, or by its error.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ __all__ = ["Proof"]
 
 
 class Proof:
-    """What is known of the model's last decodes. It knows no clock: the time is told to it, in seconds.
+    """What is known of the model's last decodes.
+
+    It reads no clock: the caller passes the time, in seconds.
 
     Args:
-        lasts_s: how long a decode proves that others would be answered.
+        lasts_s: for how many seconds a decode proves that the model can decode.
     """
 
     def __init__(self, lasts_s: float = 300.0) -> None:
@@ -33,20 +36,20 @@ class Proof:
         self._answer: torch.Tensor | None = None
 
     def answer(self, job: Job, now: float) -> torch.Tensor | None:
-        """The image for a watcher's question, (B, 3, H, W), where none has to be decoded for it."""
+        """Return the image (B, 3, H, W) that answers a job; None where it has to be decoded, or the job is no probe."""
         if not job.parameters.probe or self._decoded is None or now - self._decoded > self._lasts_s:
             return None
         return self._answer if self._question == _size(job) else None
 
     def decoded(self, jobs: Sequence[Job], image: torch.Tensor, now: float) -> None:
-        """These were decoded to ``image``."""
+        """Note that these jobs were decoded, and to which image. That of a probe is kept for the next ones."""
         self._decoded = now
         if len(jobs) == 1 and jobs[0].parameters.probe:
             self._question, self._answer = _size(jobs[0]), image
 
     def failed(self, error: Exception) -> None:
-        """A decode failed; what it says about others depends on why."""
-        if not isinstance(error, FluxVAEError):  # those are about the request, its memory or who left
+        """Note that a decode failed. Only an unexpected error is a reason to doubt that the model can decode others."""
+        if not isinstance(error, FluxVAEError):  # which is about the request, its memory, or a client that has left
             self._decoded = None
 
 

@@ -1,4 +1,4 @@
-"""What the Triton model does before it serves: read its settings, and prove that tensors survive the trip."""
+"""What the Triton model does before it serves: it reads its settings, and proves that it can decode and answer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ __all__ = ["Settings", "check_tensor_exchange", "warm_up"]
 
 _ENVIRONMENT = {"device": "FLUXVAE_DEVICE", "memory_limit": "FLUXVAE_MEMORY_LIMIT"}
 _OWN_VARIABLES = {"AutoencoderKLFlux2": "FLUXVAE_FLUX2_", "AutoencoderTiny": "FLUXVAE_PREVIEW_"}
-"""By ``vae_class``, what is before CHECKPOINT and FAMILY, as one environment serves several models; else FLUXVAE_."""
+"""What the variables CHECKPOINT and FAMILY begin with, by ``vae_class``, because models of different classes share one
+environment. For other classes they begin with FLUXVAE_."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The ``parameters`` of ``config.pbtxt``; None leaves the choice to `fluxvae.Decoder`."""
+    """The settings of one model: the ``parameters`` in its ``config.pbtxt``.
+
+    Those without a description are as for `fluxvae.Decoder.from_pretrained`, to which None leaves the choice.
+    """
 
     checkpoint: str = "demo"
     vae_class: str | None = None
     """The class in diffusers that the checkpoint must be of; None: any."""
     approximate: bool = False
-    """Pictures may be previews: without it no ``AutoencoderTiny`` is served."""
+    """Whether pictures may be approximate previews. Without it no ``AutoencoderTiny`` is served."""
     revision: str | None = None
     variant: str | None = None
     family: str | None = None
@@ -40,9 +44,9 @@ class Settings:
     engine: str | None = None
     memory_limit: str | None = None
     max_pixels: int = 4096 * 4096
-    """The most pixels of one request, its batch counted, and of one decode."""
+    """The largest number of pixels that all images of one request, or of one decode, may have together."""
     threads: int | None = None
-    """CPU threads of one instance."""
+    """How many CPU threads one instance computes with; None: as many as PyTorch chooses."""
 
     @classmethod
     def read(
@@ -53,21 +57,23 @@ class Settings:
         kind: str,
         device_id: str,
     ) -> Settings:
-        """From what Triton hands to ``initialize``.
+        """Read the settings from what Triton hands to ``initialize``.
 
         Args:
-            parameters: ``model_config["parameters"]``. An empty value is the default.
-            environ: its FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file, and so do its FLUXVAE_CHECKPOINT and
-                FLUXVAE_FAMILY, or what `_OWN_VARIABLES` has in their place.
-            kind, device_id: of the instance. An automatic device is the one Triton gave to the instance.
+            parameters: ``model_config["parameters"]``. An empty value means the default.
+            environ: the environment. Its FLUXVAE_DEVICE and FLUXVAE_MEMORY_LIMIT win over the file, and so do its
+                FLUXVAE_CHECKPOINT and FLUXVAE_FAMILY, or what `_OWN_VARIABLES` has in their place.
+            kind, device_id: Triton's ``model_instance_kind`` and ``model_instance_device_id``: an automatic device is
+                the one that Triton gave to the instance.
 
         Raises:
-            InvalidOptionError: an unknown parameter or a value that cannot be read.
+            InvalidOptionError: a parameter is unknown, or its value cannot be read.
+            CheckpointError: no checkpoint is set, and none ships for this model.
         """
         given = {
             name: value["string_value"].strip()
             for name, value in parameters.items()
-            if not name.isupper()  # Triton's own, such as EXECUTION_ENV_PATH
+            if not name.isupper()  # names in capitals are Triton's own, such as EXECUTION_ENV_PATH
         }
         if unknown := sorted(given.keys() - cls.__dataclass_fields__.keys()):
             raise InvalidOptionError(
@@ -95,16 +101,16 @@ class Settings:
         return cls(**values)
 
     def decoder_options(self) -> dict[str, Any]:
-        """Keywords for ``Decoder.from_pretrained``: those that were set."""
+        """Return the keyword arguments for `Decoder.from_pretrained`: the settings that are set."""
         names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self, decoder: Decoder) -> None:
-        """Whether the checkpoint is what this model is for.
+        """Check that the checkpoint which was loaded is one that this model may serve.
 
         Raises:
-            CheckpointError: of another class than ``vae_class``.
-            InvalidOptionError: a preview, which was not called approximate.
+            CheckpointError: the checkpoint is of another class than ``vae_class``.
+            InvalidOptionError: it is a preview's, and ``approximate`` is not set.
         """
         found = type(decoder.vae).__name__
         if self.vae_class not in (None, found):
@@ -133,11 +139,15 @@ def _positive(name: str, text: str) -> int:
 
 
 def check_tensor_exchange(pb_utils: Any) -> None:
-    """Refuse to serve where Triton's stub and this NumPy corrupt each other's tensors.
+    """Refuse to serve where Triton's Python stub and this NumPy corrupt each other's tensors.
 
-    Stubs before Triton 24.11 take the size of NumPy 2's items for 0, without an error: every value read is the first
-    one, and outputs are sent empty. DLPack goes past NumPy, so each direction is held against it. What is sent shows
-    its missing bytes only outside this process; the same cause is seen in what is read.
+    Before Triton 24.11 the stub takes 0 for the size of NumPy 2's items, without an error: every value that is read is
+    the first one, and outputs are sent without bytes. DLPack does not use NumPy, so each direction is compared with it.
+    That bytes are missing from an output can be seen only outside this process, but the same cause shows in what is
+    read.
+
+    Args:
+        pb_utils: the module ``triton_python_backend_utils``.
 
     Raises:
         FluxVAEError: a tensor came back changed.
@@ -154,15 +164,16 @@ def check_tensor_exchange(pb_utils: Any) -> None:
 
 
 def warm_up(decoder: Decoder) -> None:
-    """Decode something small and make every output of it: compiles kernels, and proves that requests can be answered.
+    """Decode a small image and make every output of it.
 
-    Done while the model loads, so that Triton says ready only after it.
+    This compiles the kernels and proves that requests can be answered. It is done while the model loads, so that Triton
+    says that it is ready only afterwards.
 
     Raises:
-        FluxVAEError: the decode failed, by the error's own class: weights that give NaN, a memory limit too small for
-            any image. Out of memory is passed on.
+        FluxVAEError: the decode failed, for instance because the weights give NaN, or because the memory limit is too
+            small for any image. Other errors, such as out of memory, are passed on.
     """
-    tokens = 4  # 2 x 2: the smallest size with neighbours in both directions
+    tokens = 4  # 2x2 tokens make the smallest image in which each has a neighbour in both directions
     latents = torch.zeros(1, tokens, decoder.format.packed_features, dtype=torch.float32, device="cpu")
     size = 2 * decoder.format.packed_multiple
     request = decoder.request(latents, Reading(height=size, width=size))

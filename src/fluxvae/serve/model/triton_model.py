@@ -1,7 +1,7 @@
-"""The Triton model: requests of one ``execute`` to a `fluxvae.Decoder` and back.
+"""The Triton model, which hands the requests of one ``execute`` to a `fluxvae.Decoder`, and sends the answers.
 
-Every folder of ``triton_models`` serves this one class; what differs is in their ``config.pbtxt``. It only joins the
-other modules of this package: the logic is there.
+Every folder of ``triton_models`` serves this one class; they differ in their ``config.pbtxt``. The class only joins the
+other modules of this package, which have the logic.
 """
 
 from __future__ import annotations
@@ -34,17 +34,24 @@ from fluxvae.serve.triton.guardian import RUN_VARIABLE
 
 try:
     import triton_python_backend_utils as pb_utils
-except ImportError:  # it exists only inside Triton; the demo runs without
+except ImportError:  # the module exists only inside Triton, and the demo runs without it
     pb_utils = None
 
 __all__ = ["TritonPythonModel"]
 
 
 class TritonPythonModel:
-    """Triton makes one of these in a process of its own for each instance."""
+    """One instance of the model. Triton makes each instance in a process of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the checkpoint and decode once, or keep the model from becoming ready with a message that says why."""
+        """Load the checkpoint, and decode once.
+
+        Args:
+            args: the model's configuration and what Triton says about this instance.
+
+        Raises:
+            TritonModelException: the model cannot serve. Triton logs why, and the model does not become ready.
+        """
         try:
             check_tensor_exchange(pb_utils)
             self.settings = Settings.read(
@@ -57,7 +64,7 @@ class TritonPythonModel:
                 torch.set_num_threads(self.settings.threads)
             self.decoder = Decoder.from_pretrained(self.settings.checkpoint, **self.settings.decoder_options())
             self.settings.check(self.decoder)
-            warnings.simplefilter("ignore", ApproximateWarning)  # for callers of the library; the log says it
+            warnings.simplefilter("ignore", ApproximateWarning)  # it is for the library's users; here the log says it
             start = time.perf_counter()
             warm_up(self.decoder)
         except FluxVAEError as error:
@@ -72,10 +79,11 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """Answer every request, with its images or with an error of its own, as soon as its group is decoded.
+        """Answer every request with its images or with an error of its own, as soon as its group is decoded.
 
         Returns:
-            None: answers are sent. The one answer of a single request, where room for it is tight.
+            None, because answers are sent; or the answer of a single request where room for it is tight (see
+            `handover`).
         """
         comment = PREVIEW_NOTE if self.decoder.approximate else None
         replies = [_Reply(request, self.metrics, comment, alone=len(requests) == 1) for request in requests]
@@ -89,7 +97,7 @@ class TritonPythonModel:
                         reply.deliver(job, known)
                     else:
                         jobs.append(job)
-                except Exception as error:  # answered; an unexpected one is logged
+                except Exception as error:  # the client gets it as its answer; an unexpected one goes to the log
                     reply.fail(error)
             answer(
                 lambda members, cancel: self._decode(members, cancel, replies),
@@ -102,11 +110,11 @@ class TritonPythonModel:
             for reply in replies:
                 reply.fail(error)
         if any(reply.lost for reply in replies) and RUN_VARIABLE in os.environ:
-            os._exit(1)  # Triton answers its clients then, and `fluxvae serve` starts anew
+            os._exit(1)  # Triton then answers the clients that wait with an error, and `fluxvae serve` starts it again
         return [reply.returned for reply in replies if reply.returned is not None] or None
 
     def finalize(self) -> None:
-        """Free the weights, on the GPU too."""
+        """Free the weights, also those on the GPU."""
         self.decoder = None  # type: ignore[assignment]
         self.budget = None  # type: ignore[assignment]
         gc.collect()
@@ -153,7 +161,7 @@ class TritonPythonModel:
     def _plan(self, request: LatentRequest, rows: int) -> Any:
         try:
             return self.budget.plan(request.height, request.width, rows)
-        except FluxVAEError:  # memory has become scarce since; the decode is done
+        except FluxVAEError:  # no plan fits the memory that is free by now, but the decode is done
             return None
 
 
@@ -163,7 +171,7 @@ class _Reply:
     def __init__(self, request: Any, metrics: Metrics, comment: str | None, *, alone: bool) -> None:
         self.request = request
         self.returned: Any = None
-        """What ``execute`` is to return for it."""
+        """The answer, where ``execute`` is to return it instead of having it sent."""
         self._alone = alone
         self._comment = comment
         given = "".join(letter if letter.isprintable() else "?" for letter in request.request_id()[:64])
@@ -172,10 +180,11 @@ class _Reply:
         self._sender = request.get_response_sender()
         self._sent = False
         self.lost = False
-        """There was no room for its answer, and Triton takes no other: its client would wait for ever."""
+        """Whether Triton did not take the answer for lack of room. It takes no other then, so the client would wait for
+        ever."""
 
     def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
-        """Send the outputs that were asked for, or the error."""
+        """Answer with the outputs that the job asked for, made of its images, or with the error."""
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -183,7 +192,7 @@ class _Reply:
             room = find_room(sent_bytes(made.values()))
             tensors = [pb_utils.Tensor(name, array) for name, array in made.items()]
             response = pb_utils.InferenceResponse(output_tensors=tensors)
-        except Exception as error:  # answered; an unexpected one is logged
+        except Exception as error:  # the client gets it as its answer; an unexpected one goes to the log
             self.fail(error)
         else:
             if self._alone and room is Room.TIGHT:
@@ -193,7 +202,11 @@ class _Reply:
                 self._send(response)
 
     def fail(self, error: Exception) -> None:
-        """Send an error, unless there was an answer; what is not meant for clients goes to the log under the id."""
+        """Answer with an error, unless there was an answer already.
+
+        Clients are told only what concerns them. The details of an unexpected error go to the log, with the request's
+        id.
+        """
         if self._sent:
             return
         code, message = code_of(error), str(error)
@@ -215,10 +228,10 @@ class _Reply:
         self._metrics.answered()
 
     def _send(self, response: Any) -> None:
-        self._settle()  # a response that Triton does not take is counted there too: no other may follow
+        self._settle()  # first, because Triton counts even a response that it does not take, and no other may follow it
         try:
             self._sender.send(response, pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception as unsent:  # its neighbours are still to be answered
+        except Exception as unsent:  # logged and not raised, because other requests are still to be answered
             self._metrics.failed(unsent)
             self.lost = "shared memory" in str(unsent)
             mark = LOG_MARK if self.lost else "fluxvae"

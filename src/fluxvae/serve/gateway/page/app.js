@@ -1,16 +1,16 @@
 "use strict";
-// The decode page: a latents file or an example to the server, its picture and what is known about it onto the page.
+// The decode page: sends a latents file or an example to the server, and shows the picture and what is known about it.
 (() => {
   const $ = (id) => document.getElementById(id);
   const token = sessionStorage.getItem("fluxvae-token");
   const authorization = token ? { Authorization: `Bearer ${token}` } : {};
   const METRICS_EVERY_MS = 3000;
 
-  let current = null; // {name, bytes, shape, dtype, height, width}
-  let running = null; // AbortController of the decode under way
-  let shown = []; // object URLs of the pictures on the page
+  let current = null; // the latents that were taken last: {name, bytes, shape, dtype, height, width}
+  let running = null; // the AbortController of the decode under way
+  let shown = []; // the object URLs of the pictures on the page
 
-  // Talking to the server: a readable error, or the response.
+  // Talking to the server. Returns the response, or throws an Error whose message can be shown.
 
   async function ask(path, options = {}) {
     let response;
@@ -20,7 +20,7 @@
       if (error.name === "AbortError") throw error;
       throw new Error("The server does not answer. Is it still running?");
     }
-    if (response.status === 401 && token) location.reload(); // the token was changed: asks again
+    if (response.status === 401 && token) location.reload(); // the token is no longer valid: the page asks for it again
     if (!response.ok) throw new Error(await messageOf(response));
     return response;
   }
@@ -33,8 +33,9 @@
     }
   }
 
-  // Latents.
+  // Taking latents and decoding them.
 
+  // Reads a file. Decodes it at once if its size is known, and otherwise asks for the size.
   async function take(name, buffer) {
     tell(null);
     let read;
@@ -96,13 +97,13 @@
     }
   }
 
-  // One image of the batch: an encoded answer holds one.
+  // Decodes one image of the batch. The images go one by one because an encoded answer holds a single picture.
   async function one(row, layout, size, signal) {
     const { bytes, dtype } = current;
     const stride = bytes.length / layout.count;
     const query = new URLSearchParams({ dtype, output_type: "pil", image_format: "png", do_scaling: "True" });
     for (const dimension of layout.each) query.append("shape", dimension);
-    // Three dimensions need it to be read; the shape of others says the size.
+    // Packed latents need the size, and so do three dimensions, which can be read in two ways. Other shapes tell it.
     if (layout.packed || layout.each.length === 3) {
       for (const [name, value] of Object.entries(size)) if (value !== null) query.set(name, value);
     }
@@ -123,7 +124,7 @@
     };
   }
 
-  // Pictures and facts.
+  // Showing the pictures and what is known about them.
 
   function show(pictures, took) {
     shown.forEach((url) => URL.revokeObjectURL(url));
@@ -146,7 +147,7 @@
     const size = pictures.reduce((sum, picture) => sum + picture.blob.size, 0);
     const rows = [
       ["Size", `${image.naturalHeight} × ${image.naturalWidth} pixels (height × width)`],
-      ["Time", `${seconds(took)}, of it ${seconds(triton)} in Triton`],
+      ["Time", `${seconds(took)}, of which ${seconds(triton)} in Triton`],
       ["File", `${bytes(size)} as PNG${pictures.length > 1 ? ` in ${pictures.length} pictures` : ""}`],
       ["Latents", `(${current.shape.join(", ")}) ${current.dtype}`],
       ["Request", pictures.map((picture) => picture.id).join(", ")],
@@ -157,7 +158,7 @@
     list("facts", rows);
   }
 
-  // The server: what it is, and live numbers.
+  // What the server is, and its live numbers.
 
   async function server() {
     const info = await (await ask("/info")).json();
@@ -190,7 +191,7 @@
 
   const metrics = async () => (await ask("/metrics")).text();
 
-  // The sum of a metric over its labels; null where it is not there.
+  // Returns the sum of a metric over all its labels, or null where the page has no such metric.
   function value(page, name) {
     const lines = page.split("\n").filter((line) => line.startsWith(`${name} `) || line.startsWith(`${name}{`));
     return lines.length ? lines.reduce((sum, line) => sum + Number(line.slice(line.lastIndexOf(" ") + 1)), 0) : null;
@@ -229,13 +230,13 @@
       const response = await fetch("/readyz");
       state = response.ok ? ["ready", "ready"] : ["down", `not ready: ${(await response.json()).reason}`];
     } catch {
-      // stays "not answering"
+      // The state stays "not answering".
     }
     $("state").dataset.state = state[0];
     if ($("state").textContent !== state[1]) text("state", state[1]);
   }
 
-  // Small things.
+  // Helpers.
 
   const text = (id, content) => {
     if ($(id)) {
@@ -271,7 +272,7 @@
 
   $("file").addEventListener("change", async (event) => {
     const file = event.target.files[0];
-    event.target.value = ""; // so that the same file can be chosen again
+    event.target.value = ""; // otherwise choosing the same file again would not count as a change
     if (file) await take(file.name, await file.arrayBuffer());
   });
   for (const kind of ["dragenter", "dragover"]) {
@@ -292,7 +293,7 @@
   });
   $("cancel").addEventListener("click", () => running?.abort());
 
-  // A link cannot carry the token: what it leads to is fetched and shown as it came.
+  // A link cannot carry the token. So what it leads to is fetched with the token and shown in a new tab.
   if (token) {
     for (const link of document.querySelectorAll("footer a")) {
       link.addEventListener("click", async (event) => {

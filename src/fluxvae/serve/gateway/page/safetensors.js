@@ -1,12 +1,13 @@
 "use strict";
-// Reads latents from a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes.
+// Reads latents from a safetensors file, which has 8 bytes with the header's length, a JSON header, and the tensors.
 const Safetensors = (() => {
-  const PATCHES = 128; // channels of FLUX.2's images in 2x2 patches
-  const CHANNELS = [4, 16, 32, PATCHES]; // of one image without its batch
-  const FEATURES = [16, 64, 128]; // of a packed token
+  const PATCHES = 128; // how many channels FLUX.2's latents have in 2x2 patches
+  const CHANNELS = [4, 16, 32, PATCHES]; // how many channels unpacked latents may have
+  const FEATURES = [16, 64, 128]; // how many features a token of packed latents may have
   const DTYPES = { F32: ["float32", 4], F16: ["float16", 2], BF16: ["bfloat16", 2] };
 
-  // Returns {bytes, shape, dtype, height, width}: the raw bytes as the server takes them, sizes or null. Throws Error.
+  // Returns {bytes, shape, dtype, height, width}: the raw bytes as the server takes them, and the size in pixels or
+  // null where the file does not tell it. Throws an Error whose message can be shown.
   function latents(buffer) {
     const { header, start } = readHeader(buffer);
     const names = Object.keys(header).filter((name) => name !== "__metadata__");
@@ -39,8 +40,8 @@ const Safetensors = (() => {
     };
   }
 
-  // How latents are sent image by image: {count, each: the shape of one, packed}. The server reads each one for itself.
-  // null: C packed images and one image with C channels have this shape, and only a size tells them apart.
+  // Returns how latents are sent image by image: {count, each: the shape of one image's latents, packed}. Returns null
+  // where this may be the shape of C packed images or of one image with C channels, and no size tells which it is.
   function layout(shape, height, width) {
     const whole = (packed) => ({ count: 1, each: shape, packed });
     const rows = (packed) => ({ count: shape[0], each: [1, ...shape.slice(1)], packed });

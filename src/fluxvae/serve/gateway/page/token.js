@@ -1,5 +1,6 @@
 "use strict";
-// Asks for the token, and turns into the page it opens. The address stays the same; a reload comes through here again.
+// Asks for the token, and replaces this page by the one that the token opens. The address stays the same, so that a
+// reload comes back here, where the token that this tab has kept is tried first.
 (() => {
   const KEY = "fluxvae-token";
   const form = document.getElementById("token-form");
@@ -32,7 +33,7 @@
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    // A header cannot carry more than these characters; fetch would throw.
+    // A header can carry only these characters, and fetch would throw for others.
     if (/^[!-~]+$/.test(field.value.trim())) enter(field.value.trim(), "That is not the token.");
     else tell("That is not the token: it has letters, digits and signs, without spaces.");
   });
