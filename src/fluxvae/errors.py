@@ -30,6 +30,7 @@ __all__ = [
     "NonFiniteOutputError",
     "Status",
     "UnavailableError",
+    "first_line",
     "status_of",
 ]
 
@@ -108,3 +109,11 @@ def status_of(error: BaseException) -> Status:
         if cls in _STATUS:
             return _STATUS[cls]
     return _STATUS[FluxVAEError]
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of another library's error, without its full stop, to be quoted in a message of ours.
+
+    It is cut at 200 characters.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

@@ -2,9 +2,9 @@
 
 Every program has one small function here. It looks at the names of what a file holds, and returns the tensors that are
 latents of pictures, with what the file tells of them; or None where the program did not write the file.
-`docs/latent-files.md` has the same in a table, with the place in each program's source. What a file does not tell, the user has to say
-(`Picture.ask`): nothing is guessed. SimpleTuner needs no function, because its files are a single tensor of scaled
-latents in a ``.pt``, and that is how such a file is read anyway.
+`docs/latent-files.md` has the same in a table, with the place in each program's source. What a file does not tell, the
+user has to say (`Picture.ask`): nothing is guessed. SimpleTuner needs no function, because its files are a single
+tensor of scaled latents in a ``.pt``, and that is how such a file is read anyway.
 
 *Scaled* latents are what a transformer leaves, *raw* ones what the VAE decodes. *Normalised patches* are FLUX.2's
 scaled latents in 2x2 patches: 128 channels at half the height and width.

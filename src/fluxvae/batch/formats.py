@@ -33,7 +33,7 @@ from fluxvae.batch.items import Entry, Latents
 from fluxvae.batch.readings import Expected, Images, read_shape
 from fluxvae.batch.tensors import Lazy, Npz, open_npy, unzipped
 from fluxvae.claims import check_member, check_packing, check_rows
-from fluxvae.errors import InvalidLatentsError
+from fluxvae.errors import InvalidLatentsError, first_line
 from fluxvae.latents.reading import Reading
 
 __all__ = ["FILE_SUFFIXES", "Source", "open_file", "unreadable"]
@@ -104,7 +104,7 @@ class TensorSource:
             raise
         except _DAMAGE as error:
             raise InvalidLatentsError(
-                f"{path.name}: cannot be read as {path.suffix[1:]}: {_first_line(error)}; it is damaged, truncated or "
+                f"{path.name}: cannot be read as {path.suffix[1:]}: {first_line(error)}; it is damaged, truncated or "
                 "another kind of file: make it again"
             ) from error
         self._images = [self._read(picture, expected, path.stat().st_size) for picture in self._pictures]
@@ -159,7 +159,7 @@ class TensorSource:
                 row -= images.rows
             raise IndexError("it is not there")
         except (*_DAMAGE, IndexError) as error:
-            raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
+            raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {first_line(error)}") from error
 
 
 def unreadable(name: str, error: OSError) -> str:
@@ -369,7 +369,3 @@ def _check_ids(name: str, shape: tuple[int, ...], images: Images) -> None:
 def _ids_of(ids: Lazy, row: int) -> torch.Tensor:
     """Read the position ids of one row, of shape (1, N, 4)."""
     return ids.whole().unsqueeze(0) if len(ids.shape) == 2 else ids.rows(row)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

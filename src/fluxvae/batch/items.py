@@ -85,10 +85,10 @@ class Failure:
 
     source: str
     row: int | None
-    """None: the source as a whole."""
+    """The row of the source; None: the source as a whole."""
     name: str | None
     error: str
-    """Class of the error."""
+    """The name of the error's class."""
     message: str
 
     @classmethod
@@ -98,7 +98,7 @@ class Failure:
         return cls(source, row, name, type(error).__name__, words if isinstance(error, FluxVAEError) else words[:500])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the failure as values that JSON can hold."""
         return asdict(self)
 
 

@@ -11,14 +11,15 @@ _LONGEST = 200
 
 
 def output_name(name: str, suffix: str) -> str:
-    """A name from a file or a column, as the output's path without its suffix.
+    """Return the output's path, without its suffix, for a name from a file or a column.
 
     Args:
         name: with ``/`` between folders. A suffix that is the output's own is dropped: ``cat.png`` makes ``cat.png``.
-        suffix: of the output, with its dot.
+        suffix: the output's own, with its dot.
 
     Raises:
-        InvalidLatentsError: empty, absolute, leading out of the folder, hidden, too long, or with control characters.
+        InvalidLatentsError: the name is empty, absolute, hidden or too long, leads out of the folder, or has control
+            characters.
     """
     kept = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     parts = kept.split("/")
@@ -39,12 +40,12 @@ def output_name(name: str, suffix: str) -> str:
 
 
 def stem(path: str) -> str:
-    """A path without its last suffix: ``a/b.c.npy`` gives ``a/b.c``."""
+    """Return a path without its last suffix: ``a/b.c.npy`` gives ``a/b.c``."""
     folder, slash, file = path.rpartition("/")
     base, dot, _ = file.rpartition(".")
     return f"{folder}{slash}{base if dot and base else file}"
 
 
 def with_row(name: str, row: int, rows: int) -> str:
-    """The name of one row: the source's own where it holds one row, else with the row, of equal length for all."""
+    """Return the name of one row: the source's own, and with it the row's number where there are several rows."""
     return name if rows == 1 else f"{name}_{row:0{max(4, len(str(rows - 1)))}d}"

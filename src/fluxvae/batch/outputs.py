@@ -21,7 +21,7 @@ METADATA_KEYS = ("source", "row", "height", "width", "checkpoint", "checkpoint_s
 
 
 def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:
-    """What is embedded: `METADATA_KEYS`, and ``approximate`` where it is a preview.
+    """Return what is embedded in the file: `METADATA_KEYS`, and ``approximate`` where the image is a preview.
 
     Args:
         record: what the whole job has in common.
@@ -33,14 +33,14 @@ def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def output_type_of(format: str) -> OutputType:
-    """What the decoder is asked for."""
+    """Return the output type that the decoder is asked for to make files of this format."""
     if format in FORMATS:
         return "uint8"
     return "np" if format == "npy" else "pt"
 
 
 def to_bytes(image: Any, format: str, quality: int | None, metadata: Mapping[str, str]) -> bytes:
-    """One image of `output_type_of(format)`, without a batch axis, as a file.
+    """Encode one image, given as `output_type_of(format)` without a batch axis, as the bytes of a file.
 
     Returns:
         - png, jpeg, webp: the picture, with the metadata (PNG text chunks, or JSON in EXIF's ImageDescription);
@@ -58,7 +58,7 @@ def to_bytes(image: Any, format: str, quality: int | None, metadata: Mapping[str
 
 
 def read_record(data: bytes | None) -> dict[str, Any] | None:
-    """``job.json`` as it was written; None where there is none, or only a beginning of one."""
+    """Return ``job.json`` as it was written; None where there is none, or only a beginning of one."""
     try:
         record = json.loads(data or b"")
     except ValueError:

@@ -26,7 +26,7 @@ from fluxvae.batch.formats import unreadable
 from fluxvae.batch.items import Entry, Latents
 from fluxvae.batch.readings import Expected, read_shape
 from fluxvae.claims import check_packing, check_rows
-from fluxvae.errors import InvalidLatentsError
+from fluxvae.errors import InvalidLatentsError, first_line
 from fluxvae.latents.reading import Reading
 
 __all__ = ["ParquetSource"]
@@ -58,7 +58,7 @@ class ParquetSource:
             raise InvalidLatentsError(unreadable(name, error)) from error
         except _DAMAGE as error:
             raise InvalidLatentsError(
-                f"{name}: cannot be read as parquet: {_first_line(error)}; it is damaged, truncated or another kind of "
+                f"{name}: cannot be read as parquet: {first_line(error)}; it is damaged, truncated or another kind of "
                 "file: make it again"
             ) from error
         self._columns = set(self._file.schema_arrow.names)
@@ -155,7 +155,7 @@ class ParquetSource:
             tensor = self._tensor(table, row - first)
             return Latents(tensor.reshape(self._image(tuple(tensor.shape)) or tensor.shape), _ids(ids))
         except _DAMAGE as error:
-            raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {_first_line(error)}") from error
+            raise InvalidLatentsError(f"{self._name}: row {row} cannot be read: {first_line(error)}") from error
 
     def _tensor(self, table: pa.Table, index: int) -> torch.Tensor:
         scalar = table["latents"][index]
@@ -253,7 +253,3 @@ def _unnest(array: pa.Array) -> np.ndarray[Any, Any]:
     if len(lengths) != 1:
         raise InvalidLatentsError(f"latents: got lists of {len(lengths)} different lengths, expected equal ones")
     return inner.reshape(len(array), lengths.pop(), *inner.shape[1:])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]

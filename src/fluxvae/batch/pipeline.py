@@ -41,22 +41,22 @@ WINDOW = 256
 
 @dataclass
 class Timing:
-    """Seconds of the decoder."""
+    """The seconds that the decoder spent decoding and waiting."""
 
     decoding: float = 0.0
     waiting: float = 0.0
-    """For latents to be read or images to be written, once the first latents had come."""
+    """The seconds it waited for latents to be read or images to be written, once the first latents had come."""
     first: float = 0.0
-    """Until the first latents had been read."""
+    """The seconds it waited until the first latents had been read."""
 
     @property
     def idle_share(self) -> float:
-        """Of the decoder's time, what it waited."""
+        """The part of the decoder's time in which it waited."""
         return self.waiting / (self.waiting + self.decoding) if self.decoding else 0.0
 
 
 def batches(items: Iterable[Item], size: Callable[[int, int], int]) -> Iterator[list[Item]]:
-    """Items of one size together, ``size(height, width)`` at most, near the order they came in."""
+    """Group items of one size, ``size(height, width)`` of them at most, near the order in which they came."""
     stream = iter(items)
     while window := list(islice(stream, WINDOW)):
         window.sort(key=lambda item: item.size)  # stable: sources stay in order

@@ -22,16 +22,16 @@ __all__ = ["OutputError", "Worker", "checkpoint_sha256"]
 
 
 class OutputError(FluxVAEError):
-    """An output that could not be written."""
+    """An output could not be written."""
 
 
 class Worker:
     """Decodes items of one job and writes their images.
 
     Args:
-        decoder: of the job's checkpoint.
-        store: where images go.
-        record: of the job (`folder.record_of`), embedded in every image.
+        decoder: the decoder of the job's checkpoint.
+        store: where the images are written to.
+        record: the job's record (`folder.record_of`), which is embedded in every image.
     """
 
     def __init__(self, job: Job, decoder: Decoder, store: Store, record: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Worker:
 
 
 def checkpoint_sha256(job: Job) -> str:
-    """Of the file that holds the weights, or of its shards one after another: what ``cat FILES | sha256sum`` prints."""
+    """Return the hash of the weights' files one after another, as ``cat FILES | sha256sum`` prints it."""
     digest = hashlib.sha256()
     for path in weights_files(job.checkpoint, revision=job.revision, variant=job.variant):
         with path.open("rb") as file:

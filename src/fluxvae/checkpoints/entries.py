@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "Entry", "first_line", "itemsize"]
+__all__ = ["DTYPES", "Entry", "itemsize"]
 
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
@@ -29,8 +29,3 @@ class Entry(NamedTuple):
 def itemsize(dtype: str) -> int:
     """Return the bytes that one value of a dtype takes, by PyTorch's name; 0 where the dtype is not known."""
     return next((size for name, size in DTYPES.values() if name == dtype), 0)
-
-
-def first_line(error: BaseException | None) -> str:
-    """Return the first line of an error's message, without its full stop, to be quoted in a message of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

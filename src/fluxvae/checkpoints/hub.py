@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluxvae.checkpoints.entries import first_line
 from fluxvae.checkpoints.folders import STANDARD_NAME, choose_weights, read_index
 from fluxvae.checkpoints.local import CLASSES, check_config, look_in_folder
-from fluxvae.errors import CheckpointError
+from fluxvae.errors import CheckpointError, first_line
 
 __all__ = ["cached_snapshot", "snapshot"]
 

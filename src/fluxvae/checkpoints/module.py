@@ -7,9 +7,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fluxvae.checkpoints.entries import first_line
 from fluxvae.checkpoints.layouts import Vae
-from fluxvae.errors import CheckpointError
+from fluxvae.errors import CheckpointError, first_line
 
 __all__ = ["COUNTS", "build_module", "check_tensors", "has_pools", "own_settings"]
 

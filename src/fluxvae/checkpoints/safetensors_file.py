@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxvae.checkpoints.entries import DTYPES, Entry, first_line
-from fluxvae.errors import CheckpointError
+from fluxvae.checkpoints.entries import DTYPES, Entry
+from fluxvae.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxvae.checkpoints.entries import Entry, first_line
-from fluxvae.errors import CheckpointError
+from fluxvae.checkpoints.entries import Entry
+from fluxvae.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
