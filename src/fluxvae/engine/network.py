@@ -46,6 +46,16 @@ class Network:
         return self.first.conv.cin
 
     @property
+    def latents_held(self) -> int:
+        """How many tensors as large as the latents the first layer makes; two where it has a 1x1 convolution."""
+        return 1 if self.first.pointwise is None else 2
+
+    @property
+    def last_channels(self) -> int:
+        """Channels of the last map before the image."""
+        return self.last.conv.cin
+
+    @property
     def out_channels(self) -> int:
         """Channels of the image."""
         return self.last.conv.cout

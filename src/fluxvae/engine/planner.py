@@ -38,9 +38,7 @@ class Planner:
         self._rates = macs_per_second, spill_bytes_per_second
         self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
         g, s = geometry, network.scale
-        latents = g.height * g.width * network.latent_channels * g.itemsize
-        if network.first.pointwise is not None:
-            latents *= 2  # before and after it
+        latents = g.height * g.width * network.latent_channels * g.itemsize * network.latents_held
         image = g.height * s * g.width * s * network.out_channels * (output_itemsize or g.itemsize)
         self.fixed_bytes = batch * image + latents + RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes(g.itemsize)
 
@@ -270,7 +268,7 @@ def make_planner(
 
 def _block_values(network: Network, height: int, width: int) -> int:
     """Values per block of rows for latents of this size."""
-    return default_block_values(network.last.conv.cin, height * width * network.scale**2)
+    return default_block_values(network.last_channels, height * width * network.scale**2)
 
 
 def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:
