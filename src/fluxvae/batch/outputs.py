@@ -1,4 +1,4 @@
-"""One decoded image to the bytes of a file that says where it comes from."""
+"""Turns one decoded image into the bytes of a file that says where the image comes from."""
 
 from __future__ import annotations
 

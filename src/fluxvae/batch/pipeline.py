@@ -59,7 +59,7 @@ def batches(items: Iterable[Item], size: Callable[[int, int], int]) -> Iterator[
     """Group items of one size, ``size(height, width)`` of them at most, near the order in which they came."""
     stream = iter(items)
     while window := list(islice(stream, WINDOW)):
-        window.sort(key=lambda item: item.size)  # stable: sources stay in order
+        window.sort(key=lambda item: item.size)  # it is a stable sort, so sources stay in order
         start = 0
         while start < len(window):
             same = window[start].size
@@ -76,7 +76,7 @@ def batch_size(decoder: Decoder, height: int, width: int, most: int) -> int:
     try:
         least = decoder.plan(height, width, 1).work_ratio
     except MemoryLimitError:
-        return 1  # the decode will say so
+        return 1  # the decode itself will refuse it and say why
     for batch in range(most, 1, -1):
         try:
             plan = decoder.plan(height, width, batch)
@@ -99,7 +99,7 @@ def run_pipeline(
     timing: Timing,
     writers: int | None = None,
 ) -> Iterator[Result]:
-    """Decode items; yields what became of each, as it is known. Ends early when ``stop`` is set.
+    """Decode items, and yield what became of each as soon as it is known, until all are done or ``stop`` is set.
 
     Args:
         write: called in threads with an item and its image (``output_type``, no batch axis). What it raises becomes
@@ -155,7 +155,7 @@ Read = tuple[Item, "LatentRequest | Failure"]
 
 
 def _ahead(threads: ThreadPoolExecutor, call: Callable[[list[Item]], list[Read]], groups: Iterable[list[Item]]):  # type: ignore[no-untyped-def]
-    """``call`` of each group, in order, some of them ahead of the one that is asked for."""
+    """Yield ``call`` of each group in order. Some groups ahead of the one that is asked for are called already."""
     stream = iter(groups)
     pending = deque(threads.submit(call, group) for group in islice(stream, BATCHES_AHEAD))
     while pending:
@@ -215,7 +215,7 @@ def _decode_same(
     except NonFiniteOutputError as error:
         if len(pairs) == 1:
             return [(first, Failure.of(error, first.source, first.row, first.name))]
-        # One of them did it: alone, the others give the same bits as together.
+        # One of them caused it. Decoded alone, the others give the same bits as in a batch.
         return [done for pair in pairs for done in _decode_same([pair], decoder, output_type, stop)]
     except (FluxVAEError, MemoryError, torch.OutOfMemoryError) as error:
         return [(item, Failure.of(error, item.source, item.row, item.name)) for item, _ in pairs]

@@ -1,4 +1,4 @@
-"""One decoder at work on items of a job: the same here and in every Ray actor."""
+"""One decoder that works on the items of a job, in this process or in an actor of Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Worker:
         self.timing = Timing()
 
     def run(self, items: Sequence[Item], stop: threading.Event) -> Iterator[Result]:
-        """Decode and write; yields what became of each item, until all are done or ``stop`` is set."""
+        """Decode and write, and yield what became of each item, until all are done or ``stop`` is set."""
         return run_pipeline(
             items,
             self._decoder,

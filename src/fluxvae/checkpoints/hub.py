@@ -182,9 +182,10 @@ def _download(
         return config.parent
     files = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".sft")))
     single = f"; it has {', '.join(files[:5])}: download the VAE's file and pass its path" if files else ""
+    looked = "it or in its vae/" if subfolder is None else f"its {subfolder.strip('/')}/"
     raise CheckpointError(
-        f"checkpoint: {where} holds no VAE: no config.json with {STANDARD_NAME} in it or in its vae/; name the folder "
-        f"with subfolder={single}"
+        f"checkpoint: {where} holds no VAE: no config.json with {STANDARD_NAME} in {looked}; name the folder that has "
+        f"one with subfolder={single}"
     )
 
 

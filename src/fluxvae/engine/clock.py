@@ -1,6 +1,7 @@
 """Progress and cancellation of a decode, block by block.
 
-On a GPU a block counts when it has been asked for: the device is some blocks behind.
+On a GPU a block counts as done once the device has been asked to compute it, so the device itself is some blocks behind
+what is reported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Clock:
             self._progress(self._done, self._total)
 
     def attempt(self, total: int) -> None:
-        """So many blocks are to be done, whatever an earlier attempt did: done never goes back, the total grows."""
+        """Begin an attempt of ``total`` blocks. What an earlier attempt has done stays counted, and the total grows."""
         self._total = self._done + total
 
     def tick(self) -> None:

@@ -1,4 +1,4 @@
-"""The exact engine: the untiled image, in strips, within the memory its caller names."""
+"""The exact engine: it computes the untiled image strip by strip, within the memory that its caller allows."""
 
 from __future__ import annotations
 
@@ -51,18 +51,20 @@ class ExactEngine:
     does in diffusers: it decides which convolution runs.)
 
     Args:
-        vae: read, never copied or changed.
-        kernels: ``"torch"``: PyTorch's own; ``"winograd"``: ours, float32 on a CPU, several times faster;
-            ``"cuda"``: cuDNN and ours, on an NVIDIA GPU; ``"auto"``: the last two where they run, else PyTorch's, and
-            `Plan.kernels` says which and why.
-        memory_limit: bytes a decode may add above the loaded weights; None: what is free when it starts, less a tenth.
-        spill_dir: where feature maps go that memory has no room for; None: the first of the temporary folder,
-            ``/var/tmp`` and the working folder that is not itself memory. On a GPU they go to host memory.
-        block_values: for tests; values per block of rows, which (unlike a limit) does change the last bits.
+        vae: the model. It is read and never copied or changed.
+        kernels: ``"torch"`` are PyTorch's own operations. ``"winograd"`` are our kernels for float32 on a CPU, which
+            are several times faster. ``"cuda"`` are cuDNN and our kernels on an NVIDIA GPU. ``"auto"`` takes the
+            faster ones where they run and PyTorch's elsewhere; `Plan.kernels` says which were taken and why.
+        memory_limit: the bytes that a decode may add above the loaded weights. None stands for nine tenths of what is
+            free when the decode starts.
+        spill_dir: the folder for feature maps that memory has no room for. None stands for the first of the temporary
+            folder, ``/var/tmp`` and the working folder that is not itself memory. A GPU's maps go to host memory.
+        block_values: how many values a block of rows has, for tests. Unlike a limit, it changes an image's last bits.
 
     Raises:
-        InvalidOptionError: an option that is unknown, or a decoder with a module this engine does not know, or to which
-            something was done that the weights do not show: also at a later decode.
+        InvalidOptionError: an option is unknown, or the decoder has a module that this engine does not know, or
+            something was done to the model that its weights do not show. The model is looked at before every decode,
+            so a later decode may raise this too.
     """
 
     name = "exact"
@@ -80,7 +82,7 @@ class ExactEngine:
             raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
         self._vae = vae
         self.network = read_network(vae)
-        # Refuse now what can never be. The model may still move to a GPU, where there is one.
+        # Refuse kernels that this machine can never run. Where there is a GPU, the model may still move to it.
         make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
         self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
         self._block_values = block_values
@@ -94,7 +96,7 @@ class ExactEngine:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: the model and the options. What was worked out from them is worked out again."""
+        """Give a copy the model and the options; it works out for itself what follows from them."""
         left_out = ("_prepared", "_planners", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
@@ -119,10 +121,10 @@ class ExactEngine:
         return parameters(self.network.first.conv.module)[0]
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> Plan:
-        """How ``batch`` images of this latent size would be decoded now.
+        """Plan how ``batch`` images of this latent size would be decoded now.
 
         Raises:
-            MemoryLimitError: the limit is below the smallest that works; the message names that.
+            MemoryLimitError: the limit is below the smallest one that works, which the message names.
         """
         planner, spill = self._planner_for(latent_height, latent_width, batch)
         limit, source = self._limit(self._device)
@@ -159,12 +161,12 @@ class ExactEngine:
 
         Raises:
             MemoryLimitError: before any work, if the limit is too small for this size.
-            UnavailableError: memory ran out although the limit allowed what was planned (on a GPU that others use
-                too), with the smallest plan as well: before that the decode is repeated within three quarters of what
-                was planned, with an `OutOfMemoryWarning` each time.
-            NonFiniteOutputError: NaN or Inf in float32. Computed in half precision, the decode is repeated in float32
-                instead, with a `PrecisionRetryWarning`.
-            DecodeCancelled: cancel() said so.
+            UnavailableError: memory ran out although the limit allowed what was planned, as happens on a GPU that
+                others use too. The decode is first repeated within three quarters of what was planned, again and again,
+                with an `OutOfMemoryWarning` each time; this error means that the smallest plan did not fit either.
+            NonFiniteOutputError: the result has NaN or Inf in float32. A decode in half precision is first repeated in
+                float32, with a `PrecisionRetryWarning`.
+            DecodeCancelled: ``cancel()`` returned true.
         """
         self.look()
         self._check(raw)
@@ -178,7 +180,7 @@ class ExactEngine:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                # Outside of the handler: the error's traceback holds the maps whose room the next attempt needs.
+                # Not within the handler, since the error's traceback holds the maps whose room is needed now.
                 limit, source = self._less(raw, kernels, spill, limit, source)
 
     def _decode(
@@ -233,7 +235,7 @@ class ExactEngine:
         return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
 
     def _less(self, raw: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str) -> tuple[int, str]:
-        """A limit for the next attempt: others have taken the memory, or it is in too many pieces."""
+        """A limit for the next attempt, when others have taken the memory or it lies in too many pieces."""
         dtype = kernels.compute_dtype(raw.dtype)
         tried = self._plan_of(raw, kernels, spill, limit, source, dtype).peak_bytes
         self._planners.clear()  # what they know of cuDNN's workspaces was perhaps measured without room for them
@@ -257,10 +259,14 @@ class ExactEngine:
         return limit, source
 
     def prepare(self) -> float:
-        """Compile what the kernels still need compiled, and load the libraries' code by a tiny decode; seconds it took.
+        """Compile what the kernels still need compiled, and load the libraries' code by a tiny decode.
 
-        The first decode does it if nobody did: some seconds once per machine, then less than one per process. That
-        code is no part of a decode's memory: 20 MB of PyTorch's become resident, 65 MB with Numba's.
+        The first decode does this if nobody has called it before. It takes some seconds once per machine, and later
+        less than one in each process. The code that becomes resident meanwhile is not counted as a decode's memory: it
+        is 20 MB of PyTorch's, and 65 MB where Numba's is needed too.
+
+        Returns:
+            The seconds that it took.
         """
         start = time.perf_counter()
         self._kernels(self._device).prepare()
@@ -287,7 +293,7 @@ class ExactEngine:
     def _planner(
         self, size: tuple[int, int], batch: int, dtype: torch.dtype, stored: torch.dtype, kernels: Kernels
     ) -> Planner:
-        """The planner of one size, made once: that takes as long as a small decode. The last ones are kept."""
+        """The planner of one size. Making it takes as long as a small decode, so the last ones are kept."""
         threads = torch.get_num_threads()
         key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
         if key in self._planners:
@@ -327,7 +333,7 @@ _KEPT_PLANNERS = 32
 
 
 def _checked(image: torch.Tensor, computed: torch.dtype) -> torch.Tensor:
-    """Blocks were finite as they were computed; rounded to a narrower dtype, they may not be."""
+    """The image, if it is finite: rounding finite blocks to a narrower dtype may have made some of it infinite."""
     if image.dtype != computed and not bool(torch.isfinite(image).all()):
         raise NonFiniteOutputError(f"decode: pixels overflow {_name(image.dtype)}; decode with dtype='float32'")
     return image

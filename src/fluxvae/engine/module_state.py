@@ -1,9 +1,9 @@
 """What has been done to a VAE's modules besides loading weights: compiled, hooked, offloaded, quantised, cast.
 
-The exact engine computes with a module's weights and never calls the module. Whatever changes what the call computes
-would be passed over, and the image would be another model's without a word: so it is undone where it only wraps the
-same function (`unwrapped`), and refused otherwise (`check_modules`). All of it can also happen after a decoder was
-made, so an engine looks at every decode. It takes a millisecond or two.
+The exact engine computes with a module's weights and never calls the module. If something changed what that call
+computes, the engine would not notice, and the image would silently be another model's. So whatever only wraps the same
+function is unwrapped (`unwrapped`), and everything else is refused (`check_modules`). All of it can also happen after a
+decoder was made, so an engine looks before every decode, which takes a millisecond or two.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def _check_class(name: str, kind: type) -> None:
 
 
 def _replaced(module: torch.nn.Module, method: str) -> Any:
-    """What an attribute of the instance computes in place of its class's method of this name; None where nothing does.
+    """The attribute of the instance that is called in place of its class's method of this name; None if there is none.
 
-    The method itself may lie there as well: hooks that were removed leave it, and ``torch.compile(module.forward)``
-    only wraps it.
+    An attribute that is the method itself does not count, because hooks leave that behind when they are removed. Nor
+    does what ``torch.compile(module.forward)`` made, because it only wraps the method.
     """
     own = getattr(type(module), method, None)
     if method not in module.__dict__ or not callable(own):
@@ -204,7 +204,7 @@ def _shown(name: str) -> str:
 
 
 def _hook_of(module: Any) -> str:
-    """The offload or cast that a library has put on a module, in words."""
+    """What a library has put on a module to offload or cast it, in words; "" if there is nothing."""
     if (registry := module.__dict__.get("_diffusers_hook")) is not None and getattr(registry, "hooks", None):
         return "diffusers' " + " and ".join(name.replace("_", " ") for name in registry.hooks)
     if (hook := module.__dict__.get("_hf_hook")) is not None:

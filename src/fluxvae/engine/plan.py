@@ -24,10 +24,11 @@ __all__ = ["Plan", "check_size", "parse_memory_limit", "peak_of", "size_in_words
 
 
 def peak_of(layers: tuple[LayerPlan, ...]) -> int:
-    """Most bytes that one image's sweeps hold at once, in this order.
+    """The most bytes that one image's sweeps hold at once when they run in this order.
 
-    The arena is one allocation whose pages count once they are touched: from the left as far as the left maps and the
-    scratch beside them have reached, from the right as far as the right maps have, and never more than all of it.
+    The arena is one allocation, whose pages count from when they are first touched. Those are, from the left, as many
+    as the left maps and the scratch beside them have reached so far, and from the right as many as the right maps have;
+    together never more than the whole.
     """
     whole = max(step.arena for layer in layers for step in layer.steps)
     reach, peak, side = [0, 0], 0, 0

@@ -92,7 +92,7 @@ class Planner:
         plan = make(self._smallest(free))
         if plan.peak_bytes <= limit:
             return plan
-        # What came may be a full or missing disk rather than a small limit: say so where it matters.
+        # A full or missing disk may be the cause rather than a small limit, and the message says so then.
         spilling, hint = make(self._smallest(1 << 62)), ""
         if spilling.peak_bytes < plan.peak_bytes:
             hint = (
@@ -111,14 +111,14 @@ class Planner:
 
     @cached_property
     def _unlimited(self) -> _Layers:
-        """The fastest plan without a limit. It spills nothing, since that takes time: what is free does not matter."""
+        """The fastest plan without a limit. Spilling takes time, so nothing is spilled, whatever room there is."""
         layers = self._search(_by_time, None, None, None, 0)
         assert layers is not None  # keeping every map is always a way
         return layers
 
     def _fastest(self, allowed: int, spill_free: int) -> _Layers | None:
         """The fastest plan whose arena and overhead fit into ``allowed`` together."""
-        # They peak in different sweeps, so every overhead is tried as the one that limits the arena.
+        # Arena and overhead peak in different sweeps, so every overhead is tried as the one that limits the arena.
         arenas = [allowed - most for most in self._overheads(0)]
         tries = (self._search(_by_time, arena, None, allowed, spill_free) for arena in arenas if arena > 0)
         return min((layers for layers in tries if layers is not None), key=self._total_seconds, default=None)
@@ -128,7 +128,7 @@ class Planner:
         return min((layers for layers in tries if layers is not None), key=peak_of)  # keeping every map is always a way
 
     def _overheads(self, floor: int | None) -> list[int]:
-        """Every overhead a layer can have, from ``floor``, by default from the least that all layers can do with."""
+        """Every overhead that a layer can have, from ``floor`` up (by default what all layers can do with at least)."""
         least, seen = 0, set()
         for index, states in enumerate(self._states):
             peaks = [
@@ -173,7 +173,8 @@ class Planner:
     ) -> _Layers | None:
         """Dynamic programming over the layers; the state is where the current map lives.
 
-        Bounds: on the arena, on every sweep's overhead, on both together (see `peak_of`), and on spilled bytes.
+        There are bounds on the arena, on every sweep's overhead, on both together (as `peak_of` counts them), and on
+        spilled bytes.
         """
         front: dict[State, tuple[_Cost, _Layers]] = {_LATENTS: (_Cost(0.0, 0), ())}
         for index in range(len(self.network.layers)):
@@ -231,8 +232,9 @@ def _by_arena(cost: _Cost) -> tuple[float, float]:
 
 
 _RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}
-"""Multiply-adds per second (per thread on a CPU; on a GPU by precision) and spill bytes per second: only their ratio
-matters, to weigh computing a map again against spilling it. A GPU's: of the order of an H100's, not measured."""
+"""Multiply-adds per second (for each thread of a CPU, or by precision on a GPU) and spilled bytes per second. Only
+their ratio matters, which weighs computing a map again against spilling it. Those of a GPU are of the order of an
+H100's and were not measured."""
 
 
 def make_planner(
@@ -253,9 +255,9 @@ def make_planner(
     Args:
         size: height and width of the latents.
         computed, stored: bytes of a value, as it is computed and as the weights and the image have it.
-        cast: the two are different dtypes.
-        threads: of an operation on a CPU.
-        block_values: instead of what the kernels and the size ask for.
+        cast: whether the two are different dtypes.
+        threads: how many threads an operation on a CPU has.
+        block_values: values of a block of rows; None takes what the kernels or the size ask for.
     """
     values = block_values or costs.block_values or _block_values(network, *size)
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values)
@@ -272,5 +274,5 @@ def _block_values(network: Network, height: int, width: int) -> int:
 
 
 def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:
-    """Bytes that a decode may add, and what says so: what is free now, less a tenth, where none was asked for."""
+    """The bytes that a decode may add, and what set them: nine tenths of what is free now, if no limit was given."""
     return (available() * 9 // 10, "free memory") if asked is None else (asked, "memory_limit")

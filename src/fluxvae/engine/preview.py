@@ -1,6 +1,7 @@
-"""The preview engine: an ``AutoencoderTiny`` (TAEF1, TAEF2), fast, small and approximate by design.
+"""The preview engine: an ``AutoencoderTiny`` (TAEF1, TAEF2), which is fast, small and approximate by design.
 
-It is a distilled network of its own, not the VAE in fewer steps: whatever shows its images says so.
+It is a network of its own that was distilled from the VAE, not the VAE in fewer steps. Whatever shows one of its images
+says that it is a preview.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ __all__ = ["ApproximateWarning", "PreviewEngine"]
 
 
 LIVE_MAPS = 4.25
-"""Last-level maps that a decode takes at its peak: a block's input, a convolution's input and output, and the one that
-it adds them into. Measured in float32 from 512 to 1024 pixels: 4.00 to 4.02; two in bfloat16, which oneDNN convolves
-without a copy."""
+"""How many last-level maps a decode takes at its peak: a block's input, a convolution's input and output, and the map
+that it adds them into. From 512 to 1024 pixels, 4.00 to 4.02 were measured in float32, and two in bfloat16, which
+oneDNN convolves without a copy."""
 
 HOLES = 4
-"""Last-level maps that glibc may keep besides, where they are small enough to lie in its heap: it seldom puts an
-aligned block where one of the same size was freed. Measured from 64 to 384 pixels: none to three, not the same twice.
-Giving them back before every layer, and not only before every block, takes 80 % more time there."""
+"""How many last-level maps glibc may keep besides, if they are small enough to lie in its heap, because it seldom puts
+an aligned block where one of the same size was freed. From 64 to 384 pixels, none to three were measured, which changed
+from run to run. Giving them back before every layer, and not only before every block, would take 80 % more time."""
 
 MMAP_THRESHOLD = 32 << 20
 """Bytes (glibc's DEFAULT_MMAP_THRESHOLD_MAX): what is larger never lies in the heap."""
@@ -75,7 +76,7 @@ class PreviewEngine:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: all but the lock, which it has of its own."""
+        """Give a copy everything but the lock; it makes one of its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -91,10 +92,10 @@ class PreviewEngine:
         return 0.0
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> Plan:
-        """What a decode would take; the plan says that it is approximate.
+        """Plan what a decode would take. The plan says that the image is approximate.
 
         Raises:
-            MemoryLimitError: the limit is below that.
+            MemoryLimitError: the decode would take more than the limit.
         """
         plan = self._plan(latent_height, latent_width, batch)
         if plan.limit is not None and plan.peak_bytes > plan.limit:
@@ -139,7 +140,7 @@ class PreviewEngine:
         )
 
     def _convolutions(self, factor: int) -> list[tuple[torch.nn.Conv2d, int]]:
-        """Every convolution, with how many pixels each way of its map lie on one latent."""
+        """Every convolution, with how many pixels of its map lie on one latent, each way."""
         found, scale = [], 1
         for module in self._vae.decoder.layers.modules():
             if isinstance(module, torch.nn.Upsample):
@@ -150,9 +151,9 @@ class PreviewEngine:
 
     @contextlib.contextmanager
     def _trimmed(self) -> Iterator[None]:
-        """What one block freed is given back before the next, or it stays resident beside the next level's larger maps.
+        """Give back what a block freed before the next one, or it stays resident beside the next level's larger maps.
 
-        Takes 8 % of the time at 512 pixels, and a third at 256.
+        That takes 8 % of the time at 512 pixels, and a third at 256.
         """
         with contextlib.ExitStack() as hooks:
             if self._vae.device.type == "cpu":

@@ -28,7 +28,7 @@ class Conv:
     kernel: int
     """The kernel's height and width: 3 or 1."""
     module: nn.Module
-    """Holds ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, which are read when they are used."""
+    """The module with ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, read at each use."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class Projections:
 
 
 def parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a convolution or linear layer, as they are now: a module may have moved since it was read."""
+    """Weight and bias of a convolution or linear layer as they are now, since its module may have moved meanwhile."""
     weight, bias = module.weight, module.bias
     return cast("torch.Tensor", weight).detach(), None if bias is None else cast("torch.Tensor", bias).detach()
 

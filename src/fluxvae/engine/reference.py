@@ -22,10 +22,12 @@ __all__ = ["ReferenceEngine"]
 class ReferenceEngine:
     """Raw latents to pixels by diffusers, bit for bit what ``FluxPipeline`` computes.
 
-    Its bits change with the batch an image travels in: that is diffusers' own behaviour. ``tiling`` is diffusers'
-    blended tiling: another function, with seams; ``slicing`` decodes the images of a batch one after another.
+    An image's last bits change with the batch that it travels in, as they do in diffusers itself. ``tiling`` is
+    diffusers' blended tiling, which computes another function and leaves seams. ``slicing`` decodes the images of a
+    batch one after another.
 
-    Memory: about 5.8 times the last level's feature map, 128 * H * W values an image for FLUX; no limit is kept.
+    A decode takes about 5.8 times the feature map of the last level, which for FLUX is 128 * H * W values an image. No
+    limit is kept.
     """
 
     name = "diffusers"
@@ -38,7 +40,7 @@ class ReferenceEngine:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: all but the lock, which it has of its own."""
+        """Give a copy everything but the lock; it makes one of its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ class ReferenceEngine:
         self._lock = threading.Lock()
 
     def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> NoReturn:
-        """Refused: diffusers does not plan its memory."""
+        """Raise InvalidOptionError, because diffusers does not plan its memory."""
         raise InvalidOptionError(
             "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"
         )
@@ -102,7 +104,7 @@ class ReferenceEngine:
 
     @contextmanager
     def _options(self) -> Iterator[None]:
-        """Tiling and slicing as asked, for this decode only: the module may be someone's ``pipe.vae``."""
+        """Set tiling and slicing as asked for this decode only, because the module may be someone's ``pipe.vae``."""
         before = (self._vae.use_tiling, self._vae.use_slicing)
         self._vae.use_tiling, self._vae.use_slicing = self._tiling, self._slicing
         try:

@@ -33,7 +33,7 @@ class Runner:
         """Prepare to run ``plan``; ``tick`` is called after every block of rows and may raise to stop."""
         self._network, self._plan, self._kernels = network, plan, kernels
         self._dtype, self._tick = dtype, tick
-        # Small decodes have nothing worth returning to the system, and less time to do it in.
+        # A small decode has little to give back to the system, and giving it back would be much of its time.
         trims = device.type == "cpu" and plan.peak_bytes > 32 << 20
         self._maps = Maps(plan.arena_bytes, spill, device, dtype, trims=trims)
         self._checks = FiniteChecks(device)

@@ -57,7 +57,7 @@ def _precision(backend: str, operation: str, default: str = "none") -> _Switch:
 
 
 def _older(read: Callable[[], Any], write: Callable[[Any], object], default: Any, same: list[_Switch]) -> _Switch:
-    """A switch older than the precisions by operation, which writes some of them (``same``) as well: it leaves them."""
+    """A switch older than the precisions by operation. Writing it writes some of them too, which are then put back."""
 
     def write_alone(value: Any) -> None:
         before = [switch.read() for switch in same]
@@ -76,10 +76,10 @@ def _cudnn_tf32() -> bool:
 
 
 def _precisions() -> list[_Switch]:
-    """Float32 precisions in the order in which they can be read.
+    """Every float32 precision, in the order in which they can be read.
 
-    An operation whose own precision is not set reads as its backend's, and that as the general one. As each is set to
-    its default before the next is read, all are read as they were set.
+    An operation whose own precision is not set reads as its backend's precision, and a backend's as the general one.
+    Each is set to its default before the next one is read, so that all are read as the caller has set them.
     """
     c: Any = torch._C
     if not hasattr(c, "_get_fp32_precision_getter"):  # PyTorch before 2.9
@@ -140,7 +140,7 @@ class _Process:
     """What the caller had set, by the switch's place in the list of all switches."""
 
     def enter(self) -> None:
-        """Also while others decode already: another thread may have set a switch since they began."""
+        """Set all switches to their defaults. While others decode already, another thread may have set one anew."""
         with self.lock:
             self.running += 1
             for i, switch in enumerate(self.switches):
@@ -151,19 +151,19 @@ class _Process:
 
     def leave(self) -> None:
         with self.lock:
-            self.running = max(0, self.running - 1)  # 0 already in a child that a decode's callback forked
+            self.running = max(0, self.running - 1)  # it is 0 already in a child that a decode's callback forked
             if self.running == 0:
                 self.put_back()
 
     def put_back(self) -> None:
-        """What was set before; a switch that has been set meanwhile stays as it is."""
+        """Put back what was set before. A switch that has been set anew meanwhile stays as it is."""
         untouched = [i for i in self.changed if self.switches[i].read() == self.switches[i].default]
         for i in sorted(untouched, reverse=True):
             self.switches[i].write(self.changed[i])
         self.changed.clear()
 
     def in_forked_child(self) -> None:
-        """No decode runs here, and whoever held the lock does not exist."""
+        """Start afresh in a forked child, where no decode runs and the thread that held the lock does not exist."""
         self.lock, self.running = threading.Lock(), 0
         self.put_back()
 
@@ -175,7 +175,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def _no_function_modes() -> Iterator[None]:
-    """Without the modes that see every call of PyTorch in this thread: the default device is one of them."""
+    """Take away the modes that see every call of PyTorch in this thread; the default device is one of them."""
     from torch._C import _len_torch_function_stack
     from torch.overrides import _pop_mode, _push_mode
 
@@ -188,12 +188,12 @@ def _no_function_modes() -> Iterator[None]:
 
 
 def check_environment(device: torch.device) -> None:
-    """Refuse what the environment says about oneDNN's float32, which it reads once and PyTorch cannot take back.
+    """Refuse an environment that lowers oneDNN's float32, which oneDNN reads once and PyTorch cannot take back.
 
-    With ``ONEDNN_DEFAULT_FPMATH_MODE=bf16`` oneDNN multiplies float32 in bfloat16: images differ by 1e-2.
+    With ``ONEDNN_DEFAULT_FPMATH_MODE=bf16``, oneDNN multiplies float32 values in bfloat16, and images differ by 1e-2.
 
     Raises:
-        InvalidOptionError: on a CPU, with such a mode set.
+        InvalidOptionError: the decode is on a CPU and such a mode is set.
     """
     for name in _FPMATH_VARIABLES if device.type == "cpu" else ():
         mode = os.environ.get(name, "")

@@ -26,10 +26,10 @@ class NonFiniteMap(ArithmeticError):
 
 
 class FiniteChecks:
-    """Every map's statistics and every block of pixels are looked at for NaN and Inf, on a GPU without waiting for it.
+    """Looks for NaN and Inf in every map's statistics and in every block of pixels, without waiting for a GPU.
 
-    To know the answer at once, the CPU would wait until the GPU has done all that was asked of it, and the GPU then for
-    the CPU. So there the answers stay on the device until `settle`, after the image's last block.
+    To know the answer at once, the CPU would have to wait until the GPU has done all that was asked of it, and the GPU
+    would then wait for the CPU. So on a GPU the answers stay on the device until `settle`, after the last block.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +37,7 @@ class FiniteChecks:
         self._answers: list[tuple[torch.Tensor, str]] = []
 
     def require(self, values: torch.Tensor, otherwise: str) -> None:
-        """All values are finite, else NonFiniteMap(``otherwise``): now on a CPU, at `settle` elsewhere."""
+        """Raise NonFiniteMap(``otherwise``) if a value is not finite: now on a CPU, at `settle` elsewhere."""
         finite = torch.isfinite(values).all()
         if self._later:
             self._answers.append((finite, otherwise))
@@ -86,7 +86,7 @@ class Moments:
     def add(self, partial: Partial) -> None:
         """Take the statistics of the next block; blocks come in order."""
         self._counts.append(partial.count)
-        # Copies: a view would keep what else it is a view of.
+        # These are copies, because a view would keep all that it is a view of.
         self._means.append(partial.mean.to(torch.float64, copy=True))
         self._m2s.append(partial.m2.to(torch.float64, copy=True))
         if len(self._counts) == MOST_BLOCKS and partial.mean.device.type == "cpu":
@@ -110,7 +110,7 @@ class Moments:
         return total, mean, m2s.sum(0) + ((means - mean).square() * counts).sum(0)
 
     def affine(self, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """Close the map: the affine that ``norm`` amounts to, in ``dtype``; ``checks`` is told if it is not finite."""
+        """The affine that ``norm`` amounts to, in ``dtype``, after the last block; ``checks`` looks for NaN and Inf."""
         total, mean, m2 = self._combined()
         grouped, grouped_m2 = mean.view(norm.groups, -1), m2.view(norm.groups, -1)
         centre = grouped.mean(1, keepdim=True)
@@ -128,7 +128,7 @@ class Moments:
         return Affine(scale.to(dtype), shift.to(dtype))
 
     def _weights(self, device: torch.device) -> torch.Tensor:
-        """(blocks, 1) float64: the counts; all blocks but the last are alike, and a fill does not wait for a GPU."""
+        """The counts, (blocks, 1) float64. All but the last are alike, so a fill makes them, which waits for no GPU."""
         first, last = self._counts[0], self._counts[-1]
         if any(count != first for count in self._counts[:-1]):
             return torch.tensor(self._counts, dtype=torch.float64, device=device)[:, None]
@@ -138,10 +138,13 @@ class Moments:
 
 
 def block_moments(block: torch.Tensor, work: torch.Tensor) -> Partial:
-    """A block's (n, W, C), per channel: mean, then the squared deviations from it (two passes: no cancellation).
+    """The mean of each channel of a block (n, W, C) and, in a second pass, the squared deviations from that mean.
 
-    ``work``: flat uint8 scratch for the block once more, in float32 (float64 for a float64 block). PyTorch's sum over
-    the outer dimension adds pairwise, in an order that does not depend on the number of threads.
+    Two passes lose nothing to cancellation. PyTorch's sum over the outer dimension adds pairwise, in an order that does
+    not depend on the number of threads.
+
+    Args:
+        work: flat uint8 scratch with room for the block in float32 (float64 for a float64 block).
     """
     flat = block.view(-1, block.shape[-1])
     dtype = torch.float64 if block.dtype == torch.float64 else torch.float32

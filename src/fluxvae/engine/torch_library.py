@@ -1,4 +1,4 @@
-"""What a plan needs to know of PyTorch, asked of its library: importing PyTorch takes longer than planning does.
+"""What a plan needs to know of PyTorch, asked of its C++ library, because importing PyTorch takes longer than planning.
 
 `fluxvae plan` on a CPU comes here without PyTorch imported. Its C++ library is then loaded by itself, a tenth of the
 time, and asked by the functions that ``torch.get_num_threads`` and ``torch._C._has_mkldnn`` ask. Where PyTorch is
@@ -42,7 +42,7 @@ def has_onednn() -> bool:
 
 
 def _library() -> ctypes.CDLL | None:
-    """PyTorch's library, if PyTorch is not imported; None: ask PyTorch."""
+    """PyTorch's C++ library, if PyTorch is not imported; None if PyTorch itself is to be asked."""
     return None if "torch" in sys.modules else _load()
 
 

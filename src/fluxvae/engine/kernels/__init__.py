@@ -1,7 +1,7 @@
 """The arithmetic behind the sweeps: one small interface, so that a sweep does not know who computes.
 
-A kernel set is told about blocks of rows, (rows, width, channels), channels last, each laid out afresh in scratch, and
-gives blocks back. `fluxvae.engine.kernels.choose` makes one. Importing this module does not import PyTorch.
+A kernel set is given blocks of rows, each laid out afresh in scratch as (rows, width, channels), and computes blocks of
+rows from them. `fluxvae.engine.kernels.choose` makes a kernel set. Importing this module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ class Kernels(Costs, Protocol):
     """The model's weights are in channels-last memory format; the engine sets it before anything else."""
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """What a model whose weights are ``stored`` so is computed in."""
+        """The dtype that is computed in when the model's weights are ``stored`` in that one."""
 
     def prepare(self) -> float:
-        """Compile, or load from a cache, what is not ready in this process yet; seconds it took."""
+        """Compile, or load from a cache, what is not ready in this process yet. Returns the seconds that it took."""
 
     def session(self) -> AbstractContextManager[None]:
-        """Around a whole decode: what the kernels need of the process's threads meanwhile."""
+        """A context around a whole decode, in which the process's threads are as the kernels need them."""
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """What ``norm`` amounts to on the map whose statistics ``moments`` has: `Moments.affine`, or as good."""
+        """The scale and shift that ``norm`` amounts to on the map with these statistics: see `Moments.affine`."""
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
         """A 1x1 convolution of the latents (cin, lh, lw), in their dtype, to rows (lh, lw, cout), contiguous."""
@@ -103,7 +103,7 @@ class Kernels(Costs, Protocol):
         """
 
     def convolve(self, block: ConvBlock) -> Partial | None:
-        """Compute the block; the statistics of its result, where they are wanted."""
+        """Compute the block, and give the statistics of its result where they are wanted."""
 
     def attend(self, block: AttentionBlock) -> Partial | None:
-        """Compute the block; the statistics of its result, where they are wanted."""
+        """Compute the block, and give the statistics of its result where they are wanted."""

@@ -32,11 +32,11 @@ class Layer(Protocol):
 
     @property
     def wants_statistics(self) -> bool:
-        """It begins with a GroupNorm, so the layer before must gather the statistics of what it hands over."""
+        """Whether it begins with a GroupNorm, so that the layer before must gather the statistics of its result."""
 
     @property
     def takes_recomputed(self) -> bool:
-        """It can start from a map that is computed on the way from a smaller one."""
+        """Whether it can start from a map that is not stored, and is computed on the way from a smaller one."""
 
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
@@ -53,7 +53,7 @@ class Layer(Protocol):
 
         Args:
             current: the map it starts from, which is its to drop or to overwrite.
-            statistics: those of the result are wanted.
+            statistics: whether those of the result are wanted.
 
         Returns:
             The map that the next layer starts from.

@@ -58,7 +58,7 @@ class Attention:
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
     ) -> Iterator[tuple[LayerPlan, State]]:
-        """There is one way: over its input, wherever that is, beside the normalised map in memory."""
+        """There is one way: the result is written over the input, wherever that is; the normalised map is in memory."""
         carved = self._carve(geometry, size, state)
         steps = carved.steps(costs)
         yield LayerPlan(self.name, *size, self.projections.q.cin, None, state.place, False, steps), state

@@ -51,7 +51,7 @@ class ConvIn:
         return Sweep("conv_in", (out,), moved((out, 1)), stage, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """The latents are laid out channels last first; they are small beside every map."""
+        """The latents are first laid out channels last, which takes little beside any map."""
         rows = run.latent_rows(self.pointwise)
         run.maps.new_sweep()
         out = run.maps.new(planned.out, current.side, (*current.size, self.conv.cout))

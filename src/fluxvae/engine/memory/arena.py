@@ -17,14 +17,14 @@ class Arena:
     """One block of memory: a map at the left end, scratch in the middle, a map at the right end."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        # PyTorch aligns to 64 bytes; ours is stricter, so that equal blocks are equally aligned in every plan.
+        # PyTorch aligns to 64 bytes. Ours is coarser, so that equal blocks are equally aligned in every plan.
         flat = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
         self._flat = flat[-flat.data_ptr() % ALIGN :][:nbytes]
         self._maps = [0, 0]
         self._cursor = 0
 
     def map(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
-        """Make the map of one end of the arena; the one that was there is no more."""
+        """Make the map of one end of the arena, in place of the one that was there."""
         nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
         size = aligned(nbytes)
         self._maps[side] = size

@@ -18,7 +18,7 @@ _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
 
 _NO_MEMORY = ("out of memory", "DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What errors say that have no class of their own: those of PyTorch's CPU allocator, of cuDNN and of cuBLAS."""
+"""What the messages of errors hold that have no class of their own: those of PyTorch's CPU allocator, cuDNN, cuBLAS."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes free now: of the GPU, or of the machine and of the control group this process is in."""
+    """Bytes free now of a GPU, or of the machine and the control group that this process is in."""
     import torch
 
     if device.type == "cuda":
@@ -42,7 +42,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes free now of the machine, and of the control group this process is in."""
+    """Bytes free now of the machine and of the control group that this process is in, whichever are fewer."""
     available = _meminfo()
     for limit, usage in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -70,10 +70,10 @@ def _meminfo() -> int:
 
 
 def spill_folder(asked: str | os.PathLike[str] | None) -> Path | None:
-    """Where maps are spilled: the folder that was asked for, else the first usable one; None: there is none.
+    """Where maps are spilled: the folder that was asked for, else the first usable one, or None if there is none.
 
     Raises:
-        InvalidOptionError: what was asked for is no folder that can be written to, or its files are memory.
+        InvalidOptionError: the folder that was asked for cannot be written to, or its files are themselves memory.
     """
     if asked is not None:
         return _given_folder(Path(asked))
@@ -83,7 +83,7 @@ def spill_folder(asked: str | os.PathLike[str] | None) -> Path | None:
 
 
 def free_disk(folder: Path | None) -> int | None:
-    """Bytes that may be spilled to ``folder`` now; None where there is none."""
+    """Bytes that may be spilled to ``folder`` now; None if there is no folder."""
     if folder is None:
         return None
     status = os.statvfs(folder)
@@ -103,7 +103,7 @@ def _given_folder(folder: Path) -> Path:
 
 
 def _file_system(folder: Path) -> str:
-    """The type of the file system ``folder`` is on; "" where /proc/mounts does not say."""
+    """The type of the file system that ``folder`` is on; "" if /proc/mounts does not say."""
     try:
         mounts = Path("/proc/mounts").read_text().splitlines()
     except OSError:

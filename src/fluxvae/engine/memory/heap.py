@@ -13,8 +13,8 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 def trim_heap() -> None:
     """Give freed memory back to the system, where the C library can (glibc).
 
-    Results and reordered weights of one layer's size would stay resident beside those of the next, outside every plan.
-    Within a layer it depends on who allocates: `HEAP_BYTES` of `kernels/direct/onednn.py`.
+    Otherwise the results and reordered weights of one layer would stay resident beside those of the next, which no plan
+    counts. `HEAP_BYTES` in `kernels/direct/onednn.py` says when it is called within a layer.
     """
     if _TRIM is not None:
         _TRIM(0)

@@ -1,8 +1,8 @@
-"""A GPU decode's spilled maps: in pinned host memory, copied beside the GPU's work rather than between it.
+"""The spilled maps of a GPU's decode. They lie in pinned host memory and are copied while the GPU computes.
 
-The next rows are on their way while the last ones are computed with, and rows that were written leave while the next
-block is computed. All copies go through one queue in order, so rows that were written are there when they are read
-again. What remains to be ordered is the device's own work against the queue, by the two calls of `Copies`.
+The next rows are on their way to the device while it computes with the last ones, and rows that were computed leave it
+while it computes the next block. All copies go through one queue in order, so rows that were written are there when
+they are read again. The two calls of `Copies` order the device's own work against that queue.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fluxvae.engine.calls import STAGES
 __all__ = ["Copies", "HostMap", "SideStream", "pinned_cache"]
 
 _CHUNK_BYTES = 256 << 20
-"""PyTorch rounds pinned memory up to a power of two, and pins it slowly but keeps it: pieces of this size waste little
-and fit the next map too."""
+"""The size of a piece of host memory. PyTorch rounds pinned memory up to a power of two; pinning is slow, and PyTorch
+keeps what it has pinned. Pieces of this size waste little and fit the next map too."""
 
 
 class Copies(Protocol):
     """A queue of copies between host and device, run in order beside the device's work."""
 
     def start(self, copy: Callable[[], None]) -> Any:
-        """Queue a copy, to run after what the device has been asked to do so far; the mark of its end."""
+        """Queue a copy, to run after what the device has been asked to do so far. Returns the mark of its end."""
 
     def wait(self, mark: Any) -> None:
-        """What the device is asked to do from now on comes after the copy of ``mark``. The caller does not wait."""
+        """Let what the device is asked to do from now on come after that copy. The caller itself does not wait."""
 
 
 class SideStream:
@@ -52,7 +52,7 @@ class SideStream:
 
 
 class HostMap:
-    """A map (height, width, channels) in host memory; a `Store`, whose rows are best read in blocks and in order."""
+    """A map (height, width, channels) in host memory: a `Store` whose rows are best read in blocks and in order."""
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, copies: Copies) -> None:
         self._shape, self._dtype, self._device, self._copies = shape, dtype, device, copies
@@ -71,11 +71,11 @@ class HostMap:
         self._out = _Stage()
 
     def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Rows from ahead where they were expected, else from the host; the next as many are fetched ahead."""
+        """The rows, which are on the device already if they follow the last ones; as many more are fetched ahead."""
         found = next((stage for stage in self._ahead if stage.start == start and stage.stop >= stop), None)
         if found is None:
             self._copies.wait(self._copies.start(lambda: self._move(start, into, to_host=False)))
-            # A reader that begins takes a stage that no other one counts on, else the one that was filled first.
+            # A reader that begins takes a stage that no other reader uses or, if there is none, the one filled first.
             found = min(self._ahead, key=lambda stage: (stage.start >= 0, stage.age))
         else:
             self._copies.wait(found.mark)
@@ -88,7 +88,7 @@ class HostMap:
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Rows leave from a stage of their own: ``rows`` may be overwritten at once."""
+        """Copy the rows to the host by way of a stage of their own, so that ``rows`` may be overwritten at once."""
         for stage in self._ahead:
             if stage.start < start + len(rows) and start < stage.stop:
                 stage.start = stage.stop = -1  # what was fetched is no longer what the map holds
@@ -99,7 +99,7 @@ class HostMap:
         out.mark = self._copies.start(lambda: self._move(start, staged, to_host=True))
 
     def close(self) -> None:
-        """Give the memory back, the device's once its copies are done. PyTorch keeps pinned memory for the next map."""
+        """Give the memory back, the device's once its copies are done. PyTorch keeps pinned memory for later maps."""
         for stage in (*self._ahead, self._out):
             if stage.mark is not None:
                 self._copies.wait(stage.mark)
@@ -115,7 +115,7 @@ class HostMap:
             stage.start, stage.stop = start, stop
 
     def _settle(self, stage: _Stage, count: int) -> None:
-        """Make ``stage`` ready to be filled with so many rows: its last copy done, its buffer large enough."""
+        """Make ``stage`` ready for so many rows: wait for its last copy, and enlarge its buffer if needed."""
         if stage.mark is not None:
             self._copies.wait(stage.mark)
         if stage.buffer is None or len(stage.buffer) < count:
@@ -123,7 +123,7 @@ class HostMap:
             stage.buffer = torch.empty((count, *self._shape[1:]), dtype=self._dtype, device=self._device)
 
     def _move(self, start: int, rows: torch.Tensor, *, to_host: bool) -> None:
-        """Copy rows of the map, across the borders of its chunks."""
+        """Copy rows between host and device, across the borders of the map's chunks."""
         done = 0
         while done < len(rows):
             chunk, at = divmod(start + done, self._chunk)

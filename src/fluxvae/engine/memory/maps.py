@@ -22,9 +22,9 @@ class Maps:
         """Prepare to hand out memory; nothing is allocated before `begin`.
 
         Args:
-            arena_bytes: what the plan says that maps and scratch need together.
-            dtype: the one that is computed in.
-            trims: between two sweeps, the C library's heap gives back what it holds free.
+            arena_bytes: the bytes that maps and scratch need together, as the plan says.
+            dtype: the dtype that is computed in.
+            trims: whether the C library's heap gives back what it holds free between two sweeps.
         """
         self._bytes, self._spill, self._trims = arena_bytes, spill, trims
         self._device, self._dtype = device, dtype
@@ -32,7 +32,7 @@ class Maps:
         self._open: list[Store] = []
 
     def begin(self) -> None:
-        """Make a fresh arena for an image: what the last one's sweeps touched is not resident during its first."""
+        """Make a fresh arena for an image, so that what the last image's sweeps touched is not resident any more."""
         self._arena = Arena(0, self._device)
         self._arena = Arena(self._bytes, self._device)
 

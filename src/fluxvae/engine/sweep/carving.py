@@ -1,4 +1,4 @@
-"""What one sweep needs: the maps it passes over, its blocks of scratch, its kernel calls. No PyTorch in here.
+"""What one sweep needs: the maps it passes over, its blocks of scratch, its kernel calls. PyTorch is not imported.
 
 A layer describes each of its sweeps by one `Sweep`. The planner counts that description (`Sweep.step`), and
 `fluxvae.engine.sweep.sweep` carves its scratch and runs by the very same one, so that what is counted and what is done
@@ -30,7 +30,7 @@ class State:
 
     place: Place
     base: Place = "memory"
-    """Where the smaller map is that the current one is computed from, if it is ``recompute``."""
+    """Where the smaller map is that the current one is computed from, if the current one's place is ``recompute``."""
     pending: Conv | None = None
     """What computes the current map from that smaller one: the convolution of an enlargement that was not stored."""
 
@@ -103,9 +103,9 @@ class Sweep:
     stage: Stage
     """The convolution for whose result the sweep is run."""
     feeds: tuple[Stage, ...] = ()
-    """What computes that convolution's input from the stored map, in order. Nothing: it is stored itself."""
+    """The convolutions that compute that one's input from the stored map, in order; none if it is stored itself."""
     residual_feeds: tuple[Stage, ...] = ()
-    """What computes the residual from a stored map, in order."""
+    """The convolutions that compute the residual from a stored map, in order."""
     shortcut: Stage | None = None
     """A 1x1 convolution that the residual goes through."""
     buffer: Shape | None = None

@@ -98,10 +98,10 @@ class Run:
         Args:
             store: the rows that the sweep starts from.
             out: where the result goes; None: nowhere, only its statistics are wanted. It may be ``residual`` itself.
-            affines: of every norm in the sweep.
-            residual: the rows that are added, or that what is added is computed from.
+            affines: the affine of every norm in the sweep.
+            residual: the rows that are added, or from which that is computed what is added.
             scale: what the sum is divided by.
-            statistics: those of the result are wanted.
+            statistics: whether those of the result are wanted.
 
         Returns:
             The statistics of the result, or none.
@@ -146,7 +146,7 @@ class Run:
                 rows = buffer[: stop - start]
             residual = None
             if added is not None:
-                # Without staging only the number of rows matters: the stream answers with a view.
+                # Without a buffer, only the number of rows matters, since the stream answers with a view.
                 residual = added.take(rows if staging is None else staging[: stop - start])
                 if projection is not None:
                     assert staging is not None

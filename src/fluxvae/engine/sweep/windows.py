@@ -52,13 +52,13 @@ class Window:
         height: int,
         work: torch.Tensor,
     ) -> None:
-        """A window over a map that starts above its first row.
+        """Make a window over a map. It starts above the map's first row.
 
         Args:
             source: the map's rows.
-            affine: what they go through on their way in, with SiLU; None: they enter as they are.
-            buffer: (rows + 2, width, channels) of scratch, for blocks of so many rows.
-            height: of the map.
+            affine: what rows go through on their way in, with SiLU after it; None lets them in as they are.
+            buffer: scratch of (rows + 2, width, channels), for blocks of so many rows.
+            height: the height of the map.
             work: the kernels' scratch.
         """
         self._kernels, self._source, self._affine, self._work = kernels, source, affine, work
@@ -68,13 +68,13 @@ class Window:
         self.span = (0, 0)
 
     def advance(self) -> torch.Tensor | None:
-        """The next block's (n+2, width, channels), or None at the end; `span` is then its rows (start, stop)."""
+        """The next block (n + 2, width, channels), whose rows `span` then says as (start, stop); None at the end."""
         start, stop = self._next, min(self._next + self._rows, self._height)
         if start == stop:
             return None
         if start == 0:
             self._buffer[0].zero_()
-        else:  # row by row: with blocks of one row the two ranges overlap
+        else:  # row by row, because with blocks of one row the two ranges overlap
             self._buffer[0].copy_(self._buffer[self._rows])
             self._buffer[1].copy_(self._buffer[self._rows + 1])
         need = min(stop + 1, self._height)

@@ -1,9 +1,10 @@
-"""Exact attention of one wide head on a CPU: float32, softmax online, the scores never stored beyond a few keys.
+"""Exact attention of one wide head on a CPU, in float32.
 
-Keys and values are the same rows here, the normalised map (`TorchKernels.attend` says why), and both products read it
-where it lies. Everything is transposed: vectors lie along the queries, NR of them in a panel, so a softmax over keys
-goes from row to row and no vector is ever summed up or shuffled. The result of a query is one chain of operations in a
-fixed order, whoever computes it and whatever other queries there are.
+The softmax is computed online, so that only the scores of a few keys are stored at a time. Keys and values are the same
+rows here, those of the normalised map (`TorchKernels.attend` says why), and both products read them where they lie.
+Everything is transposed: a vector holds the same channel of several queries, NR of which make a panel. A softmax over
+the keys then goes from row to row, and no vector ever has to be summed up or shuffled. The result of a query is one
+chain of operations in a fixed order, whichever thread computes it and whatever other queries there are.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 Compiled by Numba, without the GIL. Addresses and strides are in bytes.
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "79bc1044b6260727"
+VECTOR_CODE = "b14db06ce00dbfb1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 2
-"""Panels of queries in a task. With more, the map is read less often, but they do not stay in the L2 cache: four are
-as fast as two, and one is a tenth slower."""
+"""How many panels of queries a task has. With more panels the map is read less often, but they do not all stay in the
+L2 cache: four were measured to be as fast as two, and one to be a tenth slower."""
 KEYS = 384
-"""Keys between two corrections of the sums for a new maximum. Their products are added in one chain, and the rounding
-error of a chain grows with the square root of its length."""
+"""How many keys are gone through before the sums are corrected for a new maximum. The products of so many keys are
+added in one chain, and the rounding error of a chain grows with the square root of its length."""
 CHAIN = 64
-"""Products of a score added one after the other, see `winograd_loops.CHAIN`."""
+"""How many products of a score are added one after the other, for the reason that `winograd_loops.CHAIN` gives."""
 ROW = NR * 4
 """The bytes of one row of a panel, which has NR queries."""
 
@@ -255,7 +256,7 @@ def padded_queries(count: int) -> int:
 
 
 def attention_bytes(count: int, channels: int) -> int:
-    """Bytes of `attention`'s workspace for so many queries: 0.36 MB at 512 channels for each thread that finds work."""
+    """Bytes of `attention`'s workspace for so many queries; at 512 channels 0.36 MB for each thread that finds work."""
     return _workers(padded_queries(count) // NR) * _scratch_bytes(channels)
 
 
@@ -269,10 +270,15 @@ def _scratch_bytes(channels: int) -> int:
 
 
 def attention(queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: torch.Tensor, work: torch.Tensor) -> None:
-    """``out = softmax(scale * queries tokens^T) tokens``, contiguous float32, whole vectors of channels.
+    """Compute ``out = softmax(scale * queries tokens^T) tokens`` in float32.
 
-    ``queries``, ``out`` (n, channels), n as `padded_queries` has it, the padding arbitrary; ``tokens`` (keys,
-    channels); ``work``: flat uint8, `attention_bytes`. Not a number where a score is none, or infinite.
+    A result is NaN where one of its scores is NaN or infinite.
+
+    Args:
+        queries, out: (n, channels), contiguous, with whole vectors of channels; n is what `padded_queries` gives, and
+            the rows that were added may hold anything.
+        tokens: (keys, channels), contiguous.
+        work: flat uint8 scratch of `attention_bytes`.
     """
     count, channels = queries.shape
     factor = np.full(1, scale, np.float32)

@@ -1,4 +1,4 @@
-"""What the kernels of `winograd` cost, and which of them a call goes to. No torch in here."""
+"""What the Winograd kernels cost, and which of them computes a call. This module does not import PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluxvae.engine.kernels.direct.costs import DirectCosts
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
 
 LEAST_PIXELS = 1024
-"""Of a map: below, transforming the weights takes longer than the multiplications it saves."""
+"""Maps of fewer pixels do not go by Winograd: transforming the weights would take longer than it saves."""
 
 
 class WinogradCosts(DirectCosts):
@@ -25,7 +25,7 @@ class WinogradCosts(DirectCosts):
     row_multiple = 6
 
     def macs(self, call: Call) -> int:
-        """Multiply-adds of one call. Those of the transforms are not counted."""
+        """The multiply-adds of one call, without those of the transforms."""
         if not _applies(call):
             return super().macs(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
@@ -44,7 +44,7 @@ class WinogradCosts(DirectCosts):
         return transformed_bytes(call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: weights cast to float32; or statistics and the threads' small buffers."""
+        """Bytes outside the arena: weights that are cast to float32, or statistics and the threads' small buffers."""
         if few(call.kind, call.cin, call.cout, call.itemsize) or _attends(call):
             return 0
         if not _applies(call):
@@ -54,7 +54,7 @@ class WinogradCosts(DirectCosts):
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
 
     def workspace(self, call: Call) -> int:
-        """Arena bytes: every thread's transformed tiles and products; attention's results, sums and scores."""
+        """Bytes of the arena: each thread's transformed tiles and products, or attention's results, sums and scores."""
         if few(call.kind, call.cin, call.cout, call.itemsize):
             return 0
         if _attends(call):
@@ -63,19 +63,19 @@ class WinogradCosts(DirectCosts):
         if not _applies(call):
             return super().workspace(call)
         cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        # The last block of a map has fewer tiles, which may make longer runs, and wider slices: room for the longest.
+        # The last block of a map has fewer tiles, which may make longer runs and wider slices, so count the longest.
         run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
         return cut.workers * scratch_bytes(run, call.cin, -(-call.cout // NR))
 
 
 def _applies(call: Call) -> bool:
-    """Whether this layer of this map goes by Winograd: never a matter of how it is cut or of what memory there is."""
+    """Whether a call goes by Winograd. That depends on the layer and its map alone, never on blocks or on memory."""
     worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
     return call.kind in ("conv3", "up") and worthwhile and whole_vectors(call.cin, call.cout, call.itemsize)
 
 
 def _attends(call: Call) -> bool:
-    """Whether this is attention that `cpu_attention` computes."""
+    """Whether this is attention that `cpu.attention` computes."""
     return call.kind == "attend" and whole_vectors(call.cin, call.cout, call.itemsize)
 
 

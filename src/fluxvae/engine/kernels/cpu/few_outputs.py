@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
-VECTOR_CODE = "79bc1044b6260727"
+VECTOR_CODE = "b14db06ce00dbfb1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 OUTPUTS = 3
 PIXELS = 6 if REGISTERS == 32 else 3
-"""Pixels that are computed at once. Their 18 (or 9) accumulators use each weight that was loaded."""
+"""How many pixels are computed at once. Each weight that is loaded serves all of their 18 (or 9) accumulators."""
 
 
 def _pixels(count: int) -> Any:

@@ -1,4 +1,4 @@
-"""3x3 convolutions on a CPU with a fifth of the multiplications: Winograd's F(6, 3), float32, channels last.
+"""3x3 convolutions on a CPU with a fifth of the multiplications, by Winograd's F(6, 3) in float32, channels last.
 
 `winograd_loops` has the inner loops, `winograd_tasks` the order of work, `winograd_layer` the weights and the job of
 one convolution, and `threads` the threads. `row_tasks` has linear layers and passes over pixels, `attention` attention,
@@ -57,7 +57,7 @@ _log = logging.getLogger(__name__)
 
 _prepared = False
 PASS = 1 << 15
-"""How many values a task has that only passes over pixels."""
+"""How many values a task has that only passes over pixels, without a convolution."""
 
 
 class WinogradKernels(WinogradCosts, TorchKernels):
@@ -90,12 +90,13 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         return seconds
 
     def session(self) -> AbstractContextManager[None]:
-        """OpenMP's threads would spin in the way of ours after each of PyTorch's small operations."""
+        """A context without OpenMP's threads, which would spin in our way after each of PyTorch's operations."""
         return threads.alone()
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """The weights as the kernel wants them; for Winograd's, transformed in float64 and rounded once."""
-        # `loaded` knew the map's size and decided; room for the transformed weights is how this method is told.
+        """The weights as the kernel wants them. Those for Winograd are transformed in float64 and rounded once."""
+        # `loaded` decided by the map's size, which is not known here. Whether there is room for the transformed
+        # weights tells what it decided.
         if kind == "linear" and whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return linear_weights(*parameters(conv.module), into)
         if few(kind, conv.cin, conv.cout, dtype.itemsize):
@@ -108,7 +109,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """One pass, by our threads: PyTorch's would still be spinning when ours start."""
+        """Compute it in one pass by our threads, because PyTorch's would still be spinning when ours start."""
         channels = rows.shape[-1]
         if not whole_vectors(channels, channels, rows.element_size()):
             super().prologue(rows, affine, silu, out, work)
@@ -125,9 +126,9 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         threads.share(affine_rows, job, -(-pixels // run))
 
     def convolve(self, block: ConvBlock) -> Partial | None:
-        """By whichever kernel the weights were loaded for.
+        """Compute the block by the kernel that the weights were loaded for.
 
-        Our products serve 1x1 convolutions too, because those of MKL, of few rows, depend on the number of threads.
+        1x1 convolutions use our own products too, because MKL's depend on the number of threads where rows are few.
         """
         match block.weights:
             case Weights():
@@ -144,7 +145,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             return super().convolve(block)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """The four projections; the keys' the other way round, see `attend`."""
+        """The four projections. That of the keys is transposed, as `TorchKernels.attend` explains."""
         q, k, v, out = projections.q, projections.k, projections.v, projections.out
         if not whole_vectors(q.cin, q.cout, dtype.itemsize) or q.cin != q.cout:
             return super().load_attention(projections, dtype, into)
@@ -153,7 +154,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         return [linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
 
     def attend(self, block: AttentionBlock) -> Partial | None:
-        """As `TorchKernels.attend`, with our own products and softmax."""
+        """Compute it as `TorchKernels.attend` does, by our own products and softmax."""
         if not isinstance(block.weights[0], LinearWeights):
             return super().attend(block)
         q, k, v, o = block.weights

@@ -43,7 +43,7 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "79bc1044b6260727"
+VECTOR_CODE = "b14db06ce00dbfb1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
@@ -111,7 +111,7 @@ def linear_rows(job: LinearJob, counter: Any) -> None:
     while True:
         task = fetch_add(counter.ctypes.data)
         if task >= job.tasks:
-            gathered[0] = multiplied[0] = 0.0  # Numba frees an array after its last use by name; its address is none
+            gathered[0] = multiplied[0] = 0.0  # Numba frees an array after its last use, and sees no use of its address
             return
         first = task * job.run
         count = min(job.run, job.rows - first)

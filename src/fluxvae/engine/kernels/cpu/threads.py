@@ -1,8 +1,8 @@
 """Threads for compiled functions that release the GIL: as many as ``torch.get_num_threads()``, the caller among them.
 
-Neither Numba's own thread pool nor OpenMP: the one is not safe when several Python threads call it at once, the other's
-threads spin after each use and would compete with ours. Here a function takes tasks from a counter until none is left;
-helpers that find the pool busy, or come late, find nothing to do.
+Neither Numba's thread pool nor OpenMP's serves here: Numba's is not safe when several Python threads call it at once,
+and OpenMP's threads spin after each use and would compete with ours. Instead, every thread runs a function that takes
+tasks from a counter until none is left. Threads that come late, because the pool was busy, find nothing left to do.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def count() -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within, all of this Python thread's threads are ours, and PyTorch's operations use one.
+    """Leave all threads to our kernels: PyTorch's operations in this Python thread use one thread meanwhile.
 
-    OpenMP's threads spin for milliseconds after each operation, in the way of ours: measured, half of the CPU time of
-    a decode whose sweeps copy a row with PyTorch now and then.
+    OpenMP's threads spin for milliseconds after each operation, in the way of ours. That was measured to be half of the
+    CPU time of a decode whose sweeps copy a row with PyTorch now and then.
     """
     if getattr(_mine, "count", 0):
         yield
@@ -54,7 +54,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def pytorchs() -> Iterator[None]:
-    """Within `alone`: PyTorch's operations use all threads again, for long ones."""
+    """Inside of `alone`, let PyTorch's operations use all threads again, for operations that take long."""
     import torch
 
     ours = getattr(_mine, "count", 0)
@@ -68,7 +68,7 @@ def pytorchs() -> Iterator[None]:
 
 
 def run(function: Callable[[int], None], workers: int) -> None:
-    """Call ``function(worker)`` for workers 0 to workers - 1, worker 0 in this thread; returns when all are done.
+    """Call ``function(worker)`` for workers 0 to workers - 1, worker 0 in this thread, and return when all are done.
 
     Every worker takes tasks from a shared counter, so helpers that have not started when this thread has finished are
     not needed any more and are called off.

@@ -1,4 +1,4 @@
-"""Explicit vector code for Numba: functions of addresses, written in LLVM's vectors of the host's width.
+"""Explicit vector code for Numba: functions of addresses, in LLVM's vectors as wide as this machine's registers.
 
 Numba's own loop vectoriser neither keeps a block of products in registers nor vectorises a transform that reads and
 writes 64 streams. `vector_function` turns a Python function that writes LLVM code into one that compiled code calls;
@@ -60,7 +60,7 @@ VECTOR_BYTES = 4 * LANES
 
 def supported() -> str | None:
     """None where these kernels run well, else why they do not."""
-    told: Any = config  # it has its names from the environment, so that a type checker knows none
+    told: Any = config  # its attributes are made from the environment, so a type checker does not know them
     if told.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set, so that Numba compiles nothing"
     features = llvm.get_host_cpu_features()
@@ -69,7 +69,7 @@ def supported() -> str | None:
     if not (features.get("avx2") and features.get("fma")):
         return "this processor has no AVX2 with fused multiply-add"
     if told.CPU_NAME == "generic" and "+fma" not in (told.CPU_FEATURES or ""):
-        # Each multiply-add would be a call of the C library: the same bits, 40 times later.
+        # Each multiply-add would be a call of the C library, which takes 40 times as long for the same bits.
         return "NUMBA_CPU_NAME is 'generic', so that Numba compiles for a processor without fused multiply-add"
     return None
 
@@ -134,10 +134,10 @@ class Code:
         return self.b.call(function, arguments)
 
     def exp(self, t: ir.Value) -> ir.Value:
-        """exp(t), within 1 unit in the last place from -87 to 88; beyond, as there. NaN stays NaN.
+        """exp(t), within 1 unit in the last place from -87 to 88; t is clamped to that range, and NaN stays NaN.
 
-        exp(t) = 2**n exp(r) with n = round(t / ln 2) and |r| <= ln(2) / 2: there Taylor's polynomial of degree 7 is
-        exact to 6e-9.
+        exp(t) = 2**n exp(r) with n = round(t / ln 2) and |r| <= ln(2) / 2, where Taylor's polynomial of degree 7 is
+        off by 6e-9 at most.
         """
         b = self.b
         t = b.select(b.fcmp_ordered(">", t, self.const(88.0)), self.const(88.0), t)

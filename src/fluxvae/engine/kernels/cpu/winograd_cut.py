@@ -1,4 +1,4 @@
-"""How a Winograd call is cut into tasks, and what memory that takes. Integers only."""
+"""How a Winograd call is cut into tasks, and what memory that takes, in plain integers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ __all__ = [
 LINE = 64
 """The bytes of a cache line."""
 LEAST_RUN, MOST_RUN = 24, 48
-"""Tiles of a task. Few: every task reads all of its weights. Many: its transformed tiles leave L2."""
+"""How many tiles a task has. Every task reads all of its weights, which argues against few; and the transformed tiles
+of many would not stay in the L2 cache."""
 LEAST_SLICE = 128
-"""Output channels of a task, at least: every slice transforms its tiles again."""
+"""How many output channels a task has at least. More slices of fewer channels would transform their tiles too often."""
 SLICE_COST = 0.06
-"""About which part of its time a task takes longer for each further slice."""
+"""By which part of its time a task takes longer, about, for each further slice."""
 
 
 class Cut(NamedTuple):
-    """How a call is cut into tasks: by its layer and size alone, so that its statistics always add up alike."""
+    """How a call is cut into tasks: by layer and size alone, so that statistics are always added up alike."""
 
     across: int
     tiles: int
     run: int
     """How many tiles the longest run has."""
     units: int
-    """Runs of tiles, as equal as whole blocks of products allow: else the last would be short, and threads idle."""
+    """How many runs of tiles there are. They are as equally long as whole blocks of products allow, so that no thread
+    idles while another one finishes."""
     slices: int
-    """Every unit is so many tasks. (No sum depends on this one, so it may depend on the number of threads.)"""
+    """How many tasks each unit is split into. No sum depends on this, so it may depend on the number of threads."""
     panels: int
     """How many panels of NR output channels a slice has."""
     position_in: int
@@ -97,5 +99,5 @@ def scratch_bytes(run: int, cin: int, panels: int) -> int:
 
 
 def _odd_lines(nbytes: int) -> int:
-    """At least so many bytes, in an odd number of cache lines: 64 positions then lie in 64 different cache sets."""
+    """Round up to an odd number of cache lines, so that the 64 positions lie in 64 different cache sets."""
     return (-(-nbytes // LINE) | 1) * LINE

@@ -1,4 +1,4 @@
-"""One convolution by Winograd's F(6, 3): its weights, transformed, and the job that the tasks do."""
+"""One convolution by Winograd's F(6, 3): transforms its weights, and makes the job that the tasks do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
 
 def transformed(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> Weights:
-    """(cout, cin, 3, 3) transformed in float64 and rounded once; ``into``: `transformed_bytes` of uint8."""
+    """Transform weights (cout, cin, 3, 3) in float64 and round them once; ``into`` is `transformed_bytes` of uint8."""
     cout, cin = weight.shape[:2]
     weight = weight.float()
     kernel, channel, row, column = (4 * stride for stride in weight.stride())
@@ -53,7 +53,7 @@ def run(block: ConvBlock) -> Partial | None:
     cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
     cut = cut_tasks(kind, cin, cout, rows, width)
     row = out.shape[1] * cout * 4
-    # Threads that the work was not planned for, or that were added since, have no scratch.
+    # Threads that were added since the work was planned have no scratch.
     scratch = scratch_bytes(cut.run, cin, cut.panels)
     workers = min(cut.workers, work.numel() // scratch)
     if workers < 1:

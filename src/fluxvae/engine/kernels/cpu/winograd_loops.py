@@ -30,15 +30,16 @@ NR = 2 * LANES
 """How many output channels one register block of products has."""
 PIXELS = (0, 1, 2, 3, 4, 5, 6, 7)
 PIXELS_UP = (0, 1, 1, 2, 2, 3, 3, 4)
-"""Of the small map, the pixels under a tile of the nearest-2x map: its first input is the odd one of a pair, since
-tiles of 6 begin one pixel before an even position. So the large map need not exist."""
+"""Which pixels of the small map the inputs of a tile of the enlarged map are, so that the large map need not exist. A
+tile begins one pixel before an even position, so its first input is the second one of a pair of equal pixels."""
 CHAIN = 32
-"""Products added one after the other before their sum joins the total: rounding errors grow with the square root of a
-chain's length, so short chains make K = 512 as accurate as K = 64."""
+"""How many products are added one after the other before their sum joins the total. Rounding errors grow with the
+square root of a chain's length, so short chains make K = 512 as accurate as K = 64."""
 TILES = 12 if REGISTERS == 32 else 6
-"""Winograd tiles of one register block: 24 (12) accumulators, the rest for operands. Ends use a third or two of it."""
+"""How many tiles one register block of products has. It takes 24 (or 12) registers for the sums and leaves the rest to
+the operands. The end of a run takes one third or two thirds of a block."""
 THIRD = TILES // 3
-"""Runs of tiles are multiples of this: the products' smallest block."""
+"""How many tiles the smallest block of products has. The lengths of all runs but the last are multiples of this."""
 
 
 # -- the products --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "79bc1044b6260727"
+VECTOR_CODE = "b14db06ce00dbfb1"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 STEP = 6
@@ -50,7 +50,7 @@ class ConvJob(NamedTuple):
     src_row: int
     src_column: int
     src_rows: int
-    """Rows there are, halo included; outside of them and of the columns, zeros."""
+    """How many rows there are, halo included. Outside of these rows and of the columns, zeros are read."""
     src_columns: int
     cin: int
     dst: int
@@ -61,9 +61,9 @@ class ConvJob(NamedTuple):
     columns: int
     cout: int
     enlarge: int
-    """1: a convolution of the map; 2: of the map enlarged twice, nearest."""
+    """1 for a convolution of the map; 2 for one of the map enlarged twofold by its nearest pixels."""
     residual: int
-    """Address of the residual minus that of the output; -1: none."""
+    """The address of the residual minus that of the output; -1 if there is none."""
     weights: int
     """The address of the transformed weights, (positions, panels, cin, NR) float32."""
     position_weights: int
@@ -74,7 +74,7 @@ class ConvJob(NamedTuple):
     tiles_across: int
     tiles: int
     run: int
-    """Tiles of a task at most: as many THIRDs as the others, or one more."""
+    """How many tiles a task has at most. Tasks have equally many THIRDs of a register block, or one more."""
     units: int
     """How many runs of tiles there are."""
     tasks: int
@@ -110,10 +110,10 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     """Take tasks until none is left.
 
     Args:
-        factor_bias: (2, cout) float32: outputs are multiplied by the one, then the other is added.
-        stats: (3, tasks without slices, cout) float64, filled: count, mean, sum of squared deviations.
-        counter: (1,) int64, starting at 0.
-        worker: which scratch is this thread's.
+        factor_bias: (2, cout) float32. Outputs are multiplied by the first row, then the second is added.
+        stats: (3, units, cout) float64, which is filled with each unit's count, mean and sum of squared deviations.
+        counter: (1,) int64, which starts at 0.
+        worker: the number of this thread, which says what part of the scratch is its own.
     """
     lane_bytes = 4 * LANES
     transformed = job.scratch + worker * job.scratch_bytes
@@ -135,7 +135,7 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     while True:
         task = fetch_add(counter.ctypes.data)
         if task >= job.tasks:
-            patch[0] = 0.0  # Numba frees an array after its last use by name, and its address is no use of it
+            patch[0] = 0.0  # Numba frees an array after its last use, and does not see uses of its address
             return
         part = task % job.slices
         unit = task // job.slices
@@ -189,7 +189,7 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
             terms[2:5, c] = 0.0
         stats[:, unit, channel : channel + width] = 0.0
         pixels = 0
-        for t in range(-1, count):  # the first one's first pixel twice: it becomes the statistics' first shift
+        for t in range(-1, count):  # at -1 the first tile's first pixel, which becomes the statistics' first shift
             tile = first + max(t, 0)
             y = tile // job.tiles_across * STEP
             x = tile % job.tiles_across * STEP
@@ -234,13 +234,13 @@ class WeightsJob(NamedTuple):
     """The job of transforming one layer's weights."""
 
     src: int
-    """(cout, cin, 3, 3) float32, in any order, by the strides that follow."""
+    """The address of the weights (cout, cin, 3, 3), float32, which lie as the four strides that follow say."""
     kernel: int
     channel: int
     row: int
     column: int
     dst: int
-    """As `ConvJob.weights`; where a panel is wider than what is left of cout, arbitrary."""
+    """The address of the result, laid out as `ConvJob.weights`. Columns beyond cout hold arbitrary values."""
     cin: int
     cout: int
     position: int

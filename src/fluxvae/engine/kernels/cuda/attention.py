@@ -1,9 +1,9 @@
-"""Exact attention of one wide head in the Triton language: softmax online, the scores never stored.
+"""Exact attention of one wide head in the Triton language. The softmax is computed online, and scores are never stored.
 
-PyTorch's fused kernels for tensor cores stop at a head dimension of 256, the VAE's is 512; what
+PyTorch's fused kernels for tensor cores stop at a head dimension of 256, and the VAE's is 512. What
 `F.scaled_dot_product_attention` picks beyond that keeps its accumulator in memory. Here keys and values are the same
-rows (see `TorchKernels.attend`), so a block of them is loaded once for both products, and 64 queries' accumulators
-stay in registers.
+rows (`TorchKernels.attend` says why), so a block of them is loaded once for both products, and the accumulators of 64
+queries stay in registers.
 """
 
 from __future__ import annotations

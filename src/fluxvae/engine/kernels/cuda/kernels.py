@@ -1,14 +1,16 @@
 """Kernels for an NVIDIA GPU: cuDNN's convolutions, and one pass over memory between two of them.
 
-Per block of rows: `prologue` (affine, SiLU), cuDNN, then bias, residual, the upsample's interleaving and the block's
-statistics in one pass. Results stand in the arena, so that only cuDNN's own workspace is allocated beside it.
+Each block of rows goes through `prologue` (affine and SiLU), then through cuDNN, and then through one pass that adds
+bias and residual, puts an upsample's pixels in their places and gathers the block's statistics. Results stand in the
+arena, so that only cuDNN's own workspace is allocated beside it.
 
-Before they are used in a precision, all kernels are tried on the card (`self_test`). If they do not work there,
-`TorchKernels` serve, and `note` says so. These also do what is not covered here: float64, and layers whose rows of
-channels are not whole 16 bytes (the last, of three): the order of a sum may depend on the alignment of what is summed,
-and a block of rows may begin anywhere.
+Before the kernels are used in a precision, all of them are tried on the card (`self_test`). If they do not work there,
+`TorchKernels` serve instead, and `note` says so. `TorchKernels` also compute what these kernels do not cover: float64,
+and layers whose pixels are not a multiple of 16 bytes, such as the last one with its three channels. The order of a sum
+may depend on the alignment of what is summed, and a block of rows of such a map may begin at any address.
 
-Never TF32. Roundings: cuDNN's sum once, then once more with bias and residual; diffusers' round the bias as well.
+TF32 is never used. cuDNN's sum is rounded once, and once more after bias and residual were added; diffusers rounds
+after the bias as well.
 """
 
 from __future__ import annotations
@@ -37,10 +39,10 @@ class CudaKernels(TorchKernels):
     """cuDNN and the Triton language. On a CPU only in that language's interpreter, for tests."""
 
     name = "cuda"
-    fuse_chunk = 128  # launches cost more than the 13 MB of float64 that they take at 512 channels
+    fuse_chunk = 128  # fewer launches, for 13 MB of float64 at 512 channels
 
     def __init__(self, device: torch.device, *, unseen: bool = False) -> None:
-        """``unseen``: without a self-test, for the self-test itself."""
+        """``unseen`` makes kernels that are used without a self-test, for the self-test itself."""
         super().__init__(device)
         self._onednn = False  # as on a GPU, also where the interpreter stands for one
         self._unseen = unseen
@@ -63,20 +65,20 @@ class CudaKernels(TorchKernels):
         return self_test.note(self._device)
 
     def runtime_bytes(self, itemsize: int) -> int:
-        """Without cuBLAS's workspace where every product is cuDNN's, whose workspace is `overhead`."""
+        """As `DirectCosts`, but without cuBLAS's workspace where cuDNN computes every product."""
         whole = super().runtime_bytes(itemsize)
         return min(whole, ROUNDING_BYTES) if self._works(itemsize) else whole
 
     # -- what the planner asks ---------------------------------------------------------------------------------
 
     def loaded(self, call: Call) -> int:
-        """As `TorchKernels`; the projections always, in the layout that cuDNN wants."""
+        """As `DirectCosts`, but with the projections in any case, since cuDNN wants them in its own layout."""
         if call.kind == "attend" and self._covers(call):
             return 4 * call.cin * call.cin * call.itemsize
         return super().loaded(call)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: cuDNN's workspace; the summing of an upsample's kernels."""
+        """Bytes outside the arena: cuDNN's workspace, or what summing an upsample's kernels takes."""
         if not self._covers(call):
             return super().overhead(call)
         n, width, cin, cout, size = call.rows, call.width, call.cin, call.cout, call.itemsize
@@ -91,7 +93,7 @@ class CudaKernels(TorchKernels):
         return max(product, n * width * cin * (size + 4))  # PyTorch's result and its float32 accumulator
 
     def workspace(self, call: Call) -> int:
-        """Arena bytes during one call: cuDNN's result, and the statistics of every program."""
+        """Bytes of the arena during one call: cuDNN's result, and the statistics of every program."""
         if not self._covers(call) or call.kind == "linear":
             return super().workspace(call)
         pixels = call.rows * call.width
@@ -104,17 +106,17 @@ class CudaKernels(TorchKernels):
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def prepare(self) -> float:
-        """Compile the kernels for half precision, which most decodes are in, and try them; seconds it took."""
+        """Compile and try the kernels for half precision, which most decodes are in. Returns the seconds it took."""
         start = time.perf_counter()
         self._works(2)
         return time.perf_counter() - start
 
     def session(self) -> AbstractContextManager[None]:
-        """The Triton language launches on the current device, whatever its arguments are on."""
+        """A context in which this device is the current one, which is where the Triton language launches."""
         return self_test.on(self._device)
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """As `Moments.affine`, in one launch where that takes some thirty."""
+        """Compute `Moments.affine` in one launch instead of about thirty."""
         counts = moments.counts
         alike = all(count == counts[0] for count in counts[:-1])
         weight, bias = parameters(norm.module) if norm.learned else (None, None)
@@ -151,7 +153,7 @@ class CudaKernels(TorchKernels):
         return _finish(result, bias, block.residual, block.scale, block.out, block.statistics, work)
 
     def _interleaved(self, block: ConvBlock) -> Partial | None:
-        """As `TorchKernels`; both column phases of a row phase are put in their places in one pass."""
+        """An upsample as `TorchKernels` has it; one pass puts both column phases of a row phase in their places."""
         kernels, bias = block.weights
         n, width, channels = block.rows.shape[0] - 2, block.rows.shape[1], block.out.shape[2]
         result, work = _carve(block.work, block.out, (n, width + 1, 2 * channels))
@@ -166,7 +168,7 @@ class CudaKernels(TorchKernels):
         return Partial(2 * pixels, *passes.combine(parts, pixels, channels, 2))
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """As `TorchKernels`; the keys' projection turned around, see `attend` there."""
+        """As `TorchKernels`, with the keys' projection transposed, as `TorchKernels.attend` explains."""
         weights = super().load_attention(projections, dtype, into)
         cin, cout = projections.q.cin, projections.q.cout
         if not self._covers_channels(cin, dtype):
@@ -180,7 +182,7 @@ class CudaKernels(TorchKernels):
         return [(copy, bias) for copy, (_, bias) in zip(copies, weights, strict=True)]
 
     def attend(self, block: AttentionBlock) -> Partial | None:
-        """As `TorchKernels.attend`, within two results of the arena."""
+        """Compute it as `TorchKernels.attend` does, within two results that stand in the arena."""
         layer, out = block.projections, block.out
         channels, dtype = out.shape[-1], out.dtype
         if not self._covers_channels(channels, dtype):
@@ -217,7 +219,7 @@ class CudaKernels(TorchKernels):
 def _carve(
     work: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A result of out's dtype at the start of the workspace, and what is left of it."""
+    """A result of ``out``'s dtype at the start of the workspace, and what is left of the workspace."""
     shape = tuple(out.shape) if shape is None else shape
     nbytes = torch.Size(shape).numel() * out.dtype.itemsize
     return work[:nbytes].view(out.dtype).view(shape), work[aligned(nbytes) :]

@@ -1,11 +1,13 @@
 """The passes over memory between cuDNN's convolutions, in the Triton language (the compiler, not the server).
 
-Maps are channels last: (pixels, channels), contiguous. Arithmetic is float32, every stored value is rounded once.
-Statistics go in three steps whose order depends on the number of pixels alone: tiles of a program (mean, then squared
-deviations from it) merged in float32, one mean and one sum of squared deviations stored for each program, all of
-those combined in float64 by `_combine`.
+Maps are channels last: (pixels, channels), contiguous. All arithmetic is float32, and every stored value is rounded
+once.
 
-Offsets are 64-bit: a map of 16384x16384 latents has more than 2**31 values.
+Statistics are gathered in three steps, whose order depends on the number of pixels alone. A program takes the mean of
+each of its tiles, then the squared deviations from it, and merges its tiles in float32. It stores one mean and one sum
+of squared deviations. `_combine` combines those of all programs in float64.
+
+Offsets have 64 bits, because a map of 16384x16384 latents has more than 2**31 values.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ __all__ = ["affine", "combine", "finish", "interleave", "parts_bytes", "parts_pi
 
 _TILE_VALUES = 4096
 _TILES = 8
-"""Tiles of one program: 256 pixels of 128 channels; a block of 32 MB in half precision then makes 512 programs."""
+"""How many tiles a program has. It then has 256 pixels of 128 channels, and 32 MB of half precision 512 programs."""
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -54,7 +56,7 @@ def _finish(
         pixel = start + tl.arange(0, TILE)
         mask = (pixel[:, None] < pixels) & inside[None, :]
         if UP:
-            # Both column phases of one row phase: phase 1 stands one column further right, in the upper channels.
+            # `result` has both column phases of a row phase: phase 1 in the upper channels, one column further right.
             row, column = pixel // (2 * width), pixel % (2 * width)
             right = column % 2
             at = (row * (width + 1) + column // 2 + right)[:, None] * (2 * channels)
@@ -115,7 +117,7 @@ def _affine(
     means, m2s, weight, bias, scale, shift, blocks, each, last, eps, channels,
     WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One group of ``WIDTH`` channels: all blocks combined, then all its channels."""
+    """One group of ``WIDTH`` channels: combine all blocks of each channel, then all channels of the group."""
     own = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) * WIDTH + own
     inside = own < WIDTH
@@ -140,7 +142,7 @@ def _affine(
     apart = tl.where(inside, centre - whole, 0.0)
     variance = (tl.sum(tl.where(inside, m2, 0.0), 0) / pixels + tl.sum(apart * apart, 0)) / WIDTH
     factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float64) / tl.sqrt(variance + eps)
-    factor = tl.where(variance < float("inf"), factor, float("nan"))  # Inf would make it zero, which looks well
+    factor = tl.where(variance < float("inf"), factor, float("nan"))  # Inf would make it 0, which looks well
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float64) - whole * factor
     tl.store(scale + channel, factor.to(tl.float32), mask=inside)
     tl.store(shift + channel, offset.to(tl.float32), mask=inside)
@@ -165,7 +167,10 @@ def affine(
 
 
 def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor) -> None:
-    """``out = silu(rows * scale + shift)``; (..., C) contiguous, scale and shift (C,) float32; in place if asked."""
+    """Compute ``out = silu(rows * scale + shift)``, or without SiLU.
+
+    rows, out: (..., C) contiguous, possibly the same. scale, shift: (C,) float32.
+    """
     channels = rows.shape[-1]
     pixels = rows.numel() // channels
     tile, block = _cut(channels)
@@ -191,7 +196,7 @@ def finish(
     out: torch.Tensor,
     parts: torch.Tensor,
 ) -> None:
-    """``out = (result + bias + residual) / factor`` and the statistics of ``out`` in ``parts``.
+    """Compute ``out = (result + bias + residual) / factor``, and leave the statistics of ``out`` in ``parts``.
 
     result, residual, out: (..., C) contiguous, of one dtype; ``out`` may be either of the others. bias: (C,).
     parts: float32 scratch of `parts_bytes`.
@@ -207,7 +212,7 @@ def finish(
 
 
 def interleave(result: torch.Tensor, bias: torch.Tensor, phase: int, out: torch.Tensor, parts: torch.Tensor) -> None:
-    """Every other row of an enlarged map, from row ``phase``, and its statistics in its half of ``parts``.
+    """Write every other row of an enlarged map, from row ``phase`` on, and its statistics in its half of ``parts``.
 
     result: (n, W + 1, 2 C), the sums of the two column phases side by side; out: (2 n, 2 W, C); bias: (C,).
     parts: float32 scratch of `parts_bytes` of n * 2 W pixels in two phases.

@@ -1,9 +1,9 @@
-"""Whether the CUDA kernels work on a card: a small map goes through all of them before they are used in a precision.
+"""Tries the CUDA kernels on a card: a small map goes through all of them before they are used in a precision.
 
-What comes out is compared with the same by PyTorch's kernels in float64 on the CPU. If a kernel does not compile, does
-not launch or is wrong, none of them is used on that card in that precision: never a wrong image, and the plan says what
-serves instead and why. The first time takes seconds (the compiled kernels are kept in ``~/.triton``), later ones a
-fraction of one.
+The results are compared with those of PyTorch's kernels in float64 on the CPU. If a kernel does not compile, does not
+launch or gives a wrong result, none of them is used on that card in that precision, so that there is never a wrong
+image; the plan says what serves instead and why. The first trial takes seconds, because the kernels are compiled and
+kept in ``~/.triton``; later ones take a fraction of a second.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROWS, _WIDTH = 9, 31
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 _faults: dict[tuple[str, int], str] = {}
-"""By device and bytes of a value: what is wrong with the kernels; "" is nothing."""
+"""What is wrong with the kernels, by device and bytes of a value; "" where nothing is."""
 
 
 def on(device: torch.device) -> AbstractContextManager[None]:
@@ -42,7 +42,7 @@ def on(device: torch.device) -> AbstractContextManager[None]:
 def fault(device: torch.device, itemsize: int, make: Callable[[], Kernels]) -> str:
     """What is wrong with the kernels on ``device`` for values of so many bytes, in a line; "" if they work.
 
-    It is found out once in a process. ``make`` makes the kernels, to be used unseen.
+    It is found out once in a process. ``make`` makes kernels that do not ask for a self-test themselves.
     """
     with _lock:
         key = str(device), itemsize
@@ -57,7 +57,7 @@ def fault(device: torch.device, itemsize: int, make: Callable[[], Kernels]) -> s
 
 
 def note(device: torch.device) -> str:
-    """In what precision the kernels were tried on ``device`` and are not used, and why; "" is nothing."""
+    """In which precisions the kernels were tried on ``device`` and are not used, and why; "" where there are none."""
     found = {itemsize: wrong for (key, itemsize), wrong in _faults.items() if key == str(device) and wrong}
     return "; ".join(
         f"PyTorch's own operations serve in {' and '.join(_name(dtype) for dtype in _DTYPES[itemsize])}: {wrong}"
@@ -79,11 +79,11 @@ def _tried(device: torch.device, itemsize: int, make: Callable[[], Kernels]) -> 
 
 
 def _compare(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> None:
-    """Raise ArithmeticError if what comes out is further from float64 than rounding takes it."""
+    """Raise ArithmeticError if a result is further from that in float64 than rounding can take it."""
     found = _walk(kernels, device, dtype, dtype)
     expected = _walk(TorchKernels(_CPU), _CPU, dtype, torch.float64)
     for (name, values, partial), (_, true, _) in zip(found, expected, strict=True):
-        # Four units in the last place of values as large as the largest: an error of logic is far beyond.
+        # Four units in the last place of the largest value. An error of logic would be far larger.
         allowed = max(4 * torch.finfo(values.dtype).eps * float(true.abs().max()), 1e-4)
         _agree(f"{name} in {_name(dtype)}", values, true, allowed)
         if partial is not None:
@@ -102,10 +102,10 @@ def _agree(what: str, found: torch.Tensor, expected: torch.Tensor, allowed: floa
 def _walk(
     kernels: Kernels, device: torch.device, drawn: torch.dtype, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor, Partial | None]]:
-    """Use every kernel once; each result with its name and its statistics.
+    """Use every kernel once, and yield each result with its name and its statistics.
 
-    Every kernel starts from values of its own, rounded to ``drawn`` and then taken as ``dtype``: an error of one does
-    not show in another.
+    Every kernel starts from random values of its own, so that an error of one does not show in another. The values are
+    rounded to ``drawn`` first, so that they are the same in every ``dtype``.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
 

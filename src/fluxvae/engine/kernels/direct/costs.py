@@ -8,13 +8,13 @@ from fluxvae.engine.calls import Call
 __all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts"]
 
 GPU_BLOCK_VALUES = 1 << 23
-"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks have fewer launches, smaller ones leave
-more of a tight limit to the maps: docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
+"""Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks take fewer launches, and smaller ones
+leave more of a tight limit to the maps. docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
 CUBLAS_BYTES = 32 << 20
-"""cuBLAS's workspace on Hopper, which PyTorch allocates once per stream; 8 MiB on other cards."""
+"""Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
 ROUNDING_BYTES = 4 << 20
-"""PyTorch's allocator on a GPU leaves up to 1 MiB of a free block with what it hands out: the arena, the image, cuDNN's
-workspace, a spilled map's rows on their way."""
+"""Bytes that PyTorch's allocator on a GPU may hand out beyond what was asked for: up to 1 MiB for each of the arena,
+the image, cuDNN's workspace and the rows of spilled maps on their way."""
 
 
 class DirectCosts:
@@ -23,7 +23,7 @@ class DirectCosts:
     name = "torch"
     row_multiple = 1
     fuse_chunk = 16
-    """Output channels whose kernels are summed at a time: bounds the float64 temporaries to about 1 MB."""
+    """How many output channels' kernels are summed at a time, so that the float64 temporaries stay at about 1 MB."""
 
     def __init__(self, device_type: str, *, instead: str = "") -> None:
         """``instead``: why these kernels serve where faster ones were meant to, which plans print."""
@@ -44,7 +44,7 @@ class DirectCosts:
 
     @property
     def stages_spills(self) -> bool:
-        """Whether rows of spilled maps are held on the device on their way: on a GPU. Files are read into place."""
+        """Whether rows of spilled maps are held on the device on their way, as on a GPU. Files are read into place."""
         return self._device_type != "cpu"
 
     def runtime_bytes(self, itemsize: int) -> int:
@@ -63,14 +63,17 @@ class DirectCosts:
         return pixels * (2 * call.tokens * call.cin + 4 * call.cin * call.cin)
 
     def loaded(self, call: Call) -> int:
-        """Arena bytes of weights: a channels-last copy, the summed kernels, projections only where they are cast."""
+        """Bytes of the arena for weights: a channels-last copy, or an upsample's summed kernels.
+
+        The weights of projections and other 1x1 convolutions are only copied where they are cast.
+        """
         taps = {"conv3": 9, "up": 16, "linear": 1, "attend": 4}[call.kind]
         if call.kind in ("linear", "attend") and not call.cast:
             return 0
         return taps * call.cin * call.cout * call.itemsize
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena during one call: PyTorch's result, oneDNN's reordered weights."""
+        """Bytes outside the arena during one call, for PyTorch's result and oneDNN's reordered weights."""
         pixels = call.rows * call.width
         if call.kind == "conv3":
             return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
@@ -84,7 +87,7 @@ class DirectCosts:
         return 4 * pixels * call.cin * call.itemsize + packed
 
     def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
-        """The result and the reordered weights; channels first, the input in oneDNN's blocks as well."""
+        """Bytes of the result and the reordered weights and, channels first, of the input in oneDNN's own order."""
         blocked = rows * call.width * call.cin if self._first(call.itemsize) else 0
         return (blocked + out + weights) * call.itemsize
 
@@ -93,7 +96,7 @@ class DirectCosts:
         return self._onednn and itemsize == 4 and not self.channels_last
 
     def workspace(self, call: Call) -> int:
-        """Arena bytes during one call: the block once more in the accumulation dtype, for statistics and prologue."""
+        """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue."""
         pixels = call.rows * call.width * (4 if call.kind == "up" else 1)
         wide = max(4, call.itemsize)
         moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0
@@ -101,5 +104,5 @@ class DirectCosts:
             return max(moments, (call.rows + 2) * call.width * call.cin * call.itemsize)
         if call.kind == "up" or call.itemsize == wide:
             return moments
-        # Half precision runs the prologue in float32; a map's first brings one row more than a block has.
+        # In half precision the prologue computes in float32. That of a map's first block has one row more than a block.
         return max(moments, (pixels + call.width) * call.cin * wide)

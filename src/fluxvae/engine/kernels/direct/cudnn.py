@@ -2,7 +2,8 @@
 
 ``torch.backends.cudnn`` has one `allow_tf32`, `benchmark` and `deterministic` for all threads, and a pipeline in
 another thread may want others. The operator behind `F.conv2d` takes them as arguments, so nothing is set and nothing
-has to be restored: no TF32, no timing of algorithms (its winner changes from run to run), deterministic ones only.
+has to be restored. It never uses TF32, takes deterministic algorithms only, and does not choose them by timing, because
+the fastest one changes from run to run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def available(device: torch.device) -> bool:
 
 
 def convolve(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Stride 1, zeros left and right of a kernel wider than one, none above and below; no bias.
+    """Convolve with stride 1 and without bias; a 3x3 kernel sees zeros left and right of the rows, none above or below.
 
     Args:
         rows: (n, W, cin) contiguous, CUDA (any device for tests of what is built on this).

@@ -1,12 +1,14 @@
-"""Direct kernels made of ordinary PyTorch calls: any device, float32, bfloat16, float16 (and float64 for tests).
+"""Direct kernels, made of ordinary PyTorch calls, for any device and float32, bfloat16, float16 (float64 in tests).
 
-Roundings: diffusers rounds a half-precision map after GroupNorm and again after SiLU; here affine and SiLU run in
-float32 and round once. Convolutions, residual additions and projections round where diffusers' do.
+Where values are rounded: diffusers rounds a half-precision map after GroupNorm and again after SiLU. Here affine and
+SiLU are computed in float32 and rounded once. Convolutions, residual additions and projections round where diffusers'
+do.
 
-Layout: on a CPU, oneDNN's channels-last float32 convolution adds all 9*cin products of a value in one chain, its
-channels-first one in blocks: the error is 6.1e-7 against 2.2e-7 (128 channels, values near 1), the time the lesser.
-diffusers runs the one that suits the model's memory format, and so do these kernels: channels first a block is turned
-around in cache on its way in. Half-precision blocks and other devices stay channels last.
+How blocks are laid out: on a CPU, oneDNN's float32 convolution adds all 9*cin products of a value in one chain when the
+block is channels last, and in several shorter ones when it is channels first. That makes an error of 6.1e-7 against
+2.2e-7 (128 channels, values near 1), and the latter is slower. diffusers runs the one that suits the memory format of
+the model, and so do these kernels: for channels first, a block is transposed in cache on its way in. Half-precision
+blocks, and blocks on other devices, stay channels last.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class TorchKernels(DirectCosts):
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The weights' own; float32 for half precision where a CPU has no arithmetic for it.
+        """The dtype of the weights, or float32 for half precision where a CPU has no arithmetic for it.
 
-        PyTorch's convolution would unfold every block then, ninefold, and take a hundred times as long.
+        There PyTorch's convolution would unfold every block to nine times its size and take a hundred times as long.
         """
         return stored if onednn.computes_directly(stored, self._device) else torch.float32
 
@@ -54,11 +56,11 @@ class TorchKernels(DirectCosts):
         return nullcontext()
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
-        """Computed by PyTorch's operations in float64."""
+        """The scale and shift, computed by PyTorch's operations in float64."""
         return moments.affine(norm, dtype, checks)
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
-        """As diffusers computes it, channels first, except where cuDNN does it."""
+        """Compute it channels first as diffusers does, except where cuDNN computes it."""
         weight, bias = parameters(conv.module)
         weight, bias = weight.to(latents.dtype), None if bias is None else bias.to(latents.dtype)
         if cudnn.available(latents.device):
@@ -77,13 +79,13 @@ class TorchKernels(DirectCosts):
             if weight.dtype != dtype:
                 weight = _carve(into, weight.shape, dtype).copy_(weight)
             return weight, bias
-        # One layout always: the layout of the weights is part of what oneDNN and cuDNN choose an algorithm by.
+        # The layout is always the same, since oneDNN and cuDNN choose an algorithm by the layout of weights too.
         return self._weight(into, weight.shape, dtype).copy_(weight), bias
 
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Affine and SiLU, computed in float32 at least and rounded once."""
+        """Compute affine and SiLU in float32 at least, and round once."""
         if affine is None:
             if rows.data_ptr() != out.data_ptr():
                 out.copy_(rows)
@@ -101,7 +103,7 @@ class TorchKernels(DirectCosts):
         out.copy_(wide)
 
     def convolve(self, block: ConvBlock) -> Partial | None:
-        """By PyTorch's operations; the residual is added on the way out."""
+        """Compute the block by PyTorch's operations; the residual is added as the result is stored."""
         if block.kind == "linear":
             self._linear(block)
             return None
@@ -118,7 +120,7 @@ class TorchKernels(DirectCosts):
             block.out.copy_(result)
         else:
             torch.add(result, block.residual, out=block.out)
-        del result  # before anything small is allocated: that would take its place, and the next result another
+        del result  # now, or something small would be allocated in its place, and the next result elsewhere
         if block.scale != 1.0:
             block.out.div_(block.scale)
 
@@ -152,15 +154,16 @@ class TorchKernels(DirectCosts):
         return [self.load(conv, "linear", dtype, part) for conv, part in zip(convs, into.chunk(4), strict=False)]
 
     def attend(self, block: AttentionBlock) -> Partial | None:
-        """One head: the normalised map n is keys and values at once, so neither projection is ever stored.
+        """Attend with one head, for which the normalised map n serves as keys and values at once.
 
-        q . (Wk n + bk) = (q Wk) . n + constant, and softmax does not see a constant per query; the weights of a row
-        sum to one, so sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
+        Neither projection of n is ever stored. For the keys, q . (Wk n + bk) = (q Wk) . n + constant, and softmax does
+        not change with a constant per query. For the values, the weights of a query sum to one, and therefore
+        sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
         """
         (wq, bq), (wk, _), (wv, bv), (wo, bo) = block.weights
         layer, out, tokens = block.projections, block.out, block.tokens[None, None]
         if self._device.type == "cpu":
-            trim_heap()  # else results may come to lie beside the last call's, as in `onednn.HEAP_BYTES`
+            trim_heap()  # or results may come to lie beside those of the last call, as `onednn.HEAP_BYTES` explains
         flat = block.queries.view(1, -1, block.queries.shape[-1])
         q = F.linear(F.linear(flat, wq, bq), wk.t())
         mixed = F.scaled_dot_product_attention(q[None], tokens, tokens, scale=layer.softmax_scale)[0]
@@ -178,7 +181,7 @@ class TorchKernels(DirectCosts):
     def _conv(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
     ) -> torch.Tensor:
-        """Rows to rows: zero padding left and right, none above and below."""
+        """Convolve rows, with zeros left and right of them and none above or below."""
         if cudnn.available(rows.device):
             result = cudnn.convolve(rows, weight)
             return result if bias is None else result.add_(bias)
@@ -197,7 +200,7 @@ class TorchKernels(DirectCosts):
         return _carve(into, torch.Size((cout, height, width, cin)), dtype).permute(0, 3, 1, 2)
 
     def _subpixel(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, into: torch.Tensor) -> Any:
-        """Per row phase one (2*cout, cin, 2, 2) kernel, column phases one after the other; summed in float64."""
+        """One (2*cout, cin, 2, 2) kernel for each row phase, with its two column phases one after the other."""
         cout, cin = weight.shape[:2]
         shape = torch.Size((2 * cout, cin, 2, 2))
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]

@@ -10,17 +10,19 @@ from fluxvae.engine.memory.heap import trim_heap
 __all__ = ["computes_directly", "convolve"]
 
 HEAP_BYTES = 1 << 20
-"""A convolution of more than this, weights included, has the heap trimmed first, on a CPU. PyTorch asks for aligned
-memory, and glibc (before 2.38) often cannot put an aligned block where one of the same size was freed: what one call
-took stayed resident beside what the next took, 13 MB at the most. Costs 22 % of a decode's time, 10 % in bfloat16."""
+"""Before a convolution on a CPU that takes more bytes than this, weights included, the heap is trimmed. PyTorch asks
+for aligned memory, and glibc before 2.38 often cannot put an aligned block where one of the same size was freed. What
+one call took then stayed resident beside what the next one took, 13 MB at the most. Trimming takes 22 % of a decode's
+time, and 10 % in bfloat16."""
 
 _ONEDNN_HAS = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
 
 
 def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch convolves this dtype there in its fast way: all but what oneDNN has no code for on this CPU.
+    """Whether PyTorch has fast convolutions of this dtype there; on a CPU, whether oneDNN has code for it.
 
-    float16 needs AVX512-FP16 or AMX, bfloat16 AVX-512. Without, a convolution takes over a hundred times as long.
+    float16 needs AVX512-FP16 or AMX, and bfloat16 AVX-512. Without them, a convolution takes over a hundred times as
+    long.
     """
     if device.type != "cpu" or dtype not in _ONEDNN_HAS:
         return True
@@ -29,7 +31,7 @@ def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def convolve(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Stride 1, zeros left and right, none above and below.
+    """Convolve with stride 1 and with zeros left and right of the rows, none above or below.
 
     Args:
         image: (1, cin, n, W), any memory format; float32 in the weight's.
@@ -39,6 +41,6 @@ def convolve(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         trim_heap()
     if image.dtype != torch.float32:
         return F.conv2d(image, weight, bias, padding=(0, 1))
-    # F.conv2d leaves oneDNN for small blocks when there is one thread: the same image would change its last bits.
+    # With one thread, F.conv2d does not use oneDNN for small blocks, which would change the image's last bits.
     blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
     return blocked

@@ -1,7 +1,8 @@
-"""Nearest-2x enlargement and a 3x3 convolution as four 2x2 convolutions of the small map: their kernels.
+"""The kernels of the four 2x2 convolutions of a small map that a 3x3 convolution of the enlarged map amounts to.
 
-The three taps of a large pixel with phase 0 (even) see the small pixels i-1, i and i, those with phase 1 i, i and i+1:
-taps that see the same one are added. That is 2.25 times fewer multiplications, and no large map in between.
+Of a large pixel with phase 0 (an even one), the three taps see the small pixels i-1, i and i; of one with phase 1, they
+see i, i and i+1. Taps that see the same pixel are added. That takes 2.25 times fewer multiplications, and there is no
+large map in between.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ __all__ = ["sum_kernels"]
 
 
 def sum_kernels(weight: torch.Tensor, kernels: list[torch.Tensor], chunk: int) -> None:
-    """Fill one (2*cout, cin, 2, 2) kernel per row phase, column phases one after the other; summed in float64.
+    """Sum the taps in float64, into one (2*cout, cin, 2, 2) kernel for each row phase.
 
     Args:
         weight: (cout, cin, 3, 3), any float dtype.
-        kernels: both row phases', any dtype and memory format, overwritten.
+        kernels: the kernels of both row phases, which are overwritten, in any dtype and memory format. Each has its two
+            column phases one after the other.
         chunk: output channels whose float64 sums are held at once.
     """
     cout = weight.shape[0]
