@@ -64,11 +64,32 @@ class Gateways:
     def stop(self) -> None:
         for server in self._servers.values():
             server.should_exit = True
-        for server in self._servers.values():
-            server.finished.result(TIMEOUT_S)  # type: ignore[attr-defined]
+        for url, server in self._servers.items():
+            try:
+                server.finished.result(TIMEOUT_S)  # type: ignore[attr-defined]
+            except TimeoutError as error:
+                raise AssertionError(f"the gateway at {url} did not end:\n{_still_open(server, self._loop)}") from error
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(TIMEOUT_S)
         self._loop.close()
+
+
+def _still_open(server: uvicorn.Server, loop: asyncio.AbstractEventLoop) -> str:
+    """Say what a server may be waiting for before it ends: its connections, and where the loop's tasks stand."""
+    lines = []
+    for connection in server.server_state.connections:
+        cycle: Any = connection.cycle  # type: ignore[union-attr]
+        asked = None if cycle is None else (cycle.scope["method"], cycle.scope["path"], cycle.response_complete)
+        transport: Any = connection.transport
+        unsent = transport.get_write_buffer_size()
+        lines.append(f"connection: asked {asked}, closing {transport.is_closing()}, {unsent} bytes unsent")
+    for task in asyncio.all_tasks(loop):
+        frames, awaited = [], task.get_coro()
+        while (frame := getattr(awaited, "cr_frame", None)) is not None:
+            frames.append(f"{frame.f_code.co_name}:{frame.f_lineno}")
+            awaited = awaited.cr_await  # type: ignore[union-attr]
+        lines.append(f"task: {' > '.join(frames)}")
+    return "\n".join(lines)
 
 
 def wait_until(condition: Callable[[], object], complaint: str, timeout_s: float = TIMEOUT_S) -> None:
