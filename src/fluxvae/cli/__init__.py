@@ -81,8 +81,8 @@ app.command(short_help="Serve other machines, with Triton and over HTTP.")(serve
 
 
 def main() -> None:
-    """The ``fluxvae`` command. Errors are one message and an exit status of the error table."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # what they warn of is not what was asked for
+    """Run the ``fluxvae`` command. An error is shown as one message, with the exit status of the error table."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their warnings are not what a user of this command asked for
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         app()
@@ -91,7 +91,7 @@ def main() -> None:
         errors().print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(status_of(error).exit_code)
     except OSError as error:
-        # Files that a command reads and writes are its own to explain; this is its standard output, which has no name.
+        # Where the error names a file, the command explains it. Standard output has no name, so it is told here.
         if error.filename is not None or error.errno not in _OUTPUT_FULL:
             raise
         told = f"the output cannot be written: {error.strerror}; free some space, or send it elsewhere"
@@ -101,6 +101,6 @@ def main() -> None:
 
 
 def _forget_output() -> None:
-    """Python flushes what is left when it ends, and would fail once more, with a message of its own."""
+    """Keep Python from flushing what is left of standard output at its end, which would fail again."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

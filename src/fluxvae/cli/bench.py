@@ -1,4 +1,4 @@
-"""``fluxvae bench``: how fast it is here."""
+"""``fluxvae bench`` measures how fast this machine decodes."""
 
 from __future__ import annotations
 

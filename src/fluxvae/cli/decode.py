@@ -1,4 +1,4 @@
-"""``fluxvae decode``: many latents to images, from the command line."""
+"""``fluxvae decode`` turns many files of latents into images."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 __all__ = ["SOME_FAILED", "STOPPED", "DecodeCommand", "decode"]
 
 SOME_FAILED = 6
-"""Exit status: the job is done, but not all of it gave images."""
+"""The exit status where the job is done, but some of its inputs gave no image."""
 STOPPED = 130
-"""Exit status: stopped by a signal, with something left to do."""
+"""The exit status where a signal stopped the job while something was left to do."""
 
 
 class DecodeCommand(TyperCommand):
-    """``--ray`` takes an address, or none: what follows it is one only if it looks like one."""
+    """Lets ``--ray`` stand with an address or alone: what follows it is an address only if it looks like one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer, with the address that ``--ray`` alone stands for filled in."""
+        """Parse arguments as typer does, after filling in the address that ``--ray`` alone stands for."""
         filled = []
         for index, word in enumerate(args):
             filled.append(word)
@@ -218,7 +218,7 @@ def decode(
         if ray is None:
             report = decode_files(job, watcher=watcher, stop=stop)
         else:
-            with contextlib.redirect_stdout(sys.stderr):  # Ray prints there what befell its processes
+            with contextlib.redirect_stdout(sys.stderr):  # Ray prints to standard output what happens to its processes
                 report = decode_files_on_ray(
                     job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop
                 )
@@ -259,7 +259,7 @@ def _watcher(as_json: bool) -> Iterator[Watcher]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM asks the job to stop; a second one interrupts it."""
+    """Let the first Ctrl-C or SIGTERM set an event that asks the job to stop, and a second one interrupt it."""
     stop = threading.Event()
 
     def ask(number: int, _: Any) -> None:

@@ -1,4 +1,4 @@
-"""What ``fluxvae decode`` shows: progress, the outlook of a dry run, the end."""
+"""What ``fluxvae decode`` shows: its progress, the outlook of a dry run, and a report at the end."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ __all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
 
 _FAILURES_SHOWN = 8
 _SHORT_S = 2.0
-"""Jobs that end sooner need no lines about their progress in a pipe."""
+"""A job that ends within so many seconds writes no lines about its progress into a pipe."""
 
 
 class ProgressView:
-    """A bar with rate and time left on a terminal; in a pipe a line for each tenth of a long job; nothing if quiet."""
+    """Shows a job's progress: on a terminal a bar with rate and time left, in a pipe a line for each tenth of the job.
+
+    With ``quiet`` it shows nothing.
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
@@ -62,7 +65,7 @@ class ProgressView:
             self._bar.start_task(self._task)
 
     def result(self, result: Result) -> None:
-        """Count one."""
+        """Count one item, and move the bar on."""
         self._done += 1
         if result.failure is None:
             self._pixels += result.item.pixels
@@ -86,12 +89,12 @@ class ProgressView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:  # elsewhere it never began, and ending it would print an empty line
+        if self._console.is_terminal:  # in a pipe the bar never began, and ending it would print an empty line
             self._bar.stop()
 
 
 def print_report(report: Report, checkpoint: str) -> None:
-    """The end of a job, in a few lines."""
+    """Say in a few lines what became of a job."""
     found = report.as_dict()
     counts = [f"{report.decoded} decoded"]
     counts += [f"{report.present} were there"] if report.present else []
@@ -114,14 +117,14 @@ def print_report(report: Report, checkpoint: str) -> None:
 
 
 def skipped_in_words(files: int) -> str:
-    """Why so many files give no image although nothing is wrong with them."""
+    """Return the words that say why so many files give no image although nothing is wrong with them."""
     return f"{files} files skipped: they hold what a text encoder gave, or a trainer's lists, and no latents"
 
 
 def print_failures(console: Console, report: Report) -> None:
-    """The first failures in full; all of them, where failures.jsonl could not take them."""
+    """Print the first failures in full, or all of them where failures.jsonl could not be written."""
     shown = report.failures if report.log_problem else report.failures[:_FAILURES_SHOWN]
-    soft_wrap = not console.is_terminal  # a line stays one in a pipe
+    soft_wrap = not console.is_terminal  # in a pipe, a long line must not become several
     for failure in shown:
         where = _shown(failure.source) + (f" row {failure.row}" if failure.row else "")
         told = Text.assemble(("failed ", "red"), f"{where}: {failure.message}")
@@ -137,7 +140,7 @@ def print_failures(console: Console, report: Report) -> None:
 
 
 def print_outlook(found: Estimate) -> None:
-    """What a job would do."""
+    """Say what a job would do."""
     console = Console(highlight=False)
     outlook = found.outlook
     counts = [f"{len(outlook.items)} to decode, {outlook.pixels / 1e6:.1f} megapixels"]
@@ -168,13 +171,13 @@ def print_outlook(found: Estimate) -> None:
 
 
 def _shown(folder: str) -> str:
-    """Short, where it is below the working directory."""
+    """Return a folder's path, relative to the working directory where it lies below that."""
     here = os.getcwd()
     return os.path.relpath(folder) if folder.startswith(f"{here}/") else folder
 
 
 def time_in_words(seconds: float) -> str:
-    """For people: ``"0.8 s"``, ``"4 min 10 s"``, ``"3 h 2 min"``."""
+    """Return a time as people read it: ``"0.8 s"``, ``"4 min 10 s"`` or ``"3 h 2 min"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""``fluxvae info``: what a checkpoint is."""
+"""``fluxvae info`` says what a checkpoint holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: options that mean the same everywhere, and how facts are shown."""
+"""What the commands share: the options that mean the same everywhere, and how facts are shown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = [
     "print_json",
 ]
 
-# Optional[...]: typer reads the annotations at run time, also under Python 3.10.
+# These use Optional[...] because typer reads annotations at run time, under Python 3.10 too.
 Checkpoint = Annotated[
     str,
     typer.Option(
@@ -93,19 +93,19 @@ AsJson = Annotated[
 
 
 def errors() -> Console:
-    """Standard error, as it is now: tests exchange it."""
+    """Return a console for standard error as it is now, because tests replace it."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def busy(what: str) -> Any:
-    """A sign of life on a terminal; nothing in a pipe."""
+    """Return a context that shows a sign of life on a terminal, and nothing in a pipe."""
     return errors().status(f"{what} ...")
 
 
 def print_facts(console: Console, facts: dict[str, str]) -> None:
-    """Names in one column, what they are in the other."""
+    """Print facts in two columns, their names in the first."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -115,5 +115,5 @@ def print_facts(console: Console, facts: dict[str, str]) -> None:
 
 
 def print_json(facts: dict[str, Any]) -> None:
-    """One line, for programs."""
+    """Print facts as one line of JSON, for programs."""
     typer.echo(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""``fluxvae plan``: what one decode would need, before it happens."""
+"""``fluxvae plan`` says what a decode would need before it happens."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def plan(
 
 
 def _size(words: list[str]) -> tuple[int, int]:
-    """Height and width: ``1024x768``, ``1024 768``, ``1024``."""
+    """Read height and width from ``1024x768``, ``1024 768`` or, where they are the same, ``1024``."""
     parts = re.split(r"[xX\u00d7*]", words[0]) if len(words) == 1 else words
     parts = [part.strip() for part in parts]
     if len(parts) not in (1, 2) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
@@ -147,6 +147,6 @@ def _size(words: list[str]) -> tuple[int, int]:
 
 
 def _coloured(where: str) -> str:
-    """What costs time stands out."""
+    """Colour where a map is kept, so that what costs time stands out."""
     colour = {"recompute": "yellow", "spill": "bold magenta"}.get(where)
     return f"[{colour}]{where}[/{colour}]" if colour else where

@@ -1,4 +1,4 @@
-"""``fluxvae serve``: Triton and the gateway, supervised."""
+"""``fluxvae serve`` starts Triton and the gateway, and keeps them running."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def serve(
 
     source = context.get_parameter_source("checkpoint")
     if model and source is not None and source.name == "ENVIRONMENT":
-        checkpoint = None  # options win over the environment: --model says all that is served
+        checkpoint = None  # options win over the environment, and --model says all that is served
     settings = ServeSettings(
         host=host,
         port=port,

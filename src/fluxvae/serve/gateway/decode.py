@@ -1,9 +1,8 @@
 """Answers a request of the ``remote_decode`` protocol with the image, or with an error.
 
 A request is checked in this order, so that bad input costs neither memory nor time: query and headers, announced
-    length,
-body, latents; only then Triton is asked. A JSON body is read before the query, because it may hold a part of it. When a
-client disconnects, its decode is cancelled.
+length, body, latents; only then Triton is asked. A JSON body is read before the query, because it may hold a part of
+it. When a client disconnects, its decode is cancelled.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""From the gateway to Triton over gRPC: one decode, a probe that proves readiness, facts for people, metrics.
+"""Asks Triton on behalf of the gateway, over gRPC: for decodes, for proof that it is ready, for facts and metrics.
 
-Not covered here: HTTP, and what a client may ask for (`fluxvae.serve.gateway.remote_decode`).
+HTTP is not covered here, nor is what a client may ask for (`fluxvae.serve.gateway.remote_decode`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fluxvae.serve.triton_words import passing_trouble
 __all__ = ["MAX_ROWS", "Readiness", "TritonModel", "read_metrics"]
 
 MAX_ROWS = 8
-"""The ``max_batch_size`` of the models' configuration: what Triton takes in one request."""
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # Triton is near: never through a proxy
+"""How many rows Triton takes in one request: the ``max_batch_size`` of the models' configuration."""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # opens URLs directly, never through a proxy
 _FACTS_TIMEOUT_S = 5.0
 _ALIVE_TIMEOUT_S = 1.0
-_FIRST = 1  # the model's highest priority: what waits is no reason not to be ready, what does not move is
-# gRPC waits up to two minutes between attempts to reach a server that went away; a restarted one is back in seconds.
+_FIRST = 1  # the model's highest priority, because a line of requests is no reason not to be ready
+# By default gRPC waits up to two minutes between attempts to connect. So a restarted server is found in a second.
 _CHANNEL = (
-    ("grpc.enable_http_proxy", 0),  # Triton is near
+    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.max_send_message_length", -1),
@@ -45,7 +45,7 @@ _ERRORS: dict[str, type[FluxVAEError]] = {
     "OUT_OF_RANGE": InvalidRequest,
     "UNAVAILABLE": UnavailableError,
     "RESOURCE_EXHAUSTED": UnavailableError,
-    "CANCELLED": UnavailableError,  # by Triton, as it stops: our own cancellation does not come back as an error
+    "CANCELLED": UnavailableError,  # Triton did it, as it stops; a cancellation of ours does not come back as an error
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "NOT_FOUND": BadGateway,
     "UNIMPLEMENTED": BadGateway,
@@ -54,12 +54,12 @@ _ERRORS: dict[str, type[FluxVAEError]] = {
 
 
 class TritonModel:
-    """The model on its Triton server. To be made inside the event loop that uses it.
+    """One model on its Triton server. It must be made inside the event loop that uses it.
 
     Args:
-        url: ``host:port`` of Triton's gRPC endpoint.
-        name: of the model.
-        config_key: opens the model's configuration, where Triton guards it (`fluxvae.serve.triton.controls`).
+        url: the ``host:port`` of Triton's gRPC endpoint.
+        name: the model's name.
+        config_key: the key for the model's configuration, where Triton guards it (`fluxvae.serve.triton.controls`).
     """
 
     def __init__(self, url: str, name: str, config_key: str | None = None) -> None:
@@ -67,24 +67,26 @@ class TritonModel:
         self._headers = {} if config_key is None else {f"triton-grpc-protocol-{CONFIG_HEADER}": config_key}
         self.name = name
         self.approximate = vae_class_of(name) == "AutoencoderTiny"
-        """Its pictures are previews."""
+        """Whether its pictures are previews."""
         self.last_success: float | None = None
-        """When the last decode answered, by ``time.monotonic``; None: not since one was told to try again."""
+        """When a decode was last answered, by ``time.monotonic``. None: not since one was told to try again later."""
         self._client = triton.InferenceServerClient(url, channel_args=list(_CHANNEL))
 
     async def close(self) -> None:
-        """Close the channel; what is in flight fails."""
+        """Close the channel. Requests that are on their way fail."""
         await self._client.close()
 
     async def decode(self, asked: Asked, latents: Latents, *, request_id: str, timeout_s: float) -> Any:
-        """One request to the model; one after the other where it has more than `MAX_ROWS` rows. Cancelling it cancels
-        the decode.
+        """Decode latents, in several requests one after another where they have more than `MAX_ROWS` rows.
+
+        Cancelling this cancels the decode.
 
         Returns:
-            ``bytes`` of the picture for ``images_encoded``, else the output's array, with its batch.
+            The bytes of the picture where ``images_encoded`` was asked for, otherwise the output's array with its
+            batch.
 
         Raises:
-            FluxVAEError: what Triton answered, as its HTTP equivalent.
+            FluxVAEError: Triton's error, as one that has the right HTTP status.
         """
         parameters = dict(latents.parameters)
         if asked.output == "images_encoded":
@@ -104,25 +106,25 @@ class TritonModel:
             )
             if rows <= MAX_ROWS:
                 return bytes(answer[0, 0]) if asked.output == "images_encoded" else answer
-            if whole is None:  # once, for all rows: joining the parts in the end would need them twice
+            if whole is None:  # made for all rows at once, because joining the parts at the end would hold them twice
                 whole = np.empty((rows, *answer.shape[1:]), answer.dtype)
             whole[start : start + MAX_ROWS] = answer
         return whole
 
     async def alive(self) -> bool:
-        """Whether Triton itself answers, now. Where it has died, the connection is refused at once."""
+        """Return whether Triton itself answers now. Where it has died, the connection is refused at once."""
         try:
             return bool(await self._client.is_server_live(client_timeout=_ALIVE_TIMEOUT_S))
         except InferenceServerException:
             return False
 
     async def probe(self, timeout_s: float) -> None:
-        """Decode 16x16 pixels: the one proof that the model, its process and its weights are there.
+        """Decode 16x16 pixels, which alone proves that the model, its process and its weights are there.
 
         Raises:
-            FluxVAEError: it did not answer, or not with pixels.
+            FluxVAEError: the model did not answer, or not with pixels.
         """
-        latents, parameters = np.zeros((1, 1, 1), np.float32), {"probe": True}  # whatever the model's features are
+        latents, parameters = np.zeros((1, 1, 1), np.float32), {"probe": True}  # for a model with any features
         answer = await self._infer(
             latents, 16, 16, "images", parameters, request_id="readyz", timeout_s=timeout_s, priority=_FIRST
         )
@@ -130,7 +132,7 @@ class TritonModel:
             raise BadGateway(f"model {self.name}: a probe of 16x16 pixels answered with shape {answer.shape}")
 
     async def facts(self) -> dict[str, Any]:
-        """The server's version and the model's settings, from its configuration.
+        """Return the server's version, and the model's settings from its configuration.
 
         Raises:
             FluxVAEError: Triton does not answer.
@@ -178,13 +180,13 @@ class TritonModel:
                 outputs=[triton.InferRequestedOutput(output)],
                 request_id=request_id,
                 priority=priority,
-                timeout=max(1, int(timeout_s * 1e6)),  # in Triton's queue: no decode for a caller who gave up
+                timeout=max(1, int(timeout_s * 1e6)),  # so that Triton decodes nothing for a caller who has given up
                 client_timeout=timeout_s,
                 parameters=parameters or None,
             )
         except InferenceServerException as error:
             translated = self._translate(error)
-            if isinstance(translated, UnavailableError):  # what answered before may be gone
+            if isinstance(translated, UnavailableError):  # so that an earlier success proves nothing any more
                 self.last_success = None
             raise translated from error
         answer: NDArray[Any] | None = result.as_numpy(output)
@@ -199,7 +201,7 @@ class TritonModel:
         if code == "INTERNAL" and (trouble := passing_trouble(message)):
             return UnavailableError(f"{trouble}; try again")
         kind = _ERRORS.get(code, ServerError)
-        if kind is DeadlineExceededError or "timeout expired" in message:  # the latter in Triton's queue
+        if kind is DeadlineExceededError or "timeout expired" in message:  # the words for one in its queue
             return DeadlineExceededError(
                 "the image was not ready in time; the decode was cancelled. Allow more with --timeout"
             )
@@ -211,12 +213,14 @@ class TritonModel:
 
 
 class Readiness:
-    """Whether decodes are answered: by the last one that was, or by a probe. Many askers share one probe.
+    """Tells whether a model answers decodes, by the last decode that it answered or by a probe.
+
+    Everyone who asks while a probe is under way gets the answer of that probe.
 
     Args:
-        model: what to ask.
-        age_s: a decode that answered this recently is proof enough.
-        timeout_s: how long a probe may take.
+        model: the model.
+        age_s: for how many seconds a decode that was answered is proof enough.
+        timeout_s: how many seconds a probe may take.
     """
 
     def __init__(self, model: TritonModel, *, age_s: float = 3.0, timeout_s: float = 5.0) -> None:
@@ -226,16 +230,16 @@ class Readiness:
         self._probe: asyncio.Task[str | None] | None = None
 
     async def reason_against(self) -> str | None:
-        """None where decodes are answered, else what stands against it."""
+        """Return None where the model answers decodes, otherwise why it does not."""
         last = self._model.last_success
         if last is not None and time.monotonic() - last <= self._age_s and await self._model.alive():
             return None
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._ask())
-        return await asyncio.shield(self._probe)  # one asker who leaves does not end it for the others
+        return await asyncio.shield(self._probe)  # so that one who leaves does not end the probe for the others
 
     async def close(self) -> None:
-        """End a probe that is under way."""
+        """End the probe that is under way, if there is one."""
         if self._probe is not None:
             self._probe.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -252,7 +256,7 @@ class Readiness:
 
 
 async def read_metrics(url: str, timeout_s: float = 5.0) -> str | None:
-    """Triton's Prometheus page; None where it cannot be had."""
+    """Return Triton's Prometheus page; None where it cannot be had."""
 
     def read() -> str | None:
         try:
@@ -265,5 +269,5 @@ async def read_metrics(url: str, timeout_s: float = 5.0) -> str | None:
 
 
 def _shorten(message: str) -> str:
-    """The first line, within reason: gRPC's own messages run long and name addresses."""
+    """Return the first line of a message, cut to a length: gRPC's own are long, and name addresses."""
     return message.partition("\n")[0][:200]

@@ -1,12 +1,12 @@
 """The wire protocol of diffusers' ``remote_decode`` (``diffusers.utils.remote_utils``), as pure functions.
 
-A request is a query string, a few headers and a body with the latents. `parse` reads what was asked for;
-`fluxvae.serve.gateway.body` the body, `fluxvae.serve.gateway.latents` the latents in it. Nothing here knows HTTP or
-Triton.
+A request is a query string, a few headers and a body with the latents. `parse` reads what was asked for.
+`fluxvae.serve.gateway.body` reads the body, and `fluxvae.serve.gateway.latents` the latents in it. Nothing here knows
+HTTP or Triton.
 
-What the query cannot say is read from ``Accept``, as the client means it: with ``output_type=pil``, ``image/png`` and
-``image/jpeg`` (and anything else) want an encoded picture, ``tensor/binary`` and ``tensor/base64`` want the tensor that
-the client's own ``processor`` step starts from.
+What the query cannot say, the client says by ``Accept``. With ``output_type=pil``, ``tensor/binary`` and
+``tensor/base64`` ask for the tensor that the client's own ``processor`` step starts from; ``image/png``,
+``image/jpeg`` and anything else ask for an encoded picture.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from fluxvae.serve.gateway.errors import TooLarge
 __all__ = ["PARAMETERS", "Asked", "Limits", "Parameter", "merge", "parse"]
 
 _TENSORS = {"tensor/binary": "binary", "tensor/base64": "base64"}
-"""Values of ``Accept`` that ask for a tensor, and how it is to come."""
+"""The values of ``Accept`` that ask for a tensor, and in which form it is to come."""
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DIMENSIONS = range(2, 6)
-_LARGEST_SCALING = 1e6  # beyond it, and below its inverse, float32 loses the latents
+_LARGEST_SCALING = 1e6  # beyond it, or below its inverse, nothing is left of the latents in float32
 _DIGITS = 12
 
 _WHOLE = {"type": "integer", "minimum": 1, "maximum": 10**_DIGITS - 1}
 
 
 class Parameter(NamedTuple):
-    """One parameter of the query string, for the parser's messages and for OpenAPI."""
+    """One parameter of the query string, as the parser's messages and OpenAPI need it."""
 
     schema: dict[str, Any]
     description: str
@@ -109,9 +109,9 @@ class Asked:
     shape: tuple[int, ...]
     dtype: str
     reading: Reading
-    """What is said about the latents. Its factors are as for the Triton model, where None is the checkpoint's own."""
+    """What the query says about the latents. A factor of None stands for the checkpoint's own."""
     output: str
-    """The Triton model's output: ``images``, ``images_pt``, ``images_raw`` or ``images_encoded``."""
+    """The Triton model's output that is asked for: ``images``, ``images_pt``, ``images_raw`` or ``images_encoded``."""
     image_format: str
     """``jpeg`` or ``png``, as the model calls them."""
     base64: bool
@@ -135,16 +135,16 @@ def parse(
     """Read the query string and ``Accept``.
 
     Args:
-        query: decoded names and values, repeated ones each.
-        accept: the header; ``""`` where there is none.
-        limits: nothing larger is read any further.
-        vae_class: of the model that is asked.
-        form: of the body.
+        query: the names and values of the query string, decoded, in their order and with repetitions.
+        accept: the value of the header; ``""`` where there is none.
+        limits: what a request may ask for.
+        vae_class: the class of the VAE that the model serves.
+        form: the form of the body.
 
     Raises:
-        InvalidOptionError: a parameter is unknown, missing, repeated or has a wrong value, or two contradict.
-        InvalidLatentsError: a shape that no latents have.
-        TooLarge: more than ``limits``.
+        InvalidOptionError: a parameter is unknown, missing or repeated or has a wrong value, or two contradict.
+        InvalidLatentsError: no latents have this shape.
+        TooLarge: it asks for more than ``limits`` allow.
     """
     given, shape = _collect(query)
     output_type = _choice(given, "output_type", also={"mp4"})
@@ -177,10 +177,10 @@ def parse(
 
 
 def merge(query: list[tuple[str, str]], more: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The parameters of the query string and those of a JSON body.
+    """Return the parameters of the query string together with those of a JSON body.
 
     Raises:
-        InvalidOptionError: one is in both.
+        InvalidOptionError: a parameter is in both.
     """
     twice = {name for name, _ in query} & {name for name, _ in more}
     if twice:
@@ -189,7 +189,7 @@ def merge(query: list[tuple[str, str]], more: list[tuple[str, str]]) -> list[tup
 
 
 def _collect(query: Iterable[tuple[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """Single parameters, and the values of the repeated ``shape``; nothing unknown, nothing twice."""
+    """Return the parameters by name, and the values of ``shape``, which alone may be repeated."""
     given: dict[str, str] = {}
     shape: list[str] = []
     for name, value in query:
@@ -260,7 +260,7 @@ def _rescaling(given: dict[str, str], vae_class: str) -> Reading:
     The client leaves out what was already applied, and says ``do_scaling=True`` where the server's own is wanted.
     """
     if not has_factors(vae_class):
-        _flag(given, "do_scaling")  # its value is checked
+        _flag(given, "do_scaling")  # only to refuse a wrong value
         return Reading(raw=read_raw(given, vae_class))
     scaling, shift = _number(given, "scaling_factor"), _number(given, "shift_factor")
     if scaling is not None and not 1 / _LARGEST_SCALING <= abs(scaling) <= _LARGEST_SCALING:
@@ -285,7 +285,7 @@ def _output(output_type: str, partial_postprocess: bool, accepted: str) -> str:
 
 
 def _image_format(given: dict[str, str], accepted: str) -> str:
-    """The first clients had no ``image_format``: they only said what they accept."""
+    """Return the format of the picture; the first clients had no ``image_format``, but only said what they accept."""
     if "image_format" not in given and accepted == "image/png":
         return "png"
     return {"jpg": "jpeg", "png": "png"}[_choice(given, "image_format")]

@@ -1,4 +1,4 @@
-"""What the memory plan allows a server: images that share a decode, outputs that fit."""
+"""Decides by the memory plan which images may share a decode, and refuses what does not fit beside its outputs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _PLANS = 256
 
 
 class MemoryBudget:
-    """What a decoder's memory limit, or free memory where it has none, allows.
+    """Says what a decoder's memory limit allows, or free memory where it has no limit.
 
     Args:
-        decoder: whose limit it is. diffusers' engine plans nothing and keeps no limit: then only pixels count.
-        max_pixels: the most pixels of one decode.
+        decoder: the decoder. diffusers' engine plans nothing and keeps no limit, so that with it only pixels count.
+        max_pixels: the most pixels that one decode may have.
     """
 
     def __init__(self, decoder: Decoder, max_pixels: int) -> None:
@@ -36,10 +36,10 @@ class MemoryBudget:
         self._plans: OrderedDict[tuple[int, int, int], Plan] = OrderedDict()
 
     def plan(self, height: int, width: int, rows: int) -> Plan | None:
-        """How this many images of this size would be decoded now; None: the engine does not plan.
+        """Return how this many images of this size would be decoded now; None where the engine does not plan.
 
         Raises:
-            MemoryLimitError: no plan fits.
+            MemoryLimitError: no plan fits the limit.
         """
         if not isinstance(self._decoder.engine, (ExactEngine, PreviewEngine)):
             return None
@@ -58,7 +58,7 @@ class MemoryBudget:
         return plan
 
     def fits(self, jobs: Sequence[Job]) -> bool:
-        """Whether jobs of one key may share a decode: it stays as cheap as for the first of them alone."""
+        """Return whether jobs of one key may share a decode: whether it is as cheap as for the first of them alone."""
         requests = [job.request for job in jobs]
         first = requests[0]
         if sum(request.pixels for request in requests) > self._max_pixels:
@@ -66,10 +66,10 @@ class MemoryBudget:
         try:
             plan = self.plan(first.height, first.width, first.batch)
         except MemoryLimitError:
-            return False  # the first alone does not fit: it is refused alone
+            return False  # not even the first alone fits, so it is decoded, and refused, alone
         if plan is None:
             return True
-        # A limit that leaves no room for one more image on the same plan would buy it with a slower one.
+        # Where the limit has no room for one more image on the same plan, all of them would get a slower plan.
         itemsize = self._decoder.dtype.itemsize
         image = 3 * first.height * first.width * itemsize
         added = sum(request.batch for request in requests[1:]) * image
@@ -80,10 +80,10 @@ class MemoryBudget:
         return max(plan.peak_bytes + added, decoded + answered) <= self._limit()
 
     def check(self, job: Job) -> None:
-        """Refuse a job whose image and outputs cannot be held within the limit, before any work.
+        """Refuse a job, before any work, whose image and outputs cannot be held within the limit.
 
         Raises:
-            MemoryLimitError: with the bytes they take.
+            MemoryLimitError: it cannot; the message says how many bytes they take.
         """
         limit = self._decoder.memory_limit
         if limit is None:
@@ -101,18 +101,18 @@ class MemoryBudget:
     def _limit(self) -> int:
         if self._decoder.memory_limit is not None:
             return self._decoder.memory_limit
-        return available_memory(self._decoder.device) * 9 // 10  # as the engine counts
+        return available_memory(self._decoder.device) * 9 // 10  # nine tenths of what is free, as in the engine
 
 
 def decode_jobs(decoder: Decoder, jobs: Sequence[Job], cancel: Callable[[], bool]) -> torch.Tensor:
     """Decode jobs of one key together.
 
     Returns:
-        (rows of all jobs, 3, H, W), about [-1, 1].
+        The images, (rows of all jobs, 3, H, W), in about [-1, 1].
 
     Raises:
         UnavailableError: no plan fits what is free now, or memory ran out with the smallest plan as well.
-        FluxVAEError: as ``decode_request``. Whatever else it raises, out of memory included, is passed on.
+        FluxVAEError: as for `Decoder.decode_request`. Whatever else that raises, out of memory included, is passed on.
     """
     try:
         return decoder.decode_request(LatentRequest.together([job.request for job in jobs]), cancel=cancel)
