@@ -22,7 +22,7 @@ import torch
 from diffusers.utils.remote_utils import remote_decode
 
 from fluxvae.serve.gateway import forward
-from fluxvae.serve.gateway.app import main
+from fluxvae.serve.gateway.command import main
 from serve.client import Serving
 from serve.gateways import Gateways, ask, wait_until
 

@@ -25,7 +25,7 @@ def run(code: str) -> str:
     return ended.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["fluxvae.serve.gateway.app", "fluxvae.client"])
+@pytest.mark.parametrize("module", ["fluxvae.serve.gateway.command", "fluxvae.client"])
 def test_importing_it_is_light(module: str) -> None:
     assert run(f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 

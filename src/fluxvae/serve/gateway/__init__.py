@@ -1,1 +1,1 @@
-"""The HTTP gateway in front of Triton. `app` puts it together, and ``python -m fluxvae.serve.gateway`` runs it."""
+"""The HTTP gateway in front of Triton. `app` puts it together, and `command` runs it."""

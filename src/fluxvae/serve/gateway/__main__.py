@@ -1,8 +1,8 @@
-"""``python -m fluxvae.serve.gateway``: see `app`."""
+"""``python -m fluxvae.serve.gateway``: see `command`."""
 
 import sys
 
-from fluxvae.serve.gateway.app import main
+from fluxvae.serve.gateway.command import main
 
 if __name__ == "__main__":
     sys.exit(main())
