@@ -6,7 +6,9 @@ import asyncio
 import http.client
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,8 @@ from fluxvae.serve.gateway.app import GatewaySettings, make_app
 from fluxvae.serve.gateway.protocol import LimitedProtocol
 
 TIMEOUT_S = 100.0
+DRAIN_S = 30
+"""How many seconds requests under way get to finish when a gateway is stopped, as in ``fluxvae.serve.gateway``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,15 @@ class Gateways:
             "triton_config_key": self.config_key,
         }
         app = make_app(GatewaySettings(**{**usual, **settings}))
-        config = uvicorn.Config(app, port=0, http=LimitedProtocol, lifespan="on", access_log=False, log_config=None)
+        config = uvicorn.Config(
+            app,
+            port=0,
+            http=LimitedProtocol,
+            lifespan="on",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=DRAIN_S,
+        )
         server = uvicorn.Server(config)
         serving = asyncio.run_coroutine_threadsafe(server.serve(), self._loop)
         wait_until(lambda: server.started or serving.done(), "the gateway did not start")
@@ -65,10 +77,11 @@ class Gateways:
         for server in self._servers.values():
             server.should_exit = True
         for url, server in self._servers.items():
-            try:
-                server.finished.result(TIMEOUT_S)  # type: ignore[attr-defined]
-            except TimeoutError as error:
-                raise AssertionError(f"the gateway at {url} did not end:\n{_still_open(server, self._loop)}") from error
+            ended: Future[None] = server.finished  # type: ignore[attr-defined]
+            if not wait([ended], DRAIN_S / 2).done:
+                waiting = _still_open(server, self._loop)
+                warnings.warn(f"the gateway at {url} waits for what is under way:\n{waiting}", stacklevel=1)
+            ended.result(TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(TIMEOUT_S)
         self._loop.close()
