@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-DEMO_NOTE = "demo is a small checkpoint of our own; FLUX's latents need FLUX's: --checkpoint"
+DEMO_NOTE = "demo is a small checkpoint that ships with fluxvae; FLUX's latents need FLUX's own: --checkpoint"
 
 __all__ = [
     "DEMO_NOTE",

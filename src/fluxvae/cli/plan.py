@@ -22,8 +22,9 @@ from fluxvae.cli.options import (
 from fluxvae.errors import InvalidLatentsError
 
 _LEGEND = (
-    "map: rows x columns x channels of what a layer makes. middle, result: where the maps within and after it go: "
-    "memory, spill (a file), recompute (nowhere: made again where it is read). peak: of the layer by itself."
+    "The map is what a layer makes: rows x columns x channels. Middle and result say where the map within a layer and "
+    "the one that it makes are kept: in memory, in a file (spill), or nowhere (recompute: computed again whenever it "
+    "is read). The peak is what the layer takes by itself."
 )
 
 
