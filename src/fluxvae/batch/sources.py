@@ -19,7 +19,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from fluxvae.batch.formats import FILE_SUFFIXES, Source, open_file
+from fluxvae.batch.formats import Source, TensorSource
+from fluxvae.batch.headers import READERS
 from fluxvae.batch.items import Entry, Failure, Item
 from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
@@ -31,7 +32,7 @@ from fluxvae.latents.reading import Reading
 
 __all__ = ["Found", "Library", "Scan", "filesystem_of", "find", "scan"]
 
-SUFFIXES = (*FILE_SUFFIXES, ".parquet")
+SUFFIXES = (*READERS, ".parquet")
 _SCANNERS = 8
 _OPEN_SOURCES = 8
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -166,12 +167,12 @@ def _open(url: str, expected: Expected) -> Source:
                 raise InvalidLatentsError(f"{name}: is a pipe, a device or a folder; expected a file of latents")
             return _parquet(name, path, filesystem, expected)
         if isinstance(filesystem, LocalFileSystem):
-            return open_file(Path(path), expected)
+            return TensorSource(Path(path), expected)
         with tempfile.TemporaryDirectory(prefix="fluxvae-") as folder:
             local = Path(folder) / name
             _check_room(name, filesystem.size(path), folder)
             filesystem.get_file(path, str(local))
-            return open_file(local, expected)  # what is mapped of the file can be read even after its name is removed
+            return TensorSource(local, expected)  # what is mapped of it can be read even after its name is removed
     except FluxVAEError:
         raise
     except Exception as error:  # each of fsspec's filesystems raises errors of its own

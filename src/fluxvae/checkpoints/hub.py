@@ -164,8 +164,8 @@ def _download(
     def fetch(name: str, of: str | None) -> Path:
         return Path(hf_hub_download(source, name, subfolder=folder or None, revision=of))
 
-    candidates = [subfolder.strip("/")] if subfolder is not None else ["", "vae"]
-    candidates = [folder for folder in candidates if _in(folder, "config.json") in names]
+    places = [subfolder.strip("/")] if subfolder is not None else ["", "vae"]
+    candidates = [folder for folder in places if _in(folder, "config.json") in names]
     for folder in candidates:
         config = fetch("config.json", revision)
         if folder != candidates[-1] and not _is_vae(config):
@@ -182,7 +182,7 @@ def _download(
         return config.parent
     files = sorted(name for name in names if "/" not in name and name.endswith((".safetensors", ".sft")))
     single = f"; it has {', '.join(files[:5])}: download the VAE's file and pass its path" if files else ""
-    looked = "it or in its vae/" if subfolder is None else f"its {subfolder.strip('/')}/"
+    looked = " or in ".join(f"its {folder}/" if folder else "it" for folder in places)
     raise CheckpointError(
         f"checkpoint: {where} holds no VAE: no config.json with {STANDARD_NAME} in {looked}; name the folder that has "
         f"one with subfolder={single}"

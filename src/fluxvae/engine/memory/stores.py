@@ -15,20 +15,24 @@ import torch
 
 from fluxvae.errors import MemoryLimitError
 
-__all__ = ["MemoryMap", "SpilledMap", "Store"]
+__all__ = ["MemoryMap", "SpilledMap", "Store", "Target"]
 
 
-class Store(Protocol):
-    """A feature map (height, width, channels) that is read and written by rows."""
-
-    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """The rows: a view where the map is in memory, else ``into``, filled."""
+class Target(Protocol):
+    """A feature map (height, width, channels) that is written by rows."""
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
         """The rows to compute into directly, or None where they must be given to `write`."""
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Store rows that were computed elsewhere, from row ``start`` on."""
+
+
+class Store(Target, Protocol):
+    """A feature map (height, width, channels) that is read and written by rows."""
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """The rows: a view where the map is in memory, else ``into``, filled."""
 
     def close(self) -> None:
         """Give the map's space back."""

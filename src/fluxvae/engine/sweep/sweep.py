@@ -11,7 +11,7 @@ import torch
 from fluxvae.engine.calls import Geometry
 from fluxvae.engine.kernels import ConvBlock, Kernels
 from fluxvae.engine.memory.maps import Maps
-from fluxvae.engine.memory.stores import MemoryMap, Store
+from fluxvae.engine.memory.stores import MemoryMap, Store, Target
 from fluxvae.engine.records import Conv, Norm
 from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
@@ -64,7 +64,7 @@ class Run:
             return MemoryMap(latents.permute(1, 2, 0).contiguous())
         return MemoryMap(self.kernels.pointwise(latents, pointwise))
 
-    def pixels(self, name: str) -> Store:
+    def pixels(self, name: str) -> Target:
         """The image as a map that is written by rows; ``name`` is the layer's, for the error about NaN or Inf."""
         return _Pixels(self.image, self.checks, f"the output of {name} holds NaN or Inf")
 
@@ -86,7 +86,7 @@ class Run:
         self,
         sweep: Sweep,
         store: Store,
-        out: Store | None,
+        out: Target | None,
         affines: Mapping[Norm, Affine],
         *,
         residual: Store | None = None,
@@ -126,7 +126,7 @@ class Run:
         self,
         sweep: Sweep,
         window: Window,
-        out: Store | None,
+        out: Target | None,
         added: Stream | None,
         scale: float,
         statistics: bool,
@@ -194,14 +194,10 @@ class Run:
 
 
 class _Pixels:
-    """The image as a store. Every block of rows is looked at for NaN and Inf on its way into it."""
+    """The image as a target. Every block of rows is looked at for NaN and Inf on its way into it."""
 
     def __init__(self, image: torch.Tensor, checks: FiniteChecks, otherwise: str) -> None:
         self._image, self._checks, self._otherwise = image, checks, otherwise
-
-    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Never called, as no layer reads the image."""
-        raise NotImplementedError
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
         """None, as the image is not laid out channels last."""
@@ -211,6 +207,3 @@ class _Pixels:
         """Write rows (n, W, 3) into the image (3, H, W), in its dtype."""
         self._checks.require(rows, self._otherwise)
         self._image[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))
-
-    def close(self) -> None:
-        """Do nothing, as the image is the caller's."""
