@@ -228,7 +228,7 @@ def test_spilled_maps_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 KILLED = """
-import sys, time, torch
+import sys, torch
 sys.path.insert(0, sys.argv[1])
 from engine_models import Shape
 from fluxvae.engine.exact import ExactEngine
@@ -241,19 +241,24 @@ assert spilled
 def progress(done, total):
     if done > total * 0.6:
         print("spilling", flush=True)
-        time.sleep(0.05)
+        sys.stdin.read()  # until it is killed
 engine.decode(shape.latents(), progress=progress)
 """
 
 
 def test_killed_in_mid_spill_leaves_no_file(tmp_path: Path) -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(HERE), str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", KILLED, str(HERE), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    assert child.stdin is not None
     assert child.stdout is not None
     assert child.stdout.readline().strip() == "spilling"
     child.send_signal(signal.SIGKILL)
     child.wait()
+    child.stdin.close()
     child.stdout.close()
     assert child.returncode == -signal.SIGKILL, "it was still decoding"
     assert os.listdir(tmp_path) == []

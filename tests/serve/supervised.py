@@ -9,26 +9,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from serve.client import Request, random_latents
+from serve.waiting import wait_for
 
 LOOPBACK = "127.0.0.1"
 START_S = 200.0  # generous, because the machine may do other things too
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> float:
-    """Wait until a condition holds, and return how many seconds that took."""
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < timeout_s, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.02)
-    return time.monotonic() - started
 
 
 @dataclass

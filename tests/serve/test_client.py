@@ -30,7 +30,8 @@ from fluxvae.latents.reading import Reading
 from fluxvae.serve.client.wire import Unsent, error_of, make_request
 from models import flux_pipeline, run_pipeline
 from serve.client import Serving
-from serve.test_server_behaviour import metric, wait_for
+from serve.test_server_behaviour import metric
+from serve.waiting import wait_for
 
 PROTOCOLS = ("grpc", "http", "shared_memory")
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -33,9 +33,11 @@ from fluxvae.client import Client
 from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.triton import server as triton
 from fluxvae.serve.triton.server import TritonServer, TritonServerError
+from serve.chromium import chromium
 from serve.client import random_latents
-from serve.supervised import Supervised, wait_for
+from serve.supervised import Supervised
 from serve.test_launcher import CONFIG, write_model
+from serve.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("library", "example", "serve")
@@ -328,21 +330,11 @@ def test_a_program_that_dies_with_its_server_open_leaves_nothing(repository: Pat
 @pytest.mark.browser
 def test_a_page_of_another_origin_runs_no_code_and_reads_nothing(target: Target, tmp_path: Path) -> None:
     """In Chromium a page from another port sends all that a browser lets it send without asking first."""
-    from playwright.sync_api import sync_playwright
-
-    from serve.test_page import FLAGS
-
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        if os.environ.get("FLUXVAE_REQUIRE_BROWSER"):
-            pytest.fail("no chromium on the PATH: apt-get install chromium")
-        pytest.skip("no chromium on the PATH")
     (tmp_path / "index.html").write_text("<!doctype html><title>another origin</title>")
     handler = lambda *a: http.server.SimpleHTTPRequestHandler(*a, directory=str(tmp_path))  # noqa: E731
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as elsewhere:
         threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
+        with chromium() as browser:
             page = browser.new_page()
             page.goto(f"http://127.0.0.1:{elsewhere.server_port}/index.html")
             page.evaluate(
@@ -357,6 +349,5 @@ def test_a_page_of_another_origin_runs_no_code_and_reads_nothing(target: Target,
                 f"http://{target.http}/v2",
             )
             assert read.startswith("no: "), "an answer was read across origins"
-            browser.close()
         elsewhere.shutdown()
     assert list(target.marks.iterdir()) == []

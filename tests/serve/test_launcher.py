@@ -8,7 +8,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import tritonclient.http
 from fluxvae.serve.triton import installation
 from fluxvae.serve.triton import server as triton
 from fluxvae.serve.triton.server import TritonServer, TritonServerError, find_tritonserver
+from serve.waiting import wait_for
 
 CONFIG = """
 name: "echo" backend: "python" max_batch_size: 0
@@ -60,13 +60,6 @@ def processes_of(group: int) -> list[psutil.Process]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
-
-
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.02)
 
 
 def folders() -> set[str]:

@@ -24,7 +24,8 @@ from fluxvae.client import AsyncClient
 from fluxvae.errors import DeadlineExceededError
 from fluxvae.serve.triton.server import TritonServer
 from serve.conftest import TRITON_MODELS
-from serve.test_server_behaviour import metric, wait_for
+from serve.test_server_behaviour import metric
+from serve.waiting import wait_for
 
 CONCURRENCY = 8
 SIZES = [(16, 64), (64, 16), (32, 32), (32, 48), (48, 32)]  # the first three have the same number of patches

@@ -1,15 +1,10 @@
-"""The page in a real browser: headless Chromium, driven by Playwright, against the real gateway and Triton.
-
-Without a Chromium these tests are skipped, unless FLUXVAE_REQUIRE_BROWSER is set, as CI does.
-"""
+"""The page in a real browser: headless Chromium, driven by Playwright, against the real gateway and Triton."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,39 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from safetensors.torch import save_file
 
 from fluxvae.demo import DEFAULT_LATENTS, read_latents
+from serve.chromium import chromium
 from serve.client import Serving, assert_same_pixels
 from serve.gateways import Gateways
 
 pytestmark = pytest.mark.browser
 
 TOKEN = "let-me-in"
-FLAGS = [
-    "--no-sandbox",  # Chromium has no sandbox where tests run as root, in a container
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        missing = "no chromium on the PATH: apt-get install chromium"
-        if os.environ.get("FLUXVAE_REQUIRE_BROWSER"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, headless=True, args=FLAGS)
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,12 @@ from fluxvae import Decoder
 from fluxvae.serve.triton.server import TritonServer
 from serve.client import BAD_REQUEST, PROTOCOLS, Protocol, Request, Serving, random_latents
 from serve.conftest import copy_model
+from serve.waiting import wait_for
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 SLOW = "slow_queue"
 LONG = 2048  # height and width in pixels; a decode takes six seconds with the tiny checkpoint, in hundreds of blocks
 QUEUE = 3
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {what}"
-        time.sleep(0.01)
-    return found
 
 
 def metric(server: TritonServer, name: str, **labels: str) -> float:

@@ -33,7 +33,8 @@ from fluxvae.client import Client
 from fluxvae.errors import DeadlineExceededError
 from fluxvae.serve.models import MODELS
 from models import random_vae
-from serve.supervised import Supervised, wait_for
+from serve.supervised import Supervised
+from serve.waiting import wait_for
 
 REQUESTS = int(os.environ.get("FLUXVAE_SOAK_REQUESTS", "10000"))
 WARM_UP = 600

@@ -27,7 +27,8 @@ from tritonclient.utils import InferenceServerException
 from fluxvae import Decoder
 from fluxvae.latents.format import LatentFormat
 from serve.client import Request, Serving, random_latents
-from serve.supervised import Supervised, a_request, wait_for
+from serve.supervised import Supervised, a_request
+from serve.waiting import wait_for
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 FLUX = LatentFormat()
@@ -116,7 +117,9 @@ def test_an_idle_server_does_not_decode(server: Supervised) -> None:
 def test_a_killed_stub_comes_back(server: Supervised, library: Decoder) -> None:
     stub, triton = server.stub, server.triton
     stub.kill()
-    took = wait_for(lambda: server.told("Triton: back in service") == 1, "service after the stub's death", 120)
+    began = time.monotonic()
+    wait_for(lambda: server.told("Triton: back in service") == 1, "service after the stub's death", 120)
+    took = time.monotonic() - began
     load_time = float(re.search(r"back in service after ([\d.]+) s", server.output)[1])  # type: ignore[index]
     assert took - load_time < BACK_IN_S
     assert "Triton: its Python process died; restarting" in server.output
@@ -243,7 +246,9 @@ def test_what_dies_in_mid_load_comes_back(
     wait_for(lambda: len(answers) > 20, "the load")
     getattr(server, victim).send_signal(number)
     name = "gateway" if victim == "gateway" else "Triton"
-    took = wait_for(lambda: server.told(f"{name}: back in service") == 1, f"service after the {victim}'s death", 200)
+    began = time.monotonic()
+    wait_for(lambda: server.told(f"{name}: back in service") == 1, f"service after the {victim}'s death", 200)
+    took = time.monotonic() - began
     load_time = float(re.search(r"back in service after ([\d.]+) s", server.output)[1])  # type: ignore[index]
     patience = 0 if number == signal.SIGKILL else 25  # how long it takes until the server counts as hung
     assert took - load_time < BACK_IN_S + patience, server.output

@@ -36,7 +36,7 @@ from fluxvae.serve.triton.installation import Installation, TritonServerError
 from fluxvae.serve.triton.ports import PortTakenError
 from fluxvae.serve.triton.processes import Deaths, cpu_seconds, exited, how_it_ended, in_group, is_running, listens
 from fluxvae.serve.triton.repository import model_folder, write_repository
-from serve.supervised import wait_for
+from serve.waiting import wait_for
 
 WHEEL = Installation(Path("bin/tritonserver"), Path("pytriton/tritonserver"))
 CONTAINER = Installation(Path("/opt/tritonserver/bin/tritonserver"), None)
