@@ -2,8 +2,8 @@
 
 On a CPU a plan follows from the checkpoint's headers, the size and the machine, and is made without importing PyTorch
 or diffusers, which takes seconds. Everything else is planned by a decoder that has zeros for weights. That is so on a
-GPU, whose libraries are asked how much memory they take; for previews; and for half precision with PyTorch's kernels,
-where oneDNN is asked which dtype it computes in.
+GPU, of which only PyTorch knows what it is and what is free; for previews; and for half precision with PyTorch's
+kernels, where oneDNN is asked which dtype it computes in.
 """
 
 from __future__ import annotations

@@ -238,7 +238,6 @@ class ExactEngine:
         """A limit for the next attempt, when others have taken the memory or it lies in too many pieces."""
         dtype = kernels.compute_dtype(raw.dtype)
         tried = self._plan_of(raw, kernels, spill, limit, source, dtype).peak_bytes
-        self._planners.clear()  # what they know of cuDNN's workspaces was perhaps measured without room for them
         if raw.device.type == "cuda":
             torch.cuda.empty_cache()
         planner = self._planner((raw.shape[2], raw.shape[3]), raw.shape[0], dtype, raw.dtype, kernels)
