@@ -33,8 +33,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.engine import exact
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine import bounded
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.verify.oracle import level_difference
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
@@ -59,7 +59,7 @@ class _Decoder(torch.nn.Module):
 
 def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Build:
     def build(model: str, raw: torch.Tensor) -> Decode:
-        engine = ExactEngine(full_vae(model, dtype), kernels=kernels)
+        engine = ExactDecoder(full_vae(model, dtype), kernels=kernels)
         engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads compiled ones
         return lambda raw: engine.decode(raw.to(dtype))
 
@@ -134,7 +134,7 @@ def reference(model: str, size: int, work: Path) -> torch.Tensor:
             if size <= LARGEST_REFERENCE:
                 image = vae.decode(raw, return_dict=False)[0]
             else:
-                image = ExactEngine(vae, kernels="torch").decode(raw)
+                image = ExactDecoder(vae, kernels="torch").decode(raw)
         np.save(path, image.numpy())
     return torch.from_numpy(np.load(path))
 
@@ -180,7 +180,7 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
     """Return how much time of one decode with the Winograd kernels goes into each kind of call."""
     torch.set_num_threads(threads)
     spent: collections.Counter[str] = collections.Counter()
-    make = exact.make_kernels
+    make = bounded.make_kernels
 
     def timed(name: str, device: torch.device) -> Any:
         kernels = make(name, device)
@@ -188,8 +188,8 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
             setattr(kernels, method, _timed(getattr(kernels, method), method, spent))
         return kernels
 
-    exact.make_kernels = timed  # type: ignore[assignment]
-    engine, raw = ExactEngine(full_vae(model), kernels="winograd"), raw_latents(model, size)
+    bounded.make_kernels = timed  # type: ignore[assignment]
+    engine, raw = ExactDecoder(full_vae(model), kernels="winograd"), raw_latents(model, size)
     engine.decode(raw[:, :, :2, :2])
     spent.clear()
     start = time.perf_counter()

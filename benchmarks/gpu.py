@@ -34,7 +34,7 @@ if "--dry-run" in sys.argv:  # the interpreter must be asked for before anything
 import torch
 from diffusers import AutoencoderKL
 
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.runner import Runner
 from gpu_parts import Row, attention, card, passes, timed, traffic
@@ -182,7 +182,7 @@ def decodes(run: Run, size: int, batch: int, dtype: str, limits: list[int | None
     if (tiled or run.dry) and run.has_time(f"tiled {what}", estimate):
         measure(run, "diffusers tiled", diffusers_decode(run.vae(dtype), tiled=True), size, batch, dtype)
 
-    engine = ExactEngine(run.vae(dtype), kernels="torch" if run.dry else "cuda")
+    engine = ExactDecoder(run.vae(dtype), kernels="torch" if run.dry else "cuda")
     reference: torch.Tensor | None = None
     for limit in limits:
         if not run.has_time(f"ours within {limit} of {what}", estimate):
@@ -222,7 +222,7 @@ def decodes(run: Run, size: int, batch: int, dtype: str, limits: list[int | None
 
 def floor(run: Run, rates: Row, size: int, dtype: str) -> None:
     """Add how long the card needs at least for a decode's products and its memory traffic, at the measured rates."""
-    engine = ExactEngine(run.vae(dtype), kernels="torch" if run.dry else "cuda")
+    engine = ExactDecoder(run.vae(dtype), kernels="torch" if run.dry else "cuda")
     macs = engine.plan(size // 8, size // 8).macs
     moved = traffic(engine.network, size // 8, size // 8, getattr(torch, dtype).itemsize)
     compute, memory = 2 * macs / rates[f"tflops_{dtype}"] / 1e9, moved / rates["copy_gb_per_second"] / 1e6
@@ -237,7 +237,7 @@ def blocks(run: Run, size: int, dtype: str) -> None:
     """
     for shift in (8,) if run.dry else (22, 23, 24, 25, 26, 27):
         if run.has_time(f"blocks of 2**{shift}", 5):
-            engine = ExactEngine(run.vae(dtype), kernels="torch" if run.dry else "cuda", block_values=1 << shift)
+            engine = ExactDecoder(run.vae(dtype), kernels="torch" if run.dry else "cuda", block_values=1 << shift)
             measure(run, "fluxvae", engine.decode, size, 1, dtype, block_values=1 << shift)
 
 
@@ -245,7 +245,7 @@ def graph(run: Run, size: int, dtype: str) -> None:
     """Measure what a CUDA graph of a whole decode would gain. The engine has none, so it is captured here by hand."""
     if run.device.type != "cuda" or not run.has_time("a CUDA graph", 10):
         return
-    engine, raw = ExactEngine(run.vae(dtype), kernels="cuda"), run.raw(size, 1, dtype)
+    engine, raw = ExactDecoder(run.vae(dtype), kernels="cuda"), run.raw(size, 1, dtype)
     expected = engine.decode(raw)
     plan, kernels = engine.plan(size // 8, size // 8), engine._kernels(run.device)
     runner = Runner(engine.network, plan, kernels, Spill(run.device, None), run.device, raw.dtype, lambda: None)
@@ -323,7 +323,7 @@ def measure_all(run: Run) -> None:
     for dtype in ("bfloat16", "float32"):
         for size in sizes:
             floor(run, rates, size, dtype)
-    engine = ExactEngine(run.vae("bfloat16"), kernels="torch" if run.dry else "cuda")
+    engine = ExactDecoder(run.vae("bfloat16"), kernels="torch" if run.dry else "cuda")
     run.add("prepare", {"seconds": engine.prepare(), "note": engine._kernels(run.device).note})
     decodes(run, main_size, 1, "bfloat16", limits=[None, -1, 0])
     for part in (passes, attention):

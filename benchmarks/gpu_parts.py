@@ -71,13 +71,13 @@ def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
     They are the bytes that would pass between memory and disk if every map were spilled, and the latents and the image.
     """
     geometry, costs = Geometry(height, width, itemsize), DirectCosts("cpu")
-    size, state, moved = (height, width), State("memory"), height * width * network.latent_channels * itemsize
+    size, state, moved = (height, width), State("memory"), height * width * network.in_channels * itemsize
     for layer in network.layers:
         choices = list(layer.choices(geometry, costs, size, state))
         spilled = [choice for choice in choices if {choice[0].middle, choice[0].out} <= {None, "spill"}]
         planned, state = (spilled or choices)[0]
         moved += sum(step.moved for step in planned.steps)
-        size = (layer.enlarges * size[0], layer.enlarges * size[1])
+        size = layer.size_after(size)
     return moved + size[0] * size[1] * network.out_channels * itemsize
 
 

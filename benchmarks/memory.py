@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxvae.checkpoints import load_vae
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.plan import parse_memory_limit
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
@@ -51,8 +51,8 @@ def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: P
         if kind.startswith(EXACT):
             kernels = kind.split()[1]
             allowed = None if limit == "none" else parse_memory_limit(limit)
-            ExactEngine(vae, kernels=kernels).decode(small)
-            engine = ExactEngine(vae, kernels=kernels, memory_limit=allowed)
+            ExactDecoder(vae, kernels=kernels).decode(small)
+            engine = ExactDecoder(vae, kernels=kernels, memory_limit=allowed)
             plan = engine.plan(size // 8, size // 8)
             row = {"predicted": plan.peak_bytes, "work_ratio": plan.work_ratio, "spill": plan.spill_bytes}
             run = measure(lambda: engine.decode(raw))

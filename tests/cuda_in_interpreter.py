@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_models import Shape, rms, true_decode
-from fluxvae.engine import exact
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine import bounded
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels.cuda import attention, passes, self_test
 from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 from fluxvae.engine.records import Norm
@@ -45,11 +45,11 @@ maps = st.tuples(
 @pytest.fixture(autouse=True)
 def cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make_kernels` refuses them here, so the engine gets them in its place; small heads go to our attention too."""
-    monkeypatch.setattr(exact, "make_kernels", lambda name, device: CudaKernels(device))
+    monkeypatch.setattr(bounded, "make_kernels", lambda name, device: CudaKernels(device))
     monkeypatch.setattr(attention, "PYTORCH_HEAD", 0)
 
 
-engine = partial(ExactEngine, block_values=3000)
+engine = partial(ExactDecoder, block_values=3000)
 
 
 def draw(seed: int, dtype: torch.dtype, *shape: int, shift: float = 0.0) -> torch.Tensor:

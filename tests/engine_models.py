@@ -1,4 +1,7 @@
-"""Small seeded networks of many shapes for the exact engine's tests, and their oracle: diffusers in float64."""
+"""Small seeded networks of many shapes for the exact engine's tests, and their oracle: diffusers in float64.
+
+A shape has a size in latents. `pixels` makes pictures of that many latents, and of some pixels more where asked.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ class Shape:
     batch: int = 1
     seed: int = 0
 
-    def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype = torch.float32, *, encoder: bool = False) -> AutoencoderKL:
+        """The network, with the half that is asked for alone: an engine never looks at the other."""
         torch.manual_seed(self.seed)
         vae = AutoencoderKL(
             in_channels=3,
@@ -41,11 +45,12 @@ class Shape:
             layers_per_block=self.layers_per_block,
             latent_channels=self.latent_channels,
             norm_num_groups=self.groups,
-            use_quant_conv=False,
+            use_quant_conv=encoder and self.post_quant,
             use_post_quant_conv=self.post_quant,
             mid_block_add_attention=self.attention,
         )
-        vae.encoder = None  # the engine never looks at it
+        for half in ("decoder", "post_quant_conv") if encoder else ("encoder",):
+            setattr(vae, half, None)
         with torch.no_grad():
             for module in vae.modules():
                 if isinstance(module, torch.nn.GroupNorm):  # not the identity that a fresh one is
@@ -58,6 +63,22 @@ class Shape:
         generator = torch.Generator().manual_seed(self.seed + 1)
         shape = (self.batch, self.latent_channels, self.height, self.width)
         return torch.randn(shape, generator=generator).to(dtype)
+
+    @property
+    def scale(self) -> int:
+        return 2 ** (len(self.widths) - 1)
+
+    def pixels(self, dtype: torch.dtype = torch.float32, more: tuple[int, int] = (0, 0)) -> torch.Tensor:
+        """(batch, 3, height, width) in [-1, 1], with ``more`` rows and columns than whole latents have."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        height, width = (self.scale * side + extra for side, extra in zip((self.height, self.width), more, strict=True))
+        return (2 * torch.rand((self.batch, 3, height, width), generator=generator) - 1).to(dtype)
+
+
+def true_encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """diffusers' moments of the very same weights and pixels in float64: mean and log variance, not clamped."""
+    with torch.no_grad():
+        return torch.nn.Module.to(copy.deepcopy(vae), torch.float64).encode(pixels.double()).latent_dist.parameters
 
 
 def true_decode(vae: AutoencoderKL, raw: torch.Tensor) -> torch.Tensor:

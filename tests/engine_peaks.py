@@ -1,12 +1,13 @@
-"""Measures the peak memory of exact decodes, or of previews, in a process of its own: ``engine_peaks.py '<json>'``.
+"""Measures the peak memory of exact decodes and encodes, or previews, in a process of its own.
 
-The JSON on the command line is {"preview": true or false, "vae": keywords of AutoencoderTiny or AutoencoderKL,
-"kernels": ..., "dtype": ..., "threads": n, "block_values": n or null, "cases": [{"size": [lh, lw], "batch": n,
-"fraction": f or null}]}. A fraction of 0 sets the memory limit to the smallest that works, 1 to the peak of the
-unlimited plan, and values between them to limits between these. One line of JSON is printed for each case:
-{"predicted": bytes, "measured": bytes, "limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
+``engine_peaks.py '<json>'`` is told {"preview": true or false, "encode": true or false, "vae": keywords of
+AutoencoderTiny or AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n, "block_values": n or null, "cases":
+[{"size": [lh, lw], "batch": n, "fraction": f or null}]}. A size is that of latents, or of pixels that are encoded. A
+fraction of 0 sets the memory limit to the smallest that works, 1 to the peak of the unlimited plan, and values between
+them to limits between these. One line of JSON is printed for each case: {"predicted": bytes, "measured": bytes,
+"limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
 
-What is measured is the high-water mark of resident memory during the decode, above what was resident before it.
+What is measured is the high-water mark of resident memory during the call, above what was resident before it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.preview import PreviewEngine
+from fluxvae.engine.exact import ExactDecoder, ExactEncoder
+from fluxvae.engine.preview import PreviewDecoder, PreviewEncoder
 
 
 def resident(field: str) -> int:
@@ -53,15 +54,17 @@ def main() -> None:
     dtype = getattr(torch, job.get("dtype", "float32"))
     preview = job.get("preview", False)
     vae = (AutoencoderTiny if preview else AutoencoderKL)(**job["vae"]).eval().requires_grad_(False)
-    vae.encoder = None
+    encode = job.get("encode", False)
+    setattr(vae, "decoder" if encode else "encoder", None)
     vae.to(dtype)
-    channels = vae.config.latent_channels
+    channels = 3 if encode else vae.config.latent_channels
     options = {} if preview else {"kernels": job["kernels"], "block_values": job.get("block_values")}
-    make = PreviewEngine if preview else ExactEngine
+    make = (PreviewEncoder if encode else PreviewDecoder) if preview else (ExactEncoder if encode else ExactDecoder)
     first = make(vae, **options)
     first.prepare()
     if preview:
-        first.decode(torch.randn(1, channels, 4, 4).to(dtype))
+        side = 32 if encode else 4
+        (first.encode if encode else first.decode)(torch.randn(1, channels, side, side).to(dtype))
     for case in job["cases"]:
         engine = make(vae, **options)
         (lh, lw), batch, limit = case["size"], case.get("batch", 1), case.get("limit")
@@ -70,18 +73,19 @@ def main() -> None:
             limit = int(low + case["fraction"] * (high - low))
         engine.memory_limit = limit
         plan = engine.plan(lh, lw, batch)
-        raw = torch.randn(batch, channels, lh, lw).to(dtype)
+        given = torch.randn(batch, channels, lh, lw).to(dtype)
+        held = given.nbytes if encode else 0  # a plan counts the pixels of an encode, which are here before it starts
         trim()
         Path("/proc/self/clear_refs").write_text("5")
         before, start = resident("VmRSS"), time.perf_counter()
-        image = engine.decode(raw)
+        made = (engine.encode if encode else engine.decode)(given)
         seconds, after = time.perf_counter() - start, resident("VmHWM")
-        del image, raw
+        del made, given
         print(
             json.dumps(
                 {
                     "predicted": plan.peak_bytes,
-                    "measured": after - before,
+                    "measured": after - before + held,
                     "limit": limit,
                     "work_ratio": plan.work_ratio,
                     "spill": plan.spill_bytes,

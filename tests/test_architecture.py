@@ -19,10 +19,11 @@ MODULES = {
 FOLDERS = ("src", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
     ("errors",),
-    ("claims", "forked", "latents", "options", "pictures"),
+    ("claims", "forked", "latents", "options", "pictures", "pixels"),
     ("engine",),
     ("checkpoints",),
-    ("decoder", "install"),
+    ("half", "install"),
+    ("decoder", "encoder"),
     ("fluxvae",),
     ("bench", "plans", "verify"),
     ("demo",),
@@ -32,6 +33,7 @@ LEVELS = (
 """The parts of the package: a part imports only from lines above its own, and from itself."""
 ENGINE = (
     ("torch_library",),
+    ("way",),
     ("calls", "clock", "records", "settings"),
     ("memory", "plan", "statistics"),
     ("kernels",),
@@ -40,7 +42,8 @@ ENGINE = (
     ("module_state",),
     ("network",),
     ("planner", "reference", "runner"),
-    ("exact", "preview"),
+    ("bounded", "preview"),
+    ("exact",),
 )
 """The same within the engine."""
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine_models import Shape
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels.choose import make_kernels
 from fluxvae.engine.kernels.direct import cudnn
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
@@ -133,7 +133,7 @@ def test_cuda_kernels_on_a_cpu_are_refused() -> None:
         make_kernels("cuda", torch.device("cpu"))
     if not torch.cuda.is_available():
         with pytest.raises(InvalidOptionError, match="kernels: got 'cuda'"):
-            ExactEngine(Shape().vae(), kernels="cuda")
+            ExactDecoder(Shape().vae(), kernels="cuda")
 
 
 def test_auto_on_a_gpu_is_cuda_or_says_why_not(

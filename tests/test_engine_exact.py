@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from engine_models import Shape, error_ratio, one_thread, rms, shapes, true_decode
 from fluxvae.engine import planner
-from fluxvae.engine.exact import ExactEngine, PrecisionRetryWarning
+from fluxvae.engine.exact import ExactDecoder, PrecisionRetryWarning
 from fluxvae.engine.kernels.direct import onednn
 from fluxvae.engine.records import Norm
 from fluxvae.engine.runner import Runner
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 __all__ = ["one_thread"]  # a fixture, found by its name
 
-direct = partial(ExactEngine, kernels="torch")
+direct = partial(ExactDecoder, kernels="torch")
 """The engine with direct kernels, whatever the machine could do; `test_winograd` has the others."""
 
 BLOCKS = st.sampled_from([1, 300, 2000, 1 << 20])
@@ -399,7 +399,7 @@ def test_wrong_input_is_refused() -> None:
         with pytest.raises(InvalidOptionError, match="raw: got"):
             engine.decode(raw)
     with pytest.raises(InvalidOptionError, match="kernels: got 'magic'"):
-        ExactEngine(Shape().vae(), kernels="magic")
+        ExactDecoder(Shape().vae(), kernels="magic")
     with pytest.raises(InvalidOptionError, match="memory_limit"):
         direct(Shape().vae(), memory_limit=0)
 

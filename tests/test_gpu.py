@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from engine_models import Shape, rms, true_decode
-from fluxvae.engine.exact import ExactEngine, OutOfMemoryWarning, PrecisionRetryWarning
+from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning, PrecisionRetryWarning
 from fluxvae.errors import MemoryLimitError, NonFiniteOutputError
 from fluxvae.pictures import postprocess
 
@@ -36,7 +36,7 @@ def on_gpu(shape: Shape, dtype: torch.dtype) -> tuple[AutoencoderKL, torch.Tenso
 
 def test_every_kernel_is_used() -> None:
     vae, _ = on_gpu(FLUX, torch.bfloat16)
-    engine = ExactEngine(vae)
+    engine = ExactDecoder(vae)
     engine.prepare()
     plan = engine.plan(40, 36)
     assert (plan.kernels, plan.kernels_note) == ("cuda", "")
@@ -50,7 +50,7 @@ def test_error_is_no_larger_than_that_of_diffusers(dtype: torch.dtype, kernels: 
     truth = true_decode(vae, raw)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         theirs = rms(vae.decode(raw).sample.double() - truth)
-    ours = rms(ExactEngine(vae, kernels=kernels).decode(raw).double() - truth)
+    ours = rms(ExactDecoder(vae, kernels=kernels).decode(raw).double() - truth)
     print(f"{dtype} {kernels}: ours {ours:.3e}, diffusers {theirs:.3e}")
     assert ours <= theirs
 
@@ -61,12 +61,12 @@ def test_same_bits_for_any_limit_and_batch_and_no_peak_above_it(dtype: torch.dty
     """From keeping everything to spilling to host memory."""
     vae, one = on_gpu(FLUX, dtype)
     raw = torch.cat([one, one.flip(2)])
-    free = ExactEngine(vae, block_values=block_values)
+    free = ExactDecoder(vae, block_values=block_values)
     image = free.decode(raw)
     low, high = free.smallest_limit(40, 36, 2), free.plan(40, 36, 2).peak_bytes
     rungs = set()
     for step in range(LEVELS + 1):
-        tight = ExactEngine(vae, block_values=block_values, memory_limit=low + (high - low) * step // LEVELS)
+        tight = ExactDecoder(vae, block_values=block_values, memory_limit=low + (high - low) * step // LEVELS)
         rungs |= {place for rung in tight.plan(40, 36, 2).rungs for place in rung.split("/")}
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -84,7 +84,7 @@ def test_the_process_keeps_its_settings() -> None:
     vae, raw = on_gpu(Shape(), torch.float32)
     before = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
     seen = []
-    ExactEngine(vae).decode(raw, progress=lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    ExactDecoder(vae).decode(raw, progress=lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     assert set(seen) == {before[0]}, "during a decode too: other threads compute with them"
     after = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
     assert after == before
@@ -96,19 +96,19 @@ def test_nan_and_overflow_are_never_a_picture() -> None:
         vae.decoder.up_blocks[0].upsamplers[0].conv.weight.mul_(2e4)
     truth = true_decode(vae, raw)
     with pytest.warns(PrecisionRetryWarning):
-        image = ExactEngine(vae).decode(raw)
+        image = ExactDecoder(vae).decode(raw)
     assert rms(image.double() - truth) <= 0.01 * rms(truth)
     with torch.no_grad():
         vae.decoder.conv_in.weight[0, 0, 0, 0] = torch.nan
     with warnings.catch_warnings(), pytest.raises(NonFiniteOutputError):  # noqa: PT012
         warnings.simplefilter("ignore")
-        ExactEngine(vae).decode(raw)
+        ExactDecoder(vae).decode(raw)
 
 
 def test_a_full_card_is_a_smaller_plan() -> None:
     """PyTorch's own cap on this process stands for other processes."""
     vae, raw = on_gpu(FLUX, torch.bfloat16)
-    engine = ExactEngine(vae, block_values=1 << 20)
+    engine = ExactDecoder(vae, block_values=1 << 20)
     image, most = engine.decode(raw), engine.plan(40, 36).peak_bytes
     least = engine.smallest_limit(40, 36)
     engine.memory_limit = most

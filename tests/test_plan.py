@@ -20,7 +20,7 @@ from engine_models import Shape, one_thread
 from engine_peaks import measure
 from fluxvae.engine import planner
 from fluxvae.engine.calls import RUNTIME_BYTES, Geometry
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.memory import heap, spill
 from fluxvae.engine.plan import Plan, parse_memory_limit
 from fluxvae.errors import InvalidOptionError, MemoryLimitError
@@ -29,7 +29,7 @@ from leftovers import nothing_left_behind
 
 __all__ = ["one_thread"]  # a fixture, found by its name
 
-direct = partial(ExactEngine, kernels="torch")
+direct = partial(ExactDecoder, kernels="torch")
 """The engine with direct kernels, whatever the machine could do; `test_winograd` has the others."""
 
 HERE = Path(__file__).parent
@@ -72,6 +72,23 @@ def test_measured_peak_is_what_was_predicted() -> None:
         {"size": [150, 160], "fraction": 0.5},
     ]
     assert_predicted(measure({"vae": WIDE, "kernels": "torch", "threads": 2, "cases": cases}))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "winograd"])
+def test_measured_peak_of_an_encode_is_what_was_predicted(kernels: str) -> None:
+    cases = [{"size": [640, 600]}, {"size": [601, 643], "fraction": 0.5}, {"size": [640, 640], "fraction": 0.0}]
+    assert_predicted(measure({"encode": True, "vae": WIDE, "kernels": kernels, "threads": 2, "cases": cases}))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("kernels", "dtype"), [("torch", "float32"), ("winograd", "float32"), ("winograd", "bfloat16")]
+)
+def test_measured_peak_of_encodes_of_the_full_architecture(kernels: str, dtype: str) -> None:
+    cases = [{"size": [512, 384], "fraction": part} for part in (0.0, 0.3, 1.0)]
+    cases += [{"size": [333, 517], "batch": 2, "fraction": 0.5}]
+    assert_predicted(measure({"encode": True, "vae": FLUX, "kernels": kernels, "dtype": dtype, "cases": cases}))
 
 
 @pytest.mark.slow
@@ -136,7 +153,7 @@ def test_the_bars_of_the_full_architecture_are_planned(kernels: str) -> None:
     assert engine.smallest_limit(512, 512) <= 2e9
 
 
-def _flux_engine(dtype: torch.dtype, kernels: str = "torch") -> ExactEngine:
+def _flux_engine(dtype: torch.dtype, kernels: str = "torch") -> ExactDecoder:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -144,7 +161,7 @@ def _flux_engine(dtype: torch.dtype, kernels: str = "torch") -> ExactEngine:
     vae.encoder = None
     torch.nn.Module.to(vae, dtype)
     vae.decoder.to_empty(device="cpu")  # never touched: planning reads shapes
-    engine = ExactEngine(vae, kernels=kernels)
+    engine = ExactDecoder(vae, kernels=kernels)
     engine.memory_limit = 1 << 60
     return engine
 
@@ -231,10 +248,10 @@ KILLED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from engine_models import Shape
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 torch.set_num_threads(1)
 shape = Shape(height=20, width=20)
-engine = ExactEngine(shape.vae(), kernels="torch", block_values=3000, spill_dir=sys.argv[2])
+engine = ExactDecoder(shape.vae(), kernels="torch", block_values=3000, spill_dir=sys.argv[2])
 engine.memory_limit = engine.smallest_limit(20, 20)
 spilled = {s.kind for s in engine.plan(20, 20).steps if s.spilled}
 assert spilled

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
-from fluxvae.engine.exact import ExactEngine, OutOfMemoryWarning
+from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.memory import host_map, maps, spill
 from fluxvae.engine.memory.host_map import HostMap
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 __all__ = ["one_thread"]  # a fixture, found by its name
 
-direct = partial(ExactEngine, kernels="torch", block_values=3000)
+direct = partial(ExactDecoder, kernels="torch", block_values=3000)
 CPU = torch.device("cpu")
 
 

@@ -26,7 +26,7 @@ from engine_models import needs_vector_code, rms
 from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoints import ASSETS
 from fluxvae.engine.calls import Call
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.choose import make_kernels, no_winograd
 from fluxvae.engine.kernels.cpu import (
@@ -41,7 +41,7 @@ from fluxvae.engine.kernels.cpu import (
     winograd_tasks,
 )
 from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
-from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, matmul, toom_cook
+from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, halving, matmul, toom_cook
 from fluxvae.engine.records import Conv
 from fluxvae.engine.statistics import Affine, Partial
 from fluxvae.errors import NonFiniteOutputError
@@ -51,6 +51,7 @@ from fluxvae.verify.tolerances import (
     WINOGRAD_CONV,
     WINOGRAD_LAST,
     WINOGRAD_LEVELS,
+    WINOGRAD_PRECISE,
     WINOGRAD_SILU,
     WINOGRAD_STATISTICS,
 )
@@ -62,18 +63,19 @@ THREADS = (1, 2, 3)
 pytestmark = [needs_vector_code, pytest.mark.usefixtures("threads_kept")]
 
 
-def conv_layer(cin: int, cout: int, seed: int = 0) -> Conv:
+def conv_layer(cin: int, cout: int, seed: int = 0, *, precise: bool = False) -> Conv:
     torch.manual_seed(seed)
-    return Conv("test", cin, cout, 3, torch.nn.Conv2d(cin, cout, 3, padding=1).requires_grad_(False))
+    module = torch.nn.Conv2d(cin, cout, 3, padding=1).requires_grad_(False)
+    return Conv("test", cin, cout, 3, module, precise)
 
 
 def load(conv: Conv, kind: str) -> Any:
-    call = Call(kind, conv.cin, conv.cout, 1, 1, 4, False)  # type: ignore[arg-type]
+    call = Call(kind, conv.cin, conv.cout, 2, 2, 4, False, precise=conv.precise)  # type: ignore[arg-type]
     return KERNELS.load(conv, kind, torch.float32, torch.empty(KERNELS.loaded(call), dtype=torch.uint8))
 
 
 def workspace(conv: Conv, kind: str, rows: int, width: int) -> torch.Tensor:
-    call = Call(kind, conv.cin, conv.cout, rows, width, 4, False)  # type: ignore[arg-type]
+    call = Call(kind, conv.cin, conv.cout, rows, width, 4, False, precise=conv.precise)  # type: ignore[arg-type]
     # 0xFF bytes are NaN: scratch that is read before it is written would show.
     return torch.full((KERNELS.workspace(call),), 255, dtype=torch.uint8)
 
@@ -103,17 +105,29 @@ def run_up(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
     return out, partial
 
 
-def direct(conv: Conv, rows: torch.Tensor, enlarge: bool = False) -> torch.Tensor:
+def run_down(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
+    rows, width = padded.shape[0] - 2, padded.shape[1]
+    out = torch.full((rows // 2, width // 2, conv.cout), torch.nan)
+    work = workspace(conv, "down", rows, width)
+    partial = KERNELS.convolve(ConvBlock("down", padded, load(conv, "down"), out, work, statistics=True))
+    assert partial is not None
+    return out, partial
+
+
+def direct(conv: Conv, rows: torch.Tensor, enlarge: bool = False, halve: bool = False) -> torch.Tensor:
     """In float64 by PyTorch: (n, W, cin) to (n, W, cout)."""
     image = rows.permute(2, 0, 1)[None].double()
+    module = conv.module
+    if halve:
+        image = F.pad(image, (0, 1, 0, 1))
+        return F.conv2d(image, module.weight.double(), module.bias.double(), stride=2)[0].permute(1, 2, 0)
     if enlarge:
         image = F.interpolate(image, scale_factor=2, mode="nearest")
-    module = conv.module
     return F.conv2d(image, module.weight.double(), module.bias.double(), padding=1)[0].permute(1, 2, 0)
 
 
-def check(out: torch.Tensor, partial: Partial, expected: torch.Tensor) -> None:
-    assert (out - expected).abs().max() <= WINOGRAD_CONV.bound
+def check(out: torch.Tensor, partial: Partial, expected: torch.Tensor, bound: float = WINOGRAD_CONV.bound) -> None:
+    assert (out - expected).abs().max() <= bound
     flat = out.reshape(-1, out.shape[-1]).double()
     deviations = (flat - flat.mean(0)).square().sum(0)
     assert partial.count == len(flat)
@@ -135,6 +149,17 @@ def test_transforms_are_exact(data: st.DataObject, size: tuple[int, int]) -> Non
     products = [x[0] * y[0] for x, y in zip(matmul(t.g, [[v] for v in g]), matmul(t.bt, [[v] for v in d]), strict=True)]
     y = [row[0] for row in matmul(t.at, [[p] for p in products])]
     assert y == [sum(g[k] * d[i + k] for k in range(taps)) for i in range(outputs)]
+
+
+@given(st.data(), st.integers(1, 7))
+def test_halving_is_exact(data: st.DataObject, outputs: int) -> None:
+    t = halving(outputs)
+    d = data.draw(st.lists(small, min_size=2 * outputs + 1, max_size=2 * outputs + 1))
+    g = data.draw(st.lists(small, min_size=3, max_size=3))
+    products = [x[0] * y[0] for x, y in zip(matmul(t.g, [[v] for v in g]), matmul(t.bt, [[v] for v in d]), strict=True)]
+    y = [row[0] for row in matmul(t.at, [[p] for p in products])]
+    assert len(products) == 2 * outputs + 1
+    assert y == [sum(g[k] * d[2 * i + k] for k in range(3)) for i in range(outputs)]
 
 
 def test_a_wrong_number_of_points_is_refused() -> None:
@@ -165,6 +190,37 @@ def test_upsample(shape: tuple[int, int, int, int], seed: int) -> None:
     conv = conv_layer(cin, cout, seed)
     x = torch.randn(rows, width, cin)
     check(*run_up(conv, pad(x)), direct(conv, x, enlarge=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.booleans(), st.sampled_from([1.0, 1.7]), st.integers(0, 100))
+def test_precise_convolution(shape: tuple[int, int, int, int], residual: bool, scale: float, seed: int) -> None:
+    rows, width, cin, cout = shape
+    conv = conv_layer(cin, cout, seed, precise=True)
+    x, base = torch.randn(rows, width, cin), torch.randn(rows, width, cout) if residual else None
+    out, partial = run_conv(conv, pad(x), base, scale)
+    expected = direct(conv, x)
+    check(out, partial, (expected if base is None else expected + base) / scale, WINOGRAD_PRECISE.bound)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 100))
+def test_downsample(shape: tuple[int, int, int, int], seed: int) -> None:
+    """A block has an even number of rows; what it is given above them, stride 2 does not look at."""
+    rows, width, cin, cout = shape[0] + shape[0] % 2, shape[1] + 1, *shape[2:]
+    conv = conv_layer(cin, cout, seed)
+    x = torch.randn(rows, width, cin)
+    padded = pad(x)
+    padded[0] = torch.nan
+    check(*run_down(conv, padded), direct(conv, x, halve=True), WINOGRAD_PRECISE.bound)
+
+
+def test_how_much_smaller_precise_errors_are() -> None:
+    x, errors = torch.randn(24, 24, 128), {}
+    for precise in (False, True):
+        conv = conv_layer(128, 32, precise=precise)
+        errors[precise] = rms(run_conv(conv, pad(x))[0] - direct(conv, x))
+    assert errors[True] < 0.45 * errors[False]
 
 
 def test_a_residual_elsewhere() -> None:
@@ -303,27 +359,30 @@ def test_what_is_not_finite_shows_in_the_statistics(bad: float) -> None:
     conv = conv_layer(16, 16)
     x = torch.randn(13, 13, 16)
     x[12, 12, 5] = bad
-    partials = [run_conv(conv, pad(x))[1], run_up(conv, pad(x))[1]]
+    precise = conv_layer(16, 16, precise=True)
+    partials = [run_conv(conv, pad(x))[1], run_conv(precise, pad(x))[1], run_up(conv, pad(x))[1]]
+    partials.append(run_down(conv, pad(x[1:]))[1])
     assert all(not torch.isfinite(partial.m2).any() for partial in partials)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([32, 128, 256, 512]), st.sampled_from([32, 96, 512]), st.integers(1, 60), st.integers(1, 300))
 def test_workspace_is_enough_for_the_last_block(cin: int, cout: int, rows: int, width: int) -> None:
-    for kind in ("conv3", "up"):
-        work = KERNELS.workspace(Call(kind, cin, cout, rows, width, 4, False))  # type: ignore[arg-type]
-        for fewer in {1, rows // 2, rows - 1, rows} - {0}:
-            cut = winograd_cut.cut_tasks(kind, cin, cout, fewer, width)
-            assert winograd_cut.scratch_bytes(cut.run, cin, cut.panels) <= work
+    for kind, precise in (("conv3", False), ("conv3", True), ("up", False), ("down", False)):
+        call = Call(kind, cin, cout, rows + rows % 2, width + 1, 4, False, precise=precise)  # type: ignore[arg-type]
+        work, form = KERNELS.workspace(call), winograd_cut.form_of(call.kind, precise)
+        for fewer in {2, rows // 4 * 2, call.rows - 2, call.rows} - {0}:
+            cut = winograd_cut.cut_tasks(form, cin, cout, fewer, call.width)
+            assert winograd_cut.scratch_bytes(form, cut.run, cin, cut.panels) <= work
 
 
 # -- the same bits -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("run", [run_conv, run_up])
-def test_threads_change_nothing(run: Any) -> None:
-    conv = conv_layer(32, 512)
-    padded = pad(torch.randn(25, 40, 32))
+@pytest.mark.parametrize(("run", "precise"), [(run_conv, False), (run_conv, True), (run_up, False), (run_down, False)])
+def test_threads_change_nothing(run: Any, precise: bool) -> None:
+    conv = conv_layer(32, 512, precise=precise)
+    padded = pad(torch.randn(26, 40, 32))
     results = []
     for number in THREADS:
         torch.set_num_threads(number)
@@ -334,10 +393,13 @@ def test_threads_change_nothing(run: Any) -> None:
         assert torch.equal(partial.m2, results[0][1].m2)
 
 
-@pytest.mark.parametrize(("run", "step", "grown"), [(run_conv, 6, 1), (run_up, 3, 2)])
-def test_values_do_not_depend_on_where_blocks_are_cut(run: Any, step: int, grown: int) -> None:
-    conv = conv_layer(32, 48)
-    padded = pad(torch.randn(4 * step + 3, 11, 32))
+@pytest.mark.parametrize(
+    ("run", "step", "grown", "precise"),
+    [(run_conv, 6, 1, False), (run_conv, 4, 1, True), (run_up, 3, 2, False), (run_down, 6, 0.5, False)],
+)
+def test_values_do_not_depend_on_where_blocks_are_cut(run: Any, step: int, grown: float, precise: bool) -> None:
+    conv = conv_layer(32, 48, precise=precise)
+    padded = pad(torch.randn(4 * step + 4, 11, 32))
     whole, _ = run(conv, padded)
     for cut in (step, 3 * step):
         above, below = run(conv, padded[: cut + 2])[0], run(conv, padded[cut:])[0]
@@ -386,7 +448,7 @@ def to_uint8(image: torch.Tensor) -> Any:
 def test_decodes(height: int, width: int) -> None:
     vae = random_vae(widths=(32, 64, 64, 96))
     raw = torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(3))
-    engine = ExactEngine(vae, kernels="winograd")
+    engine = ExactDecoder(vae, kernels="winograd")
     assert engine.plan(height, width).kernels == "winograd"
     image = engine.decode(raw)
     with torch.no_grad():
@@ -398,7 +460,7 @@ def test_decodes(height: int, width: int) -> None:
         torch.set_num_threads(3)
         assert torch.equal(engine.decode(raw), image)
     assert torch.equal(engine.decode(raw[1:]), image[1:])
-    smallest = ExactEngine(vae, kernels="winograd", memory_limit=engine.smallest_limit(height, width))
+    smallest = ExactDecoder(vae, kernels="winograd", memory_limit=engine.smallest_limit(height, width))
     assert torch.equal(smallest.decode(raw[:1]), image[:1])
 
 
@@ -409,9 +471,9 @@ def test_half_precision_weights_are_computed_in_float32(dtype: torch.dtype) -> N
     with torch.no_grad():
         for ours, theirs in zip(wide.decoder.parameters(), half.decoder.parameters(), strict=True):
             ours.copy_(theirs)  # the very same values
-    engine = ExactEngine(half, kernels="winograd")
+    engine = ExactDecoder(half, kernels="winograd")
     image = engine.decode(raw)
-    assert torch.equal(image, ExactEngine(wide, kernels="winograd").decode(raw.float()).to(dtype))
+    assert torch.equal(image, ExactDecoder(wide, kernels="winograd").decode(raw.float()).to(dtype))
     engine.memory_limit = engine.smallest_limit(9, 12, 2)
     assert torch.equal(engine.decode(raw), image)
 
@@ -421,7 +483,7 @@ def test_pixels_that_do_not_fit_half_precision_are_an_error() -> None:
     with torch.no_grad():
         vae.decoder.conv_out.weight.fill_(6e4)
     with pytest.raises(NonFiniteOutputError, match="overflow float16"):
-        ExactEngine(vae, kernels="winograd").decode(torch.randn(1, 16, 4, 4).half())
+        ExactDecoder(vae, kernels="winograd").decode(torch.randn(1, 16, 4, 4).half())
 
 
 def test_the_demo_checkpoints_picture() -> None:
@@ -429,7 +491,7 @@ def test_the_demo_checkpoints_picture() -> None:
         latents = unpack_latents(file.get_tensor("latents").float(), 512, 512)[:, :, 4:36, 20:52]
     vae = AutoencoderKL.from_pretrained(ASSETS / "demo").eval().requires_grad_(False)
     raw = latents / vae.config.scaling_factor + vae.config.shift_factor
-    image = ExactEngine(vae, kernels="winograd").decode(raw)
+    image = ExactDecoder(vae, kernels="winograd").decode(raw)
     expected = vae.double().decode(raw.double()).sample
     difference = level_difference(to_uint8(image), to_uint8(expected))
     assert difference.changed <= WINOGRAD_CHANGED.bound
@@ -445,7 +507,7 @@ def test_a_processor_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
         make_kernels("winograd", CPU)
     assert no_winograd(torch.device("cuda")) is not None
     assert make_kernels("auto", CPU).name == "torch"
-    plan = ExactEngine(random_vae()).plan(4, 4)
+    plan = ExactDecoder(random_vae()).plan(4, 4)
     assert plan.kernels == "torch"
     assert "note: Winograd would be faster, but this processor is too old" in str(plan)
 
@@ -459,13 +521,13 @@ def test_what_numba_was_told(variable: str, value: object, words: str, monkeypat
     if platform.machine() == "aarch64" and variable == "CPU_NAME":
         pytest.skip("an Arm processor multiplies and adds in one step, whatever it is called")
     monkeypatch.setattr(numba.config, variable, value)
-    plan = ExactEngine(random_vae()).plan(4, 4)
+    plan = ExactDecoder(random_vae()).plan(4, 4)
     assert (plan.kernels, words in plan.kernels_note) == ("torch", True)
 
 
 def test_they_are_what_a_cpu_decodes_with() -> None:
     vae = random_vae()
-    plan = ExactEngine(vae).plan(4, 4)
+    plan = ExactDecoder(vae).plan(4, 4)
     assert (plan.kernels, plan.kernels_note) == ("winograd", "")
     assert "note:" not in str(plan)
 

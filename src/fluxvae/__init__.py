@@ -1,4 +1,4 @@
-"""Decodes packed FLUX latents to exactly the image that diffusers' FluxPipeline would have made of them."""
+"""FLUX latents to pixels and pixels to latents, exactly as diffusers' pipelines compute them, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fluxvae.errors import (
     DecodeCancelled,
     FluxVAEError,
     ForkedProcessError,
+    InvalidImagesError,
     InvalidLatentsError,
     InvalidOptionError,
     MemoryLimitError,
@@ -21,6 +22,7 @@ from fluxvae.install import install
 
 if TYPE_CHECKING:
     from fluxvae.decoder import Decoder
+    from fluxvae.encoder import Encoder
     from fluxvae.latents.packing import SizeFlooredWarning, pack_latents, unpack_latents
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "DeadlineExceededError",
     "DecodeCancelled",
     "Decoder",
+    "Encoder",
     "FluxVAEError",
     "ForkedProcessError",
+    "InvalidImagesError",
     "InvalidLatentsError",
     "InvalidOptionError",
     "MemoryLimitError",
@@ -48,6 +52,7 @@ __version__ = "0.1.0"
 # supervisor and `fluxvae --help` never use them.
 _WITH_TORCH = {
     "Decoder": "fluxvae.decoder",
+    "Encoder": "fluxvae.encoder",
     "SizeFlooredWarning": "fluxvae.latents.packing",
     "pack_latents": "fluxvae.latents.packing",
     "unpack_latents": "fluxvae.latents.packing",

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fluxvae.checkpoints import open_checkpoint
-from fluxvae.engine.exact import ExactEngine
-from fluxvae.engine.layers.reading import unwrapped
-from fluxvae.engine.module_state import check_loaded
-from fluxvae.engine.plan import Plan, check_size, parse_memory_limit
-from fluxvae.engine.preview import ApproximateWarning, PreviewEngine
-from fluxvae.engine.reference import ReferenceEngine
+from fluxvae.engine.exact import ExactDecoder
+from fluxvae.engine.plan import Plan
+from fluxvae.engine.preview import PreviewDecoder
+from fluxvae.engine.reference import ReferenceDecoder
 from fluxvae.engine.settings import set_aside
-from fluxvae.errors import InvalidOptionError, MemoryLimitError
+from fluxvae.engine.way import DECODE
+from fluxvae.errors import MemoryLimitError
 from fluxvae.forked import refuse_to_hang
-from fluxvae.latents.format import PREVIEW_NOTE, LatentFormat
+from fluxvae.half import Half
+from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
-from fluxvae.options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
+from fluxvae.options import VAE, resolve_dtype
 from fluxvae.pictures import OutputType, check_output_type, postprocess, postprocess_bytes
 
 __all__ = ["Decoder"]
@@ -32,7 +29,7 @@ Progress = Callable[[int, int], None]
 Cancel = Callable[[], bool]
 
 
-class Decoder:
+class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
     """Decodes the latents of FLUX, or of a model that borrows its VAE, with one VAE on one device.
 
     Args:
@@ -57,6 +54,9 @@ class Decoder:
         InvalidOptionError: an option is unknown, or the engine cannot honour it.
     """
 
+    way = DECODE
+    engines = (ExactDecoder, ReferenceDecoder, PreviewDecoder)
+
     def __init__(
         self,
         vae: VAE,
@@ -71,141 +71,13 @@ class Decoder:
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
-        vae = unwrapped(vae)
-        if not is_a(vae, "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"):
-            raise InvalidOptionError(
-                f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
-                "AutoencoderTiny; Decoder.from_pretrained loads one"
-            )
-        refuse_to_hang()
-        check_loaded(vae)
-        engine = resolve_engine(engine, vae)
-        given = {
-            "kernels": kernels,
-            "memory_limit": memory_limit,
-            "spill_dir": spill_dir,
-            "tiling": tiling,
-            "slicing": slicing,
-        }
-        check_engine_options(engine, given)
-        where = vae.device if device == "auto" else resolve_device(device)
-        precision = vae.dtype if dtype == "auto" else resolve_dtype(dtype, where)
-        if (device, dtype) != ("auto", "auto"):
-            torch.nn.Module.to(vae, device=where, dtype=precision)  # that of diffusers logs a line about dtypes
-        self._rescale_dtype = None if rescale_dtype == "auto" else resolve_dtype(rescale_dtype, where, "rescale_dtype")
-        self.format = LatentFormat.from_vae(vae)
-        """How latents become raw latents, as the checkpoint says."""
-        self.assumed = ""
-        """What `from_pretrained` had to assume about a single file, which plans print. It is empty where that was
-        nothing."""
-        self.vae = vae
-        self.memory_limit = None if memory_limit is None else parse_memory_limit(memory_limit)
-        """How many bytes a decode may add above the loaded weights. None: what is free."""
-        self.engine: ExactEngine | ReferenceEngine | PreviewEngine
-        if engine == "exact":
-            self.engine = ExactEngine(vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir)
-        elif engine == "preview":
-            self.engine = PreviewEngine(vae, memory_limit=self.memory_limit)
-        else:
-            self.engine = ReferenceEngine(vae, tiling=tiling, slicing=slicing)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        variant: str | None = None,
-        family: str | None = None,
-        scaling_factor: float | None = None,
-        shift_factor: float | None = None,
-        batch_norm_eps: float | None = None,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        **options: Any,
-    ) -> Decoder:
-        """Load a VAE and make a decoder of it.
-
-        Args:
-            source: one of these (docs/models.md):
-                ``"demo"``, which ships in the package;
-                a diffusers VAE folder, its ``config.json`` or its weights file;
-                a pipeline folder that holds ``vae/``;
-                a single file of a VAE or of a whole model, whose tensors have diffusers' or BFL's names behind any
-                prefix: safetensors, or a ``.pt``, ``.ckpt`` or ``.bin`` that holds only tensors, also as 8-bit floats,
-                scaled or not;
-                a folder that holds one such file;
-                a hub id.
-            subfolder: where the VAE is in the folder or repository. ``vae`` is found without it.
-            revision: the branch, tag or commit of the hub id.
-            variant: ``"fp16"`` or ``"bf16"``, of the folder or repository. If it is left out, the weights without a
-                variant are meant, or the only ones that are there.
-            family: whose VAE a single file holds: ``"flux1"``, ``"sd3"``, ``"sd"``, ``"sdxl"``, ``"playground-v2.5"``,
-                ``"sd-x4-upscaler"``, ``"flux2"`` or ``"ernie"``. No tensor tells FLUX.1's from SD3's, SD's from SDXL's
-                or FLUX.2's from ERNIE's. If it is left out, the first of such a pair is assumed with an
-                `AssumedFamilyWarning`, and a plan says so. For a folder it is used instead of what the config says.
-            scaling_factor, shift_factor, batch_norm_eps: belong to the checkpoint's latents, and are used instead of
-                its family's or its config's. Both factors (for VAEs of SD's kind the first) settle a single file too.
-            device: ``"auto"`` is CUDA where there is a GPU, and the CPU elsewhere.
-            dtype: ``"auto"`` is bfloat16 on CUDA, and float32 on a CPU.
-            options: as for `Decoder`.
-
-        Raises:
-            CheckpointError: the weights are missing, damaged, foreign or out of reach.
-            InvalidOptionError: an option is unknown, or the engine cannot honour it, or the family does not fit the
-                tensors.
-        """
-        refuse_to_hang()
-        where = resolve_device(device)
-        precision = resolve_dtype(dtype, where)
-        with set_aside(where):
-            checkpoint = open_checkpoint(
-                source,
-                subfolder=subfolder,
-                revision=revision,
-                variant=variant,
-                family=family,
-                scaling_factor=scaling_factor,
-                shift_factor=shift_factor,
-                batch_norm_eps=batch_norm_eps,
-            )
-            checkpoint.warn()
-            # The method is that of torch.nn.Module, because diffusers' own logs a line about dtypes.
-            vae = torch.nn.Module.to(checkpoint.load(precision), device=where)
-            decoder = cls(vae, **options)
-        decoder.assumed = checkpoint.assumed
-        return decoder
-
-    @property
-    def device(self) -> torch.device:
-        """Where the VAE is, and where latents are moved to."""
-        device: torch.device = self.vae.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the VAE, in which it takes raw latents and returns images."""
-        dtype: torch.dtype = self.vae.dtype
-        return dtype
-
-    @property
-    def approximate(self) -> bool:
-        """Whether the images are previews by an ``AutoencoderTiny`` rather than those of the full VAE."""
-        return self.format.preview
-
-    def prepare(self) -> float:
-        """Compile the kernels and load the libraries' code now rather than in the first decode.
-
-        On a CPU this takes some seconds once per machine, because Numba keeps the result, and then about one second per
-        process. The code, 20 to 65 MB, counts against no memory limit; a first decode that was not prepared for adds
-        it. On a GPU every kernel is also tried on a small map, and a plan names those that do not work there.
-
-        Returns:
-            The seconds that it took.
-        """
-        with set_aside(self.device):
-            return self.engine.prepare()
+        super().__init__(
+            vae, device=device, dtype=dtype, engine=engine, kernels=kernels, memory_limit=memory_limit,
+            spill_dir=spill_dir, tiling=tiling, slicing=slicing,
+        )  # fmt: skip
+        self._rescale_dtype = None
+        if rescale_dtype != "auto":
+            self._rescale_dtype = resolve_dtype(rescale_dtype, self.device, "rescale_dtype")
 
     def decode(
         self,
@@ -260,7 +132,7 @@ class Decoder:
         """
         refuse_to_hang()
         check_output_type(output_type)
-        self._begin()
+        self._begin(PREVIEW_NOTE)
         reading = Reading(
             height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
             shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
@@ -295,7 +167,7 @@ class Decoder:
             without its batch.
         """
         refuse_to_hang()
-        self._begin()
+        self._begin(PREVIEW_NOTE)
         reading = Reading(
             height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
             shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
@@ -339,14 +211,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Decode what `request` returned, which is not checked again. Otherwise as `decode_raw`."""
         refuse_to_hang()
-        self._begin()
+        self._begin(PREVIEW_NOTE)
         return self._decode(request, progress, cancel)
-
-    def _begin(self) -> None:
-        """Do what comes before every decode: warn of a preview, and see whether the model can still decode."""
-        if self.approximate:
-            warnings.warn(f"decode: {PREVIEW_NOTE}", ApproximateWarning, stacklevel=3)  # the caller of a public method
-        self.engine.look()
 
     def _decode(self, request: LatentRequest, progress: Progress | None, cancel: Cancel | None) -> torch.Tensor:
         with set_aside(self.device):
@@ -382,8 +248,4 @@ class Decoder:
             MemoryLimitError: the limit is below the smallest that works.
             InvalidOptionError: the decoder has the reference engine, which does not plan.
         """
-        scale = self.format.vae_scale_factor
-        check_size(height, width, batch, scale)
-        plan = self.engine.plan(height // scale, width // scale, batch)
-        notes = "; ".join(note for note in (plan.kernels_note, self.assumed) if note)
-        return dataclasses.replace(plan, kernels_note=notes)
+        return self._plan(height, width, batch)

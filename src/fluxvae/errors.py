@@ -2,10 +2,11 @@
 
     FluxVAEError
     ├── InvalidLatentsError (ValueError)   the latents, or the size given with them
+    ├── InvalidImagesError (ValueError)    pictures that cannot be encoded as they are
     ├── InvalidOptionError (ValueError)    an option: output_type, engine, dtype, format, ...
     ├── CheckpointError                    weights that are missing, damaged, foreign or out of reach
     ├── MemoryLimitError                   the limit is below the smallest that works, or the disk to spill to is full
-    ├── NonFiniteOutputError               the decode gave NaN or Inf; never a picture
+    ├── NonFiniteOutputError               the result holds NaN or Inf; it never becomes a picture, or latents
     ├── DecodeCancelled                    the caller's cancel() said so
     ├── UnavailableError                   a server, or the machine's memory, cannot take it now: try again later
     ├── DeadlineExceededError (TimeoutError)   a server's answer did not come in time
@@ -24,6 +25,7 @@ __all__ = [
     "DecodeCancelled",
     "FluxVAEError",
     "ForkedProcessError",
+    "InvalidImagesError",
     "InvalidLatentsError",
     "InvalidOptionError",
     "MemoryLimitError",
@@ -43,6 +45,10 @@ class InvalidLatentsError(FluxVAEError, ValueError):
     """The latents, or the height and width that were given with them, cannot be decoded as asked."""
 
 
+class InvalidImagesError(FluxVAEError, ValueError):
+    """Pictures cannot be encoded as they are: their class, mode, dtype, values or size."""
+
+
 class InvalidOptionError(FluxVAEError, ValueError):
     """An option has a value that is unknown, or that this engine or device cannot honour."""
 
@@ -56,11 +62,11 @@ class MemoryLimitError(FluxVAEError):
 
 
 class NonFiniteOutputError(FluxVAEError):
-    """The decoded pixels hold NaN or Inf."""
+    """The decoded pixels, or the encoded latents, hold NaN or Inf."""
 
 
 class DecodeCancelled(FluxVAEError):
-    """The decode stopped because its caller asked it to."""
+    """The decode, or the encode, stopped because its caller asked it to."""
 
 
 class UnavailableError(FluxVAEError):
@@ -89,6 +95,7 @@ class Status(NamedTuple):
 _STATUS: dict[type[Exception], Status] = {
     FluxVAEError: Status(500, "INTERNAL", 1),
     InvalidLatentsError: Status(400, "INVALID_ARG", 2),
+    InvalidImagesError: Status(400, "INVALID_ARG", 2),
     InvalidOptionError: Status(400, "INVALID_ARG", 2),
     MemoryLimitError: Status(400, "INVALID_ARG", 3),
     CheckpointError: Status(500, "INTERNAL", 4),

@@ -1,18 +1,21 @@
-"""`install` makes any diffusers pipeline that holds an ``AutoencoderKL`` decode exactly and in bounded memory."""
+"""`install` makes any diffusers pipeline with an ``AutoencoderKL`` decode and encode exactly, in bounded memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.plan import parse_memory_limit
+from fluxvae.engine.way import DECODE, ENCODE
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:  # elsewhere they are imported inside the functions, so that `import fluxvae` does not import them
     import torch
     from diffusers import AutoencoderKL
 
-    from fluxvae.engine.exact import ExactEngine
+    from fluxvae.engine.bounded import ExactEngine
+    from fluxvae.engine.exact import ExactDecoder, ExactEncoder
 
 __all__ = ["Installed", "install"]
 
@@ -20,32 +23,37 @@ __all__ = ["Installed", "install"]
 class Installed:
     """The handle of an `install`: `remove` undoes it, and so does leaving a ``with`` block of the handle."""
 
-    def __init__(self, vae: AutoencoderKL, engine: ExactEngine) -> None:
-        import torch
-
+    def __init__(self, vae: AutoencoderKL, decoder: ExactDecoder | None, encoder: ExactEncoder | None) -> None:
         self.vae = vae
-        self.engine = engine
-        # torch.compile must not trace our decode when code around it is compiled: tracing would take minutes or fail.
-        # This is not done by a decorator, because a decorator would import PyTorch together with this module.
-        if not hasattr(Installed._exact_decode, "_torchdynamo_orig_callable"):
-            Installed._exact_decode = torch.compiler.disable(Installed._exact_decode)  # type: ignore[method-assign, no-untyped-call]
-        self._decode = self._exact_decode
-        vae._decode = self._decode
+        self.decoder = decoder
+        """The engine that decodes; None where the VAE has no decoder."""
+        self.encoder = encoder
+        """The engine that encodes; None where the VAE has no encoder."""
+        self._put: dict[str, Callable[..., Any]] = {}
+        _keep_from_tracing()
+        if decoder is not None:
+            self._put["_decode"] = self._exact_decode
+        if encoder is not None:
+            self._put["_encode"] = self._exact_encode
+        for name, method in self._put.items():
+            setattr(vae, name, method)
 
     def remove(self) -> None:
         """Undo `install`. A second call does nothing.
 
         Raises:
-            InvalidOptionError: something else has replaced ``vae._decode`` since; that must be undone first.
+            InvalidOptionError: something else has replaced ``vae._decode`` or ``vae._encode`` since; that must be
+                undone first.
         """
-        mine = self.vae.__dict__.get("_decode")
-        if mine is None:
-            return
-        if mine is not self._decode:
-            raise InvalidOptionError(
-                f"vae: got a _decode that fluxvae.install did not put there ({mine!r}); undo that replacement first"
-            )
-        del self.vae._decode
+        for name, method in self._put.items():
+            there = self.vae.__dict__.get(name)
+            if there is not None and there is not method:
+                raise InvalidOptionError(
+                    f"vae: got a {name} that fluxvae.install did not put there ({there!r}); undo that replacement first"
+                )
+        for name in self._put:
+            if name in self.vae.__dict__:
+                delattr(self.vae, name)
 
     def __enter__(self) -> Installed:
         return self
@@ -58,28 +66,59 @@ class Installed:
 
         ``vae.decode`` calls this method, and its own hooks, slicing and return types stay as they are.
         """
-        import torch
         from diffusers.models.autoencoders.vae import DecoderOutput
 
         from fluxvae.latents.values import plain
 
+        assert self.decoder is not None
+        self._check(self.decoder, z)
+        sample = self.decoder.decode(plain(z))
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _exact_encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Replace ``AutoencoderKL._encode``: encode pixels (B, 3, H, W) to moments (B, 2*C, lh, lw), exactly.
+
+        ``vae.encode`` calls this method and makes its distribution of the result; its own hooks, slicing and return
+        types stay as they are.
+        """
+        from fluxvae.latents.values import plain
+
+        assert self.encoder is not None
+        self._check(self.encoder, x)
+        return self.encoder.encode(plain(x))
+
+    def _check(self, engine: ExactEngine, given: torch.Tensor) -> None:
+        """Refuse what the exact engine does not do: tiles, and gradients."""
+        import torch
+
+        way = engine.way
         if self.vae.use_tiling:
             raise InvalidOptionError(
                 "use_tiling: got True; tiles are blended, not exact, and fluxvae.install bounds memory without them; "
                 "call vae.disable_tiling() (pipe.disable_vae_tiling()), or handle.remove() to tile"
             )
-        if torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in self._trainable())):
-            raise InvalidOptionError(
-                "vae: got a decode that records gradients, which the exact engine does not; decode under "
-                "torch.no_grad(), or call handle.remove() to train"
-            )
-        sample = self.engine.decode(plain(z))
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def _trainable(self) -> list[torch.nn.Parameter]:
         # Every parameter of a model fresh from from_pretrained has requires_grad, so only the training mode shows that
         # gradients are really wanted.
-        return list(self.vae.decoder.parameters()) if self.vae.training else []
+        trained = list(getattr(self.vae, way.network).parameters()) if self.vae.training else []
+        if torch.is_grad_enabled() and (given.requires_grad or any(one.requires_grad for one in trained)):
+            raise InvalidOptionError(
+                f"vae: got {way.given} to {way.name} while gradients are recorded, which the exact engine does not do; "
+                f"{way.name} under torch.no_grad(), or call handle.remove() to train"
+            )
+
+
+def _keep_from_tracing() -> None:
+    """Keep torch.compile from tracing our methods when code around them is compiled: it would take minutes or fail.
+
+    They are the methods of the class, whose bound ones a copy of the VAE takes along. No decorator does this, because
+    that would import PyTorch together with this module.
+    """
+    import torch
+
+    for name in ("_exact_decode", "_exact_encode"):
+        method = getattr(Installed, name)
+        if not hasattr(method, "_torchdynamo_orig_callable"):
+            setattr(Installed, name, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 def install(
@@ -89,14 +128,15 @@ def install(
     spill_dir: str | Path | None = None,
     kernels: str = "auto",
 ) -> Installed:
-    """Make ``vae.decode`` exact and bounded in memory, in place, for whatever pipeline holds the VAE.
+    """Make ``vae.decode`` and ``vae.encode`` exact and bounded in memory, in place, whatever pipeline holds the VAE.
 
-    Only ``vae._decode`` is replaced. Offload hooks on ``decode`` run as before, ``return_dict`` and slicing work as
-    before (slicing saves nothing, because images are decoded one by one anyway), and ``vae.encode`` is not touched.
+    Only ``vae._decode`` and ``vae._encode`` are replaced. Offload hooks run as before, and ``return_dict``, slicing and
+    the distribution that ``encode`` returns are diffusers' own. (Slicing saves nothing, because images are computed one
+    by one anyway.) Of a VAE that has one half alone, that half is replaced.
 
     Args:
         vae: the pipeline's VAE, ``pipe.vae``.
-        memory_limit: the bytes that a decode may add above the loaded weights, as a number or as a text such as
+        memory_limit: the bytes that a call may add above the loaded weights, as a number or as a text such as
             ``"4GiB"``. None allows what is free.
         spill_dir: the folder for feature maps that memory has no room for.
         kernels: as for `fluxvae.Decoder`.
@@ -106,19 +146,24 @@ def install(
 
     Raises:
         InvalidOptionError: an option is unknown, the engine cannot read this VAE, tiling is switched on, or this VAE
-            has been installed into already. If tiling is switched on later, the next decode raises this error.
+            has been installed into already. If tiling is switched on later, the next call raises this error.
     """
-    from fluxvae.engine.exact import ExactEngine
+    from fluxvae.engine.exact import ExactDecoder, ExactEncoder
     from fluxvae.engine.layers.reading import unwrapped
 
     vae = unwrapped(vae)
-    if "_decode" in vae.__dict__:
-        raise InvalidOptionError(
-            "vae: its _decode has been replaced already; call remove() on the handle of the first install"
-        )
+    for name in ("_decode", "_encode"):
+        if name in vae.__dict__:
+            raise InvalidOptionError(
+                f"vae: its {name} has been replaced already; call remove() on the handle of the first install"
+            )
     if getattr(vae, "use_tiling", False):
         raise InvalidOptionError(
             "use_tiling: got True; tiles are blended, not exact; call vae.disable_tiling() before fluxvae.install"
         )
     limit = None if memory_limit is None else parse_memory_limit(memory_limit)
-    return Installed(vae, ExactEngine(vae, kernels=kernels, memory_limit=limit, spill_dir=spill_dir))
+    halves = [way for way in (DECODE, ENCODE) if getattr(vae, way.network, None) is not None]
+    options: dict[str, Any] = {"kernels": kernels, "memory_limit": limit, "spill_dir": spill_dir}
+    decoder = ExactDecoder(vae, **options) if halves != [ENCODE] else None  # which refuses what has neither half
+    encoder = ExactEncoder(vae, **options) if ENCODE in halves else None
+    return Installed(vae, decoder, encoder)

@@ -14,6 +14,7 @@ from fluxvae.checkpoints.defaults import DEFAULTS
 from fluxvae.checkpoints.module import own_settings
 from fluxvae.checkpoints.outline import outline
 from fluxvae.engine.network import read_network
+from fluxvae.engine.way import DECODE, ENCODE, Way
 from fluxvae.latents.format import LatentFormat
 
 FLUX = {"block_out_channels": [32, 64, 96, 96], "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -43,11 +44,12 @@ def real(config: dict[str, Any]) -> Any:
         return getattr(diffusers, config["_class_name"]).from_config(json.loads(json.dumps(config))).eval()
 
 
-def shapes_of(module: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(module: Any, way: Way = DECODE) -> dict[str, tuple[int, ...]]:
+    other = ENCODE if way == DECODE else DECODE
     return {
         name: tuple(tensor.shape)
         for name, tensor in module.state_dict().items()
-        if not name.startswith(("encoder.", "quant_conv."))
+        if not name.startswith(tuple(f"{part}." for part in other.parts))
     }
 
 
@@ -59,15 +61,16 @@ def records(value: Any) -> Any:
 
 
 @SETTINGS
-def test_an_outline_has_the_tensors_and_layers_of_the_real_module(config: dict[str, Any]) -> None:
-    made, module = outline(config), real(config)
+@pytest.mark.parametrize("way", [DECODE, ENCODE], ids=["decode", "encode"])
+def test_an_outline_has_the_tensors_and_layers_of_the_real_module(config: dict[str, Any], way: Way) -> None:
+    made, module = outline(config, way), real(config)
     assert made is not None
-    assert made.shapes == shapes_of(module)
+    assert made.shapes == shapes_of(module, way)
     assert str(LatentFormat.from_config(made.config, config["_class_name"])) == str(LatentFormat.from_vae(module))
     if "Tiny" in config["_class_name"]:
         assert made.network is None
     else:
-        assert records(made.network) == records(read_network(module.to_empty(device="cpu")))
+        assert records(made.network) == records(read_network(module.to_empty(device="cpu"), way))
 
 
 @SETTINGS
@@ -84,12 +87,13 @@ def test_taef2s_pools_have_places() -> None:
     from fluxvae.checkpoints.previews import add_pools
 
     config = {"_class_name": "AutoencoderTiny", "latent_channels": 32, "num_decoder_blocks": [3, 2, 1, 1]}
-    module = real(config)
-    with own_settings(), torch.device("meta"):
-        add_pools(module)
-    made = outline(config, pools=True)
-    assert made is not None
-    assert made.shapes == shapes_of(module)
+    for way in (DECODE, ENCODE):
+        module = real(config)
+        with own_settings(), torch.device("meta"):
+            add_pools(module, way)
+        made = outline(config, way, pools=True)
+        assert made is not None
+        assert made.shapes == shapes_of(module, way)
 
 
 @pytest.mark.parametrize("kind", DEFAULTS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fluxvae import Decoder, MemoryLimitError, UnavailableError
-from fluxvae.engine.exact import ExactEngine
+from fluxvae.engine.exact import ExactDecoder
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
@@ -116,15 +116,15 @@ class ScarceMemory:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, has: int) -> None:
         self.peaks: list[int] = []
-        real = ExactEngine._run
+        real = ExactDecoder._run
 
-        def run(engine: ExactEngine, plan: Any, *rest: Any) -> None:
+        def run(engine: ExactDecoder, plan: Any, *rest: Any) -> None:
             self.peaks.append(plan.peak_bytes)
             if plan.peak_bytes > has:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             real(engine, plan, *rest)
 
-        monkeypatch.setattr(ExactEngine, "_run", run)
+        monkeypatch.setattr(ExactDecoder, "_run", run)
 
 
 @pytest.mark.parametrize("limit", [None, 1 << 30])

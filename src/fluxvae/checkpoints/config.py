@@ -38,6 +38,8 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
             "latent_channels": channels,
             "decoder_block_out_channels": [width] * 4,
         }
+        if vae.encoder_widths is not None:
+            config["encoder_block_out_channels"] = list(vae.encoder_widths)
         return config, [
             family
             for family in FAMILIES.values()
@@ -58,7 +60,7 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "mid_block_add_attention": any(name.startswith("decoder.mid_block.attentions.") for name in vae.shapes),
         "use_post_quant_conv": post_quant,
-        "use_quant_conv": post_quant,
+        "use_quant_conv": "quant_conv.weight" in vae.encoder if vae.encoder else post_quant,
     }
     if flux2 and vae.encoder_widths is not None and vae.encoder_widths != widths:
         config |= {"block_out_channels": list(vae.encoder_widths), "decoder_block_out_channels": list(widths)}

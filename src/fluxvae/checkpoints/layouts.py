@@ -1,9 +1,8 @@
-"""Finds the decoder among the tensors of a file and translates their names into diffusers' names.
+"""Finds the VAE among the tensors of a file and translates their names into diffusers' names.
 
 The names may have any prefix, and may be BFL's, diffusers' current or old ones, or a preview's. `find_vae` looks for
 the tensor that each kind of decoder begins with, and what stands before its name is the prefix. Everything else in the
-file (a transformer, text encoders, an encoder) stays unread. `diffusers_name` translates the names of the encoder and
-the decoder; `find_vae` keeps only the decoder's.
+file (a transformer, text encoders) stays unread. `diffusers_name` translates the names.
 
 Sources of the names: BFL's ``flux/modules/autoencoder.py`` (SD's, SDXL's and SD3's are the same) and
 ``flux2/autoencoder.py``, whose quantisation convolutions lie inside encoder and decoder; diffusers'
@@ -23,13 +22,16 @@ __all__ = ["MOST_LEVELS", "Vae", "diffusers_name", "find_vae", "holds_vae", "lin
 
 MOST_LEVELS = 8
 """The most levels that any autoencoder has. A file that claims more is damaged."""
+_PREVIEW_LEVELS = 4
 _FIRST = {
     "full": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv_in\.weight"),
     "preview": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.layers\.0\.weight"),
     "taesd": re.compile(r"(?P<prefix>(?:.*\.)?taesd_decoder\.)1\.weight"),
 }
-_HALVES = ("decoder.", "post_quant_conv.", "bn.")
-"""How the names of the decoder's half begin. The encoder's half, ``encoder.`` and ``quant_conv.``, is not needed."""
+_DECODER = ("decoder.", "post_quant_conv.", "bn.")
+"""How the names of the decoder's half begin."""
+_ENCODER = ("encoder.", "quant_conv.", "bn.")
+"""How those of the encoder's half begin. FLUX.2's statistics are needed on both ways."""
 _ATTENTION = {
     "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
     "query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0",
@@ -39,18 +41,20 @@ _LINEAR = re.compile(r".*\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight")
 
 @dataclass(frozen=True)
 class Vae:
-    """One decoder in a file: which of the file's tensors it has, and what diffusers calls them."""
+    """One VAE in a file: which of the file's tensors it has, and what diffusers calls them."""
 
     prefix: str
     """What stands before the names of its tensors in the file."""
     preview: bool
-    """Whether this is a preview's small decoder (`AutoencoderTiny`) rather than a full VAE's."""
+    """Whether this is a preview (`AutoencoderTiny`) rather than a full VAE."""
     layout: str
     """Whose names the file uses, in words, for messages."""
     names: Mapping[str, str]
     """Maps diffusers' names of the decoder's tensors to the file's names."""
     shapes: Mapping[str, tuple[int, ...]]
     """The shapes of the tensors by diffusers' names, as diffusers' modules have them (see `linear_shape`)."""
+    encoder: Mapping[str, str]
+    """Maps diffusers' names of the encoder's tensors to the file's names; empty where the file holds no encoder."""
     encoder_widths: tuple[int, ...] | None
     """The widths of the encoder's levels, full resolution first; None where the file holds no encoder."""
 
@@ -61,7 +65,7 @@ def holds_vae(entries: Mapping[str, Entry]) -> bool:
 
 
 def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
-    """Find the one decoder among these tensors.
+    """Find the one VAE among these tensors, by its decoder. Whether there is an encoder too, the result tells.
 
     Args:
         entries: the tensors of a file by the file's names.
@@ -84,16 +88,22 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
     inside = {name.removeprefix(prefix): name for name in entries if name.startswith(prefix)}
     if kind == "taesd":
         layers = {_taesd_name(name): whole for name, whole in inside.items() if re.match(r"\d+\.", name)}
+        other = prefix.replace("taesd_decoder.", "taesd_encoder.")
+        layers |= {
+            f"encoder.layers.{name.removeprefix(other)}": name
+            for name in entries
+            if other != prefix and re.match(rf"{re.escape(other)}\d+\.", name)
+        }
         return _vae(prefix, True, "taesd.py's", layers, entries)
     if kind == "bare":
         inside = {f"decoder.{name}": whole for name, whole in inside.items()}
     if kind == "preview":
-        return _vae(prefix, True, "diffusers'", _decoder_half(inside), entries)
+        return _vae(prefix, True, "diffusers'", inside, entries)
     levels = _count(r"decoder\.up\.(\d+)\.", inside, where)
     names: dict[str, str] = {}
     for name, whole in inside.items():
         place = diffusers_name(name, levels)
-        if place in names and place.startswith(_HALVES):
+        if place in names and place.startswith((*_DECODER, *_ENCODER)):
             raise CheckpointError(
                 f"checkpoint: {where} holds both {names[place]} and {whole}, which are one tensor of the VAE, "
                 f"{place}; expected one of them: write the file again"
@@ -111,7 +121,7 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
         for level in range(MOST_LEVELS)
         if (key := f"encoder.down_blocks.{level}.resnets.0.conv1.weight") in names
     ]
-    return _vae(prefix, False, layout, _decoder_half(names), entries, tuple(widths) or None)
+    return _vae(prefix, False, layout, names, entries, tuple(widths) or None)
 
 
 def diffusers_name(name: str, levels: int) -> str:
@@ -218,10 +228,6 @@ def _count(pattern: str, names: Iterable[str], where: str) -> int:
     return len(found)
 
 
-def _decoder_half(names: Mapping[str, str]) -> dict[str, str]:
-    return {name: whole for name, whole in names.items() if name.startswith(_HALVES)}
-
-
 def _vae(
     prefix: str,
     preview: bool,
@@ -230,5 +236,12 @@ def _vae(
     entries: Mapping[str, Entry],
     encoder_widths: tuple[int, ...] | None = None,
 ) -> Vae:
-    shapes = {name: linear_shape(name, entries[whole].shape) for name, whole in names.items()}
-    return Vae(prefix, preview, layout, names, shapes, encoder_widths)
+    decoder, encoder = (
+        {name: whole for name, whole in names.items() if name.startswith(half)} for half in (_DECODER, _ENCODER)
+    )
+    shapes = {name: linear_shape(name, entries[whole].shape) for name, whole in decoder.items()}
+    if not any(name.startswith("encoder.") for name in encoder):
+        encoder = {}
+    if preview and "encoder.layers.0.weight" in encoder:
+        encoder_widths = (entries[encoder["encoder.layers.0.weight"]].shape[0],) * _PREVIEW_LEVELS
+    return Vae(prefix, preview, layout, decoder, shapes, encoder, encoder_widths)

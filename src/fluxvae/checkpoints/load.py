@@ -1,12 +1,14 @@
-"""Opens a checkpoint by its headers (`open_checkpoint`), and loads its decoder (`load_vae`).
+"""Opens a checkpoint by its headers (`open_checkpoint`), and loads its decoder or its encoder (`load_vae`).
 
-A config says which tensors the decoder has: the one that lies beside the weights, or one that is read off their shapes.
-Every tensor of the decoder must have its place in that network, and every place its tensor. Only then are the
-decoder's tensors read, one after another, and put into diffusers' module. The encoder is neither read nor kept.
+A config says which tensors there are: the one that lies beside the weights, or one that is read off the decoder's
+shapes. Every tensor of the half that is wanted must have its place in that network, and every place its tensor. Only
+then are that half's tensors read, one after another, and put into diffusers' module. The other half is neither read nor
+kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -21,9 +23,10 @@ from fluxvae.checkpoints.files import Weights, open_weights
 from fluxvae.checkpoints.find import find
 from fluxvae.checkpoints.fp8 import find_scales, read_weights
 from fluxvae.checkpoints.identify import assumption, identify
-from fluxvae.checkpoints.layouts import Vae, find_vae, linear_shape
+from fluxvae.checkpoints.layouts import find_vae, linear_shape
 from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, has_pools, own_settings
 from fluxvae.checkpoints.outline import Outline, outline
+from fluxvae.engine.way import DECODE, ENCODE, Way
 from fluxvae.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["AssumedFamilyWarning", "Checkpoint", "load_vae", "open_checkpoint", "weights_files"]
 
 _MOST_BYTES = 16 * 2**30
-"""The most memory a decoder may claim in float32: ten times the largest there is."""
+"""The most memory a half may claim in float32: ten times the largest there is."""
 _warned: set[tuple[Path, ...]] = set()
 """The checkpoints (by their files) that this process has already been warned of."""
 
@@ -66,7 +69,7 @@ class Checkpoint:
     assumed: str
     """A sentence on what was assumed and how to settle it; empty where nothing was assumed."""
     stored_dtypes: tuple[str, ...]
-    """The dtypes of the decoder's tensors in the files, by PyTorch's names."""
+    """The dtypes of the half's tensors in the files, by PyTorch's names."""
     scaled: bool
     """Whether the weights are stored as 8-bit floats with scales."""
     _weights: Weights = field(repr=False)
@@ -85,7 +88,7 @@ class Checkpoint:
 
     @property
     def network(self) -> Network | None:
-        """The decoder's layers, without modules. None for a preview, and where only diffusers can read the config."""
+        """The half's layers, without modules. None for a preview, and where only diffusers can read the config."""
         return None if self._outline is None else self._outline.network
 
     @property
@@ -133,15 +136,15 @@ class Checkpoint:
             return vae.eval().requires_grad_(False)
 
     def load(self, dtype: torch.dtype | None = None) -> VAE:
-        """Read the decoder's weights into the module. Every call fills and returns the same module.
+        """Read the weights into the module. Every call fills and returns the same module.
 
         Args:
             dtype: the dtype of the weights. None keeps the dtype that is stored, or float32 where they are stored as
                 8-bit floats.
 
         Returns:
-            The decoder half, on the CPU, in evaluation mode, without gradients. The settings of the process (default
-            dtype and device, inference mode) have no influence on it.
+            The half that was asked for, on the CPU, in evaluation mode, without gradients. The settings of the process
+            (default dtype and device, inference mode) have no influence on it.
 
         Raises:
             CheckpointError: the files have changed since they were opened.
@@ -161,7 +164,7 @@ class Checkpoint:
 
 
 def load_vae(source: str | Path, *, dtype: torch.dtype | None = None, **options: Any) -> VAE:
-    """Load the decoder half of a VAE, on the CPU, in evaluation mode, without gradients.
+    """Load one half of a VAE, on the CPU, in evaluation mode, without gradients.
 
     Args:
         source, options: as for `open_checkpoint`.
@@ -189,6 +192,7 @@ def weights_files(
 def open_checkpoint(
     source: str | Path,
     *,
+    way: Way = DECODE,
     subfolder: str | None = None,
     revision: str | None = None,
     variant: str | None = None,
@@ -204,6 +208,7 @@ def open_checkpoint(
             folder; a folder that holds one VAE's file; a single file, safetensors or ``torch.save``'s, with diffusers'
             or BFL's names behind any prefix, of a VAE or of everything; the folder of a repository in the hub's cache;
             or a hub id ``"owner/name"``, downloaded once into that cache.
+        way: which half is wanted. A source is recognised by its decoder either way.
         subfolder: where in the folder or repository the VAE lies. A subfolder ``vae`` is found without it.
         revision: the branch, tag or commit of a hub id, or of a folder in the hub's cache.
         variant: which of several variants of the weights in a folder or repository is meant, such as ``"fp16"``. Left
@@ -227,22 +232,30 @@ def open_checkpoint(
     vae = find_vae(weights.entries, where)
     names, scales = find_scales(weights, vae.names, vae.prefix, where)
     shapes = {name: vae.shapes[name] for name in names}
-    vae = Vae(vae.prefix, vae.preview, vae.layout, names, shapes, vae.encoder_widths)
-    _check_size(shapes, where)
+    vae = dataclasses.replace(vae, names=names, shapes=shapes)
+    if way == ENCODE:
+        if not vae.encoder:
+            raise CheckpointError(
+                f"checkpoint: {where} holds a decoder only, and pictures are encoded by an encoder; pass the file, or "
+                "the folder, of the whole VAE"
+            )
+        names, scales = find_scales(weights, vae.encoder, vae.prefix, where)
+        shapes = {name: linear_shape(name, weights.entries[whole].shape) for name, whole in names.items()}
+    _check_size(shapes, where, way)
     config, choice, told_by = identify(found, weights, vae, named, given, where)
     from_config = found.config is not None
 
     def build() -> Any:
-        module = build_module(config, vae, where, from_config=from_config)
+        module = build_module(config, vae, where, way, from_config=from_config)
         places = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-        check_tensors(type(module).__name__, places, shapes, where, from_config=from_config)
+        check_tensors(type(module).__name__, places, shapes, where, way, from_config=from_config)
         return module
 
-    known = outline(config, pools=has_pools(vae))
+    known = outline(config, way, pools=has_pools(vae, way))
     if known is None:
         build()
     else:
-        check_tensors(config["_class_name"], known.shapes, shapes, where, from_config=from_config)
+        check_tensors(config["_class_name"], known.shapes, shapes, where, way, from_config=from_config)
     return Checkpoint(
         files=found.files,
         variant=found.variant,
@@ -265,10 +278,10 @@ def open_checkpoint(
     )
 
 
-def _check_size(shapes: dict[str, tuple[int, ...]], where: str) -> None:
+def _check_size(shapes: dict[str, tuple[int, ...]], where: str, way: Way) -> None:
     values = sum(math.prod(shape) for shape in shapes.values())
     if 4 * values > _MOST_BYTES:
         raise CheckpointError(
-            f"checkpoint: {where} claims a decoder of {values} values; expected at most {_MOST_BYTES // 4}: it is "
-            "damaged or another kind of model"
+            f"checkpoint: {where} claims {values} values for its {way.network}; expected at most {_MOST_BYTES // 4}: "
+            "it is damaged or another kind of model"
         )

@@ -1,7 +1,7 @@
-"""Describes the decoder of a config by shapes and records of layers, without PyTorch, diffusers or any module.
+"""Describes one half of a config's VAE by shapes and records of layers, without PyTorch, diffusers or any module.
 
-Importing those two takes seconds, while the tensors that a checkpoint must hold, and the memory that a decode needs,
-follow from the config alone. The structure is that of diffusers 0.42.1: ``autoencoders/vae.py``,
+Importing those two takes seconds, while the tensors that a checkpoint must hold, and the memory that is needed, follow
+from the config alone. The structure is that of diffusers 0.42.1: ``autoencoders/vae.py``,
 ``autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``. Only a config in which everything is known
 has an outline; for any other the caller builds diffusers' own module.
 """
@@ -18,10 +18,12 @@ from fluxvae.engine.layers import Layer
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.layers.conv_in import ConvIn
 from fluxvae.engine.layers.conv_out import ConvOut
+from fluxvae.engine.layers.downsample import Downsample
 from fluxvae.engine.layers.resnet import Resnet
 from fluxvae.engine.layers.upsample import Upsample
-from fluxvae.engine.network import Network
+from fluxvae.engine.network import Network, precise
 from fluxvae.engine.records import Conv, Linear, Norm, Projections, records_of
+from fluxvae.engine.way import DECODE, ENCODE, Way
 
 __all__ = ["Outline", "outline"]
 
@@ -32,21 +34,22 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of the decoder half of an autoencoder from its config."""
+    """What is known of one half of an autoencoder from its config."""
 
     config: dict[str, Any]
     """The complete config, with diffusers' defaults for the settings that were left out."""
     shapes: dict[str, tuple[int, ...]]
-    """The shapes of the decoder's tensors by their names in diffusers' ``state_dict``; the encoder's are left out."""
+    """The shapes of that half's tensors by their names in diffusers' ``state_dict``."""
     network: Network | None
-    """The layers, as records without modules. None for a preview, which the exact engine does not decode."""
+    """The layers, as records without modules. None for a preview, which the exact engine does not compute."""
 
 
-def outline(config: Mapping[str, Any], *, pools: bool = False) -> Outline | None:
-    """Describe the decoder half of the autoencoder that this config stands for.
+def outline(config: Mapping[str, Any], way: Way = DECODE, *, pools: bool = False) -> Outline | None:
+    """Describe the half of the autoencoder that this config stands for.
 
     Args:
         config: a config of diffusers, which may leave out settings.
+        way: which half.
         pools: the preview has TAEF2's pooling branches, which diffusers' ``AutoencoderTiny`` lacks (`previews`).
 
     Returns:
@@ -56,8 +59,8 @@ def outline(config: Mapping[str, Any], *, pools: bool = False) -> Outline | None
     if whole is None:
         return None
     if config["_class_name"] == "AutoencoderTiny":
-        return Outline(whole, _tiny_shapes(whole, pools), None)
-    network = _network(whole)
+        return Outline(whole, _tiny_decoder(whole, pools) if way == DECODE else _tiny_encoder(whole, pools), None)
+    network = _decoder(whole) if way == DECODE else _encoder(whole)
     shapes = dict(_shapes(network))
     if config["_class_name"] == "AutoencoderKLFlux2":
         features = 4 * whole["latent_channels"]
@@ -68,14 +71,11 @@ def outline(config: Mapping[str, Any], *, pools: bool = False) -> Outline | None
 # -- AutoencoderKL and AutoencoderKLFlux2 --------------------------------------------------------------------------
 
 
-def _network(config: dict[str, Any]) -> Network:
+def _decoder(config: dict[str, Any]) -> Network:
     widths = list(reversed(config.get("decoder_block_out_channels") or config["block_out_channels"]))
     groups, latent = config["norm_num_groups"], config["latent_channels"]
     first, last = widths[0], widths[-1]
-    layers: list[Layer] = [_resnet("decoder.mid_block.resnets.0", first, first, groups)]
-    if config["mid_block_add_attention"]:
-        layers.append(_attention("decoder.mid_block.attentions.0", first, groups))
-    layers.append(_resnet("decoder.mid_block.resnets.1", first, first, groups))
+    layers: list[Layer] = list(_middle("decoder.mid_block", first, config))
     for level, (before, width) in enumerate(pairwise([first, *widths])):
         name = f"decoder.up_blocks.{level}"
         for index in range(config["layers_per_block"] + 1):
@@ -85,10 +85,37 @@ def _network(config: dict[str, Any]) -> Network:
     conv_in, conv_out = _conv("decoder.conv_in", latent, first), _conv("decoder.conv_out", last, config["out_channels"])
     pointwise = _conv("post_quant_conv", latent, latent, 1) if config["use_post_quant_conv"] else None
     return Network(
+        DECODE,
         ConvIn(conv_in.name, pointwise, conv_in),
         tuple(layers),
         ConvOut(conv_out.name, _norm("decoder.conv_norm_out", last, groups), conv_out),
     )
+
+
+def _encoder(config: dict[str, Any]) -> Network:
+    widths = list(config["block_out_channels"])
+    groups, moments = config["norm_num_groups"], 2 * config["latent_channels"]
+    first, last = widths[0], widths[-1]
+    layers: list[Layer] = []
+    for level, (before, width) in enumerate(pairwise([first, *widths])):
+        name = f"encoder.down_blocks.{level}"
+        for index in range(config["layers_per_block"]):
+            layers.append(_resnet(f"{name}.resnets.{index}", width if index else before, width, groups))
+        if level < len(widths) - 1:
+            layers.append(Downsample(f"{name}.downsamplers.0", _conv(f"{name}.downsamplers.0.conv", width, width)))
+    layers += _middle("encoder.mid_block", last, config)
+    conv_in, conv_out = _conv("encoder.conv_in", config["in_channels"], first), _conv("encoder.conv_out", last, moments)
+    pointwise = _conv("quant_conv", moments, moments, 1) if config["use_quant_conv"] else None
+    end = ConvOut(conv_out.name, _norm("encoder.conv_norm_out", last, groups), conv_out, pointwise)
+    return Network(ENCODE, ConvIn(conv_in.name, None, conv_in), *precise(layers, end))
+
+
+def _middle(name: str, width: int, config: dict[str, Any]) -> Iterator[Layer]:
+    groups = config["norm_num_groups"]
+    yield _resnet(f"{name}.resnets.0", width, width, groups)
+    if config["mid_block_add_attention"]:
+        yield _attention(f"{name}.attentions.0", width, groups)
+    yield _resnet(f"{name}.resnets.1", width, width, groups)
 
 
 def _resnet(name: str, before: int, width: int, groups: int) -> Resnet:
@@ -132,29 +159,47 @@ def _shapes(network: Network) -> Iterator[tuple[str, tuple[int, ...]]]:
 # -- AutoencoderTiny -----------------------------------------------------------------------------------------------
 
 
-def _tiny_shapes(config: dict[str, Any], pools: bool) -> dict[str, tuple[int, ...]]:
+def _tiny_decoder(config: dict[str, Any], pools: bool) -> dict[str, tuple[int, ...]]:
     width, blocks = config["decoder_block_out_channels"][0], config["num_decoder_blocks"]
-    found: dict[str, tuple[int, ...]] = {}
-
-    def conv(name: str, before: int, after: int, kernel: int = 3, *, bias: bool = True) -> None:
-        found[f"{name}.weight"] = (after, before, kernel, kernel)
-        if bias:
-            found[f"{name}.bias"] = (after,)
-
-    conv("decoder.layers.0", config["latent_channels"], width)
+    found = _conv_shapes("decoder.layers.0", config["latent_channels"], width)
     index = 2  # layer 1 is an activation, which has no tensors
     for level, count in enumerate(blocks):
         for _ in range(count):
-            for part in (0, 2, 4):
-                conv(f"decoder.layers.{index}.conv.{part}", width, width)
-            if pools and level == 0:
-                pool = f"decoder.layers.{index}.pool"
-                conv(f"{pool}.0", width, 4 * width, 1, bias=False)
-                found |= {f"{pool}.1.weight": (4 * width,), f"{pool}.1.bias": (4 * width,)}
-                conv(f"{pool}.3", 4 * width, width, 1, bias=False)
+            found |= _tiny_block(f"decoder.layers.{index}", width, pools and level == 0)
             index += 1
         last = level == len(blocks) - 1
         index += not last  # the upsampling before the convolution is a layer too, without tensors
-        conv(f"decoder.layers.{index}", width, config["out_channels"] if last else width, bias=last)
+        found |= _conv_shapes(f"decoder.layers.{index}", width, config["out_channels"] if last else width, bias=last)
         index += 1
     return found
+
+
+def _tiny_encoder(config: dict[str, Any], pools: bool) -> dict[str, tuple[int, ...]]:
+    widths, blocks = config["encoder_block_out_channels"], config["num_encoder_blocks"]
+    found: dict[str, tuple[int, ...]] = {}
+    index = 0
+    for level, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        before = width if level else config["in_channels"]
+        found |= _conv_shapes(f"encoder.layers.{index}", before, width, bias=level == 0)
+        for block in range(index + 1, index + 1 + count):
+            found |= _tiny_block(f"encoder.layers.{block}", width, pools and level == len(blocks) - 1)
+        index += 1 + count
+    return found | _conv_shapes(f"encoder.layers.{index}", widths[-1], config["latent_channels"])
+
+
+def _tiny_block(name: str, width: int, pool: bool) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for part in (0, 2, 4):
+        found |= _conv_shapes(f"{name}.conv.{part}", width, width)
+    if pool:
+        found |= _conv_shapes(f"{name}.pool.0", width, 4 * width, 1, bias=False)
+        found |= {f"{name}.pool.1.weight": (4 * width,), f"{name}.pool.1.bias": (4 * width,)}
+        found |= _conv_shapes(f"{name}.pool.3", 4 * width, width, 1, bias=False)
+    return found
+
+
+def _conv_shapes(
+    name: str, before: int, after: int, kernel: int = 3, *, bias: bool = True
+) -> dict[str, tuple[int, ...]]:
+    weight = {f"{name}.weight": (after, before, kernel, kernel)}
+    return weight | ({f"{name}.bias": (after,)} if bias else {})

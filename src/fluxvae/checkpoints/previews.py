@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 
+from fluxvae.engine.way import DECODE, Way
+
 __all__ = ["PooledBlock", "add_pools"]
 
 
@@ -37,8 +39,17 @@ class PooledBlock(AutoencoderTinyBlock):  # type: ignore[misc]
         return result
 
 
-def add_pools(vae: AutoencoderTiny) -> None:
-    """Turn the decoder into TAEF2's: put new `PooledBlock`\\ s in place of the blocks before the first upsampling."""
-    channels, act_fn = vae.config["decoder_block_out_channels"][0], vae.config["act_fn"]
-    for index in range(2, 2 + vae.config["num_decoder_blocks"][0]):
-        vae.decoder.layers[index] = PooledBlock(channels, act_fn)
+def add_pools(vae: AutoencoderTiny, way: Way = DECODE) -> None:
+    """Turn one half into TAEF2's: put new `PooledBlock`\\ s in place of the blocks at the latents' resolution.
+
+    Those are a decoder's blocks before the first upsampling, and an encoder's behind the last downsampling.
+    """
+    config = vae.config
+    if way == DECODE:
+        layers, first, count = vae.decoder.layers, 2, config["num_decoder_blocks"][0]
+        channels = config["decoder_block_out_channels"][0]
+    else:
+        layers, count = vae.encoder.layers, config["num_encoder_blocks"][-1]
+        first, channels = len(layers) - 1 - count, config["encoder_block_out_channels"][-1]
+    for index in range(first, first + count):
+        layers[index] = PooledBlock(channels, config["act_fn"])

@@ -6,6 +6,7 @@ import PyTorch: a plan on a CPU is made without it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -24,13 +25,15 @@ __all__ = [
     "aligned",
     "block_values",
     "enlargement",
+    "length_out",
 ]
 
 Place: TypeAlias = Literal["memory", "spill", "recompute"]
 """Where a feature map lives. ``recompute`` is nowhere: every sweep that reads its rows computes them again."""
 
-Kind: TypeAlias = Literal["conv3", "up", "linear", "attend"]
-"""What a kernel computes: a 3x3 convolution; one of the map enlarged twofold; a 1x1 convolution; attention."""
+Kind: TypeAlias = Literal["conv3", "up", "down", "linear", "attend"]
+"""What a kernel computes: a 3x3 convolution; one of the map enlarged twofold; one of stride 2; a 1x1 convolution;
+attention."""
 
 ALIGN = 256
 """Bytes. Everything in the arena starts at a multiple of this, so that equal blocks are equally aligned in any plan."""
@@ -65,11 +68,12 @@ class Call:
     """The pixels of the whole input map, all of which attention looks at."""
     statistics: bool = True
     """Whether the statistics of the output are wanted."""
+    precise: bool = False
+    """Whether the result is worth more work for smaller rounding errors (`records.Conv.precise`)."""
 
-    @property
-    def enlarges(self) -> int:
-        """How many times larger the output is than the input, each way."""
-        return enlargement(self.kind)
+    def out(self, length: int) -> int:
+        """How many rows, or columns, of the output so many of the input give."""
+        return length_out(self.kind, length)
 
 
 class Costs(Protocol):
@@ -95,6 +99,10 @@ class Costs(Protocol):
     def row_multiple(self) -> int:
         """Blocks are cut at multiples of this many rows, counted from the top of the map."""
 
+    @property
+    def precise_row_multiple(self) -> int:
+        """The same for a convolution that is `Call.precise`."""
+
     def runtime_bytes(self, itemsize: int) -> int:
         """What the kernels' libraries keep allocated on the device from the first call on, beside `RUNTIME_BYTES`.
 
@@ -119,14 +127,15 @@ class Geometry:
     """Sizes that depend on the network, the image and the dtype, but never on the memory limit."""
 
     height: int
-    """The height of the latents; ``width`` is theirs too."""
+    """The height of what the network starts from, latents or pixels; ``width`` is theirs too."""
     width: int
     itemsize: int
     cast: bool = False
     row_multiple: int = 1
     block_values: int = BLOCK_VALUES
+    precise_row_multiple: int = 1
 
-    def block(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> int:
+    def block(self, kind: Kind, cin: int, cout: int, height: int, width: int, *, precise: bool = False) -> int:
         """Rows per block of a layer whose *input* map has this size."""
         values = width * max(cin, cout) * enlargement(kind) ** 2
         if kind == "attend":
@@ -134,30 +143,38 @@ class Geometry:
         # Wide layers get more, since each call pays once for its weights: oneDNN reorders them, 9.4 MB at 512 channels.
         budget = self.block_values * max(256, cin, cout) // 256
         rows = max(1, budget // values)
-        rows = max(rows // self.row_multiple, 1) * self.row_multiple
+        multiple = self.precise_row_multiple if precise and kind == "conv3" else self.row_multiple
+        if kind == "down":
+            multiple = math.lcm(multiple, 2)
+        rows = max(rows // multiple, 1) * multiple
         return min(rows, height)
 
-    def call(self, kind: Kind, cin: int, cout: int, height: int, width: int) -> Call:
+    def call(self, kind: Kind, cin: int, cout: int, height: int, width: int, *, precise: bool = False) -> Call:
         """The call that computes one whole block of a map of this size."""
-        rows = self.block(kind, cin, cout, height, width)
-        return Call(kind, cin, cout, rows, width, self.itemsize, self.cast, height * width)
+        rows = self.block(kind, cin, cout, height, width, precise=precise)
+        return Call(kind, cin, cout, rows, width, self.itemsize, self.cast, height * width, precise=precise)
 
 
 def block_values(channels: int, pixels: int) -> int:
-    """Values per block of rows: a sixteenth of the last map, within bounds.
+    """Values per block of rows: a sixteenth of the map at full resolution, within bounds.
 
     Where blocks are cut decides the last bits of an image, so this is a function of the network and the image alone.
 
     Args:
-        channels: of the last map.
+        channels: of the map at full resolution, a decoder's last one and an encoder's first.
         pixels: of the image.
     """
     return min(max(channels * pixels // 16, BLOCK_VALUES // 4), BLOCK_VALUES)
 
 
 def enlargement(kind: Kind) -> int:
-    """How many times larger the output of a call of this kind is than its input, each way."""
+    """How many times larger the map that is convolved is than the one that is read, each way."""
     return 2 if kind == "up" else 1
+
+
+def length_out(kind: Kind, length: int) -> int:
+    """How many rows, or columns, of the output so many of the input give."""
+    return length // 2 if kind == "down" else length * enlargement(kind)
 
 
 def aligned(nbytes: int) -> int:
@@ -170,7 +187,8 @@ class Step:
     """One sweep in numbers: what it holds, what it computes, what it moves."""
 
     kind: str
-    """A name for people: ``conv_in``, ``up``, ``conv1``, ``conv2``, ``norm``, ``attend``, ``conv_out``."""
+    """A name for people: ``conv_in``, ``up``, ``down``, ``conv1``, ``conv2``, ``norm``, ``attend``,
+    ``conv_out``."""
     near: int
     """The bytes in memory of the map that the sweep starts from; 0 if it is not in memory."""
     far: int

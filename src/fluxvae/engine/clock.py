@@ -1,4 +1,4 @@
-"""Progress and cancellation of a decode, block by block.
+"""Progress and cancellation of a decode or an encode, block by block.
 
 On a GPU a block counts as done once the device has been asked to compute it, so the device itself is some blocks behind
 what is reported.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fluxvae.engine.way import Way
 from fluxvae.errors import DecodeCancelled
 
 __all__ = ["Cancel", "Clock", "Progress"]
@@ -19,7 +20,8 @@ Cancel = Callable[[], bool]
 class Clock:
     """Progress and cancellation, block by block."""
 
-    def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
+    def __init__(self, way: Way, progress: Progress | None, cancel: Cancel | None) -> None:
+        self._way = way
         self._progress, self._cancel = progress, cancel
         self._done = self._total = 0
 
@@ -43,4 +45,6 @@ class Clock:
 
     def _ask(self) -> None:
         if self._cancel is not None and self._cancel():
-            raise DecodeCancelled(f"decode: cancelled after {self._done} of {self._total} blocks, as its caller asked")
+            raise DecodeCancelled(
+                f"{self._way.name}: cancelled after {self._done} of {self._total} blocks, as its caller asked"
+            )

@@ -3,7 +3,8 @@
 The exact engine computes with a module's weights and never calls the module. If something changed what that call
 computes, the engine would not notice, and the image would silently be another model's. So whatever only wraps the same
 function is unwrapped (`unwrapped`), and everything else is refused (`check_modules`). All of it can also happen after a
-decoder was made, so an engine looks before every decode, which takes a millisecond or two.
+decoder was made, so an engine looks before every decode, which takes a millisecond or two. Only the half of the model
+that an engine uses is looked at.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, NoReturn
 import torch
 
 from fluxvae.engine.layers.reading import OWN, is_of, unwrapped
+from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError
 
 __all__ = ["check_loaded", "check_modules", "check_not_installed"]
 
-_INSTEAD = "or decode by diffusers itself (engine='diffusers', or without fluxvae.install)"
+_INSTEAD = "or let diffusers itself compute it (engine='diffusers', or without fluxvae.install)"
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 _USUAL = torch.nn.Module().__dict__.keys()
 """The names that every module has in its own dictionary, none of which is a method."""
@@ -29,13 +31,13 @@ _PROCESSORS = frozenset(
 """diffusers' own ways to compute the same attention, from its ``attention_processor.py``."""
 
 
-def check_loaded(vae: torch.nn.Module) -> None:
-    """Refuse a VAE whose decoder has weights on the meta device.
+def check_loaded(vae: torch.nn.Module, way: Way = DECODE) -> None:
+    """Refuse a VAE that has weights on the meta device in the half that goes ``way``.
 
     Raises:
         InvalidOptionError: naming the first of them, and what put it there where that can be told.
     """
-    for name, module in _modules(vae):
+    for name, module in _modules(vae, way):
         if any(held is not None and held.is_meta for held in (*module._parameters.values(), *module._buffers.values())):
             cause = _hook_of(module) or "nothing has loaded them, or something took them away"
             _refuse(
@@ -45,13 +47,13 @@ def check_loaded(vae: torch.nn.Module) -> None:
             )
 
 
-def check_not_installed(vae: torch.nn.Module) -> None:
+def check_not_installed(vae: torch.nn.Module, way: Way = DECODE) -> None:
     """Refuse a VAE into which `fluxvae.install` has put the exact engine, for an engine that is diffusers' own.
 
     Raises:
-        InvalidOptionError: what ``vae.decode`` computes is not what diffusers would.
+        InvalidOptionError: what ``vae.decode``, or ``vae.encode``, computes is not what diffusers would.
     """
-    if getattr(vae.__dict__.get("_decode"), "__module__", "") == "fluxvae.install":
+    if getattr(vae.__dict__.get(f"_{way.name}"), "__module__", "") == "fluxvae.install":
         _refuse(
             "fluxvae.install has put the exact engine into it, so engine='diffusers' would not be diffusers",
             "Call remove() on the handle of the install, or use engine='exact'",
@@ -59,14 +61,14 @@ def check_not_installed(vae: torch.nn.Module) -> None:
         )
 
 
-def check_modules(vae: torch.nn.Module) -> None:
-    """Refuse whatever makes this VAE's decoder compute something else than its weights say.
+def check_modules(vae: torch.nn.Module, way: Way = DECODE) -> None:
+    """Refuse whatever makes the half of this VAE that goes ``way`` compute something else than its weights say.
 
     Raises:
         InvalidOptionError: a hook, a replaced method, an attention of another kind, a tensor that is no plain one or
             that is of another dtype or device than the rest; it names what was found, where, and what to do.
     """
-    for root in ("decode", "_decode"):
+    for root in (way.name, f"_{way.name}"):
         if (found := _replaced(vae, root)) and getattr(found, "__module__", "") != "fluxvae.install":
             _refuse(f"its {root} has been replaced ({_words(found)})", "Undo that")
         own = getattr(type(vae), root, None)
@@ -76,7 +78,7 @@ def check_modules(vae: torch.nn.Module) -> None:
         for hook in scope.values():
             _refuse(f"there is a hook on every module's forward ({_words(hook)})", "Remove it")
     kinds: dict[type, str] = {}
-    for name, module in _modules(vae):
+    for name, module in _modules(vae, way):
         _check_hooks(name, module)
         if unwrapped(module) is module:
             kinds.setdefault(type(module), name)
@@ -84,7 +86,7 @@ def check_modules(vae: torch.nn.Module) -> None:
             _check_attention(name, module)
     for kind, name in kinds.items():
         _check_class(name, kind)
-    _check_tensors(vae)
+    _check_tensors(vae, way)
 
 
 def _check_hooks(name: str, module: torch.nn.Module) -> None:
@@ -150,11 +152,11 @@ def _check_attention(name: str, module: Any) -> None:
                 )
 
 
-def _check_tensors(vae: Any) -> None:
+def _check_tensors(vae: Any, way: Way) -> None:
     first: torch.Tensor | None = None
-    for name, tensor in _tensors(vae):
+    for name, tensor in _tensors(vae, way):
         if tensor.is_meta:
-            check_loaded(vae)  # says why, where it can be told
+            check_loaded(vae, way)  # says why, where it can be told
         if type(tensor) not in _PLAIN:
             _refuse(f"{name} is a {type(tensor).__name__}, quantised or sharded", "Load plain weights")
         if tensor.layout != torch.strided:
@@ -179,21 +181,21 @@ def _check_tensors(vae: Any) -> None:
             )
 
 
-def _parts(vae: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name in ("post_quant_conv", "decoder"):
+def _parts(vae: Any, way: Way) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name in way.parts:
         part = getattr(vae, name, None)
         if isinstance(part, torch.nn.Module):
             yield name, part
 
 
-def _modules(vae: Any) -> Iterator[tuple[str, torch.nn.Module]]:
-    for prefix, part in _parts(vae):
+def _modules(vae: Any, way: Way) -> Iterator[tuple[str, torch.nn.Module]]:
+    for prefix, part in _parts(vae, way):
         for name, module in part.named_modules(prefix=prefix):
             yield _shown(name), module
 
 
-def _tensors(vae: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, module in _modules(vae):
+def _tensors(vae: Any, way: Way) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in _modules(vae, way):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{name}.{key}", tensor

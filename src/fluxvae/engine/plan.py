@@ -113,10 +113,8 @@ class Plan:
         for layer in self.layers:
             shape = f"{layer.width}x{layer.height}x{layer.channels}"
             peak = self.fixed_bytes + max((step.held for step in layer.steps), default=0)
-            lines.append(
-                f"{layer.name.removeprefix('decoder.'):<36}{shape:>16}{layer.middle or '':>11}{layer.out:>11}"
-                f"{size_in_words(peak):>11}"
-            )
+            name = layer.name.removeprefix("decoder.").removeprefix("encoder.")
+            lines.append(f"{name:<36}{shape:>16}{layer.middle or '':>11}{layer.out:>11}{size_in_words(peak):>11}")
         return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from fluxvae.engine.calls import block_values as default_block_values
 from fluxvae.engine.network import Network
 from fluxvae.engine.plan import Plan, peak_of, size_in_words
 from fluxvae.engine.sweep.carving import State
+from fluxvae.engine.way import DECODE
 from fluxvae.errors import MemoryLimitError
 
 __all__ = ["Planner", "limit_of", "make_planner"]
@@ -30,17 +31,27 @@ class Planner:
         costs: Costs,
         *,
         batch: int = 1,
-        output_itemsize: int | None = None,
+        stored_itemsize: int | None = None,
         macs_per_second: float = 1e11,
         spill_bytes_per_second: float = 1e9,
     ) -> None:
         self.network, self.geometry, self.costs, self.batch = network, geometry, costs, batch
         self._rates = macs_per_second, spill_bytes_per_second
         self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
-        g, s = geometry, network.scale
-        latents = g.height * g.width * network.latent_channels * g.itemsize * network.latents_held
-        image = g.height * s * g.width * s * network.out_channels * (output_itemsize or g.itemsize)
-        self.fixed_bytes = batch * image + latents + RUNTIME_BYTES[g.itemsize] + costs.runtime_bytes(g.itemsize)
+        self._sizes = network.sizes((geometry.height, geometry.width))
+        self.fixed_bytes = self._fixed_bytes(stored_itemsize or geometry.itemsize)
+
+    def _fixed_bytes(self, stored: int) -> int:
+        """What is held from beginning to end; ``stored`` is how many bytes a value has in what is given and made."""
+        network, itemsize = self.network, self.geometry.itemsize
+        given = network.in_channels * math.prod(self._sizes[0])
+        made = network.out_channels * math.prod(self._sizes[-1])
+        # A decode's latents are its caller's. The pixels of an encode were made of the caller's pictures for it.
+        held = self.batch * (made if network.way == DECODE else made + given) * stored
+        # A 1x1 convolution of the latents holds its result in both memory formats, and its input where that is cast.
+        for side, conv in ((given, network.first.pointwise), (made, network.last.pointwise)):
+            held += 0 if conv is None else (2 + self.geometry.cast) * side * itemsize
+        return held + RUNTIME_BYTES[itemsize] + self.costs.runtime_bytes(itemsize)
 
     # -- what each layer may do --------------------------------------------------------------------------------
 
@@ -48,16 +59,14 @@ class Planner:
         """What the layer of this index may do when the map it starts from is in ``state``; worked out once."""
         key = (index, state)
         if key not in self._known:
-            layers, g = self.network.layers, self.geometry
-            enlarged = math.prod(layer.enlarges for layer in layers[:index])
-            size = (enlarged * g.height, enlarged * g.width)
-            self._known[key] = list(layers[index].choices(g, self.costs, size, state))
+            layer, size = self.network.layers[index], self._sizes[index]
+            self._known[key] = list(layer.choices(self.geometry, self.costs, size, state))
         return self._known[key]
 
     @cached_property
     def _states(self) -> list[list[State]]:
         """For every layer, where the map that it starts from can be."""
-        states = [[_LATENTS]]
+        states = [[_GIVEN]]
         for index in range(len(self.network.layers) - 1):
             after = (following for state in states[index] for _, following in self._choices(index, state))
             states.append(list(dict.fromkeys(after)))
@@ -99,9 +108,9 @@ class Planner:
                 f"; with {size_in_words(spilling.spill_bytes)} free in spill_dir, {spilling.peak_bytes} bytes would do"
             )
         raise MemoryLimitError(
-            f"{source}: got {limit} bytes ({size_in_words(limit)}); decoding {self.batch} x {plan.width}x{plan.height} "
-            f"needs at least {plan.peak_bytes} bytes ({size_in_words(plan.peak_bytes)}) above the weights{hint}. "
-            "Raise the limit, or decode a smaller size or batch"
+            f"{source}: got {limit} bytes ({size_in_words(limit)}); {self.network.way.doing} {self.batch} x "
+            f"{plan.width}x{plan.height} needs at least {plan.peak_bytes} bytes ({size_in_words(plan.peak_bytes)}) "
+            f"above the weights{hint}. Raise the limit, or {self.network.way.name} a smaller size or batch"
         )
 
     def smallest_limit(self, spill_free: int | None = None) -> int:
@@ -151,10 +160,10 @@ class Planner:
     ) -> Plan:
         base = sum(step.macs for layer in fastest for step in layer.steps)
         macs = sum(step.macs for layer in layers for step in layer.steps)
-        g, s = self.geometry, self.network.scale
+        height, width = self.network.picture(self._sizes[0])
         return Plan(
-            height=g.height * s,
-            width=g.width * s,
+            height=height,
+            width=width,
             batch=self.batch,
             kernels=self.costs.name,
             kernels_note=self.costs.note,
@@ -164,7 +173,7 @@ class Planner:
             layers=layers,
             work_ratio=macs / base,
             seconds=self.batch * self._total_seconds(layers),
-            geometry=g,
+            geometry=self.geometry,
             spill_dir=spill_dir,
         )
 
@@ -176,7 +185,7 @@ class Planner:
         There are bounds on the arena, on every sweep's overhead, on both together (as `peak_of` counts them), and on
         spilled bytes.
         """
-        front: dict[State, tuple[_Cost, _Layers]] = {_LATENTS: (_Cost(0.0, 0), ())}
+        front: dict[State, tuple[_Cost, _Layers]] = {_GIVEN: (_Cost(0.0, 0), ())}
         for index in range(len(self.network.layers)):
             after: dict[State, tuple[_Cost, _Layers]] = {}
             for state, (cost, done) in front.items():
@@ -209,8 +218,8 @@ class Planner:
 
 _Layers: TypeAlias = tuple[LayerPlan, ...]
 
-_LATENTS = State("memory")
-"""The state of the map that the first layer starts from, which are the latents."""
+_GIVEN = State("memory")
+"""The state of what the first layer starts from."""
 
 
 class _Cost(NamedTuple):
@@ -253,24 +262,20 @@ def make_planner(
     """The planner of one size.
 
     Args:
-        size: height and width of the latents.
-        computed, stored: bytes of a value, as it is computed and as the weights and the image have it.
+        size: height and width of what is given: latents, or pixels.
+        computed, stored: bytes of a value, as it is computed and as the weights, the latents and the image have it.
         cast: whether the two are different dtypes.
         threads: how many threads an operation on a CPU has.
         block_values: values of a block of rows; None takes what the kernels or the size ask for.
     """
-    values = block_values or costs.block_values or _block_values(network, *size)
-    geometry = Geometry(*size, computed, cast, costs.row_multiple, values)
+    pixels = math.prod(network.picture(size))
+    values = block_values or costs.block_values or default_block_values(network.full_channels, pixels)
+    geometry = Geometry(*size, computed, cast, costs.row_multiple, values, costs.precise_row_multiple)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(
-        network, geometry, costs, batch=batch, output_itemsize=stored,
+        network, geometry, costs, batch=batch, stored_itemsize=stored,
         macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
     )  # fmt: skip
-
-
-def _block_values(network: Network, height: int, width: int) -> int:
-    """Values per block of rows for latents of this size."""
-    return default_block_values(network.last_channels, height * width * network.scale**2)
 
 
 def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:

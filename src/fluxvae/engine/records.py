@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
+    from _typeshed import DataclassInstance
     from torch import nn
 
-__all__ = ["Conv", "Linear", "Norm", "Projections", "parameters", "records_of"]
+__all__ = ["Conv", "Linear", "Norm", "Projections", "made_precise", "parameters", "records_of"]
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution of stride 1: 3x3 with one zero of padding on each side, or 1x1 without padding."""
+    """A convolution: 3x3 with one zero of padding on each side, 3x3 of stride 2, or 1x1 without padding."""
 
     name: str
     cin: int
@@ -29,6 +32,9 @@ class Conv:
     """The kernel's height and width: 3 or 1."""
     module: nn.Module
     """The module with ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, read at each use."""
+    precise: bool = False
+    """Whether its rounding errors reach the result as they are, because little behind it averages them. Kernels that
+    save work at the cost of larger errors save less of it then."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,6 +84,15 @@ def parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a convolution or linear layer as they are now, since its module may have moved meanwhile."""
     weight, bias = module.weight, module.bias
     return cast("torch.Tensor", weight).detach(), None if bias is None else cast("torch.Tensor", bias).detach()
+
+
+def made_precise(record: Record) -> Record:
+    """The same layer, with every 3x3 convolution in it marked as precise."""
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    convs = {name: value for name, value in fields.items() if isinstance(value, Conv) and value.kernel == 3}
+    return dataclasses.replace(
+        record, **{name: dataclasses.replace(conv, precise=True) for name, conv in convs.items()}
+    )
 
 
 def records_of(record: object) -> Iterator[Conv | Norm]:

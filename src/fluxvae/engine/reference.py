@@ -1,39 +1,41 @@
-"""The reference engine: diffusers' ``AutoencoderKL.decode`` itself, which every other engine is held to."""
+"""The reference engine: diffusers' own ``decode`` and ``encode``, which every other engine is held to."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
 from fluxvae.engine.module_state import check_loaded, check_not_installed
 from fluxvae.engine.settings import set_aside
+from fluxvae.engine.way import DECODE, ENCODE, Way
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-__all__ = ["ReferenceEngine"]
+__all__ = ["ReferenceDecoder", "ReferenceEncoder", "ReferenceEngine"]
 
 
 class ReferenceEngine:
-    """Raw latents to pixels by diffusers, bit for bit what ``FluxPipeline`` computes.
+    """One half of a VAE by diffusers, bit for bit what its pipelines compute.
 
     An image's last bits change with the batch that it travels in, as they do in diffusers itself. ``tiling`` is
-    diffusers' blended tiling, which computes another function and leaves seams. ``slicing`` decodes the images of a
+    diffusers' blended tiling, which computes another function and leaves seams. ``slicing`` computes the images of a
     batch one after another.
 
-    A decode takes about 5.8 times the feature map of the last level, which for FLUX is 128 * H * W values an image. No
-    limit is kept.
+    A decode takes about 5.8 times the feature map of the last level, which for FLUX is 128 * H * W values an image, and
+    an encode about 5 times. No limit is kept.
     """
 
     name = "diffusers"
+    way: ClassVar[Way]
 
     def __init__(self, vae: AutoencoderKL, *, tiling: bool = False, slicing: bool = False) -> None:
-        check_not_installed(vae)
+        check_not_installed(vae, self.way)
         self._vae = vae
         self._tiling = tiling
         self._slicing = slicing
@@ -47,7 +49,7 @@ class ReferenceEngine:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def plan(self, latent_height: int, latent_width: int, batch: int = 1) -> NoReturn:
+    def plan(self, height: int, width: int, batch: int = 1) -> NoReturn:
         """Raise InvalidOptionError, because diffusers does not plan its memory."""
         raise InvalidOptionError(
             "engine: got 'diffusers', which has no memory plan; a plan needs engine='exact', the one that keeps a limit"
@@ -55,12 +57,55 @@ class ReferenceEngine:
 
     def look(self) -> None:
         """Refuse a model whose weights were taken away, or that `fluxvae.install` has changed, since it was given."""
-        check_not_installed(self._vae)
-        check_loaded(self._vae)
+        check_not_installed(self._vae, self.way)
+        check_loaded(self._vae, self.way)
 
     def prepare(self) -> float:
         """Do nothing, as there is nothing to compile; 0 seconds."""
         return 0.0
+
+    def _compute(
+        self,
+        given: torch.Tensor,
+        compute: Callable[[torch.Tensor], torch.Tensor],
+        progress: Callable[[int, int], None] | None,
+        cancel: Callable[[], bool] | None,
+    ) -> torch.Tensor:
+        self.look()
+        name = self.way.name
+        with self._lock, self._options(), set_aside(given.device):
+            if cancel is not None and cancel():
+                raise DecodeCancelled(f"{name}: cancelled before it started, as its caller asked")
+            if progress is not None:
+                progress(0, 1)
+            made = compute(given)
+            if progress is not None:
+                progress(1, 1)
+        if not bool(torch.isfinite(made).all()):
+            raise NonFiniteOutputError(
+                f"{name}: the {self.way.made} hold NaN or Inf in {made.dtype}; half precision can overflow in this "
+                f"network: {name} with dtype='float32'"
+                if made.dtype != torch.float32
+                else f"{name}: the {self.way.made} hold NaN or Inf in float32; the {self.way.given} or the weights are "
+                "out of range"
+            )
+        return made
+
+    @contextmanager
+    def _options(self) -> Iterator[None]:
+        """Set tiling and slicing as asked for this call only, because the module may be someone's ``pipe.vae``."""
+        before = (self._vae.use_tiling, self._vae.use_slicing)
+        self._vae.use_tiling, self._vae.use_slicing = self._tiling, self._slicing
+        try:
+            yield
+        finally:
+            self._vae.use_tiling, self._vae.use_slicing = before
+
+
+class ReferenceDecoder(ReferenceEngine):
+    """Raw latents to pixels by diffusers. Arguments as for `ReferenceEngine`."""
+
+    way = DECODE
 
     def decode(
         self,
@@ -84,30 +129,29 @@ class ReferenceEngine:
             DecodeCancelled: cancel() said so.
             NonFiniteOutputError: the pixels hold NaN or Inf.
         """
-        self.look()
-        with self._lock, self._options(), set_aside(raw.device):
-            if cancel is not None and cancel():
-                raise DecodeCancelled("decode: cancelled before it started, as its caller asked")
-            if progress is not None:
-                progress(0, 1)
-            image: torch.Tensor = self._vae.decode(raw, return_dict=False)[0]
-            if progress is not None:
-                progress(1, 1)
-        if not bool(torch.isfinite(image).all()):
-            raise NonFiniteOutputError(
-                f"decode: the pixels hold NaN or Inf in {image.dtype}; half precision can overflow in this network: "
-                "decode with dtype='float32'"
-                if image.dtype != torch.float32
-                else "decode: the pixels hold NaN or Inf in float32; the latents or the weights are out of range"
-            )
-        return image
+        return self._compute(raw, lambda raw: self._vae.decode(raw, return_dict=False)[0], progress, cancel)
 
-    @contextmanager
-    def _options(self) -> Iterator[None]:
-        """Set tiling and slicing as asked for this decode only, because the module may be someone's ``pipe.vae``."""
-        before = (self._vae.use_tiling, self._vae.use_slicing)
-        self._vae.use_tiling, self._vae.use_slicing = self._tiling, self._slicing
-        try:
-            yield
-        finally:
-            self._vae.use_tiling, self._vae.use_slicing = before
+
+class ReferenceEncoder(ReferenceEngine):
+    """Pixels to latents by diffusers. Arguments as for `ReferenceEngine`."""
+
+    way = ENCODE
+
+    def encode(
+        self,
+        pixels: torch.Tensor,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+    ) -> torch.Tensor:
+        """Encode pixels. Errors, progress and cancellation are those of `ReferenceDecoder.decode`.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1], in the VAE's dtype, on its device.
+
+        Returns:
+            (B, 2 * C, lh, lw), the VAE's dtype: the mean and, not clamped, the log variance of each latent.
+        """
+        return self._compute(
+            pixels, lambda pixels: self._vae.encode(pixels, return_dict=False)[0].parameters, progress, cancel
+        )

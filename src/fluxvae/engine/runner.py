@@ -13,12 +13,13 @@ from fluxvae.engine.network import Network
 from fluxvae.engine.plan import Plan
 from fluxvae.engine.statistics import FiniteChecks
 from fluxvae.engine.sweep.sweep import Run
+from fluxvae.engine.way import ENCODE
 
 __all__ = ["Runner"]
 
 
 class Runner:
-    """Holds the maps of a decode until `close`; it knows no kind of layer by name."""
+    """Holds the maps of a run until `close`; it knows no kind of layer by name."""
 
     def __init__(
         self,
@@ -33,8 +34,9 @@ class Runner:
         """Prepare to run ``plan``; ``tick`` is called after every block of rows and may raise to stop."""
         self._network, self._plan, self._kernels = network, plan, kernels
         self._dtype, self._tick = dtype, tick
-        # A small decode has little to give back to the system, and giving it back would be much of its time.
-        trims = device.type == "cpu" and plan.peak_bytes > 32 << 20
+        # A small decode has little to give back to the system, and giving it back would be much of its time. A small
+        # encode has: what its first convolution takes would stay beside all that follows.
+        trims = device.type == "cpu" and (plan.peak_bytes > 32 << 20 or network.way == ENCODE)
         self._maps = Maps(plan.arena_bytes, spill, device, dtype, trims=trims)
         self._checks = FiniteChecks(device)
 
@@ -42,17 +44,17 @@ class Runner:
         """Give everything back, whatever state the run is in."""
         self._maps.close()
 
-    def run(self, raw: torch.Tensor, image: torch.Tensor) -> None:
-        """Decode one image.
+    def run(self, given: torch.Tensor, made: torch.Tensor) -> None:
+        """Decode or encode one image.
 
         Args:
-            raw: raw latents (C, lh, lw).
-            image: (3, H, W), which is written to.
+            given: raw latents (C, lh, lw), or pixels (3, H, W).
+            made: pixels (3, H, W), or moments (2 * C, lh, lw), which are written to.
 
         Raises:
-            NonFiniteMap: a map or the image holds NaN or Inf.
+            NonFiniteMap: a map or the result holds NaN or Inf.
         """
-        run = Run(self._kernels, self._maps, self._checks, self._plan.geometry, self._dtype, raw, image, self._tick)
+        run = Run(self._kernels, self._maps, self._checks, self._plan.geometry, self._dtype, given, made, self._tick)
         self._maps.begin()
         current = run.start()
         layers = self._network.layers

@@ -1,9 +1,9 @@
-"""Latents to raw latents: what the pipelines do between the transformer and the VAE, read from the checkpoint.
+"""Latents to raw latents and back: what the pipelines do between the transformer and the VAE, as a checkpoint says.
 
 `LatentFormat` is the one object that knows the differences between models, and nothing behind it does.
 
-The arithmetic is that of the last lines of ``__call__`` in the pipelines of diffusers 0.42.1; docs/models.md lists
-them.
+The arithmetic is that of the pipelines of diffusers 0.42.1, which docs/models.md lists: of the last lines of
+``__call__``, and on the way back of ``_encode_vae_image`` or, for SD's families, ``prepare_latents`` of img2img.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from fluxvae.latents.reading import UNSAID, Reading
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PREVIEW_NOTE", "BatchNorm", "LatentFormat"]
+__all__ = ["PREVIEW_LATENTS_NOTE", "PREVIEW_NOTE", "BatchNorm", "LatentFormat"]
 
 PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
 """The words that go with every image that is such a preview, wherever it goes."""
+PREVIEW_LATENTS_NOTE = "approximate latents by AutoencoderTiny, not those the full VAE encodes"
+"""The same for latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +43,22 @@ class BatchNorm:
             patches: (B, 128, gh, gw), normalised.
             eps: is used instead of the checkpoint's own.
         """
-        assert self.module is not None, "a format that was read from a config decodes nothing"
+        mean, std = self._statistics(patches, eps)
+        return patches * std + mean
+
+    def apply(self, patches: torch.Tensor, eps: float | None = None) -> torch.Tensor:
+        """Return ``(patches - running_mean) / sqrt(running_var + eps)``, the way back of `undo`."""
+        mean, std = self._statistics(patches, eps)
+        return (patches - mean) / std
+
+    def _statistics(self, patches: torch.Tensor, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.module is not None, "a format that was read from a config computes nothing"
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
         std = (var.view(1, -1, 1, 1) + (self.eps if eps is None else eps)).sqrt()
-        return patches * std.to(patches.device, patches.dtype) + mean.view(1, -1, 1, 1).to(
-            patches.device, patches.dtype
-        )
+        mean = mean.view(1, -1, 1, 1)
+        return mean.to(patches.device, patches.dtype), std.to(patches.device, patches.dtype)
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,32 @@ class LatentFormat:
             return latents + _by_channel(self.latents_mean, latents)
         shift = self.shift_factor if reading.shift_factor is None else reading.shift_factor
         return latents if shift is None else latents + shift
+
+    def from_raw(self, raw: torch.Tensor, reading: Reading = UNSAID) -> torch.Tensor:
+        """Apply the model's scaling, in the dtype of ``raw``, as its pipeline computes it: the way back of `to_raw`.
+
+        Args:
+            raw: raw latents (B, C, lh, lw), which the VAE gave.
+            reading: as for `to_raw`.
+
+        Returns:
+            What the transformer is given: (B, C, lh, lw), or for FLUX.2 patches (B, 4*C, gh, gw), in the same dtype.
+            Where the reading says raw, ``raw`` itself.
+        """
+        if reading.raw:
+            return raw
+        if self.batch_norm is not None:
+            return self.batch_norm.apply(patchify(raw), reading.batch_norm_eps)
+        scale = self.scaling_factor if reading.scaling_factor is None else reading.scaling_factor
+        if self.latents_mean is not None:
+            raw = raw - _by_channel(self.latents_mean, raw)
+        else:
+            shift = self.shift_factor if reading.shift_factor is None else reading.shift_factor
+            raw = raw if shift is None else raw - shift
+        latents = raw * scale
+        if self.latents_std is not None:
+            latents = latents / _by_channel(self.latents_std, latents)
+        return patchify(latents) if self.flux2 else latents
 
 
 def _by_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:

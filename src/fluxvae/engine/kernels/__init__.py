@@ -26,15 +26,16 @@ class ConvBlock:
     """One convolution of one block of rows: ``out = (conv(rows) + bias + residual) / scale``."""
 
     kind: Kind
-    """``"conv3"``, a 3x3 convolution; ``"up"``, one of the map enlarged twofold by its nearest pixels; ``"linear"``,
-    a 1x1 convolution."""
+    """``"conv3"``, a 3x3 convolution; ``"up"``, one of the map enlarged twofold by its nearest pixels; ``"down"``, one
+    of stride 2 that is centred on the second row and column, the fourth, and so on; ``"linear"``, a 1x1 convolution."""
     rows: torch.Tensor
-    """(n + 2, W, cin): the block with one row above and one below, which are zero outside the map. For ``"linear"``,
+    """(n + 2, W, cin): the block with one row above and one below, which are zero outside the map. For ``"down"``, n is
+    even, the first output is centred on the block's second row, and the row above is not looked at. For ``"linear"``,
     (n, W, cin)."""
     weights: Any
     """What `Kernels.load` gave for this convolution and this kind."""
     out: torch.Tensor
-    """(n, W, cout), or (2n, 2W, cout) for ``"up"``; contiguous."""
+    """(n, W, cout); (2n, 2W, cout) for ``"up"``; (n / 2, W // 2, cout) for ``"down"``; contiguous."""
     work: torch.Tensor
     """Flat uint8 scratch of at least `Costs.workspace` bytes, aligned to 256, with arbitrary contents."""
     residual: torch.Tensor | None = None
@@ -83,7 +84,7 @@ class Kernels(Costs, Protocol):
         """The scale and shift that ``norm`` amounts to on the map with these statistics: see `Moments.affine`."""
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
-        """A 1x1 convolution of the latents (cin, lh, lw), in their dtype, to rows (lh, lw, cout), contiguous."""
+        """A 1x1 convolution of latents (cin, lh, lw), in their dtype, to rows (lh, lw, cout), contiguous."""
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights of ``conv`` as blocks of this kind want them, in ``dtype``.

@@ -8,7 +8,7 @@ without it; what runs is handed in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan
 from fluxvae.engine.sweep.carving import State
@@ -20,15 +20,16 @@ __all__ = ["Layer"]
 
 
 class Layer(Protocol):
-    """One layer of a network, made of `records`; immutable."""
+    """One layer of a network: a frozen dataclass that is made of `records`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def name(self) -> str:
         """The name of the module that the layer was read from."""
 
-    @property
-    def enlarges(self) -> int:
-        """How many times larger its result is than the map it starts from, each way."""
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The height and width of its result, by those of the map it starts from."""
 
     @property
     def wants_statistics(self) -> bool:

@@ -28,7 +28,6 @@ class Attention:
     norm: Norm
     projections: Projections
 
-    enlarges = 1
     wants_statistics = True
     takes_recomputed = False
 
@@ -54,6 +53,10 @@ class Attention:
             float(module.rescale_output_factor),
         )
         return cls(name, reading.norm(f"{name}.group_norm", module.group_norm), projections)
+
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The same size."""
+        return size
 
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State

@@ -1,4 +1,4 @@
-"""The first convolution, from the latents, and the 1x1 convolution that some models have before it."""
+"""The first convolution, from latents or pixels, and the 1x1 convolution that some decoders have before it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ class ConvIn:
     pointwise: Conv | None
     conv: Conv
 
-    enlarges = 1
     wants_statistics = False
     takes_recomputed = False
 
     @classmethod
-    def read(cls, vae: Any, decoder: Any) -> ConvIn:
-        """Read diffusers' ``post_quant_conv``, which FLUX's models do not have, and ``decoder.conv_in``."""
-        post_quant = getattr(vae, "post_quant_conv", None)
-        pointwise = None if post_quant is None else reading.conv("post_quant_conv", post_quant, 1)
-        return cls("decoder.conv_in", pointwise, reading.conv("decoder.conv_in", decoder.conv_in, 3))
+    def read(cls, name: str, module: Any, pointwise: Any = None) -> ConvIn:
+        """Read ``conv_in``, and a decoder's ``post_quant_conv``, which FLUX.1's does not have."""
+        before = None if pointwise is None else reading.conv("post_quant_conv", pointwise, 1)
+        return cls(name, before, reading.conv(name, module, 3))
+
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The same size."""
+        return size
 
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
@@ -51,8 +53,8 @@ class ConvIn:
         return Sweep("conv_in", (out,), moved((out, 1)), stage, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """The latents are first laid out channels last, which takes little beside any map."""
-        rows = run.latent_rows(self.pointwise)
+        """The 1x1 convolution is of the whole latents at once, which take little beside any map."""
+        rows = current.store if self.pointwise is None else run.projected(self.pointwise)
         run.maps.new_sweep()
         out = run.maps.new(planned.out, current.side, (*current.size, self.conv.cout))
         sweep = self._sweep(run.geometry, current.size, planned.out)

@@ -1,4 +1,4 @@
-"""The last convolution, behind its GroupNorm and SiLU: from the last map to the pixels."""
+"""The last convolution, behind its GroupNorm and SiLU, to pixels or moments, and the 1x1 convolution some end with."""
 
 from __future__ import annotations
 
@@ -19,27 +19,36 @@ __all__ = ["ConvOut"]
 
 @dataclass(frozen=True)
 class ConvOut:
-    """The layer ``x -> conv(silu(norm(x)))``, with zeros around the map."""
+    """The layer ``x -> pointwise(conv(silu(norm(x))))``, with zeros around the map."""
 
     name: str
     norm: Norm
     conv: Conv
+    pointwise: Conv | None = None
 
-    enlarges = 1
     wants_statistics = True
     takes_recomputed = False
 
     @classmethod
-    def read(cls, decoder: Any) -> ConvOut:
-        """Read diffusers' ``conv_norm_out``, ``conv_act`` and ``conv_out``."""
-        reading.silu("decoder.conv_act", decoder.conv_act)
-        conv = reading.conv("decoder.conv_out", decoder.conv_out, 3)
-        return cls(conv.name, reading.norm("decoder.conv_norm_out", decoder.conv_norm_out), conv)
+    def read(cls, name: str, module: Any, pointwise: Any = None) -> ConvOut:
+        """Read the end of diffusers' ``Encoder`` or ``Decoder``, and an encoder's ``quant_conv``, if it has one.
+
+        Args:
+            name: ``"encoder"`` or ``"decoder"``.
+        """
+        reading.silu(f"{name}.conv_act", module.conv_act)
+        conv = reading.conv(f"{name}.conv_out", module.conv_out, 3)
+        norm = reading.norm(f"{name}.conv_norm_out", module.conv_norm_out)
+        return cls(conv.name, norm, conv, None if pointwise is None else reading.conv("quant_conv", pointwise, 1))
+
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The same size."""
+        return size
 
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
     ) -> Iterator[tuple[LayerPlan, State]]:
-        """There is one way: block by block into the image."""
+        """There is one way: block by block into what is made."""
         step = self._sweep(geometry, size, state).step(costs)
         yield LayerPlan(self.name, *size, self.conv.cout, None, "memory", False, (step,)), state
 
@@ -49,8 +58,10 @@ class ConvOut:
         return Sweep("conv_out", (source,), moved((source, 1)), stage, buffer=stage.output)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """Every block is looked at for NaN and Inf on its way into the image."""
+        """Every block is looked at for NaN and Inf on its way into what is made."""
         affines = {self.norm: run.affine(self.norm, current.moments)}
         sweep = self._sweep(run.geometry, current.size, current.state)
-        moments = run.sweep(sweep, current.store, run.pixels(self.name), affines, statistics=statistics)
+        moments = run.sweep(sweep, current.store, run.result(self.name), affines, statistics=statistics)
+        if self.pointwise is not None:
+            run.project_result(self.pointwise)
         return replace(current, moments=moments)

@@ -53,13 +53,17 @@ def expect(name: str, module: Any, *types: str) -> Any:
     return module
 
 
-def conv(name: str, module: Any, kernel: int) -> Conv:
-    """Read a convolution of stride 1 that keeps the map's size, ``kernel`` pixels high and wide."""
+def conv(name: str, module: Any, kernel: int, *, stride: int = 1) -> Conv:
+    """Read a convolution, ``kernel`` pixels high and wide.
+
+    Args:
+        stride: 1 for a convolution that keeps the map's size; another for one without padding of its own.
+    """
     module = expect(name, module, "Conv2d")
-    pad = (kernel // 2, kernel // 2)
+    pad = kernel // 2 if stride == 1 else 0
     settings = (module.kernel_size, module.stride, module.dilation, module.groups, module.padding_mode)
-    if settings != ((kernel, kernel), (1, 1), (1, 1), 1, "zeros") or tuple(module.padding) != pad:
-        refuse(name, module, f"{kernel}x{kernel}, stride 1, zero padding {pad[0]}, one group")
+    if settings != ((kernel, kernel), (stride, stride), (1, 1), 1, "zeros") or tuple(module.padding) != (pad, pad):
+        refuse(name, module, f"{kernel}x{kernel}, stride {stride}, zero padding {pad}, one group")
     return Conv(name, module.in_channels, module.out_channels, kernel, module)
 
 

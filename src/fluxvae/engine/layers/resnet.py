@@ -29,7 +29,6 @@ class Resnet:
     shortcut: Conv | None
     scale: float
 
-    enlarges = 1
     wants_statistics = True
     takes_recomputed = True
 
@@ -56,6 +55,10 @@ class Resnet:
             None if shortcut is None else reading.conv(f"{name}.conv_shortcut", shortcut, 1),
             float(module.output_scale_factor),
         )
+
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The same size."""
+        return size
 
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
@@ -99,7 +102,7 @@ class Resnet:
         shortcut = None
         if self.shortcut is not None:
             call = replace(second.call, kind="linear", cin=self.shortcut.cin, cout=self.shortcut.cout, statistics=False)
-            shortcut = Stage(self.shortcut, call, size[0])
+            shortcut = Stage(self.shortcut, call, size[0], size[0])
         reads = 2 if recomputes and not feeds else 1
         sweep2 = Sweep(
             "conv2", (base, inner, *new), moved((base, reads), (inner, 1), (out, 1)), second,

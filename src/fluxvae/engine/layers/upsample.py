@@ -24,7 +24,6 @@ class Upsample:
     name: str
     conv: Conv
 
-    enlarges = 2
     wants_statistics = False
     takes_recomputed = False
 
@@ -39,6 +38,10 @@ class Upsample:
             reading.refuse(name, module, "as many channels out as in")
         return cls(name, conv)
 
+    def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Twice the size."""
+        return 2 * size[0], 2 * size[1]
+
     def choices(
         self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
     ) -> Iterator[tuple[LayerPlan, State]]:
@@ -48,8 +51,9 @@ class Upsample:
         """
         for place in PLACES:
             step = self._sweep(geometry, size, state, place).step(costs)
-            large = (self.enlarges * size[0], self.enlarges * size[1], self.conv.cout)
-            planned = LayerPlan(self.name, *large, None, place, place != "recompute", (step,))
+            planned = LayerPlan(
+                self.name, *self.size_after(size), self.conv.cout, None, place, place != "recompute", (step,)
+            )
             yield planned, self._after(state, place)
 
     def _after(self, state: State, place: Place) -> State:
@@ -58,14 +62,14 @@ class Upsample:
     def _sweep(self, geometry: Geometry, size: tuple[int, int], state: State, place: Place) -> Sweep:
         stage = Stage.of(geometry, "up", self.conv, size)
         small = Held((*size, self.conv.cin), geometry.itemsize, state.place)
-        large = Held((self.enlarges * size[0], self.enlarges * size[1], self.conv.cout), geometry.itemsize, place)
+        large = Held((*self.size_after(size), self.conv.cout), geometry.itemsize, place)
         buffer = None if place == "memory" else stage.output
         return Sweep("up", (small, large), moved((small, 1), (large, 1)), stage, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """The result is written to the other end of the arena, if it is kept in memory."""
         place, side = planned.out, current.side
-        size = (self.enlarges * current.size[0], self.enlarges * current.size[1])
+        size = self.size_after(current.size)
         out = None if place == "recompute" else run.maps.new(place, 1 - side, (*size, self.conv.cout))
         sweep = self._sweep(run.geometry, current.size, current.state, place)
         moments = run.sweep(sweep, current.store, out, {}, statistics=statistics)

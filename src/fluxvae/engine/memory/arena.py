@@ -33,6 +33,24 @@ class Arena:
             raise AssertionError(f"maps of {self._maps} bytes in an arena of {len(self._flat)}: the plan was wrong")
         return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
 
+    def shrunk(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
+        """A map over the start of the one at this end, which it may be computed from.
+
+        Its rows may be written as soon as the old map's rows that lie there were read. It has half as many bytes as the
+        old one or fewer. `settle` makes it the map of this end.
+        """
+        nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
+        start = 0 if side == 0 else len(self._flat) // ALIGN * ALIGN - self._maps[side]
+        return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
+
+    def settle(self, side: int, shrunk: MemoryMap) -> MemoryMap:
+        """Make a map from `shrunk`, all of which is written now, the map of this end, and free the rest of the old."""
+        rows = shrunk.rows
+        made = self.map(side, (rows.shape[0], rows.shape[1], rows.shape[2]), rows.dtype)
+        if made.rows.data_ptr() != rows.data_ptr():
+            made.rows.copy_(rows)
+        return made
+
     def release(self, side: int) -> None:
         """Free the room of this end's map, which is not needed any more."""
         self._maps[side] = 0

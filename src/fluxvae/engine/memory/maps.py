@@ -55,6 +55,14 @@ class Maps:
         self._open.append(store)
         return store
 
+    def shrunk(self, side: int, shape: tuple[int, int, int]) -> MemoryMap:
+        """A smaller map in the place of the one at this end of the arena, as `Arena.shrunk` says."""
+        return self._arena.shrunk(side, shape, self._dtype)
+
+    def settle(self, side: int, shrunk: MemoryMap) -> MemoryMap:
+        """Make the smaller map the one of this end, now that it is written."""
+        return self._arena.settle(side, shrunk)
+
     def drop(self, store: Store, side: int) -> None:
         """The map is not needed any more; ``side`` is its end of the arena, if it is there."""
         if isinstance(store, MemoryMap):

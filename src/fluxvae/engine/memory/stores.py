@@ -15,7 +15,7 @@ import torch
 
 from fluxvae.errors import MemoryLimitError
 
-__all__ = ["MemoryMap", "SpilledMap", "Store", "Target"]
+__all__ = ["Given", "MemoryMap", "SpilledMap", "Store", "Target"]
 
 
 class Target(Protocol):
@@ -58,6 +58,29 @@ class MemoryMap:
 
     def close(self) -> None:
         """Do nothing, as the arena owns the memory."""
+
+
+class Given:
+    """What a network starts from, as its caller gave it: channels first, in any dtype. Its rows are only read."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        """``values`` is (channels, height, width)."""
+        self._rows = values.permute(1, 2, 0)
+
+    def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """Copy the rows into ``into``, channels last and in its dtype, so that the whole is never held twice."""
+        return into.copy_(self._rows[start:stop])
+
+    def target(self, start: int, stop: int) -> torch.Tensor | None:
+        """None, as nothing is computed into it."""
+        return None
+
+    def write(self, start: int, rows: torch.Tensor) -> None:
+        """Refuse to overwrite what belongs to the caller."""
+        raise AssertionError("what was given is not written to")
+
+    def close(self) -> None:
+        """Do nothing, as the caller owns the memory."""
 
 
 class SpilledMap:

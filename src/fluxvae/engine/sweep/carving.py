@@ -56,14 +56,20 @@ class Stage:
     conv: Conv
     call: Call
     height: int
-    """The height of the map that it reads."""
+    """How many rows of the map that it reads are cut into blocks."""
+    stored: int
+    """The height of the map that it reads. It differs where that is odd and halved: the last row is a halo only."""
     norm: Norm | None = None
     """The GroupNorm that its input goes through, with SiLU, on its way in."""
 
     @classmethod
     def of(cls, geometry: Geometry, kind: Kind, conv: Conv, size: tuple[int, int], norm: Norm | None = None) -> Stage:
         """The stage that convolves a map of this height and width."""
-        return cls(conv, geometry.call(kind, conv.cin, conv.cout, *size), size[0], norm)
+        stored, width = size
+        height = stored - stored % 2 if kind == "down" else stored
+        return cls(
+            conv, geometry.call(kind, conv.cin, conv.cout, height, width, precise=conv.precise), height, stored, norm
+        )
 
     def feeding(self) -> Stage:
         """The same as a stage whose output another one reads: the statistics of that map are known already."""
@@ -77,7 +83,7 @@ class Stage:
     @property
     def output(self) -> Shape:
         """The shape of the block of rows that it makes of those."""
-        return self.call.enlarges * self.call.rows, self.call.enlarges * self.call.width, self.call.cout
+        return self.call.out(self.call.rows), self.call.out(self.call.width), self.call.cout
 
     @property
     def whole(self) -> Call:

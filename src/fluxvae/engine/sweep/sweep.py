@@ -11,7 +11,7 @@ import torch
 from fluxvae.engine.calls import Geometry
 from fluxvae.engine.kernels import ConvBlock, Kernels
 from fluxvae.engine.memory.maps import Maps
-from fluxvae.engine.memory.stores import MemoryMap, Store, Target
+from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
 from fluxvae.engine.records import Conv, Norm
 from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
@@ -37,7 +37,7 @@ class Current:
 
 @dataclass(frozen=True)
 class Run:
-    """One image on its way through the network: what the layers compute with."""
+    """One image on its way through the network, to pixels or from them: what the layers compute with."""
 
     kernels: Kernels
     maps: Maps
@@ -45,28 +45,31 @@ class Run:
     geometry: Geometry
     dtype: torch.dtype
     """The dtype that is computed in."""
-    latents: torch.Tensor
-    """The raw latents of the image, (C, lh, lw)."""
-    image: torch.Tensor
-    """(3, H, W): where the pixels are written to."""
+    given: torch.Tensor
+    """(C, height, width): raw latents, or pixels."""
+    made: torch.Tensor
+    """(C, height, width): where the pixels, or the moments of the latents, are written to."""
     tick: Callable[[], None]
-    """Called after every block; it may raise to stop the decode."""
+    """Called after every block; it may raise to stop the run."""
 
     def start(self) -> Current:
-        """The latents, from which the first layer starts."""
-        rows = self.latents.permute(1, 2, 0)
-        return Current(MemoryMap(rows), 0, (rows.shape[0], rows.shape[1]), State("memory"), Moments())
+        """What is given, from which the first layer starts."""
+        height, width = self.given.shape[1:]
+        return Current(Given(self.given), 0, (height, width), State("memory"), Moments())
 
-    def latent_rows(self, pointwise: Conv | None) -> Store:
-        """The latents in the compute dtype, channels last, through the 1x1 convolution that some models begin with."""
-        latents = self.latents.to(self.dtype)
-        if pointwise is None:
-            return MemoryMap(latents.permute(1, 2, 0).contiguous())
-        return MemoryMap(self.kernels.pointwise(latents, pointwise))
+    def projected(self, conv: Conv) -> Store:
+        """What is given, through the 1x1 convolution that some decoders begin with."""
+        return MemoryMap(self.kernels.pointwise(self.given.to(self.dtype), conv))
 
-    def pixels(self, name: str) -> Target:
-        """The image as a map that is written by rows; ``name`` is the layer's, for the error about NaN or Inf."""
-        return _Pixels(self.image, self.checks, f"the output of {name} holds NaN or Inf")
+    def result(self, name: str) -> Target:
+        """What is made as a map that is written by rows; ``name`` is the layer's, for the error about NaN or Inf."""
+        return _Made(self.made, self.checks, f"the output of {name} holds NaN or Inf")
+
+    def project_result(self, conv: Conv) -> None:
+        """Put what is made through the 1x1 convolution that some encoders end with."""
+        rows = self.kernels.pointwise(self.made.to(self.dtype), conv)
+        self.checks.require(rows, f"the output of {conv.name} holds NaN or Inf")
+        self.made.copy_(rows.permute(2, 0, 1))
 
     def affine(self, norm: Norm, moments: Moments) -> Affine:
         """What ``norm`` does to the map with these statistics."""
@@ -139,7 +142,7 @@ class Run:
         projection = None if sweep.shortcut is None else self._projection(sweep.shortcut, work)
         staging = None if sweep.residual is None else self.maps.scratch(sweep.residual)
         while (padded := window.advance()) is not None:
-            start, stop = (call.enlarges * edge for edge in window.span)
+            start, stop = map(call.out, window.span)
             rows = out.target(start, stop) if out is not None and buffer is None else None
             if rows is None:
                 assert buffer is not None
@@ -177,7 +180,7 @@ class Run:
         weights, block = self._load(stage), self.maps.scratch(stage.output)
 
         def compute(padded: torch.Tensor) -> torch.Tensor:
-            rows = block[: stage.call.enlarges * (len(padded) - 2)]
+            rows = block[: stage.call.out(len(padded) - 2)]
             self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, work))
             return rows
 
@@ -185,7 +188,7 @@ class Run:
 
     def _window(self, stage: Stage, source: Stream, affines: Mapping[Norm, Affine], work: torch.Tensor) -> Window:
         affine = None if stage.norm is None else affines[stage.norm]
-        return Window(self.kernels, source, affine, self.maps.scratch(stage.input), stage.height, work)
+        return Window(self.kernels, source, affine, self.maps.scratch(stage.input), stage.height, stage.stored, work)
 
     def _load(self, stage: Stage) -> Any:
         """A convolution's weights as the kernels want them, valid until the next sweep."""
@@ -193,17 +196,17 @@ class Run:
         return self.kernels.load(stage.conv, stage.call.kind, self.dtype, room)
 
 
-class _Pixels:
-    """The image as a target. Every block of rows is looked at for NaN and Inf on its way into it."""
+class _Made:
+    """What is made as a target. Every block of rows is looked at for NaN and Inf on its way into it."""
 
-    def __init__(self, image: torch.Tensor, checks: FiniteChecks, otherwise: str) -> None:
-        self._image, self._checks, self._otherwise = image, checks, otherwise
+    def __init__(self, made: torch.Tensor, checks: FiniteChecks, otherwise: str) -> None:
+        self._made, self._checks, self._otherwise = made, checks, otherwise
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
-        """None, as the image is not laid out channels last."""
+        """None, as it is not laid out channels last."""
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Write rows (n, W, 3) into the image (3, H, W), in its dtype."""
+        """Write rows (n, W, C) into it (C, H, W), in its dtype."""
         self._checks.require(rows, self._otherwise)
-        self._image[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))
+        self._made[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))

@@ -50,6 +50,7 @@ class Window:
         affine: Affine | None,
         buffer: torch.Tensor,
         height: int,
+        stored: int,
         work: torch.Tensor,
     ) -> None:
         """Make a window over a map. It starts above the map's first row.
@@ -58,11 +59,12 @@ class Window:
             source: the map's rows.
             affine: what rows go through on their way in, with SiLU after it; None lets them in as they are.
             buffer: scratch of (rows + 2, width, channels), for blocks of so many rows.
-            height: the height of the map.
+            height: how many rows the blocks have together.
+            stored: the height of the map, which may have a row more than that.
             work: the kernels' scratch.
         """
         self._kernels, self._source, self._affine, self._work = kernels, source, affine, work
-        self._buffer, self._rows, self._height = buffer, len(buffer) - 2, height
+        self._buffer, self._rows, self._height, self._stored = buffer, len(buffer) - 2, height, stored
         self._next = 0
         self._have = 0
         self.span = (0, 0)
@@ -77,12 +79,12 @@ class Window:
         else:  # row by row, because with blocks of one row the two ranges overlap
             self._buffer[0].copy_(self._buffer[self._rows])
             self._buffer[1].copy_(self._buffer[self._rows + 1])
-        need = min(stop + 1, self._height)
+        need = min(stop + 1, self._stored)
         if need > self._have:
             fresh = self._buffer[1 + self._have - start : 1 + need - start]
             self._kernels.prologue(self._source.take(fresh), self._affine, True, fresh, self._work)
             self._have = need
-        if stop == self._height:
+        if stop == self._stored:
             self._buffer[stop - start + 1].zero_()
         self._next = stop
         self.span = (start, stop)

@@ -7,29 +7,38 @@ from fluxvae.engine.kernels.cpu.attention import attention_bytes, padded_queries
 from fluxvae.engine.kernels.cpu.few_outputs import OUTPUTS
 from fluxvae.engine.kernels.cpu.row_tasks import panel_bytes
 from fluxvae.engine.kernels.cpu.vector_code import LANES
-from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, longest_run, rounded, scratch_bytes, transformed_bytes
+from fluxvae.engine.kernels.cpu.winograd_cut import (
+    cut_tasks,
+    form_of,
+    longest_run,
+    rounded,
+    scratch_bytes,
+    transformed_bytes,
+)
 from fluxvae.engine.kernels.cpu.winograd_loops import NR
-from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS
+from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, STEPS
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
 
 LEAST_PIXELS = 1024
-"""Maps of fewer pixels do not go by Winograd: transforming the weights would take longer than it saves."""
+"""Maps of fewer pixels are not made by Winograd: transforming the weights would take longer than it saves."""
 
 
 class WinogradCosts(DirectCosts):
     """Winograd where it applies, the direct kernels elsewhere: see `fluxvae.engine.calls.Costs`."""
 
     name = "winograd"
-    row_multiple = 6
+    row_multiple = STEPS[PLAIN]
+    precise_row_multiple = STEPS[PRECISE]
 
     def macs(self, call: Call) -> int:
         """The multiply-adds of one call, without those of the transforms."""
         if not _applies(call):
             return super().macs(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        return POSITIONS * cut.tiles * call.cin * call.cout
+        form = form_of(call.kind, call.precise)
+        cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
+        return POSITIONS[form] * cut.tiles * call.cin * call.cout
 
     def loaded(self, call: Call) -> int:
         """Bytes of the arena that hold the transformed weights."""
@@ -41,7 +50,7 @@ class WinogradCosts(DirectCosts):
             return 9 * call.cin * OUTPUTS * 4
         if not _applies(call):
             return super().loaded(call)
-        return transformed_bytes(call.cin, call.cout)
+        return transformed_bytes(form_of(call.kind, call.precise), call.cin, call.cout)
 
     def overhead(self, call: Call) -> int:
         """Bytes outside the arena: weights that are cast to float32, or statistics and the threads' small buffers."""
@@ -49,8 +58,9 @@ class WinogradCosts(DirectCosts):
             return 0
         if not _applies(call):
             return super().overhead(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
-        small = POSITIONS * call.cin * 4 + 5 * call.cout * 4
+        form = form_of(call.kind, call.precise)
+        cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
+        small = POSITIONS[form] * call.cin * 4 + 5 * call.cout * 4
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
 
     def workspace(self, call: Call) -> int:
@@ -62,16 +72,18 @@ class WinogradCosts(DirectCosts):
             return max(super().workspace(call), attention_results(count, call.cin) + attention_bytes(count, call.cin))
         if not _applies(call):
             return super().workspace(call)
-        cut = cut_tasks(call.kind, call.cin, call.cout, call.rows, call.width)
+        form = form_of(call.kind, call.precise)
+        cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
         # The last block of a map has fewer tiles, which may make longer runs and wider slices, so count the longest.
         run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
-        return cut.workers * scratch_bytes(run, call.cin, -(-call.cout // NR))
+        return cut.workers * scratch_bytes(form, run, call.cin, -(-call.cout // NR))
 
 
 def _applies(call: Call) -> bool:
     """Whether a call goes by Winograd. That depends on the layer and its map alone, never on blocks or on memory."""
-    worthwhile = call.tokens == 0 or call.tokens >= LEAST_PIXELS
-    return call.kind in ("conv3", "up") and worthwhile and whole_vectors(call.cin, call.cout, call.itemsize)
+    pixels = call.tokens // 4 if call.kind == "down" else call.tokens
+    worthwhile = call.tokens == 0 or pixels >= LEAST_PIXELS
+    return call.kind in ("conv3", "up", "down") and worthwhile and whole_vectors(call.cin, call.cout, call.itemsize)
 
 
 def _attends(call: Call) -> bool:

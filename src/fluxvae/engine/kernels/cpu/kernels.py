@@ -44,7 +44,7 @@ from fluxvae.engine.kernels.cpu.row_tasks import (
     linear_rows,
     linear_weights,
 )
-from fluxvae.engine.kernels.cpu.winograd_cut import transformed_bytes
+from fluxvae.engine.kernels.cpu.winograd_cut import form_of, transformed_bytes
 from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
@@ -101,10 +101,11 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             return linear_weights(*parameters(conv.module), into)
         if few(kind, conv.cin, conv.cout, dtype.itemsize):
             return few_outputs_weights(*parameters(conv.module), into)
-        planned = into.numel() >= transformed_bytes(conv.cin, conv.cout)
-        if kind not in ("conv3", "up") or not planned or not whole_vectors(conv.cin, conv.cout, dtype.itemsize):
+        form = form_of(kind, conv.precise)
+        planned = into.numel() >= transformed_bytes(form, conv.cin, conv.cout)
+        if kind not in ("conv3", "up", "down") or not planned or not whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
-        return transformed(*parameters(conv.module), into)
+        return transformed(form, *parameters(conv.module), into)
 
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
@@ -141,7 +142,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
                     raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
                 few_outputs(block.rows, block.weights, block.out)
                 return None
-        with threads.pytorchs() if block.kind == "conv3" else nullcontext():
+        with threads.pytorchs() if block.kind in ("conv3", "down") else nullcontext():
             return super().convolve(block)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:

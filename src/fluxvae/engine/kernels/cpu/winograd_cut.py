@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fluxvae.engine.calls import Kind, enlargement
+from fluxvae.engine.calls import Kind, length_out
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
-from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, STEP
+from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, STEPS, UP
 
 __all__ = [
     "MOST_RUN",
     "Cut",
     "cut_tasks",
+    "form_of",
     "longest_run",
     "position_bytes",
     "rounded",
@@ -56,15 +57,23 @@ def position_bytes(cin: int, cout: int) -> int:
     return _odd_lines(cin * -(-cout // NR) * NR * 4)
 
 
-def transformed_bytes(cin: int, cout: int) -> int:
+def form_of(kind: Kind, precise: bool) -> int:
+    """The form of a convolution's tiles; where the map is enlarged or halved there is one for each."""
+    if kind == "conv3":
+        return PRECISE if precise else PLAIN
+    return DOWN if kind == "down" else UP
+
+
+def transformed_bytes(form: int, cin: int, cout: int) -> int:
     """Bytes that all of a layer's transformed weights take."""
-    return POSITIONS * position_bytes(cin, cout)
+    return POSITIONS[form] * position_bytes(cin, cout)
 
 
-def cut_tasks(kind: Kind, cin: int, cout: int, rows: int, width: int) -> Cut:
+def cut_tasks(form: int, cin: int, cout: int, rows: int, width: int) -> Cut:
     """Cut a convolution into tasks; ``rows`` and ``width`` are those of its input."""
-    across = -(-width * enlargement(kind) // STEP)
-    tiles = across * -(-rows * enlargement(kind) // STEP)
+    kind: Kind = "up" if form == UP else "down" if form == DOWN else "conv3"
+    across = -(-length_out(kind, width) // STEPS[form])
+    tiles = across * -(-length_out(kind, rows) // STEPS[form])
     thirds = -(-tiles // THIRD)
     units = -(-thirds * THIRD // longest_run(cin))
     run = -(-thirds // units) * THIRD
@@ -93,9 +102,9 @@ def rounded(tiles: int) -> int:
     return -(-tiles // THIRD) * THIRD
 
 
-def scratch_bytes(run: int, cin: int, panels: int) -> int:
+def scratch_bytes(form: int, run: int, cin: int, panels: int) -> int:
     """Bytes of scratch that a thread needs, for its transformed tiles and their products."""
-    return POSITIONS * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
+    return POSITIONS[form] * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
 
 
 def _odd_lines(nbytes: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from fluxvae.engine.calls import enlargement
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.vector_code import LANES
@@ -28,40 +27,42 @@ class Weights(NamedTuple):
     """(2, cout) float32: ones, and the bias. `run` divides both by a block's scale."""
     cin: int
     cout: int
+    form: int
+    """The form of the tiles that they are for."""
 
 
-def transformed(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> Weights:
+def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> Weights:
     """Transform weights (cout, cin, 3, 3) in float64 and round them once; ``into`` is `transformed_bytes` of uint8."""
     cout, cin = weight.shape[:2]
     weight = weight.float()
     kernel, channel, row, column = (4 * stride for stride in weight.stride())
     job = WeightsJob(
         src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
-        cin=cin, cout=cout, position=position_bytes(cin, cout),
+        cin=cin, cout=cout, position=position_bytes(cin, cout), form=form,
     )  # fmt: skip
     threads.share(transform_weights, job, cout // LANES)
     factor_bias = np.ones((2, cout), np.float32)
     factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
-    return Weights(into, factor_bias, cin, cout)
+    return Weights(into, factor_bias, cin, cout, form)
 
 
 def run(block: ConvBlock) -> Partial | None:
-    """Compute a block of a 3x3 convolution, of the map as it is or enlarged, and its statistics: see `ConvBlock`."""
-    kind, padded, weights, out, residual = block.kind, block.rows, block.weights, block.out, block.residual
+    """Compute a block of a 3x3 convolution of whatever kind, and its statistics: see `ConvBlock`."""
+    padded, weights, out, residual = block.rows, block.weights, block.out, block.residual
     work = block.work
     rows, width = padded.shape[0] - 2, padded.shape[1]
-    cin, cout, enlarge = weights.cin, weights.cout, enlargement(kind)
-    cut = cut_tasks(kind, cin, cout, rows, width)
+    cin, cout, form = weights.cin, weights.cout, weights.form
+    cut = cut_tasks(form, cin, cout, rows, width)
     row = out.shape[1] * cout * 4
     # Threads that were added since the work was planned have no scratch.
-    scratch = scratch_bytes(cut.run, cin, cut.panels)
+    scratch = scratch_bytes(form, cut.run, cin, cut.panels)
     workers = min(cut.workers, work.numel() // scratch)
     if workers < 1:
         raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
     job = ConvJob(
         src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
-        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=rows * enlarge, columns=width * enlarge,
-        cout=cout, enlarge=enlarge, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
+        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=out.shape[0], columns=out.shape[1],
+        cout=cout, form=form, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
         weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
         panels=cut.panels, slices=cut.slices,
         tiles_across=cut.across, tiles=cut.tiles, run=cut.run, units=cut.units, tasks=cut.units * cut.slices,
@@ -78,4 +79,4 @@ def run(block: ConvBlock) -> Partial | None:
         return None
     merged = torch.empty(3, cout, dtype=torch.float64, device="cpu")
     merge(stats, merged.numpy())
-    return Partial(rows * width * enlarge**2, merged[1], merged[2])
+    return Partial(out.shape[0] * out.shape[1], merged[1], merged[2])

@@ -22,7 +22,7 @@ from fluxvae.engine.kernels.cpu.vector_code import (
     Code,
     vector_function,
 )
-from fluxvae.engine.kernels.cpu.winograd_matrices import toom_cook
+from fluxvae.engine.kernels.cpu.winograd_matrices import PRECISE_POINTS, halving, toom_cook
 
 Matrix = Sequence[Sequence[Fraction]]
 
@@ -207,7 +207,7 @@ def _output_transform(at: Matrix, residual: bool) -> Any:
 
         x.loop(vectors, channels)
 
-    return vector_function(f"fluxvae_output_transform_{residual:d}", 12, emit)
+    return vector_function(f"fluxvae_output_transform_{m}_{residual:d}", 12, emit)
 
 
 def _kernel_transform(g: Matrix) -> Any:
@@ -241,7 +241,7 @@ def _kernel_transform(g: Matrix) -> Any:
         x.loop(x.i(3), down)
         x.loop(x.i(n), across)
 
-    return vector_function("fluxvae_kernel_transform", 6, emit)
+    return vector_function(f"fluxvae_kernel_transform_{n}", 6, emit)
 
 
 _F63 = toom_cook(6, 3)
@@ -250,6 +250,15 @@ input_transform_up = _input_transform(_F63.bt, PIXELS_UP)
 output_transform = _output_transform(_F63.at, residual=False)
 output_transform_residual = _output_transform(_F63.at, residual=True)
 kernel_transform = _kernel_transform(_F63.g)
+_F43 = toom_cook(4, 3, PRECISE_POINTS)
+input_transform_precise = _input_transform(_F43.bt, range(6))
+output_transform_precise = _output_transform(_F43.at, residual=False)
+output_transform_precise_residual = _output_transform(_F43.at, residual=True)
+kernel_transform_precise = _kernel_transform(_F43.g)
+_HALVING = halving(3)
+input_transform_down = _input_transform(_HALVING.bt, range(7))
+output_transform_down = _output_transform(_HALVING.at, residual=False)
+kernel_transform_down = _kernel_transform(_HALVING.g)
 
 
 # -- pixel by pixel ------------------------------------------------------------------------------------------------

@@ -15,16 +15,18 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-__all__ = ["POINTS", "Transforms", "matmul", "toom_cook"]
+__all__ = ["POINTS", "PRECISE_POINTS", "Transforms", "halving", "matmul", "toom_cook"]
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
 POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-1/2", "2", "-2"))
 """Points +a and -a stand together: their rows share half of the work (`vector_code`)."""
+PRECISE_POINTS = tuple(Fraction(p) for p in ("0", "1", "-1", "1/2", "-2"))
+"""Those of F(4, 3), whose rounding errors are a third of F(6, 3)'s; with other points they are half of them."""
 
 
 class Transforms(NamedTuple):
-    """The three matrices of one F(m, r): m outputs of a filter of r taps, from n = m + r - 1 inputs."""
+    """The three matrices of one F(m, r): m outputs of a filter of r taps, by n products of n inputs."""
 
     at: Matrix
     """(m, n): turns products into outputs."""
@@ -51,6 +53,22 @@ def toom_cook(outputs: int, taps: int, points: Sequence[Fraction] = POINTS) -> T
         bt.append([*_monic(others), zero])
     g.append([one if i == taps - 1 else zero for i in range(taps)])
     bt.append(_monic(points))
+    return Transforms(_freeze(at), _freeze(g), _freeze(bt))
+
+
+def halving(outputs: int) -> Transforms:
+    """Three taps at every second input: ``y[i] = g[0] d[2i] + g[1] d[2i+1] + g[2] d[2i+2]``.
+
+    The even inputs meet the outer taps, which is F(outputs, 2), and the odd ones the middle tap, which is one product
+    for each output: 2 * outputs + 1 products in place of 3 * outputs.
+    """
+    outer = toom_cook(outputs, 2, POINTS[:outputs])
+    one, zero = Fraction(1), Fraction(0)
+    inputs = 2 * outputs + 1
+    at = [[*row, *(one if j == i else zero for j in range(outputs))] for i, row in enumerate(outer.at)]
+    g = [[first, zero, last] for first, last in outer.g] + [[zero, one, zero]] * outputs
+    bt = [[zero if k % 2 else row[k // 2] for k in range(inputs)] for row in outer.bt]
+    bt += [[one if k == 2 * i + 1 else zero for k in range(inputs)] for i in range(outputs)]
     return Transforms(_freeze(at), _freeze(g), _freeze(bt))
 
 

@@ -20,9 +20,16 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
     TILES,
     copy,
     input_transform,
+    input_transform_down,
+    input_transform_precise,
     input_transform_up,
     kernel_transform,
+    kernel_transform_down,
+    kernel_transform_precise,
     output_transform,
+    output_transform_down,
+    output_transform_precise,
+    output_transform_precise_residual,
     output_transform_residual,
     products_1,
     products_2,
@@ -31,20 +38,24 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "b14db06ce00dbfb1"
+VECTOR_CODE = "0dee5537398eb6f9"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
-STEP = 6
-"""How many outputs a tile has in each direction."""
-SIZE = 8
-"""How many inputs a tile has in each direction."""
-SIZE_UP = 5
-"""How many inputs a tile has in each direction on the small map, where that is enlarged."""
-POSITIONS = SIZE * SIZE
+PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3
+"""The forms of a tile. PLAIN is F(6, 3); UP is the same of a map that is enlarged twofold; DOWN are three outputs of
+stride 2; PRECISE is F(4, 3), which takes more products and rounds to a third of the error."""
+STEPS = (6, 6, 3, 4)
+"""How many outputs a tile has in each direction, by form."""
+SIZES = (8, 5, 7, 6)
+"""How many inputs a tile has in each direction; for UP, on the small map."""
+REACHES = (6, 3, 6, 4)
+"""How many inputs there are from the beginning of a tile to that of the next."""
+POSITIONS = (64, 64, 49, 36)
+"""How many products a tile has for each pair of an input and an output channel."""
 
 
 class ConvJob(NamedTuple):
-    """The job of one call: a 3x3 convolution of a block of rows, of the map as it is or enlarged."""
+    """The job of one call: a 3x3 convolution of a block of rows, of the map as it is or enlarged, or of stride 2."""
 
     src: int
     src_row: int
@@ -60,8 +71,8 @@ class ConvJob(NamedTuple):
     """The rows of the output; ``columns`` and ``cout`` are its too."""
     columns: int
     cout: int
-    enlarge: int
-    """1 for a convolution of the map; 2 for one of the map enlarged twofold by its nearest pixels."""
+    form: int
+    """The form of the tiles, such as PLAIN."""
     residual: int
     """The address of the residual minus that of the output; -1 if there is none."""
     weights: int
@@ -117,7 +128,9 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     """
     lane_bytes = 4 * LANES
     transformed = job.scratch + worker * job.scratch_bytes
-    multiplied = transformed + POSITIONS * job.position_in
+    positions, size, step, reach = POSITIONS[job.form], SIZES[job.form], STEPS[job.form], REACHES[job.form]
+    skipped = 1 if job.form == DOWN else 0  # the halo above the block and left of the map, which stride 2 does not see
+    multiplied = transformed + positions * job.position_in
     blocks = job.cin // LANES
     thirds = (job.tiles + THIRD - 1) // THIRD
     whole, longer = thirds // job.units, thirds % job.units
@@ -125,11 +138,9 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
     panel_out = job.run * NR * 4
     panel_weights = job.cin * NR * 4
     slice_width = job.panels * NR
-    patch = np.empty(POSITIONS * job.cin, np.float32)
+    patch = np.empty(positions * job.cin, np.float32)
     terms = np.empty((5, slice_width), np.float32)
     terms_step = slice_width * 4
-    size = SIZE if job.enlarge == 1 else SIZE_UP
-    src_step = STEP // job.enlarge
     patch_at = patch.ctypes.data
     terms_at = terms.ctypes.data
     while True:
@@ -144,8 +155,8 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
 
         for t in range(count):
             tile = first + t
-            top = tile // job.tiles_across * src_step
-            left = tile % job.tiles_across * src_step - 1
+            top = tile // job.tiles_across * reach + skipped
+            left = tile % job.tiles_across * reach - 1 + skipped
             target = transformed + t * lane_bytes
             src, row, column = job.src + top * job.src_row + left * job.src_column, job.src_row, job.src_column
             if top + size > job.src_rows or left < 0 or left + size > job.src_columns:
@@ -155,14 +166,18 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
                         pixel = src + i * job.src_row + j * job.src_column
                         copy(pixel if inside else 0, patch_at + (i * size + j) * job.cin * 4, blocks)
                 src, row, column = patch_at, size * job.cin * 4, job.cin * 4
-            if job.enlarge == 1:
+            if job.form == PLAIN:
                 input_transform(src, row, column, target, job.position_in, block_bytes, blocks)
+            elif job.form == PRECISE:
+                input_transform_precise(src, row, column, target, job.position_in, block_bytes, blocks)
+            elif job.form == DOWN:
+                input_transform_down(src, row, column, target, job.position_in, block_bytes, blocks)
             else:
                 input_transform_up(src, row, column, target, job.position_in, block_bytes, blocks)
 
         first_weights = job.weights + part * job.panels * panel_weights
         pace = NR * 4 // (-(-count // TILES))
-        for position in range(POSITIONS):
+        for position in range(positions):
             for panel in range(job.panels):
                 weights = first_weights + position * job.position_weights + panel * panel_weights
                 next_weights = weights + panel_weights
@@ -191,17 +206,32 @@ def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: i
         pixels = 0
         for t in range(-1, count):  # at -1 the first tile's first pixel, which becomes the statistics' first shift
             tile = first + max(t, 0)
-            y = tile // job.tiles_across * STEP
-            x = tile % job.tiles_across * STEP
+            y = tile // job.tiles_across * step
+            x = tile % job.tiles_across * step
             target = job.dst + y * job.dst_row + x * job.dst_column + channel * 4
             source = multiplied + max(t, 0) * NR * 4
-            rows, columns = min(STEP, job.rows - y), min(STEP, job.columns - x)
+            rows, columns = min(step, job.rows - y), min(step, job.columns - x)
             residual = job.residual
             if t < 0:
                 rows, columns = 1, 1
                 residual += target - (terms_at + 2 * terms_step)
                 target = terms_at + 2 * terms_step
-            if job.residual == -1:
+            if job.form == DOWN:
+                output_transform_down(
+                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
+                    0, terms_at, terms_step, width // LANES,
+                )  # fmt: skip
+            elif job.form == PRECISE and job.residual == -1:
+                output_transform_precise(
+                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
+                    0, terms_at, terms_step, width // LANES,
+                )  # fmt: skip
+            elif job.form == PRECISE:
+                output_transform_precise_residual(
+                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
+                    residual, terms_at, terms_step, width // LANES,
+                )  # fmt: skip
+            elif job.residual == -1:
                 output_transform(
                     source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
                     0, terms_at, terms_step, width // LANES,
@@ -245,6 +275,8 @@ class WeightsJob(NamedTuple):
     cout: int
     position: int
     """The bytes of one position's weights, as in `ConvJob.position_weights`."""
+    form: int
+    """As in `ConvJob`."""
 
 
 @compiled
@@ -257,4 +289,9 @@ def transform_weights(job: WeightsJob, counter: Any) -> None:
         for channel in range(job.cin):
             src = job.src + half * LANES * job.kernel + channel * job.channel
             target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
-            kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
+            if job.form == DOWN:
+                kernel_transform_down(src, job.kernel, job.row, job.column, target, job.position)
+            elif job.form == PRECISE:
+                kernel_transform_precise(src, job.kernel, job.row, job.column, target, job.position)
+            else:
+                kernel_transform(src, job.kernel, job.row, job.column, target, job.position)

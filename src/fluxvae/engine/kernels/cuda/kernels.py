@@ -84,6 +84,8 @@ class CudaKernels(TorchKernels):
         n, width, cin, cout, size = call.rows, call.width, call.cin, call.cout, call.itemsize
         if call.kind == "conv3":
             return workspace_bound((n + 2, width, cin), (cout, 3, 3), size)
+        if call.kind == "down":
+            return workspace_bound((n + 1, width + 1, cin), (cout, 3, 3), size)
         if call.kind == "up":
             summing = min(self.fuse_chunk, cout) * cin * 24 * 8
             return max(summing, workspace_bound((n + 1, width, cin), (2 * cout, 2, 2), size))
@@ -100,6 +102,10 @@ class CudaKernels(TorchKernels):
         if call.kind == "up":
             result = call.rows * (call.width + 1) * 2 * call.cout * call.itemsize
             return aligned(result) + passes.parts_bytes(2 * pixels, call.cout, 2)
+        if call.kind == "down":
+            padded = aligned((call.rows + 1) * (call.width + 1) * call.cin * call.itemsize)
+            pixels = call.out(call.rows) * call.out(call.width)
+            return padded + aligned(pixels * call.cout * call.itemsize) + passes.parts_bytes(pixels, call.cout)
         results = (2 if call.kind == "attend" else 1) * aligned(pixels * call.cout * call.itemsize)
         return results + passes.parts_bytes(pixels, call.cout)
 
@@ -148,8 +154,15 @@ class CudaKernels(TorchKernels):
             if bias is not None:
                 block.out.add_(bias)
             return None
-        result, work = _carve(block.work, block.out)
-        convolve(block.rows, weight, result)
+        rows, work, stride = block.rows, block.work, 1
+        if block.kind == "down":
+            count, width, channels = rows.shape
+            padded, work = _carve(work, rows, (count - 1, width + 1, channels))
+            padded[:, :width].copy_(rows[1:])
+            padded[:, width:].zero_()
+            rows, stride = padded, 2
+        result, work = _carve(work, block.out)
+        convolve(rows, weight, result, stride=stride)
         return _finish(result, bias, block.residual, block.scale, block.out, block.statistics, work)
 
     def _interleaved(self, block: ConvBlock) -> Partial | None:
@@ -219,7 +232,7 @@ class CudaKernels(TorchKernels):
 def _carve(
     work: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A result of ``out``'s dtype at the start of the workspace, and what is left of the workspace."""
+    """Rows of ``out``'s dtype, and of its shape unless one is given, from the workspace's start; and what is left."""
     shape = tuple(out.shape) if shape is None else shape
     nbytes = torch.Size(shape).numel() * out.dtype.itemsize
     return work[:nbytes].view(out.dtype).view(shape), work[aligned(nbytes) :]

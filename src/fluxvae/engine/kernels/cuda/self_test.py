@@ -123,10 +123,10 @@ def _walk(
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def convolved(kind: Kind, layer: Conv, residual: torch.Tensor | None, scale: float) -> ConvBlock:
-        call = Call(kind, layer.cin, layer.cout, _ROWS - 2, _WIDTH, dtype.itemsize, False)
-        rows = draw(_ROWS - 2 if kind == "linear" else _ROWS, _WIDTH, layer.cin)
-        grown = call.enlarges
-        out = torch.empty(grown * (_ROWS - 2), grown * _WIDTH, layer.cout, dtype=dtype, device=device)
+        count = _ROWS - 3 if kind == "down" else _ROWS - 2
+        call = Call(kind, layer.cin, layer.cout, count, _WIDTH, dtype.itemsize, False)
+        rows = draw(count if kind == "linear" else count + 2, _WIDTH, layer.cin)
+        out = torch.empty(call.out(count), call.out(_WIDTH), layer.cout, dtype=dtype, device=device)
         weights = kernels.load(layer, kind, dtype, room(kernels.loaded(call)))
         return ConvBlock(kind, rows, weights, out, room(kernels.workspace(call)), residual, scale, kind != "linear")
 
@@ -150,6 +150,7 @@ def _walk(
         ("conv3", conv(128, 128, 3), None, 1.0),
         ("conv3", conv(128, 256, 3), draw(_ROWS - 2, _WIDTH, 256), 2.0),
         ("up", conv(128, 128, 3), None, 1.0),
+        ("down", conv(128, 128, 3), None, 1.0),
         ("linear", conv(128, 256, 1), None, 1.0),
     ):
         block = convolved(kind, layer, residual, scale)  # type: ignore[arg-type]

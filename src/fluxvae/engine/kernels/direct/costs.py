@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluxvae.engine import torch_library
 from fluxvae.engine.calls import Call
 
-__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts", "padded_width"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks take fewer launches, and smaller ones
@@ -17,11 +17,25 @@ ROUNDING_BYTES = 4 << 20
 the image, cuDNN's workspace and the rows of spilled maps on their way."""
 
 
+def padded_width(width: int) -> int:
+    """Columns of a block that is to be halved, with those of zeros: at least five, so that there are two results.
+
+    Where there is one column of results and there are six rows of them or more, oneDNN's bfloat16 convolution for AMX
+    (PyTorch 2.13) writes garbage.
+    """
+    return max(width + 1, 5)
+
+
+def _blocked(channels: int) -> int:
+    """Channels that an image has in oneDNN's own order, which is in blocks of 16: a picture's three become sixteen."""
+    return -(-channels // 16) * 16
+
+
 class DirectCosts:
     """PyTorch's own convolution, matrix product and fused attention: see `fluxvae.engine.calls.Costs`."""
 
     name = "torch"
-    row_multiple = 1
+    row_multiple = precise_row_multiple = 1
     fuse_chunk = 16
     """How many output channels' kernels are summed at a time, so that the float64 temporaries stay at about 1 MB."""
 
@@ -58,6 +72,8 @@ class DirectCosts:
             return 9 * call.cin * call.cout * pixels
         if call.kind == "up":
             return 16 * call.cin * call.cout * call.rows * (call.width + 1)
+        if call.kind == "down":
+            return 9 * call.cin * call.cout * call.out(call.rows) * call.out(call.width)
         if call.kind == "linear":
             return call.cin * call.cout * pixels
         return pixels * (2 * call.tokens * call.cin + 4 * call.cin * call.cin)
@@ -67,7 +83,7 @@ class DirectCosts:
 
         The weights of projections and other 1x1 convolutions are only copied where they are cast.
         """
-        taps = {"conv3": 9, "up": 16, "linear": 1, "attend": 4}[call.kind]
+        taps = {"conv3": 9, "up": 16, "down": 9, "linear": 1, "attend": 4}[call.kind]
         if call.kind in ("linear", "attend") and not call.cast:
             return 0
         return taps * call.cin * call.cout * call.itemsize
@@ -81,6 +97,9 @@ class DirectCosts:
             summing = self.fuse_chunk * call.cin * 16 * 8
             phases = call.rows * (call.width + 1) * 2 * call.cout
             return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
+        if call.kind == "down":
+            pixels = call.out(call.rows) * max(call.out(call.width), 2)
+            return self._conv_bytes(call, call.rows + 1, pixels * call.cout, 9 * call.cin * call.cout)
         if call.kind == "linear":
             return 0
         packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
@@ -88,7 +107,7 @@ class DirectCosts:
 
     def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
         """Bytes of the result and the reordered weights and, channels first, of the input in oneDNN's own order."""
-        blocked = rows * call.width * call.cin if self._first(call.itemsize) else 0
+        blocked = rows * call.width * _blocked(call.cin) if self._first(call.itemsize) else 0
         return (blocked + out + weights) * call.itemsize
 
     def _first(self, itemsize: int) -> bool:
@@ -97,9 +116,11 @@ class DirectCosts:
 
     def workspace(self, call: Call) -> int:
         """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue."""
-        pixels = call.rows * call.width * (4 if call.kind == "up" else 1)
+        pixels = call.out(call.rows) * call.out(call.width)
         wide = max(4, call.itemsize)
         moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0
+        if call.kind == "down":  # the block once more, with its column of zeros
+            return max(moments, (call.rows + 1) * padded_width(call.width) * call.cin * call.itemsize)
         if self._first(call.itemsize) and call.kind in ("conv3", "up"):
             return max(moments, (call.rows + 2) * call.width * call.cin * call.itemsize)
         if call.kind == "up" or call.itemsize == wide:

@@ -23,20 +23,25 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.cuda is not None and bool(cudnn.is_available())  # type: ignore[no-untyped-call]
 
 
-def convolve(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Convolve with stride 1 and without bias; a 3x3 kernel sees zeros left and right of the rows, none above or below.
+def convolve(
+    rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None, *, stride: int = 1
+) -> torch.Tensor:
+    """Convolve without bias. With stride 1 a 3x3 kernel sees zeros left and right of the rows, none above or below.
 
     Args:
         rows: (n, W, cin) contiguous, CUDA (any device for tests of what is built on this).
         weight: (cout, cin, kh, kw), channels last.
-        out: (n - kh + 1, W + 2 p - kw + 1, cout) contiguous, p = 1 for kw > 1, else 0; made where it is None.
+        out: (n - kh + 1, W + 2 p - kw + 1, cout) contiguous, p = 1 for kw > 1, else 0; made where it is None. With a
+            larger stride p is 0, and both sizes are divided by it and rounded up.
+        stride: in both directions.
     """
-    padding = (0, int(weight.shape[3] > 1))
+    padding = (0, int(weight.shape[3] > 1 and stride == 1))
     image = _image(rows)
     if not available(rows.device):
-        result = F.conv2d(image, weight, padding=padding).squeeze(0).permute(1, 2, 0)
+        result = F.conv2d(image, weight, None, stride, padding).squeeze(0).permute(1, 2, 0)
         return result if out is None else out.copy_(result)
-    settings = (padding, (1, 1), (1, 1), 1, False, True, False)  # groups, benchmark, deterministic, allow_tf32
+    # What follows is groups, benchmark, deterministic and allow_tf32.
+    settings = (padding, (stride, stride), (1, 1), 1, False, True, False)
     if out is None:
         made: torch.Tensor = torch.ops.aten.cudnn_convolution(image, weight, *settings)
         return made.squeeze(0).permute(1, 2, 0)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fluxvae.engine.calls import Kind
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock
 from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
-from fluxvae.engine.kernels.direct.costs import DirectCosts
+from fluxvae.engine.kernels.direct.costs import DirectCosts, padded_width
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
 from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial, block_moments
@@ -109,6 +109,8 @@ class TorchKernels(DirectCosts):
             return None
         if block.kind == "up":
             self._upsample(block)
+        elif block.kind == "down":
+            self._downsample(block)
         else:
             self._conv3(block)
         return block_moments(block.out, block.work) if block.statistics else None
@@ -138,6 +140,29 @@ class TorchKernels(DirectCosts):
             phases[:, p, :, 0].copy_(both[:, :width, :channels])
             phases[:, p, :, 1].copy_(both[:, 1:, channels:])
             del both
+
+    def _downsample(self, block: ConvBlock) -> None:
+        """One convolution of stride 2 of the block with its column of zeros at the right, as diffusers computes it."""
+        weight, bias = block.weights
+        rows, width, channels = block.rows.shape
+        image = self._padded(block.work, (rows - 1, padded_width(width), channels), block.rows.dtype)
+        image[..., :width].copy_(_image(block.rows[1:]))
+        image[..., width:].zero_()
+        if cudnn.available(image.device):
+            result = cudnn.convolve(_pixels(image), weight, stride=2)
+            result = result if bias is None else result.add_(bias)
+        elif self._onednn:
+            result = _pixels(onednn.convolve(image, weight, bias, stride=2))
+        else:
+            result = _pixels(F.conv2d(image, weight, bias, stride=2))
+        block.out.copy_(result[:, : width // 2])
+
+    def _padded(self, work: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+        """The start of the workspace as a (1, C, n, W) image in the layout that blocks are convolved in."""
+        rows, width, channels = shape
+        if self._first(dtype.itemsize):
+            return _carve(work, torch.Size((1, channels, rows, width)), dtype)
+        return _image(_carve(work, torch.Size(shape), dtype))
 
     def _linear(self, block: ConvBlock) -> None:
         """A matrix product over all pixels of the block."""

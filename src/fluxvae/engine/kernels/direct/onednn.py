@@ -30,17 +30,19 @@ def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
     return supported is not None and bool(supported())
 
 
-def convolve(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Convolve with stride 1 and with zeros left and right of the rows, none above or below.
+def convolve(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, stride: int = 1) -> torch.Tensor:
+    """Convolve with zeros left and right of the rows and none above or below; with a larger stride, without any.
 
     Args:
         image: (1, cin, n, W), any memory format; float32 in the weight's.
         weight: (cout, cin, kh, kw).
+        stride: in both directions.
     """
+    across = int(stride == 1)
     if image.nbytes + weight.nbytes > HEAP_BYTES:
         trim_heap()
     if image.dtype != torch.float32:
-        return F.conv2d(image, weight, bias, padding=(0, 1))
+        return F.conv2d(image, weight, bias, stride, (0, across))
     # With one thread, F.conv2d does not use oneDNN for small blocks, which would change the image's last bits.
-    blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, 1), (1, 1), (1, 1), 1)
+    blocked: torch.Tensor = torch.mkldnn_convolution(image, weight, bias, (0, across), (stride, stride), (1, 1), 1)
     return blocked

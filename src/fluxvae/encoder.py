@@ -1,0 +1,253 @@
+"""`Encoder` turns pictures into the latents that diffusers' pipelines would have made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxvae.engine.exact import ExactEncoder
+from fluxvae.engine.plan import Plan
+from fluxvae.engine.preview import PreviewEncoder
+from fluxvae.engine.reference import ReferenceEncoder
+from fluxvae.engine.settings import set_aside
+from fluxvae.engine.way import ENCODE
+from fluxvae.errors import InvalidOptionError
+from fluxvae.forked import refuse_to_hang
+from fluxvae.half import Half
+from fluxvae.latents.checks import check_options
+from fluxvae.latents.format import PREVIEW_LATENTS_NOTE
+from fluxvae.latents.packing import pack_latents
+from fluxvae.latents.reading import Reading
+from fluxvae.options import VAE
+from fluxvae.pixels import Images, check_images, to_pixels
+
+__all__ = ["Encoder"]
+
+Progress = Callable[[int, int], None]
+Cancel = Callable[[], bool]
+
+
+class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
+    """Encodes pictures for FLUX, or for a model that borrows its VAE, with one VAE on one device.
+
+    Args:
+        vae: an ``AutoencoderKL``, an ``AutoencoderKLFlux2`` or, for approximate latents, an ``AutoencoderTiny`` that is
+            already in memory. It is used as it is, without a copy. `from_pretrained` loads one.
+        device, dtype: as for `fluxvae.Decoder`.
+        engine: ``"exact"`` computes what diffusers computes without tiles, in bounded memory, with the same bits in any
+            batch. ``"diffusers"`` is the reference, whose bits are the pipeline's. ``"preview"`` is for an
+            ``AutoencoderTiny``. ``"auto"`` is ``"preview"`` for that class and ``"exact"`` for the others.
+        kernels: which kernels the exact engine uses. ``"auto"`` is the fastest for the device; a plan names them.
+        memory_limit: how much memory the exact or the preview engine may add above the loaded weights, in bytes or as
+            a text such as ``"2GiB"`` or ``"0.7GB"``; the pixels that the pictures become count, the pictures do not.
+            None: what is free when a call starts, less a margin.
+        spill_dir: a folder on a disk, where the exact engine keeps what the limit leaves no room for.
+        tiling, slicing: diffusers' own, for the reference engine. Tiling changes the latents: with 512-pixel tiles by
+            about a sixth of their size for a photograph of 1024 pixels.
+
+    Raises:
+        InvalidOptionError: an option is unknown, or the engine cannot honour it.
+    """
+
+    way = ENCODE
+    engines = (ExactEncoder, ReferenceEncoder, PreviewEncoder)
+
+    def __init__(
+        self,
+        vae: VAE,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        engine: str = "auto",
+        kernels: str = "auto",
+        memory_limit: int | str | None = None,
+        spill_dir: str | Path | None = None,
+        tiling: bool = False,
+        slicing: bool = False,
+    ) -> None:
+        super().__init__(
+            vae, device=device, dtype=dtype, engine=engine, kernels=kernels, memory_limit=memory_limit,
+            spill_dir=spill_dir, tiling=tiling, slicing=slicing,
+        )  # fmt: skip
+
+    def encode(
+        self,
+        images: Any,
+        *,
+        packed: bool = True,
+        sample: torch.Generator | Sequence[torch.Generator] | None = None,
+        resize: bool = False,
+        raw: bool = False,
+        scaling_factor: float | None = None,
+        shift_factor: float | None = None,
+        batch_norm_eps: float | None = None,
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> torch.Tensor:
+        """Encode pictures to latents.
+
+        Args:
+            images: a PIL image or a list of them; an array (B, H, W, 3) or (H, W, 3), uint8 or floats in [0, 1]; a
+                tensor (B, 3, H, W) or (3, H, W) of floats in [0, 1]. All have one size, whose height and width are
+                multiples of 16 (of 8 where ``packed`` is false and the latents do not come in patches). A PIL image is
+                taken as its pixels lie, as in the pipelines: `PIL.ImageOps.exif_transpose` turns a photograph upright.
+            packed: whether the latents come as tokens, (B, gh*gw, 4*C), as FLUX's transformers take them.
+            sample: None takes the mode of the distribution, as FLUX's editing pipelines do. A generator draws from it,
+                as the image-to-image pipelines do; a list of them has one for each picture.
+            resize: make a size that does not fit smaller, as ``VaeImageProcessor.preprocess`` does. The latents are of
+                the size below.
+            raw: whether the latents are the VAE's own, without the model's scaling.
+            scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own, as in
+                `fluxvae.Decoder.decode`.
+            progress: is called with the steps that are done and those that there are.
+            cancel: is asked again and again during the work, which stops when it returns true.
+
+        Returns:
+            What the model's pipeline would hand to its transformer, in the VAE's dtype and on its device: packed
+            latents; or (B, C, lh, lw), for FLUX.2 in patches (B, 4*C, gh, gw), where ``packed`` is false. Raw latents
+            that are not packed are (B, C, lh, lw) for every model.
+
+        Raises:
+            InvalidImagesError, InvalidOptionError: something is wrong with the arguments; no work was begun.
+            MemoryLimitError: the memory limit is too small for this size.
+            NonFiniteOutputError: the latents would hold NaN or Inf.
+            DecodeCancelled: ``cancel`` returned true.
+            ForkedProcessError: the process was forked, and PyTorch would hang in it (docs/batch.md).
+        """
+        refuse_to_hang()
+        for name, value in (("packed", packed), ("raw", raw)):
+            if not isinstance(value, bool):
+                raise InvalidOptionError(f"{name}: got {value!r}, expected True or False")
+        if raw and self.approximate:
+            raise InvalidOptionError(
+                "raw: got True for an AutoencoderTiny, whose latents are those of the transformer; leave it out"
+            )
+        factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
+        reading = Reading(raw=raw or None, **factors)  # type: ignore[arg-type]
+        check_options(self.format, reading)
+        in_patches = packed or (self.format.flux2 and not raw)
+        with set_aside(self.device):
+            checked = check_images(images, self._multiple(in_patches), resize=resize)
+            generators = self._generators(sample, checked.batch)
+            self._begin(PREVIEW_LATENTS_NOTE)
+            latents = self._latents(checked, generators, progress, cancel)
+            latents = self.format.from_raw(latents, reading)
+            if not packed:
+                return latents
+            # FLUX.2's come in patches, whose order of channels is that of a token's features.
+            return latents.flatten(2).transpose(1, 2).contiguous() if self._patched(latents) else pack_latents(latents)
+
+    def moments(
+        self,
+        images: Any,
+        *,
+        resize: bool = False,
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode pictures to the distribution of their raw latents. Arguments and errors are those of `encode`.
+
+        Returns:
+            The mean and the log variance, each (B, C, lh, lw) in float32, on the VAE's device. The log variance is
+            clamped to [-30, 20], as diffusers clamps it.
+
+        Raises:
+            InvalidOptionError: it is a preview, which gives latents and no distribution.
+        """
+        refuse_to_hang()
+        if self.approximate:
+            raise InvalidOptionError(
+                "moments: an AutoencoderTiny gives latents without a variance; use encode, or the full VAE"
+            )
+        with set_aside(self.device):
+            checked = check_images(images, self._multiple(False), resize=resize)
+            self._begin(PREVIEW_LATENTS_NOTE)
+            found = _distribution(self._encoded(checked, slice(None), progress, cancel))
+            return found.mean.float(), found.logvar.float()
+
+    def plan(self, height: int, width: int, batch: int = 1) -> Plan:
+        """Plan how ``batch`` pictures of this size would be encoded now. ``str(plan)`` is a table.
+
+        Args:
+            height, width: the size of the pictures in pixels, multiples of 8.
+
+        Raises:
+            InvalidLatentsError: no latents stand for this size.
+            MemoryLimitError: the limit is below the smallest that works.
+            InvalidOptionError: the encoder has the reference engine, which does not plan.
+        """
+        return self._plan(height, width, batch)
+
+    def _multiple(self, in_patches: bool) -> int:
+        return self.format.packed_multiple if in_patches else self.format.vae_scale_factor
+
+    def _patched(self, latents: torch.Tensor) -> bool:
+        return latents.shape[1] == 4 * self.format.channels
+
+    def _generators(self, sample: object, batch: int) -> list[torch.Generator | None]:
+        """The generators that are drawn with: one for the whole batch, or one for each of its pictures."""
+        if sample is not None and self.approximate:
+            raise InvalidOptionError(
+                "sample: got a generator for an AutoencoderTiny, which gives latents and no distribution; leave it out"
+            )
+        if sample is None or isinstance(sample, torch.Generator):
+            return [sample]
+        given = list(sample) if isinstance(sample, (list, tuple)) else None
+        if given is None or not all(isinstance(one, torch.Generator) for one in given):
+            raise InvalidOptionError(
+                f"sample: got {type(sample).__name__}, expected a torch.Generator or a list of them"
+            )
+        if len(given) != batch:
+            raise InvalidOptionError(f"sample: got {len(given)} generators for {batch} pictures, expected one for each")
+        return given
+
+    def _latents(
+        self,
+        images: Images,
+        generators: list[torch.Generator | None],
+        progress: Progress | None,
+        cancel: Cancel | None,
+    ) -> torch.Tensor:
+        """The raw latents (B, C, lh, lw). With a generator for each picture, each is encoded alone, as in diffusers."""
+        if len(generators) == 1:
+            return self._draw(self._encoded(images, slice(None), progress, cancel), generators[0])
+        drawn = []
+        for index, generator in enumerate(generators):
+            shown = None if progress is None else _Part(progress, index, len(generators))
+            found = self._encoded(images, slice(index, index + 1), shown, cancel)
+            drawn.append(self._draw(found, generator))
+        return torch.cat(drawn)
+
+    def _encoded(self, images: Images, which: slice, progress: Progress | None, cancel: Cancel | None) -> torch.Tensor:
+        """What the engine makes of some of the images: the moments, or a preview's latents."""
+        some = Images(images.values[which], images.height, images.width, images.resized)
+        if self.engine.name != "diffusers":
+            self.engine.plan(some.height, some.width, some.batch)  # refuses a limit that is too small, before any work
+        return self.engine.encode(to_pixels(some, self.dtype, self.device), progress=progress, cancel=cancel)
+
+    def _draw(self, found: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        if self.approximate:
+            return found
+        distribution = _distribution(found)
+        latents: torch.Tensor = distribution.mode() if generator is None else distribution.sample(generator)
+        return latents
+
+
+class _Part:
+    """The progress of one picture of several, as a part of the whole."""
+
+    def __init__(self, progress: Progress, index: int, count: int) -> None:
+        self._progress, self._index, self._count = progress, index, count
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress(self._index * total + done, self._count * total)
+
+
+def _distribution(moments: torch.Tensor) -> Any:
+    """diffusers' distribution of these moments (B, 2*C, lh, lw)."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    return DiagonalGaussianDistribution(moments)

@@ -1,0 +1,223 @@
+"""Turns PIL images, arrays and tensors into the pixels that a VAE encodes: (B, 3, H, W) in [-1, 1].
+
+`check_images` says what is wrong with images before any work; `to_pixels` converts them. Both take what diffusers'
+``VaeImageProcessor.preprocess`` takes, and the values have its bits. What it would take and quietly change is refused:
+transparency, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is asked for).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fluxvae.errors import InvalidImagesError, InvalidOptionError
+
+__all__ = ["Images", "check_images", "nearest_sizes", "to_pixels"]
+
+_SAME = ("RGB", "L", "1", "P")
+"""The modes of PIL that become RGB without any loss or choice."""
+_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_BAND_VALUES = 1 << 20
+"""How many values are converted at a time, so that the temporaries take a few MB whatever the size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images of one size that can be encoded. `check_images` makes one."""
+
+    values: Any
+    """A list of PIL images without transparency, or (B, H, W, 3) uint8 or float, or (B, 3, H, W) float in [0, 1]."""
+    height: int
+    """The height in pixels that they are encoded at; ``width`` likewise."""
+    width: int
+    resized: bool
+    """Whether they have another size now, and are to be resized to that one."""
+
+    @property
+    def batch(self) -> int:
+        """The number of images."""
+        return len(self.values)
+
+
+def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
+    """Check images, whatever they come as.
+
+    Args:
+        images: a PIL image or a list of them; an array (B, H, W, 3) or (H, W, 3), uint8 or floats in [0, 1]; a tensor
+            (B, 3, H, W) or (3, H, W) of floats in [0, 1]. All have one size.
+        multiple: height and width must be multiples of this many pixels.
+        resize: make other sizes fit by resizing them to the multiples below, as ``VaeImageProcessor.preprocess`` does:
+            PIL images by Lanczos' filter, arrays and tensors by the nearest pixel.
+
+    Raises:
+        InvalidImagesError: the class, the shape, the mode, a value or the size is wrong.
+        InvalidOptionError: ``resize`` is no bool.
+    """
+    if not isinstance(resize, bool):
+        raise InvalidOptionError(f"resize: got {resize!r}, expected True or False")
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, (list, tuple)):
+        values: Any = [_plain(index, image) for index, image in enumerate(images)]
+        if not values:
+            raise InvalidImagesError("images: got an empty list, expected at least one picture")
+        sizes = [(image.height, image.width) for image in values]
+        odd = next((index for index, size in enumerate(sizes) if size != sizes[0]), None)
+        if odd is not None:
+            raise InvalidImagesError(
+                f"images: got {_by(sizes[0])} for picture 0 and {_by(sizes[odd])} for picture {odd}; those that are "
+                "encoded together have one size: encode them one by one, or resize them first"
+            )
+        height, width = sizes[0]
+    elif isinstance(images, torch.Tensor):
+        values, (height, width) = _checked(images, "tensor", channels=1)
+    elif isinstance(images, np.ndarray):
+        values, (height, width) = _checked(images, "array", channels=3)
+    else:
+        raise InvalidImagesError(
+            f"images: got {type(images).__name__}, expected a PIL image, a list of them, an array (batch, height, "
+            "width, 3) or a tensor (batch, 3, height, width)"
+        )
+    fitting = (height // multiple * multiple, width // multiple * multiple)
+    if fitting == (height, width):
+        return Images(values, height, width, False)
+    if min(fitting) < multiple or not resize:
+        near = " or ".join(_by(size) for size in nearest_sizes(height, width, multiple))
+        raise InvalidImagesError(
+            f"images: got {_by((height, width))}, expected multiples of {multiple}: the nearest are {near}; crop or "
+            f"resize the picture{', or pass resize=True' if min(fitting) >= multiple else ''}"
+        )
+    return Images(values, *fitting, True)
+
+
+def nearest_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
+    """The sizes that fit, next below and next above, as (height, width); none below one multiple."""
+    below = (height // multiple * multiple, width // multiple * multiple)
+    above = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    return [size for size in (below, above) if min(size) >= multiple]
+
+
+def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Convert images to (B, 3, H, W) in [-1, 1], in this dtype and on this device.
+
+    They are brought to [-1, 1] in float32, or in their own dtype if they are tensors or arrays of floats, and then
+    cast, as the pipelines do it. Memory: the result, and a few MB; where images are resized, each once more.
+
+    What comes from pictures and arrays lies channels last, and what comes from tensors as they lie. So it does in the
+    pipelines, and a convolution by PyTorch has other last bits for each.
+    """
+    last = not isinstance(images.values, torch.Tensor) or (
+        images.values.is_contiguous(memory_format=torch.channels_last) and not images.values.is_contiguous()
+    )
+    pixels = torch.empty(
+        (images.batch, 3, images.height, images.width),
+        dtype=dtype,
+        device=device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    for index, value in enumerate(images.values):
+        if images.resized:
+            value = _resized(value, images)
+        for rows, band in _bands(value):
+            pixels[index, :, rows] = _processor().normalize(band)
+    return pixels
+
+
+@functools.cache
+def _processor() -> Any:
+    # Importing diffusers takes seconds, and whoever only makes a plan does not need it.
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor(vae_scale_factor=1)
+
+
+def _resized(value: Any, images: Images) -> Any:
+    """One image in the size that fits, by ``VaeImageProcessor.resize``."""
+    size = (images.height, images.width)
+    if isinstance(value, Image.Image):
+        return _processor().resize(value, *size)
+    if isinstance(value, torch.Tensor):
+        return _processor().resize(value[None], *size)[0]
+    if value.dtype == np.uint8:
+        value = value.astype(np.float32) / 255.0
+    return _processor().resize(value[None], *size)[0]
+
+
+def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Cut one image into bands of rows: each as a slice of rows, and its values (3, n, W) in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        height, width = image.shape[1:]
+    elif isinstance(image, np.ndarray):
+        height, width = image.shape[:2]
+    else:
+        width, height = image.size
+    step = max(1, _BAND_VALUES // (3 * width))
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        if isinstance(image, torch.Tensor):
+            yield rows, image[:, rows]
+            continue
+        band = image[rows] if isinstance(image, np.ndarray) else image.crop((0, rows.start, width, rows.stop))
+        if isinstance(band, Image.Image):
+            band = np.asarray(band.convert("RGB"))
+        if band.dtype == np.uint8:
+            band = band.astype(np.float32) / 255.0
+        yield rows, _processor().numpy_to_pt(band[None])[0]
+
+
+def _plain(index: int, image: object) -> Image.Image:
+    """A PIL image that becomes RGB without a choice; others are refused."""
+    if not isinstance(image, Image.Image):
+        raise InvalidImagesError(
+            f"images: got {type(image).__name__} for picture {index}, expected PIL images; stack arrays, or tensors, "
+            "into one"
+        )
+    if min(image.size) < 1:
+        raise InvalidImagesError(f"images: got {_by(image.size[::-1])} for picture {index}, which has no pixels")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            raise InvalidImagesError(
+                f"images: got mode {image.mode} for picture {index}, with transparent pixels; latents hold none: put "
+                "the picture on a background first (fluxvae encode has --background)"
+            )
+        return image.convert("RGBA").convert("RGB")
+    if image.mode not in _SAME:
+        raise InvalidImagesError(
+            f"images: got mode {image.mode} for picture {index}, expected RGB or 8-bit grey; whichever way its values "
+            "are to become 8-bit RGB, convert it first: image.convert('RGB') would clip 16 bits, and knows no colour "
+            "profile"
+        )
+    return image
+
+
+def _checked(images: Any, name: str, *, channels: int) -> tuple[Any, tuple[int, int]]:
+    """An array or a tensor with its batch, and its height and width. ``channels``: the dimension that has three."""
+    shape = tuple(images.shape)
+    expected = "(batch, 3, height, width)" if channels == 1 else "(batch, height, width, 3)"
+    values = images[None] if len(shape) == 3 else images
+    if values.ndim != 4 or values.shape[channels] != 3 or 0 in shape:
+        raise InvalidImagesError(f"images: got a {name} of shape {shape}, expected {expected}")
+    size = (values.shape[2], values.shape[3]) if channels == 1 else (values.shape[1], values.shape[2])
+    floats = values.is_floating_point() if channels == 1 else np.issubdtype(values.dtype, np.floating)
+    if not floats and (channels == 1 or values.dtype != np.uint8):
+        other = "floats in [0, 1]" if channels == 1 else "uint8, or floats in [0, 1]"
+        raise InvalidImagesError(f"images: got a {name} of {values.dtype}, expected {other}")
+    if floats:
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also where one is NaN
+            raise InvalidImagesError(
+                f"images: got values from {low:g} to {high:g}, expected floats in [0, 1]; those in [-1, 1] are brought "
+                "there by images / 2 + 0.5, those in [0, 255] by images / 255"
+            )
+    return values, size
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]} (height x width)"
