@@ -1,4 +1,4 @@
-"""What every benchmark needs: full decoders with seeded weights, the peak memory of a call, and the machine's name."""
+"""What every benchmark needs: full networks with seeded weights, the peak memory of a call, and the machine's name."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from fluxvae import unpack_latents
 from fluxvae.checkpoints import ASSETS
+from fluxvae.engine.way import DECODE, ENCODE, Way
 
 T = TypeVar("T")
 
@@ -41,20 +42,22 @@ class Measured(NamedTuple):
 
 def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> AutoencoderKL:
     """Make FLUX.1's decoder in its full architecture, 49.5 M parameters, with seeded random weights, channels-last."""
-    torch.manual_seed(seed)
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
-    vae.encoder = None
-    return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae: AutoencoderKL = full_vae("flux", dtype, device, seed)
+    return vae
 
 
-def full_vae(model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
-    """Make one of `MODELS` as `flux_vae` makes FLUX.1's."""
-    if model == "flux":
-        return flux_vae(dtype, device, seed)
+def full_vae(
+    model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, way: Way = DECODE
+) -> Any:
+    """Make one half of one of `MODELS`, with seeded random weights, channels-last."""
     torch.manual_seed(seed)
     widths = {"decoder_block_out_channels": (96, 192, 384, 384)} if model == "flux2-small" else {}
-    vae = AutoencoderKLFlux2(**widths)
-    vae.encoder = None
+    if model == "flux":
+        vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
+    else:
+        vae = AutoencoderKLFlux2(**widths)
+    for part in (ENCODE if way == DECODE else DECODE).parts:
+        setattr(vae, part, None)
     return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

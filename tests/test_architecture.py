@@ -19,7 +19,7 @@ MODULES = {
 FOLDERS = ("src", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
     ("errors",),
-    ("claims", "forked", "latents", "options", "pictures", "pixels"),
+    ("claims", "forked", "latents", "options", "photographs", "pictures", "pixels"),
     ("engine",),
     ("checkpoints",),
     ("half", "install"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +131,10 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         check_options(self.format, reading)
         in_patches = packed or (self.format.flux2 and not raw)
         with set_aside(self.device):
-            checked = check_images(images, self._multiple(in_patches), resize=resize)
+            checked = check_images(images, self.multiple(in_patches), resize=resize)
             generators = self._generators(sample, checked.batch)
-            self._begin(PREVIEW_LATENTS_NOTE)
-            latents = self._latents(checked, generators, progress, cancel)
-            latents = self.format.from_raw(latents, reading)
-            if not packed:
-                return latents
-            # FLUX.2's come in patches, whose order of channels is that of a token's features.
-            return latents.flatten(2).transpose(1, 2).contiguous() if self._patched(latents) else pack_latents(latents)
+            found = self._drawn(checked, generators, progress, cancel)
+            return self._scaled(found, reading, packed=packed)
 
     def moments(
         self,
@@ -163,10 +159,46 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
                 "moments: an AutoencoderTiny gives latents without a variance; use encode, or the full VAE"
             )
         with set_aside(self.device):
-            checked = check_images(images, self._multiple(False), resize=resize)
-            self._begin(PREVIEW_LATENTS_NOTE)
-            found = _distribution(self._encoded(checked, slice(None), progress, cancel))
+            checked = check_images(images, self.multiple(False), resize=resize)
+            found = _distribution(self.encode_images(checked, progress=progress, cancel=cancel))
             return found.mean.float(), found.logvar.float()
+
+    def encode_images(
+        self, images: Images, *, progress: Progress | None = None, cancel: Cancel | None = None
+    ) -> torch.Tensor:
+        """Encode images that were checked, which is the first half of `encode`: a server does it for several requests.
+
+        Args:
+            images: what `fluxvae.pixels.check_images` or `fluxvae.pixels.check_pixels` returned for `multiple`.
+            progress, cancel: as for `encode`.
+
+        Returns:
+            The moments of the raw latents, (B, 2*C, lh, lw), as diffusers' ``DiagonalGaussianDistribution`` takes them:
+            the mean, and the log variance before it is clamped. Of a preview the latents themselves, (B, C, lh, lw).
+
+        Raises:
+            MemoryLimitError, NonFiniteOutputError, DecodeCancelled, ForkedProcessError: as for `encode`.
+        """
+        with set_aside(self.device):
+            self._begin(PREVIEW_LATENTS_NOTE)
+            if self.engine.name != "diffusers":
+                # This refuses a limit that is too small before any work.
+                self.engine.plan(images.height, images.width, images.batch)
+            return self.engine.encode(to_pixels(images, self.dtype, self.device), progress=progress, cancel=cancel)
+
+    def latents_of(
+        self, moments: torch.Tensor, reading: Reading, *, packed: bool, sample: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Turn moments, (B, 2*C, lh, lw), into latents as `encode` returns them, which is its second half.
+
+        Args:
+            moments: what `encode_images` returned, or rows of it.
+            reading: its factors and ``raw``.
+            packed: whether the latents come as tokens.
+            sample: draws from the distribution, with one draw for all rows; None takes the mode.
+        """
+        with set_aside(self.device):
+            return self._scaled(self._draw(moments, sample), reading, packed=packed)
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
         """Plan how ``batch`` pictures of this size would be encoded now. ``str(plan)`` is a table.
@@ -181,11 +213,14 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         """
         return self._plan(height, width, batch)
 
-    def _multiple(self, in_patches: bool) -> int:
-        return self.format.packed_multiple if in_patches else self.format.vae_scale_factor
+    def multiple(self, in_patches: bool) -> int:
+        """Return of how many pixels height and width must be multiples, for latents in patches, packed or not, or not.
 
-    def _patched(self, latents: torch.Tensor) -> bool:
-        return latents.shape[1] == 4 * self.format.channels
+        Args:
+            in_patches: whether 2x2 latents come together: in packed latents always, and in FLUX.2's unless they are
+                raw.
+        """
+        return self.format.packed_multiple if in_patches else self.format.vae_scale_factor
 
     def _generators(self, sample: object, batch: int) -> list[torch.Generator | None]:
         """The generators that are drawn with: one for the whole batch, or one for each of its pictures."""
@@ -204,7 +239,7 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
             raise InvalidOptionError(f"sample: got {len(given)} generators for {batch} pictures, expected one for each")
         return given
 
-    def _latents(
+    def _drawn(
         self,
         images: Images,
         generators: list[torch.Generator | None],
@@ -213,20 +248,13 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
     ) -> torch.Tensor:
         """The raw latents (B, C, lh, lw). With a generator for each picture, each is encoded alone, as in diffusers."""
         if len(generators) == 1:
-            return self._draw(self._encoded(images, slice(None), progress, cancel), generators[0])
+            return self._draw(self.encode_images(images, progress=progress, cancel=cancel), generators[0])
         drawn = []
         for index, generator in enumerate(generators):
+            one = replace(images, values=images.values[index : index + 1])
             shown = None if progress is None else _Part(progress, index, len(generators))
-            found = self._encoded(images, slice(index, index + 1), shown, cancel)
-            drawn.append(self._draw(found, generator))
+            drawn.append(self._draw(self.encode_images(one, progress=shown, cancel=cancel), generator))
         return torch.cat(drawn)
-
-    def _encoded(self, images: Images, which: slice, progress: Progress | None, cancel: Cancel | None) -> torch.Tensor:
-        """What the engine makes of some of the images: the moments, or a preview's latents."""
-        some = Images(images.values[which], images.height, images.width, images.resized)
-        if self.engine.name != "diffusers":
-            self.engine.plan(some.height, some.width, some.batch)  # refuses a limit that is too small, before any work
-        return self.engine.encode(to_pixels(some, self.dtype, self.device), progress=progress, cancel=cancel)
 
     def _draw(self, found: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         if self.approximate:
@@ -234,6 +262,15 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         distribution = _distribution(found)
         latents: torch.Tensor = distribution.mode() if generator is None else distribution.sample(generator)
         return latents
+
+    def _scaled(self, raw: torch.Tensor, reading: Reading, *, packed: bool) -> torch.Tensor:
+        """Raw latents (B, C, lh, lw) with the model's scaling, and packed where that is asked for."""
+        latents = self.format.from_raw(raw, reading)
+        if not packed:
+            return latents
+        if latents.shape[1] == 4 * self.format.channels:  # in patches, whose channels are in the order of a token's
+            return latents.flatten(2).transpose(1, 2).contiguous()
+        return pack_latents(latents)
 
 
 class _Part:

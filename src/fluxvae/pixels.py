@@ -2,14 +2,15 @@
 
 `check_images` says what is wrong with images before any work; `to_pixels` converts them. Both take what diffusers'
 ``VaeImageProcessor.preprocess`` takes, and the values have its bits. What it would take and quietly change is refused:
-transparency, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is asked for).
+transparency, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is asked for). `check_pixels` is
+for tensors that are in [-1, 1] already.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 from fluxvae.errors import InvalidImagesError, InvalidOptionError
 
-__all__ = ["Images", "check_images", "nearest_sizes", "to_pixels"]
+__all__ = ["Images", "check_images", "check_pixels", "nearest_sizes", "to_pixels"]
 
 _SAME = ("RGB", "L", "1", "P")
 """The modes of PIL that become RGB without any loss or choice."""
@@ -29,20 +30,40 @@ _BAND_VALUES = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images of one size that can be encoded. `check_images` makes one."""
+    """Images of one size that can be encoded. `check_images` and `check_pixels` make one."""
 
     values: Any
-    """A list of PIL images without transparency, or (B, H, W, 3) uint8 or float, or (B, 3, H, W) float in [0, 1]."""
+    """The images one after the other: PIL images without transparency, arrays (H, W, 3) of uint8 or floats, or tensors
+    (3, H, W) of floats. Floats are in [0, 1] unless they are `normalized`."""
     height: int
     """The height in pixels that they are encoded at; ``width`` likewise."""
     width: int
-    resized: bool
+    resized: bool = False
     """Whether they have another size now, and are to be resized to that one."""
+    channels_last: bool = True
+    """Whether their pixels are to lie channels last, as those of pictures and arrays do in the pipelines."""
+    normalized: bool = False
+    """Whether they are in [-1, 1] already."""
+
+    @classmethod
+    def together(cls, several: Sequence[Images]) -> Images:
+        """Join images that have the same `key` into one value, in which they come one after the other."""
+        return replace(several[0], values=[value for images in several for value in images.values])
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What images must have in common to be encoded together."""
+        return (self.height, self.width, self.resized, self.channels_last, self.normalized)
 
     @property
     def batch(self) -> int:
         """The number of images."""
         return len(self.values)
+
+    @property
+    def pixels(self) -> int:
+        """The pixels of all images together, at the size that they are encoded at."""
+        return self.batch * self.height * self.width
 
 
 def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
@@ -84,16 +105,46 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
             f"images: got {type(images).__name__}, expected a PIL image, a list of them, an array (batch, height, "
             "width, 3) or a tensor (batch, 3, height, width)"
         )
+    last = not isinstance(values, torch.Tensor) or _channels_last(values)
     fitting = (height // multiple * multiple, width // multiple * multiple)
     if fitting == (height, width):
-        return Images(values, height, width, False)
+        return Images(values, height, width, channels_last=last)
     if min(fitting) < multiple or not resize:
-        near = " or ".join(_by(size) for size in nearest_sizes(height, width, multiple))
+        raise _does_not_fit(height, width, multiple, resizable=True)
+    return Images(values, *fitting, resized=True, channels_last=last)
+
+
+def check_pixels(pixels: torch.Tensor, multiple: int) -> Images:
+    """Check a tensor (B, 3, H, W) of floats in [-1, 1], what a VAE encodes, as `check_images` checks images.
+
+    Raises:
+        InvalidImagesError: the shape, the dtype, a value or the size is wrong.
+    """
+    shape = tuple(pixels.shape)
+    if pixels.ndim != 4 or shape[1] != 3 or 0 in shape or not pixels.is_floating_point():
         raise InvalidImagesError(
-            f"images: got {_by((height, width))}, expected multiples of {multiple}: the nearest are {near}; crop or "
-            f"resize the picture{', or pass resize=True' if min(fitting) >= multiple else ''}"
+            f"images: got a tensor of {pixels.dtype} {shape}, expected floats (batch, 3, height, width)"
         )
-    return Images(values, *fitting, True)
+    low, high = (float(value) for value in torch.aminmax(pixels))
+    if not (low >= -1 and high <= 1):  # also where one is NaN
+        raise InvalidImagesError(f"images: got values from {low:g} to {high:g}, expected floats in [-1, 1]")
+    height, width = shape[2:]
+    if height % multiple or width % multiple:
+        raise _does_not_fit(height, width, multiple, resizable=False)
+    return Images(pixels, height, width, channels_last=_channels_last(pixels), normalized=True)
+
+
+def _does_not_fit(height: int, width: int, multiple: int, *, resizable: bool) -> InvalidImagesError:
+    near = " or ".join(_by(size) for size in nearest_sizes(height, width, multiple))
+    or_so = ", or pass resize=True" if resizable and min(height, width) >= multiple else ""
+    return InvalidImagesError(
+        f"images: got {_by((height, width))}, expected multiples of {multiple}: the nearest are {near}; crop or resize "
+        f"the picture{or_so}"
+    )
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def nearest_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
@@ -112,16 +163,16 @@ def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch
     What comes from pictures and arrays lies channels last, and what comes from tensors as they lie. So it does in the
     pipelines, and a convolution by PyTorch has other last bits for each.
     """
-    last = not isinstance(images.values, torch.Tensor) or (
-        images.values.is_contiguous(memory_format=torch.channels_last) and not images.values.is_contiguous()
-    )
     pixels = torch.empty(
         (images.batch, 3, images.height, images.width),
         dtype=dtype,
         device=device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
+        memory_format=torch.channels_last if images.channels_last else torch.contiguous_format,
     )
     for index, value in enumerate(images.values):
+        if images.normalized:
+            pixels[index] = value
+            continue
         if images.resized:
             value = _resized(value, images)
         for rows, band in _bands(value):

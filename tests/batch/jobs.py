@@ -71,21 +71,21 @@ def decode(*arguments: str | Path) -> Result:
     return CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["decode", *map(str, arguments), *CPU])
 
 
-def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """Start ``fluxvae decode`` in a process of its own, on one core."""
-    command = [sys.executable, "-m", "fluxvae.cli", "decode", *map(str, arguments), *CPU]
+def start(*arguments: str | Path, command: str = "decode", **options: Any) -> subprocess.Popen[str]:
+    """Start ``fluxvae decode``, or another command, in a process of its own, on one core."""
+    words = [sys.executable, "-m", "fluxvae.cli", command, *map(str, arguments), *CPU]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 class Forked:
     """The same as `start`'s process, but forked from one that has imported everything, which saves seconds."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, command: str = "decode") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fluxvae.batch", "fluxvae.cli"])
         self._said = tempfile.NamedTemporaryFile("r"), tempfile.NamedTemporaryFile("r")  # noqa: SIM115
-        words = ["fluxvae", "decode", *map(str, arguments), *CPU]
+        words = ["fluxvae", command, *map(str, arguments), *CPU]
         self._process = context.Process(target=_command, args=(words, *(file.name for file in self._said)))
         self._process.start()
 
@@ -131,11 +131,11 @@ def wait_a_moment(job: Process, seconds: float = 0.02) -> None:
         job.wait(seconds)
 
 
-def wait_for_images(job: Process, out: Path, count: int) -> None:
-    """Return when so many images are there, or the job has ended."""
+def wait_for_images(job: Process, out: Path, count: int, suffix: str = ".png") -> None:
+    """Return when so many images, or files of another suffix, are there, or the job has ended."""
     deadline = time.monotonic() + 180
-    while len(list(out.glob("*.png"))) < count and job.poll() is None:
-        assert time.monotonic() < deadline, f"waited 180 s for {count} images"
+    while len(list(out.glob(f"*{suffix}"))) < count and job.poll() is None:
+        assert time.monotonic() < deadline, f"waited 180 s for {count} files"
         wait_a_moment(job)
 
 

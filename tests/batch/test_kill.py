@@ -11,8 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
 
-from fluxvae import Decoder
+from fluxvae import Decoder, Encoder
+from fluxvae.batch.folder import RECORD
 from fluxvae.batch.store import open_store
 
 from .jobs import (
@@ -61,6 +65,42 @@ def test_killed_and_resumed(tmp_path: Path, demo: Decoder, count: int, kills: in
     told = json.loads(decode(tmp_path / "in", "-o", out, "--batch", "2", "--resume", "--json").stdout)
     assert (told["present"], told["decoded"], told["failed"], told["left"]) == (present, count - present, 0, 0)
     assert_whole(out, made, demo)
+
+
+@pytest.mark.parametrize(
+    ("count", "kills", "run"),
+    [
+        pytest.param(40, 2, Forked, id="40-2"),
+        pytest.param(200, 10, start, id="200-10", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
+)
+def test_encoding_killed_and_resumed(tmp_path: Path, count: int, kills: int, run: Run) -> None:
+    (tmp_path / "in").mkdir()
+    encoder, wanted = Encoder.from_pretrained("demo", device="cpu"), {}
+    for index in range(count):
+        picture = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "in" / f"{index:04d}.png")
+        wanted[f"{index:04d}.safetensors"] = encoder.encode(picture)
+    out, suffix = tmp_path / "out", ".safetensors"
+    chance = random.Random(0)
+    for turn in range(kills):
+        before = {path.name: path.stat().st_ino for path in out.glob(f"*{suffix}")}
+        job = run(tmp_path / "in", "-o", out, "--resume", command="encode")
+        wait_for_images(job, out, len(before) + chance.randint(1, count // (4 * kills)), suffix)
+        wait_a_moment(job, chance.uniform(0, 0.05))
+        assert job.poll() is None, f"the job ended before kill {turn}: {job.communicate()}"
+        job.kill()
+        job.communicate()
+        now = {path.name: path.stat().st_ino for path in out.glob(f"*{suffix}")}
+        assert before.items() <= now.items(), "what was done was done again"
+        for name in now:
+            assert torch.equal(load_file(out / name)["latents"], wanted[name]), "every file is whole"
+    job = run(tmp_path / "in", "-o", out, "--resume", command="encode")
+    job.communicate()
+    assert job.returncode == 0
+    assert files(out) == wanted.keys() | {RECORD}, "and no temporary file"
+    for name, latents in wanted.items():
+        assert torch.equal(load_file(out / name)["latents"], latents)
 
 
 def test_interrupted(tmp_path: Path, demo: Decoder) -> None:

@@ -7,11 +7,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from fluxvae import Decoder
-from fluxvae.batch import Job, decode_files
+from fluxvae.batch import EncodeJob, Job, decode_files, encode_files
 
 from .jobs import assert_whole, failures, files, folder_of, latents, save, start, wait_a_moment, wait_for_images
 
@@ -75,3 +77,24 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_two_workers_encode_to_the_same_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for index in range(24):
+        pixels = np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{index:02d}.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+    alone = encode_files(EncodeJob(inputs=(str(tmp_path / "in"),), out=str(tmp_path / "alone"), device="cpu", seed=4))
+    assert (alone.encoded, len(alone.failures)) == (24, 1)
+    out = tmp_path / "ray"
+    job = start(tmp_path / "in", "-o", out, "--sample", "4", *TWO, command="encode")
+    said, errors = job.communicate(timeout=240)
+    assert job.returncode == 6, errors
+    told = json.loads(said)
+    assert (told["encoded"], told["failed"], told["left"]) == (24, 1, 0)
+    assert files(out) == files(tmp_path / "alone")
+    for name in files(out) - {"failures.jsonl"}:
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

@@ -154,7 +154,7 @@ def test_out_of_memory_on_every_plan_is_unavailable(rows: int, monkeypatch: pyte
 def test_scarce_free_memory_is_unavailable_a_set_limit_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
         decode_jobs(limited(1000), [job()], never)
-    monkeypatch.setattr("fluxvae.engine.exact.available_memory", lambda device: 1000)
+    monkeypatch.setattr("fluxvae.engine.bounded.available_memory", lambda device: 1000)
     with pytest.raises(UnavailableError, match="free memory: got 900 bytes.*try again"):
         decode_jobs(limited(None), [job()], never)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from fluxvae.batch.decoding import batch_size, look
 from fluxvae.batch.folder import record_of
-from fluxvae.batch.pipeline import batch_size
-from fluxvae.batch.run import Outlook, look
+from fluxvae.batch.outlook import Outlook
 from fluxvae.batch.settings import Job
 from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import checkpoint_sha256
@@ -95,7 +95,7 @@ def estimate(job: Job) -> Estimate:
     Raises:
         FluxVAEError: the job could not start, and for the same reason.
     """
-    decoder = Decoder.from_pretrained(job.checkpoint, **job.decoder_options())
+    decoder = Decoder.from_pretrained(job.checkpoint, **job.load_options())
     dtype = str(decoder.dtype).removeprefix("torch.")
     record = record_of(job, checkpoint_sha256(job), decoder)
     store = open_store(job.out, "dry")

@@ -1,6 +1,6 @@
-"""What a job keeps in its output folder besides images: its record, its failures, and the lock against other jobs.
+"""What a job keeps in its output folder besides its results: its record, its failures, and the lock against other jobs.
 
-From the record and the images that are there, `left_to_do` finds what a resumed job still has to decode.
+From the record and the results that are there, `left_to_do` finds what a resumed job still has to do.
 """
 
 from __future__ import annotations
@@ -15,54 +15,61 @@ from pathlib import Path
 from typing import Any
 
 from fluxvae import __version__
+from fluxvae.batch.encode_settings import EncodeJob
 from fluxvae.batch.items import Failure, Item
+from fluxvae.batch.outlook import FAILURES
 from fluxvae.batch.outputs import read_record
 from fluxvae.batch.settings import Job
 from fluxvae.batch.store import LocalStore, Store
 from fluxvae.decoder import Decoder
+from fluxvae.encoder import Encoder
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["FAILURES", "RECORD", "FailureLog", "left_to_do", "lock", "record_of", "write_record"]
+__all__ = ["RECORD", "FailureLog", "left_to_do", "lock", "record_of", "write_record"]
 
 RECORD = "job.json"
-FAILURES = "failures.jsonl"
 _LOCK = ".fluxvae-lock"
-_MUST_AGREE = ("checkpoint_sha256", "raw_latents", "engine", "dtype", "raw", "format", "quality")
-"""The entries of the record that decide what the images are like. A job is resumed only where they are as before."""
+_BY_JOB = {
+    Job: ("raw", "format", "quality"),
+    EncodeJob: ("sizes", "bucket", "bucket_area", "background", "packed", "seed", "format"),
+}
+"""The options of a job that decide what its results are like."""
+_BY_CHECKPOINT = ("checkpoint_sha256", "raw_latents", "engine", "dtype")
+"""The other entries of the record that do. A job is resumed only where all of them are as before."""
 _FLUSH_S = 5.0
 """How many seconds pass at least before failures.jsonl is written again."""
 
 
-def record_of(job: Job, checkpoint_sha256: str, decoder: Decoder, dtype: str | None = None) -> dict[str, Any]:
-    """Describe what all images of a job have in common. It becomes ``job.json`` and a part of every image's metadata.
+def record_of(
+    job: Job | EncodeJob, checkpoint_sha256: str, half: Decoder | Encoder, dtype: str | None = None
+) -> dict[str, Any]:
+    """Describe what all results of a job have in common: ``job.json``, and a part of every file's metadata.
 
     Args:
         job: the job.
         checkpoint_sha256: the SHA-256 of the checkpoint's weights, in hexadecimal digits.
-        decoder: a decoder of the job's checkpoint.
-        dtype: the dtype of the decoders that will make the images, such as ``"bfloat16"``, where it is not that of
-            ``decoder``.
+        half: a decoder, or an encoder, of the job's checkpoint.
+        dtype: the dtype of those that will do the work, such as ``"bfloat16"``, where it is not that of ``half``.
     """
     return {
         "fluxvae": __version__,
+        "job": half.way.name,
         "checkpoint": job.checkpoint,
         "checkpoint_sha256": checkpoint_sha256,
-        "raw_latents": str(decoder.format),
-        "engine": decoder.engine.name,
-        "approximate": decoder.approximate,
-        "dtype": dtype or str(decoder.dtype).removeprefix("torch."),
-        "raw": job.raw,
-        "format": job.format,
-        "quality": job.quality,
+        "raw_latents": str(half.format),
+        "engine": half.engine.name,
+        "approximate": half.approximate,
+        "dtype": dtype or str(half.dtype).removeprefix("torch."),
+        **{name: getattr(job, name) for name in _BY_JOB[type(job)]},
     }
 
 
-def left_to_do(items: Sequence[Item], store: Store, job: Job, record: dict[str, Any]) -> list[Item]:
-    """Return the items that the job has to decode: those without an image, or all where it is told to overwrite.
+def left_to_do(items: Sequence[Item], store: Store, job: Job | EncodeJob, record: dict[str, Any]) -> list[Item]:
+    """Return the items that the job has to do: those without a result, or all where it is told to overwrite.
 
     Raises:
-        InvalidOptionError: there are images already, and the job was not told what to do with them; or it is to resume,
-            and they were made with other weights or options.
+        InvalidOptionError: there are results already, and the job was not told what to do with them; or it is to
+            resume, and they were made with other weights or options.
     """
     if job.existing == "overwrite":
         return list(items)
@@ -71,13 +78,14 @@ def left_to_do(items: Sequence[Item], store: Store, job: Job, record: dict[str, 
     done = len(items) - len(left)
     if job.existing == "refuse":
         if done:
+            thing, verb = ("images", "decodes") if isinstance(job, Job) else ("latents", "encodes")
             raise InvalidOptionError(
-                f"out: {store.root} already holds {done} of the {len(items)} images; --resume decodes only what is "
-                "missing, --overwrite decodes all again"
+                f"out: {store.root} already holds {done} of the {len(items)} {thing}; --resume {verb} only what is "
+                f"missing, --overwrite {verb} all again"
             )
         return left
     before = read_record(store.read(RECORD))
-    for key in _MUST_AGREE if before is not None and done else ():
+    for key in (*_BY_CHECKPOINT, *_BY_JOB[type(job)]) if before is not None and done else ():
         assert before is not None
         if before.get(key) != record[key]:
             raise InvalidOptionError(

@@ -1,7 +1,8 @@
-"""Turns one decoded image into the bytes of a file that says where the image comes from."""
+"""Turns one decoded image, or one picture's latents, into the bytes of a file that says where they come from."""
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Mapping
@@ -12,12 +13,34 @@ import torch
 from safetensors.torch import save
 
 from fluxvae.batch.items import Item
+from fluxvae.batch.store import Store
+from fluxvae.errors import FluxVAEError
 from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.pictures import FORMATS, OutputType, encode
 
-__all__ = ["METADATA_KEYS", "metadata_of", "output_type_of", "to_bytes"]
+__all__ = ["METADATA_KEYS", "OutputError", "metadata_of", "output_type_of", "to_bytes", "write_output"]
 
 METADATA_KEYS = ("source", "row", "height", "width", "checkpoint", "checkpoint_sha256", "engine", "dtype", "fluxvae")
+
+
+class OutputError(FluxVAEError):
+    """An output could not be written."""
+
+
+def write_output(store: Store, name: str, data: bytes) -> None:
+    """Write one file of the output folder, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written; the message says what to do.
+    """
+    try:
+        store.write(name, data)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "make room there, then run again with --resume" if full else "see to the output folder"
+        raise OutputError(
+            f"out: {name} ({len(data)} bytes) cannot be written to {store.root}: {error.strerror or error}; {advice}"
+        ) from error
 
 
 def metadata_of(item: Item, record: Mapping[str, Any]) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Runs a job on many machines: a Ray Data pipeline whose only stage is an actor with a decoder.
+"""Runs a job on many machines: a Ray Data pipeline whose only stage is an actor with a decoder or an encoder.
 
-    items (names and sizes only) --> actors: read, decode, write --> results (names and failures)
+    items (names and sizes only) --> actors: read, compute, write --> results (names and failures)
 
-Latents and images never travel between machines. An actor reads and writes by itself, so its reading, decoding and
+Latents and images never travel between machines. An actor reads and writes by itself, so its reading, computing and
 writing overlap as they do in one process, and Ray only moves rows of text. Ray Data hands out the items as a stream and
 keeps its queues bounded. It starts an actor again that was lost, and gives it the same items; the images that the lost
 one had finished exist, and are left alone.
@@ -24,16 +24,17 @@ from typing import Any
 
 import torch
 
+from fluxvae.batch.encode_settings import EncodeJob
 from fluxvae.batch.folder import record_of
 from fluxvae.batch.items import Failure, Item, Result
-from fluxvae.batch.run import Outlook, Report, Watcher, finish, look
+from fluxvae.batch.outlook import Outlook, Report, Watcher
+from fluxvae.batch.run import finish
 from fluxvae.batch.settings import Job
 from fluxvae.batch.store import open_store
-from fluxvae.batch.worker import Worker, checkpoint_sha256
-from fluxvae.decoder import Decoder
+from fluxvae.batch.worker import Worker, checkpoint_sha256, load, look
 from fluxvae.errors import InvalidOptionError, UnavailableError
 
-__all__ = ["decode_files_on_ray"]
+__all__ = ["decode_files_on_ray", "encode_files_on_ray"]
 
 _MOST_PER_CALL = 64
 """The most items that an actor is given in one call."""
@@ -81,6 +82,30 @@ def decode_files_on_ray(
         UnavailableError: there is no cluster at this address, or the pipeline ended before the job did.
         FluxVAEError: the job as a whole cannot be done, as in `decode_files`.
     """
+    return _run(job, address, workers, threads, watcher, stop)
+
+
+def encode_files_on_ray(
+    job: EncodeJob,
+    *,
+    address: str = "local",
+    workers: int | None = None,
+    threads: int | None = None,
+    watcher: Watcher | None = None,
+    stop: threading.Event | None = None,
+) -> Report:
+    """Do what `encode_files` does, on a Ray cluster. Arguments and errors are those of `decode_files_on_ray`."""
+    return _run(job, address, workers, threads, watcher, stop)
+
+
+def _run(
+    job: Job | EncodeJob,
+    address: str,
+    workers: int | None,
+    threads: int | None,
+    watcher: Watcher | None,
+    stop: threading.Event | None,
+) -> Report:
     ray = _import_ray()
     stop = stop or threading.Event()
     connected = ray.is_initialized()
@@ -88,7 +113,7 @@ def decode_files_on_ray(
         _connect(ray, address)
     try:
         shape = _shape(ray, job, workers, threads)
-        here = Decoder.from_pretrained(job.checkpoint, **job.decoder_options() | {"device": "cpu", "dtype": "float32"})
+        here = load(job, device="cpu", dtype="float32")
         device = "cuda" if shape.gpu else "cpu"
         dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if shape.gpu else "float32")
         job_id = secrets.token_hex(4)
@@ -136,7 +161,7 @@ def _connect(ray: Any, address: str) -> None:
         ) from error
 
 
-def _shape(ray: Any, job: Job, workers: int | None, threads: int | None) -> _Shape:
+def _shape(ray: Any, job: Job | EncodeJob, workers: int | None, threads: int | None) -> _Shape:
     """Return how many actors the cluster has room for, or the number that was asked for if it has room for so many."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -154,7 +179,7 @@ def _shape(ray: Any, job: Job, workers: int | None, threads: int | None) -> _Sha
 
 
 def _stream(outlook: Outlook, make: dict[str, Any], shape: _Shape, stop: threading.Event) -> Iterator[Result]:
-    """Decode an outlook's items on the actors, and yield what became of each, in the order in which they are done.
+    """Do an outlook's items on the actors, and yield what became of each, in the order in which they are done.
 
     Args:
         outlook: what the job has to do.
@@ -232,17 +257,16 @@ def _pack(call: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Actor:
-    """A decoder on one machine of the cluster. It is called with some items, and returns what became of each."""
+    """A decoder or encoder on one machine of the cluster. It is given some items, and returns what became of each."""
 
     def __init__(
-        self, job: Job, device: str, dtype: str, record: dict[str, Any], job_id: str, shape: _Shape
+        self, job: Job | EncodeJob, device: str, dtype: str, record: dict[str, Any], job_id: str, shape: _Shape
     ) -> None:  # fmt: skip
         torch.set_num_threads(shape.threads)
-        options = job.decoder_options() | {"device": device, "dtype": dtype}
-        decoder = Decoder.from_pretrained(job.checkpoint, **options)
-        decoder.prepare()
+        half = load(job, device=device, dtype=dtype)
+        half.prepare()
         self._job, self._store = job, open_store(job.out, job_id)
-        self._worker = Worker(job, decoder, self._store, record)
+        self._worker = Worker(job, half, self._store, record)
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         call = json.loads(row["call"])
@@ -258,7 +282,7 @@ class _Actor:
         ]
 
     def _run(self, items: list[Item]) -> Iterator[Result]:
-        """Decode the items of one call, but those whose images a lost actor finished before this one got its call."""
+        """Do the items of one call, but those whose results a lost actor finished before this one got its call."""
         left = []
         for item in items:
             if self._job.existing != "overwrite" and self._store.exists(f"{item.name}{self._job.suffix}"):

@@ -1,4 +1,4 @@
-"""The options of a job."""
+"""The options of a job of decoding; `encode_settings` has those of encoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import Reading
 from fluxvae.pictures import FORMATS, check_format
 
-__all__ = ["OUTPUT_FORMATS", "Existing", "Job"]
+__all__ = ["LOAD_OPTIONS", "OUTPUT_FORMATS", "Existing", "Job"]
+
+LOAD_OPTIONS = ("revision", "variant", "family", "device", "dtype", "memory_limit")
+"""The options of a job that its checkpoint is loaded with."""
 
 Existing = Literal["refuse", "resume", "overwrite"]
 OUTPUT_FORMATS = (*FORMATS, "npy", "safetensors")
@@ -97,13 +100,6 @@ class Job:
         reading = Reading(height=self.height, width=self.width, raw=self.raw)
         return Expected(format=format, reading=reading, max_pixels=self.max_pixels)
 
-    def decoder_options(self) -> dict[str, Any]:
+    def load_options(self) -> dict[str, Any]:
         """Return the keyword arguments for `Decoder.from_pretrained`, to which only the checkpoint has to be added."""
-        return {
-            "revision": self.revision,
-            "variant": self.variant,
-            "family": self.family,
-            "device": self.device,
-            "dtype": self.dtype,
-            "memory_limit": self.memory_limit,
-        }
+        return {name: getattr(self, name) for name in LOAD_OPTIONS}

@@ -40,7 +40,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Found:
-    """One file of latents."""
+    """One file that an input names."""
 
     url: str
     """What fsspec opens: a path where the file is on this machine, else a URL."""
@@ -76,30 +76,32 @@ def filesystem_of(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def find(inputs: Sequence[str]) -> list[Found]:
-    """Find the files of latents that the inputs name, in a fixed order and each of them once.
+def find(inputs: Sequence[str], suffixes: tuple[str, ...] = SUFFIXES, what: str = "latents") -> list[Found]:
+    """Find the files that the inputs name, in a fixed order and each of them once.
 
     Args:
         inputs: files, folders (with all folders below them) or globs (in which ``**`` stands for any depth).
+        suffixes: those of the files that are wanted, in lower case.
+        what: is in such files, for messages.
 
     Raises:
-        InvalidOptionError: an input names nothing, or a folder or glob without files of latents, or a file whose suffix
-            is not one of `SUFFIXES`.
+        InvalidOptionError: an input names nothing, or a folder or glob without such files, or a file whose suffix is
+            not one of them.
     """
     found: dict[str, Found] = {}
     for given in inputs:
         filesystem, path = filesystem_of(given)
-        here = list(_find_one(given, filesystem, path))
+        here = list(_find_one(given, filesystem, path, suffixes))
         if not here:
             raise InvalidOptionError(
-                f"input: {given} holds no latents; expected files that end in {', '.join(SUFFIXES)}"
+                f"input: {given} holds no {what}; expected files that end in {', '.join(suffixes)}"
             )
         for one in here:
             found.setdefault(one.url, one)
     return list(found.values())
 
 
-def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
+def _find_one(given: str, filesystem: Any, path: str, suffixes: tuple[str, ...]) -> Iterator[Found]:
     def url(at: str) -> str:
         return at if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(at))
 
@@ -107,8 +109,8 @@ def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
     if filesystem.isdir(path):
         root, paths = path, filesystem.find(path)
     elif filesystem.exists(path) or filesystem.lexists(path):
-        if not path.lower().endswith(SUFFIXES):
-            raise InvalidOptionError(f"input: got {given}, expected a folder or a file of {', '.join(SUFFIXES)}")
+        if not path.lower().endswith(suffixes):
+            raise InvalidOptionError(f"input: got {given}, expected a folder or a file of {', '.join(suffixes)}")
         root, paths = filesystem._parent(path), [path]
     elif any(character in path for character in "*?["):
         fixed = path[: min(path.index(character) for character in "*?[" if character in path)]
@@ -117,7 +119,7 @@ def _find_one(given: str, filesystem: Any, path: str) -> Iterator[Found]:
         raise InvalidOptionError(f"input: nothing at {given}; expected a file, a folder or a glob")
     for at in sorted(paths):
         below = at[len(root) :].lstrip("/")
-        if at.lower().endswith(SUFFIXES) and not any(part.startswith(".") for part in below.split("/")):
+        if at.lower().endswith(suffixes) and not any(part.startswith(".") for part in below.split("/")):
             yield Found(url(at), stem(below))
 
 

@@ -15,8 +15,10 @@ import typer
 
 from fluxvae import __version__
 from fluxvae.cli.bench import bench
-from fluxvae.cli.decode import DecodeCommand, decode
+from fluxvae.cli.decode import decode
+from fluxvae.cli.encode import encode
 from fluxvae.cli.info import info
+from fluxvae.cli.jobs import JobCommand
 from fluxvae.cli.options import errors
 from fluxvae.cli.plan import plan
 from fluxvae.cli.serve import serve
@@ -32,6 +34,8 @@ Examples:
   fluxvae info ae.safetensors                 what a checkpoint holds
   fluxvae decode latents/ --out images/ --checkpoint ae.safetensors
                                               a folder of latents to PNG
+  fluxvae encode photos/ --out latents/ --checkpoint ae.safetensors --crop
+                                              a folder of pictures to latents
   fluxvae plan 2048x2048 --memory-limit 2GiB  what memory goes to
   fluxvae bench                               how fast it is on this machine
   fluxvae serve --checkpoint ae.safetensors   decode for other machines
@@ -49,8 +53,8 @@ _OUTPUT_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="fluxvae",
-    help="Decode FLUX latents to images, exactly as diffusers' FluxPipeline would have, in the memory you name."
-    + _EXAMPLES,
+    help="Decode FLUX latents to images, and encode images to latents, exactly as diffusers' pipelines would have, in "
+    "the memory you name." + _EXAMPLES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,7 +77,8 @@ def _fluxvae(
     pass
 
 
-app.command(cls=DecodeCommand, short_help="Decode files of latents to images; can be resumed.")(decode)
+app.command(cls=JobCommand, short_help="Decode files of latents to images; can be resumed.")(decode)
+app.command(cls=JobCommand, short_help="Encode pictures to files of latents; can be resumed.")(encode)
 app.command(short_help="Say what decoding one size would need.")(plan)
 app.command(short_help="Say what a checkpoint holds.")(info)
 app.command(short_help="Measure how fast this machine decodes.")(bench)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from typer.core import TyperCommand
 
 from fluxvae.claims import MAX_PIXELS
+from fluxvae.cli.jobs import SOME_FAILED, check_existing, check_ray, run_job
 from fluxvae.cli.options import (
     AsJson,
     Checkpoint,
@@ -23,41 +19,14 @@ from fluxvae.cli.options import (
     Revision,
     Variant,
     busy,
-    errors,
     print_json,
 )
-from fluxvae.errors import InvalidOptionError
+from fluxvae.engine.way import DECODE
 
 if TYPE_CHECKING:
-    from fluxvae.batch import Job, Report, Watcher
+    from fluxvae.batch import Job
 
-__all__ = ["SOME_FAILED", "STOPPED", "DecodeCommand", "decode"]
-
-SOME_FAILED = 6
-"""The exit status where the job is done, but some of its inputs gave no image."""
-STOPPED = 130
-"""The exit status where a signal stopped the job while something was left to do."""
-
-
-class DecodeCommand(TyperCommand):
-    """Lets ``--ray`` stand with an address or alone: what follows it is an address only if it looks like one."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments as typer does, after filling in the address that ``--ray`` alone stands for."""
-        filled = []
-        for index, word in enumerate(args):
-            filled.append(word)
-            following = args[index + 1] if index + 1 < len(args) else "-"
-            if word == "--ray" and not _is_address(following):
-                filled.append("local")
-        return super().parse_args(ctx, filled)
-
-
-def _is_address(word: str) -> bool:
-    if word in ("local", "auto") or word.startswith("ray://"):
-        return True
-    host, colon, port = word.rpartition(":")
-    return bool(host and colon and port.isdigit())
+__all__ = ["decode"]
 
 
 def decode(
@@ -185,10 +154,8 @@ def decode(
       fluxvae decode ComfyUI/output/latents -o images/ --checkpoint ae.safetensors
       fluxvae decode set.parquet -o s3://bucket/images --ray
     """
-    if resume and overwrite:
-        raise InvalidOptionError("--resume and --overwrite: got both; give one of them")
-    if ray is None and (workers or threads):
-        raise InvalidOptionError("--workers and --threads: got one without --ray, which they are for")
+    existing = check_existing(resume, overwrite)
+    check_ray(ray, workers, threads)
     with busy("starting"):
         from fluxvae.batch import Job, decode_files, decode_files_on_ray
 
@@ -209,21 +176,15 @@ def decode(
         raw=raw,
         max_pixels=max_pixels,
         batch=batch,
-        existing="resume" if resume else "overwrite" if overwrite else "refuse",
+        existing=existing,
     )
     if dry_run:
         _dry_run(job, as_json)
         return
-    with _signals() as stop, _watcher(as_json) as watcher:
-        if ray is None:
-            report = decode_files(job, watcher=watcher, stop=stop)
-        else:
-            with contextlib.redirect_stdout(sys.stderr):  # Ray prints to standard output what happens to its processes
-                report = decode_files_on_ray(
-                    job, address=ray, workers=workers, threads=threads, watcher=watcher, stop=stop
-                )
-    _tell(report, checkpoint, as_json)
-    raise typer.Exit(STOPPED if report.stopped else SOME_FAILED if report.failures else 0)
+    run = partial(decode_files, job)
+    if ray is not None:
+        run = partial(decode_files_on_ray, job, address=ray, workers=workers, threads=threads)
+    run_job(run, DECODE, checkpoint, on_ray=ray is not None, as_json=as_json)
 
 
 def _dry_run(job: Job, as_json: bool) -> None:
@@ -237,39 +198,3 @@ def _dry_run(job: Job, as_json: bool) -> None:
     else:
         print_outlook(found)
     raise typer.Exit(SOME_FAILED if found.outlook.failures else 0)
-
-
-def _tell(report: Report, checkpoint: str, as_json: bool) -> None:
-    from fluxvae.cli.decode_view import print_failures, print_report
-
-    print_failures(errors(), report)
-    if as_json:
-        print_json(report.as_dict())
-    else:
-        print_report(report, checkpoint)
-
-
-@contextlib.contextmanager
-def _watcher(as_json: bool) -> Iterator[Watcher]:
-    from fluxvae.cli.decode_view import ProgressView
-
-    with ProgressView(quiet=as_json) as view:
-        yield view
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C or SIGTERM set an event that asks the job to stop, and a second one interrupt it."""
-    stop = threading.Event()
-
-    def ask(number: int, _: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What ``fluxvae decode`` shows: its progress, the outlook of a dry run, and a report at the end."""
+"""What ``fluxvae decode`` and ``fluxvae encode`` show: progress, the outlook of a dry run, a report at the end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rich.text import Text
 
 from fluxvae.batch import Outlook, Report, Result
 from fluxvae.batch.estimate import Estimate
-from fluxvae.batch.folder import FAILURES
+from fluxvae.batch.outlook import FAILURES
 from fluxvae.cli.options import DEMO_NOTE, print_facts
 from fluxvae.engine.plan import size_in_words
-from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.engine.way import DECODE, Way
+from fluxvae.latents.format import PREVIEW_LATENTS_NOTE, PREVIEW_NOTE
 
 __all__ = ["ProgressView", "print_failures", "print_outlook", "print_report"]
 
@@ -31,7 +32,8 @@ class ProgressView:
     With ``quiet`` it shows nothing.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, way: Way = DECODE, *, quiet: bool = False) -> None:
+        self._way = way
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -44,7 +46,7 @@ class ProgressView:
             expand=True,
             speed_estimate_period=60,
         )
-        self._task = self._bar.add_task("decoding", total=None, rate="", start=False)
+        self._task = self._bar.add_task(way.doing, total=None, rate="", start=False)
         self._total = self._done = self._pixels = self._failed = 0
         self._start = time.perf_counter()
 
@@ -52,9 +54,10 @@ class ProgressView:
         """Say what was found, and start the bar."""
         self._total, self._start = len(outlook.items), time.perf_counter()
         if outlook.present:
-            self._console.print(f"{outlook.present} images are there already")
+            self._console.print(f"{outlook.present} {_things(self._way)} are there already")
         if outlook.approximate:
-            self._console.print(f"[yellow]every image is an {PREVIEW_NOTE}[/yellow]")
+            note = f"every image is an {PREVIEW_NOTE}" if self._way == DECODE else PREVIEW_LATENTS_NOTE
+            self._console.print(f"[yellow]{note}[/yellow]")
         if outlook.skipped:
             self._console.print(skipped_in_words(outlook.skipped), soft_wrap=True)
         if outlook.floored:
@@ -96,18 +99,19 @@ class ProgressView:
 def print_report(report: Report, checkpoint: str) -> None:
     """Say in a few lines what became of a job."""
     found = report.as_dict()
-    counts = [f"{report.decoded} decoded"]
+    way = report.way
+    counts = [f"{report.done} {way.name}d"]
     counts += [f"{report.present} were there"] if report.present else []
     counts += [f"[red]{len(report.failures)} failed[/red]"] if report.failures else []
     counts += [f"{report.left} left: run again with --resume"] if report.left else []
-    facts = {"images": ", ".join(counts), "folder": _shown(report.out)}
-    if report.decoded:
+    facts = {_things(way): ", ".join(counts), "folder": _shown(report.out)}
+    if report.done:
         facts["time"] = (
             f"{time_in_words(report.seconds)}, {found['images_per_second']:.1f} images/s, "
             f"{found['megapixels_per_second']:.2f} megapixels/s"
         )
     if report.idle_share is not None:
-        facts["decoder"] = f"waited {report.idle_share:.1%} of its time for reading and writing"
+        facts[way.network] = f"waited {report.idle_share:.1%} of its time for reading and writing"
     if checkpoint == "demo":
         facts["note"] = f"[yellow]{DEMO_NOTE}[/yellow]"
     console = Console(highlight=False)
@@ -168,6 +172,11 @@ def print_outlook(found: Estimate) -> None:
     console.print(table)
     for failure in outlook.failures[:_FAILURES_SHOWN]:
         console.print(f"{failure.source}: {failure.message}", style="red", markup=False, soft_wrap=True)
+
+
+def _things(way: Way) -> str:
+    """What a job makes, in the plural."""
+    return "images" if way == DECODE else "latents"
 
 
 def _shown(folder: str) -> str:

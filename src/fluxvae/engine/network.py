@@ -135,7 +135,7 @@ def _encoder(way: Way, vae: Any, encoder: Any) -> Network:
 def precise(layers: list[Layer], last: ConvOut) -> tuple[tuple[Layer, ...], ConvOut]:
     """Mark the convolutions of an encoder as precise, except for the levels whose errors hardly reach the latents.
 
-    Those are narrow ones at the beginning. Two or more downsamplings average what is rounded there, and four times as
+    Those are narrow levels at the beginning. Two or more downsamplings average what is rounded there, and four times as
     many channels behind them round more: with FLUX's widths, Winograd's F(6, 3) at the first level alone makes the
     error of the whole 4 % larger than PyTorch's, and at the third three times as large.
     """

@@ -1,10 +1,10 @@
-"""How a decode will run: which maps are kept, spilled or computed again, and the memory that takes at its peak.
+"""How a decode or an encode will run: which maps are kept, spilled or computed again, and what memory that takes.
 
 This module does not import PyTorch.
 
-The model of memory. At any moment a decode holds, above the loaded weights:
+The model of memory. At any moment it holds, above the loaded weights:
 
-- ``fixed``: the output tensor, the latents laid out channels last, a small allowance for the runtime;
+- ``fixed``: the output tensor, the pixels that are encoded, a small allowance for the runtime;
 - the arena: one allocation with at most two feature maps, one at each end, and the sweep's scratch between them;
 - ``overhead``: what the kernels allocate themselves during a call (PyTorch's results, reordered weights).
 
@@ -43,7 +43,7 @@ def peak_of(layers: tuple[LayerPlan, ...]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one decode will run; `peak_bytes` is above the loaded weights, the output tensor included."""
+    """How one decode, or encode, will run; `peak_bytes` is above the loaded weights, the output tensor included."""
 
     height: int
     """The height of the image in pixels; ``width`` likewise."""
@@ -53,7 +53,7 @@ class Plan:
     kernels_note: str
     """Why these kernels serve and not those that one would expect; usually nothing."""
     limit: int | None
-    """The bytes that the decode may add above the loaded weights; None: as many as it takes."""
+    """The bytes that it may add above the loaded weights; None: as many as it takes."""
     limit_source: str
     """What set the limit, such as ``"memory_limit"`` or ``"free memory"``."""
     fixed_bytes: int
@@ -119,7 +119,7 @@ class Plan:
 
 
 def check_size(height: object, width: object, batch: object, scale: int) -> None:
-    """Refuse a size that no latents decode to.
+    """Refuse a size of pictures that no latents stand for.
 
     Args:
         height, width: pixels.

@@ -279,5 +279,5 @@ def make_planner(
 
 
 def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:
-    """The bytes that a decode may add, and what set them: nine tenths of what is free now, if no limit was given."""
+    """The bytes that a call may add, and what set them: nine tenths of what is free now, if no limit was given."""
     return (available() * 9 // 10, "free memory") if asked is None else (asked, "memory_limit")

@@ -1,1 +1,1 @@
-"""Where feature maps and scratch live while an image is decoded, and how much memory there is."""
+"""Where feature maps and scratch live while an image is decoded or encoded, and how much memory there is."""

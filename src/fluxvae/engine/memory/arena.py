@@ -1,6 +1,6 @@
-"""The arena: one allocation for a whole decode, with a map at each end and the running sweep's scratch between them.
+"""The arena: one allocation for a whole image, with a map at each end and the running sweep's scratch between them.
 
-It is never fragmented, its pages are touched once, and nothing of it outlives the decode.
+It is never fragmented, its pages are touched once, and nothing of it outlives the call.
 """
 
 from __future__ import annotations

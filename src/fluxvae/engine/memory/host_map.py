@@ -1,4 +1,4 @@
-"""The spilled maps of a GPU's decode. They lie in pinned host memory and are copied while the GPU computes.
+"""The spilled maps of a GPU. They lie in pinned host memory and are copied while the GPU computes.
 
 The next rows are on their way to the device while it computes with the last ones, and rows that were computed leave it
 while it computes the next block. All copies go through one queue in order, so rows that were written are there when

@@ -12,6 +12,8 @@ GPU_BLOCK_VALUES = 1 << 23
 leave more of a tight limit to the maps. docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
 CUBLAS_BYTES = 32 << 20
 """Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
+ATTENTION_BYTES = 2 << 20
+"""Bytes that PyTorch's fused attention takes for its scores and sums on a CPU, with two threads."""
 ROUNDING_BYTES = 4 << 20
 """Bytes that PyTorch's allocator on a GPU may hand out beyond what was asked for: up to 1 MiB for each of the arena,
 the image, cuDNN's workspace and the rows of spilled maps on their way."""
@@ -103,7 +105,9 @@ class DirectCosts:
         if call.kind == "linear":
             return 0
         packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
-        return 4 * pixels * call.cin * call.itemsize + packed
+        # Two projections, attention itself and two projections again. Of these five results no two are needed at once
+        # for long, but glibc seldom puts one where another was, and trimming happens once for each block.
+        return 5 * pixels * call.cin * call.itemsize + packed + ATTENTION_BYTES
 
     def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
         """Bytes of the result and the reordered weights and, channels first, of the input in oneDNN's own order."""

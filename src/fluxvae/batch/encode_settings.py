@@ -1,0 +1,120 @@
+"""The options of a job of encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fluxvae.batch.fitting import Buckets, bucket_sizes
+from fluxvae.batch.settings import LOAD_OPTIONS, Existing
+from fluxvae.claims import MAX_PIXELS
+from fluxvae.engine.plan import parse_memory_limit
+from fluxvae.errors import InvalidOptionError
+from fluxvae.latents.format import LatentFormat
+from fluxvae.photographs import check_background
+
+__all__ = ["ENCODE_FORMATS", "EncodeJob", "Sizes"]
+
+Sizes = Literal["refuse", "resize", "crop", "buckets"]
+ENCODE_FORMATS = ("safetensors", "sd-scripts")
+BUCKET_AREA = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """The pictures that a job encodes, and how it encodes them.
+
+    Raises:
+        InvalidOptionError: an option has a value that cannot be honoured.
+    """
+
+    inputs: tuple[str, ...]
+    """The pictures, folders, globs, tars or Parquet files, as paths or as URLs that fsspec can open."""
+    out: str
+    """The output folder, as a path or as a URL that fsspec can write to."""
+    checkpoint: str = "demo"
+    """The checkpoint that encodes: the ``source`` of `Encoder.from_pretrained`."""
+    revision: str | None = None
+    """As for `Job`, and so are ``variant``, ``family``, ``device``, ``dtype`` and ``memory_limit``."""
+    variant: str | None = None
+    family: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    memory_limit: int | str | None = None
+    sizes: Sizes = "refuse"
+    """What becomes of pictures whose height or width is no multiple of 16 (of 8 where nothing is packed): they are
+    refused, resized to the multiples below, cropped to them, or sorted into buckets as trainers do."""
+    bucket: int = 64
+    """Of how many pixels the sides of buckets are multiples."""
+    bucket_area: int = BUCKET_AREA
+    """The most pixels of a bucket."""
+    background: str | None = None
+    """The colour that shows through transparent pixels. None: a picture that has any is refused."""
+    packed: bool = True
+    """Whether latents are written as tokens, as FLUX's transformers take them."""
+    seed: int | None = None
+    """Draws a sample for every picture, by this number and the picture's name. None: the mode is written."""
+    format: str = "safetensors"
+    """What is written, one of `ENCODE_FORMATS`."""
+    max_pixels: int = MAX_PIXELS
+    """The largest number of pixels one picture may have. One that claims more is refused by its header."""
+    existing: Existing = "refuse"
+    """What to do where outputs exist already, as for `Job`."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise InvalidOptionError("inputs: got none, expected pictures, folders or globs")
+        for name, values in (("format", ENCODE_FORMATS), ("sizes", get_args(Sizes)), ("existing", get_args(Existing))):
+            if getattr(self, name) not in values:
+                raise InvalidOptionError(f"{name}: got {getattr(self, name)!r}, expected {', '.join(values)}")
+        for name in ("bucket", "bucket_area", "max_pixels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidOptionError(f"{name}: got {value!r}, expected a whole number above 0")
+        if self.sizes == "buckets" and not bucket_sizes(Buckets(self.bucket, self.bucket_area)):
+            raise InvalidOptionError(
+                f"bucket: got steps of {self.bucket} pixels and at most {self.bucket_area} pixels, which no size fits"
+            )
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise InvalidOptionError(f"seed: got {self.seed!r}, expected a whole number from 0 on")
+        if self.format == "sd-scripts" and not self.packed:
+            raise InvalidOptionError(
+                "packed: got False with format sd-scripts, which never packs latents; leave it out"
+            )
+        check_background(self.background)
+        if self.memory_limit is not None:
+            parse_memory_limit(self.memory_limit)
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the outputs, with its dot."""
+        return ".npz" if self.format == "sd-scripts" else ".safetensors"
+
+    def multiple(self, format: LatentFormat) -> int:
+        """Of how many pixels height and width must be multiples, with a checkpoint of this format."""
+        packs = (self.packed and self.format == "safetensors") or format.flux2
+        return format.packed_multiple if packs else format.vae_scale_factor
+
+    def check(self, format: LatentFormat) -> None:
+        """Refuse what a checkpoint of this format cannot make.
+
+        Raises:
+            InvalidOptionError: its latents are not those that the output's format is for, buckets are no multiples of
+                its latents, or a sample is drawn of a preview.
+        """
+        if self.format == "sd-scripts" and (format.flux2 or format.channels != 16 or format.preview):
+            raise InvalidOptionError(
+                "format: got sd-scripts with a checkpoint that is not FLUX.1's; it is the cache of sd-scripts' FLUX.1 "
+                "training: write safetensors"
+            )
+        if self.sizes == "buckets" and self.bucket % self.multiple(format):
+            raise InvalidOptionError(
+                f"buckets: got steps of {self.bucket} pixels, expected a multiple of {self.multiple(format)}, of which "
+                "this checkpoint's sizes are"
+            )
+        if self.seed is not None and format.preview:
+            raise InvalidOptionError("seed: got one for an AutoencoderTiny, which gives latents and no distribution")
+
+    def load_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for `Encoder.from_pretrained`, to which only the checkpoint has to be added."""
+        return {name: getattr(self, name) for name in LOAD_OPTIONS}

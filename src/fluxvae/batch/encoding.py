@@ -1,0 +1,221 @@
+"""What a job of encoding does: which pictures its inputs hold, and how each is read, encoded and written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from fluxvae.batch.albums import INPUT_SUFFIXES, Albums, Member, open_album
+from fluxvae.batch.encode_settings import EncodeJob
+from fluxvae.batch.fitting import Buckets, Fit, fit, fitted
+from fluxvae.batch.folder import left_to_do
+from fluxvae.batch.items import Failure, Item
+from fluxvae.batch.names import output_name, with_row
+from fluxvae.batch.outlook import Outlook
+from fluxvae.batch.outputs import write_output
+from fluxvae.batch.sources import Found, find
+from fluxvae.batch.store import Store
+from fluxvae.encoder import Encoder
+from fluxvae.engine.preview import ApproximateWarning
+from fluxvae.errors import (
+    DecodeCancelled,
+    FluxVAEError,
+    InvalidImagesError,
+    InvalidLatentsError,
+    first_line,
+)
+from fluxvae.latents.format import PREVIEW_LATENTS_NOTE
+from fluxvae.latents.reading import Reading
+from fluxvae.photographs import picture_of, size_of
+
+__all__ = ["METADATA_KEYS", "Encoding", "look"]
+
+METADATA_KEYS = ("checkpoint", "checkpoint_sha256", "engine", "dtype", "seed", "fluxvae")
+_SCANNERS = 8
+
+
+class Encoding:
+    """The steps of a job of encoding: see `fluxvae.batch.pipeline.Steps`.
+
+    Args:
+        encoder: the encoder of the job's checkpoint.
+        store: where the latents are written to.
+        record: the job's record (`folder.record_of`), part of which is in the metadata of every file.
+    """
+
+    def __init__(self, job: EncodeJob, encoder: Encoder, store: Store, record: dict[str, Any]) -> None:
+        self._job, self._encoder, self._store, self._record = job, encoder, store, record
+        self._albums = Albums()
+
+    def batch(self, height: int, width: int) -> int:
+        """One: pictures are encoded one by one anyway, and a CPU is no faster with more."""
+        return 1
+
+    def read(self, item: Item) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+        """Read the pixels of one picture, made to fit, and its own size."""
+        album, name = self._albums.open(item.source), item.name
+        with album.read(item.row) as data:
+            size = size_of(name, data, self._job.max_pixels)
+            wanted = _fit(self._job, size, self._job.multiple(self._encoder.format))
+            if wanted.size != item.size:
+                raise InvalidImagesError(f"{name}: has changed since the job began")
+            data.seek(0)
+            picture = picture_of(name, data, self._job.max_pixels, background=self._job.background)
+            return fitted(picture, wanted), size
+
+    def compute(self, group: list[tuple[Item, Any]], stop: threading.Event) -> list[tuple[Item, Any]] | None:
+        """Encode one picture: its latents with a batch axis of 1, on the CPU, and the picture's own size."""
+        made: list[tuple[Item, Any]] = []
+        for item, (pixels, size) in group:
+            sample = None if self._job.seed is None else _generator(self._job.seed, item.name, self._encoder.device)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ApproximateWarning)  # it is told once, and in every file
+                    packed = self._job.packed and self._job.format == "safetensors"
+                    latents = self._encoder.encode(pixels, packed=packed, sample=sample, cancel=stop.is_set)
+            except DecodeCancelled:
+                return None
+            except (FluxVAEError, MemoryError, torch.OutOfMemoryError) as error:
+                made.append((item, Failure.of(error, item.source, item.row, item.name)))
+            else:
+                made.append((item, (latents.cpu(), size)))
+        return made
+
+    def write(self, item: Item, made: tuple[torch.Tensor, tuple[int, int]]) -> None:
+        latents, size = made
+        make = _sd_scripts if self._job.format == "sd-scripts" else self._safetensors
+        write_output(self._store, f"{item.name}{self._job.suffix}", make(item, latents, size))
+
+    def _safetensors(self, item: Item, latents: torch.Tensor, size: tuple[int, int]) -> bytes:
+        height, width = item.size
+        metadata = {
+            "height": str(height), "width": str(width), "raw": "false", "source": item.source, "row": str(item.row),
+            "picture_height": str(size[0]), "picture_width": str(size[1]), "sizes": self._job.sizes,
+        }  # fmt: skip
+        metadata |= {key: str(self._record[key]) for key in METADATA_KEYS if self._record[key] is not None}
+        if self._record["approximate"]:
+            metadata["approximate"] = PREVIEW_LATENTS_NOTE
+        return bytes(save({"latents": latents.contiguous()}, metadata))
+
+
+def _sd_scripts(item: Item, latents: torch.Tensor, size: tuple[int, int]) -> bytes:
+    """The cache of sd-scripts' FLUX.1 training: ``library/strategy_base.py``, save_latents_to_disk.
+
+    ``crop_ltrb`` is what its ``get_crop_ltrb`` gives for the bucket and the picture's own size.
+    """
+    (height, width), (own_height, own_width) = item.size, size
+    if width / height > own_width / own_height:
+        resized = (height * own_width / own_height, float(height))
+    else:
+        resized = (float(width), width / (own_width / own_height))
+    left, top = (width - resized[0]) // 2, (height - resized[1]) // 2
+    end = f"_{latents.shape[2]}x{latents.shape[3]}"
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        **{
+            f"latents{end}": latents[0].float().numpy(),
+            f"original_size{end}": np.array([own_width, own_height]),
+            f"crop_ltrb{end}": np.array([left, top, left + resized[0], top + resized[1]]),
+        },
+    )
+    return buffer.getvalue()
+
+
+def look(job: EncodeJob, encoder: Encoder, record: dict[str, Any], store: Store) -> Outlook:
+    """Find out what a job has to encode: what the headers of its pictures tell, and which latents are there already.
+
+    Raises:
+        InvalidOptionError: an input names nothing, the checkpoint cannot make what is asked for, or the output folder
+            holds latents that the job may not add to.
+    """
+    job.check(encoder.format)
+    items: list[Item] = []
+    failures: list[Failure] = []
+    taken: dict[str, str] = {}
+    multiple = job.multiple(encoder.format)
+    found = find(job.inputs, INPUT_SUFFIXES, "pictures")
+    with ThreadPoolExecutor(_SCANNERS) as threads:
+        for one, entries in zip(found, threads.map(lambda one: list(_entries(job, one, multiple)), found), strict=True):
+            for member, size, own, problem in entries:
+                name = None
+                try:
+                    if problem is not None:
+                        raise problem
+                    assert size is not None
+                    assert own is not None
+                    name = _name(job, one, member, len(entries), own)
+                    if name in taken:
+                        raise InvalidImagesError(
+                            f"name: {name}{job.suffix} is also the output of {taken[name]}; rename one of them, or "
+                            "encode them into folders of their own"
+                        )
+                except FluxVAEError as error:
+                    failures.append(Failure.of(error, one.url, None if member is None else member.row, name))
+                    continue
+                taken[name] = one.url
+                assert member is not None
+                items.append(Item(one.url, member.row, name, Reading(height=size[0], width=size[1])))
+    left = left_to_do(items, store, job, record)
+    return Outlook(tuple(left), len(items) - len(left), tuple(failures), 0, encoder.approximate)
+
+
+_Entry = tuple["Member | None", "tuple[int, int] | None", "tuple[int, int] | None", "FluxVAEError | None"]
+"""A picture, the size that it is encoded at, its own size, and what is wrong with it."""
+
+
+def _entries(job: EncodeJob, found: Found, multiple: int) -> Iterator[_Entry]:
+    """Look at every picture of one file."""
+    try:
+        album = open_album(found.url)
+        members = album.members()
+    except FluxVAEError as error:
+        yield None, None, None, error
+        return
+    try:
+        for member in members:
+            try:
+                with album.read(member.row) as data:
+                    own = size_of(member.name or found.name, data, job.max_pixels)
+                yield member, _fit(job, own, multiple).size, own, None
+            except FluxVAEError as error:
+                yield member, None, None, error
+            except Exception as error:  # whatever a library raises for a bad picture, the others are still encoded
+                yield member, None, None, _unreadable(found.name, error)
+    except Exception as error:
+        yield None, None, None, _unreadable(found.name, error)
+
+
+def _unreadable(name: str, error: Exception) -> InvalidImagesError:
+    return InvalidImagesError(f"{name}: cannot be read: {type(error).__name__}: {first_line(error)}")
+
+
+def _name(job: EncodeJob, found: Found, member: Member | None, count: int, own: tuple[int, int]) -> str:
+    """The name of a picture's output: its own within its file, else the file's."""
+    assert member is not None
+    name = member.name or with_row(found.name, member.row, count)
+    if job.format == "sd-scripts":  # library/strategy_flux.py, get_latents_npz_path: the picture's own width and height
+        name = f"{name}_{own[1]:04d}x{own[0]:04d}_flux"
+    try:
+        return output_name(name, job.suffix)
+    except InvalidLatentsError as error:  # names of latents and of pictures are checked alike
+        raise InvalidImagesError(str(error)) from error
+
+
+def _fit(job: EncodeJob, size: tuple[int, int], multiple: int) -> Fit:
+    return fit(size, multiple, job.sizes, Buckets(job.bucket, job.bucket_area))
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """The generator for one picture: the same whenever and wherever the picture is encoded."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
