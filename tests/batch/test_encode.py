@@ -243,7 +243,7 @@ def test_the_cache_of_sd_scripts(tmp_path: Path, encoder: Encoder) -> None:
     """Its names, keys and values, as its source has them; `fluxvae decode` reads it as it reads sd-scripts' own."""
     image = Image.fromarray(data.astronaut()[:300, :400])
     image.save(tmp_path / "cat.png")
-    arguments = ("-o", tmp_path / "out", "--buckets", "64", "--bucket-area", "65536", "--format", "sd-scripts")
+    arguments = ("-o", tmp_path / "out", "--buckets", "64", "--bucket-area", "65536", "--format", "kohya")
     result = encode(tmp_path / "cat.png", *arguments)
     assert result.exit_code == 0, result.output
     (name,) = files(tmp_path / "out") - {"job.json"}
@@ -263,13 +263,52 @@ def test_the_cache_of_sd_scripts(tmp_path: Path, encoder: Encoder) -> None:
     assert back.exit_code == 0, back.output
 
 
+MUSUBI = {  # the endings and the architectures of musubi-tuner's dataset/architectures.py
+    "musubi-flux2-dev": ("f2d", "flux_2_dev", ""),
+    "musubi-flux2-klein-4b": ("f2k4b", "flux_2_klein_4b", ""),
+    "musubi-flux2-klein-9b": ("f2k9b", "flux_2_klein_9b", ""),
+    "musubi-z-image": ("zi", "z_image", "1x"),
+}
+
+
+@pytest.mark.parametrize("name", MUSUBI)
+def test_the_caches_of_musubi_tuner(tmp_path: Path, encoder: Encoder, name: str) -> None:
+    """Names, keys, metadata and values as its source has them; `fluxvae decode` reads them back."""
+    end, architecture, frames = MUSUBI[name]
+    checkpoint = "demo"
+    if name != "musubi-z-image":
+        checkpoint = str(tmp_path / "flux2")
+        flux2_vae().save_pretrained(checkpoint)
+    image = picture(48, 80)
+    image.save(tmp_path / "cat.png")
+    common = ("--checkpoint", checkpoint)
+    result = encode(tmp_path / "cat.png", "-o", tmp_path / "out", "--format", name, *common)
+    assert result.exit_code == 0, result.output
+    (written,) = files(tmp_path / "out") - {"job.json"}
+    assert written == f"cat_0080x0048_{end}.safetensors"
+    own = encoder if checkpoint == "demo" else Encoder.from_pretrained(checkpoint, device="cpu")
+    expected = own.encode(image, packed=False, raw=name == "musubi-z-image")[0]
+    with safe_open(tmp_path / "out" / written, "pt") as held:
+        (key,) = held.keys()
+        assert key == f"latents_{frames}{expected.shape[1]}x{expected.shape[2]}_float32"
+        assert torch.equal(held.get_tensor(key), expected)
+        assert held.metadata() == {
+            "architecture": architecture, "width": "80", "height": "48", "format_version": "1.0.1"
+        }  # fmt: skip
+    arguments = ["decode", str(tmp_path / "out"), "-o", str(tmp_path / "back"), *common, "--device", "cpu"]
+    back = CliRunner().invoke(cli.app, arguments)
+    assert back.exit_code == 0, back.output
+    (decoded,) = files(tmp_path / "back") - {"job.json"}
+    assert Image.open(tmp_path / "back" / decoded).size == (80, 48)
+
+
 def test_a_checkpoint_that_cannot_make_it(tmp_path: Path) -> None:
     picture().save(tmp_path / "a.png")
     flux2_vae().save_pretrained(tmp_path / "flux2")
     tiny_vae().save_pretrained(tmp_path / "tiny")
     job = {"inputs": (str(tmp_path / "a.png"),), "out": str(tmp_path / "out"), "device": "cpu"}
     with pytest.raises(InvalidOptionError, match="not FLUX.1's"):
-        encode_files(EncodeJob(**job, checkpoint=str(tmp_path / "flux2"), format="sd-scripts"))
+        encode_files(EncodeJob(**job, checkpoint=str(tmp_path / "flux2"), format="kohya"))
     with pytest.raises(InvalidOptionError, match="seed: got one for an AutoencoderTiny"):
         encode_files(EncodeJob(**job, checkpoint=str(tmp_path / "tiny"), seed=1))
     with pytest.raises(InvalidOptionError, match="steps of 24 pixels, expected a multiple of 16"):
@@ -408,7 +447,7 @@ def test_the_checkpoints_hash_is_in_every_file(tmp_path: Path) -> None:
         ({"seed": -1}, "seed: got -1"),
         ({"background": "nice"}, "background: got 'nice'"),
         ({"sizes": "buckets", "bucket": 4096}, "which no size fits"),
-        ({"format": "sd-scripts", "packed": False}, "never packs latents"),
+        ({"format": "kohya", "packed": False}, "never packs"),
         ({"memory_limit": "much"}, "memory_limit: got 'much'"),
     ],
 )

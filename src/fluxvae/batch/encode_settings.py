@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from fluxvae.batch.fitting import Buckets, bucket_sizes
 from fluxvae.batch.settings import LOAD_OPTIONS, Existing
+from fluxvae.batch.trainers import CACHES, Cache
 from fluxvae.claims import MAX_PIXELS
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
@@ -16,7 +17,7 @@ from fluxvae.photographs import check_background
 __all__ = ["ENCODE_FORMATS", "EncodeJob", "Sizes"]
 
 Sizes = Literal["refuse", "resize", "crop", "buckets"]
-ENCODE_FORMATS = ("safetensors", "sd-scripts")
+ENCODE_FORMATS = ("safetensors", *CACHES)
 BUCKET_AREA = 1024 * 1024
 
 
@@ -77,22 +78,25 @@ class EncodeJob:
             )
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise InvalidOptionError(f"seed: got {self.seed!r}, expected a whole number from 0 on")
-        if self.format == "sd-scripts" and not self.packed:
-            raise InvalidOptionError(
-                "packed: got False with format sd-scripts, which never packs latents; leave it out"
-            )
+        if self.cache is not None and not self.packed:
+            raise InvalidOptionError(f"packed: got False with format {self.format}, which never packs; leave it out")
         check_background(self.background)
         if self.memory_limit is not None:
             parse_memory_limit(self.memory_limit)
 
     @property
+    def cache(self) -> Cache | None:
+        """The trainer's cache that is written; None where it is safetensors of our own."""
+        return CACHES.get(self.format)
+
+    @property
     def suffix(self) -> str:
         """The suffix of the outputs, with its dot."""
-        return ".npz" if self.format == "sd-scripts" else ".safetensors"
+        return ".safetensors" if self.cache is None else self.cache.suffix
 
     def multiple(self, format: LatentFormat) -> int:
         """Of how many pixels height and width must be multiples, with a checkpoint of this format."""
-        packs = (self.packed and self.format == "safetensors") or format.flux2
+        packs = (self.packed and self.cache is None) or format.flux2
         return format.packed_multiple if packs else format.vae_scale_factor
 
     def check(self, format: LatentFormat) -> None:
@@ -102,11 +106,8 @@ class EncodeJob:
             InvalidOptionError: its latents are not those that the output's format is for, buckets are no multiples of
                 its latents, or a sample is drawn of a preview.
         """
-        if self.format == "sd-scripts" and (format.flux2 or format.channels != 16 or format.preview):
-            raise InvalidOptionError(
-                "format: got sd-scripts with a checkpoint that is not FLUX.1's; it is the cache of sd-scripts' FLUX.1 "
-                "training: write safetensors"
-            )
+        if self.cache is not None:
+            self.cache.check(self.format, format)
         if self.sizes == "buckets" and self.bucket % self.multiple(format):
             raise InvalidOptionError(
                 f"buckets: got steps of {self.bucket} pixels, expected a multiple of {self.multiple(format)}, of which "

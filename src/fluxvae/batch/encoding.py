@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import threading
 import warnings
 from collections.abc import Iterator
@@ -75,13 +74,19 @@ class Encoding:
     def compute(self, group: list[tuple[Item, Any]], stop: threading.Event) -> list[tuple[Item, Any]] | None:
         """Encode one picture: its latents with a batch axis of 1, on the CPU, and the picture's own size."""
         made: list[tuple[Item, Any]] = []
+        cache = self._job.cache
         for item, (pixels, size) in group:
             sample = None if self._job.seed is None else _generator(self._job.seed, item.name, self._encoder.device)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ApproximateWarning)  # it is told once, and in every file
-                    packed = self._job.packed and self._job.format == "safetensors"
-                    latents = self._encoder.encode(pixels, packed=packed, sample=sample, cancel=stop.is_set)
+                    latents = self._encoder.encode(
+                        pixels,
+                        packed=self._job.packed and cache is None,
+                        raw=cache is not None and cache.raw,
+                        sample=sample,
+                        cancel=stop.is_set,
+                    )
             except DecodeCancelled:
                 return None
             except (FluxVAEError, MemoryError, torch.OutOfMemoryError) as error:
@@ -92,8 +97,9 @@ class Encoding:
 
     def write(self, item: Item, made: tuple[torch.Tensor, tuple[int, int]]) -> None:
         latents, size = made
-        make = _sd_scripts if self._job.format == "sd-scripts" else self._safetensors
-        write_output(self._store, f"{item.name}{self._job.suffix}", make(item, latents, size))
+        cache = self._job.cache
+        content = self._safetensors(item, latents, size) if cache is None else cache.write(latents, item.size, size)
+        write_output(self._store, f"{item.name}{self._job.suffix}", content)
 
     def _safetensors(self, item: Item, latents: torch.Tensor, size: tuple[int, int]) -> bytes:
         height, width = item.size
@@ -105,30 +111,6 @@ class Encoding:
         if self._record["approximate"]:
             metadata["approximate"] = PREVIEW_LATENTS_NOTE
         return bytes(save({"latents": latents.contiguous()}, metadata))
-
-
-def _sd_scripts(item: Item, latents: torch.Tensor, size: tuple[int, int]) -> bytes:
-    """The cache of sd-scripts' FLUX.1 training: ``library/strategy_base.py``, save_latents_to_disk.
-
-    ``crop_ltrb`` is what its ``get_crop_ltrb`` gives for the bucket and the picture's own size.
-    """
-    (height, width), (own_height, own_width) = item.size, size
-    if width / height > own_width / own_height:
-        resized = (height * own_width / own_height, float(height))
-    else:
-        resized = (float(width), width / (own_width / own_height))
-    left, top = (width - resized[0]) // 2, (height - resized[1]) // 2
-    end = f"_{latents.shape[2]}x{latents.shape[3]}"
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        **{
-            f"latents{end}": latents[0].float().numpy(),
-            f"original_size{end}": np.array([own_width, own_height]),
-            f"crop_ltrb{end}": np.array([left, top, left + resized[0], top + resized[1]]),
-        },
-    )
-    return buffer.getvalue()
 
 
 def look(job: EncodeJob, encoder: Encoder, record: dict[str, Any], store: Store) -> Outlook:
@@ -203,8 +185,8 @@ def _name(job: EncodeJob, found: Found, member: Member | None, count: int, own: 
     """The name of a picture's output: its own within its file, else the file's."""
     assert member is not None
     name = member.name or with_row(found.name, member.row, count)
-    if job.format == "sd-scripts":  # library/strategy_flux.py, get_latents_npz_path: the picture's own width and height
-        name = f"{name}_{own[1]:04d}x{own[0]:04d}_flux"
+    if job.cache is not None:
+        name = job.cache.stem(name, own)
     try:
         return output_name(name, job.suffix)
     except InvalidLatentsError as error:  # names of latents and of pictures are checked alike

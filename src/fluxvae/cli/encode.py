@@ -46,8 +46,9 @@ def encode(
         str,
         typer.Option(
             "--format",
-            help="What is written: safetensors, which fluxvae decode reads; or sd-scripts, the cache of sd-scripts' "
-            "FLUX.1 training (*_flux.npz).",
+            help="What is written: safetensors, which fluxvae decode reads; or a trainer's cache: kohya (sd-scripts' "
+            "FLUX.1 training), musubi-flux2-dev, musubi-flux2-klein-4b, musubi-flux2-klein-9b or musubi-z-image "
+            "(musubi-tuner's).",
             metavar="NAME",
         ),
     ] = "safetensors",
@@ -162,7 +163,7 @@ def encode(
     \b
       fluxvae encode photographs/ --out latents/ --checkpoint ae.safetensors --crop
       fluxvae encode 'shards/*.tar' -o latents/ --checkpoint ae.safetensors --buckets 64 --resume
-      fluxvae encode train/ -o train/ --checkpoint ae.safetensors --buckets 64 --format sd-scripts
+      fluxvae encode train/ -o train/ --checkpoint ae.safetensors --buckets 64 --format kohya
       fluxvae encode set.parquet -o s3://bucket/latents --ray
     """
     chosen = [name for name, given in (("resize", resize), ("crop", crop), ("buckets", buckets)) if given]
