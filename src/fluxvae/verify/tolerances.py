@@ -70,18 +70,18 @@ ENGINE_ERROR_RATIO = {
 }
 
 ENCODER_ERROR_RATIO = {
-    "float32": Tolerance(1.0, 0.93, "the same of an encoder's mean, and of its log variance"),
-    "bfloat16": Tolerance(1.0, 0.9, "the same in bfloat16"),
+    "float32": Tolerance(1.0, 0.87, "the same of an encoder's mean, and of its log variance"),
+    "bfloat16": Tolerance(1.0, 0.89, "the same in bfloat16"),
 }
 
 THERE_AND_BACK = Tolerance(
-    0.02, 1e-4, "dB by which a picture that was encoded and decoded differs in PSNR from diffusers' on the same weights"
+    0.02, 1.6e-4, "dB by which a picture that was encoded and decoded differs in PSNR from diffusers' on the same weights"
 )
 
 WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
-WINOGRAD_PRECISE = Tolerance(4e-5, 9e-6, "the same where the convolution is precise, or of stride 2")
+WINOGRAD_PRECISE = Tolerance(2e-5, 3.5e-6, "the same where the convolution is precise, or of stride 2")
 WINOGRAD_ENCODER_RATIO = Tolerance(
-    5.0, 3.2, "rms error of an encoder's mean or log variance with Winograd kernels, divided by diffusers' own"
+    5.0, 3.8, "rms error of an encoder's mean or log variance with Winograd kernels, divided by diffusers' own"
 )
 WINOGRAD_LAST = Tolerance(2e-6, 4e-7, "the same of the last layer, which is a direct convolution")
 WINOGRAD_ATTENTION = Tolerance(4e-6, 1e-6, "largest error of attention, relative to the largest value it averages")
