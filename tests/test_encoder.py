@@ -21,7 +21,7 @@ from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, Encoder, InvalidImagesError, InvalidOptionError, MemoryLimitError, pack_latents
 from fluxvae.checkpoints import ASSETS
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.errors import DecodeCancelled
+from fluxvae.errors import DecodeCancelled, NonFiniteOutputError
 from fluxvae.pixels import check_images, to_pixels
 from fluxvae.verify.tolerances import THERE_AND_BACK
 from models import random_vae
@@ -224,6 +224,11 @@ def test_a_sample_is_drawn_as_diffusers_draws(encoder: Encoder) -> None:
         assert torch.equal(latents[index], mean[index] + torch.exp(0.5 * logvar[index]) * noise)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_factors_that_overflow_are_no_latents(encoder: Encoder) -> None:
+    with pytest.raises(NonFiniteOutputError, match=r"by scaling them with {'scaling_factor': 1e\+38"):
+        encoder.encode(PICTURES, scaling_factor=1e38, shift_factor=-1e3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

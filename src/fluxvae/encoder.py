@@ -15,7 +15,7 @@ from fluxvae.engine.preview import PreviewEncoder
 from fluxvae.engine.reference import ReferenceEncoder
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.way import ENCODE
-from fluxvae.errors import InvalidOptionError
+from fluxvae.errors import InvalidOptionError, NonFiniteOutputError
 from fluxvae.forked import refuse_to_hang
 from fluxvae.half import Half
 from fluxvae.latents.checks import check_options
@@ -266,6 +266,11 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
     def _scaled(self, raw: torch.Tensor, reading: Reading, *, packed: bool) -> torch.Tensor:
         """Raw latents (B, C, lh, lw) with the model's scaling, and packed where that is asked for."""
         latents = self.format.from_raw(raw, reading)
+        if not torch.isfinite(latents).all():  # the engine's own are, so this is a factor's doing
+            raise NonFiniteOutputError(
+                f"latents: got NaN or Inf by scaling them with {reading.parameters() or 'its own factors'}; "
+                "the raw ones are finite: ask for raw=True, or for other factors"
+            )
         if not packed:
             return latents
         if latents.shape[1] == 4 * self.format.channels:  # in patches, whose channels are in the order of a token's

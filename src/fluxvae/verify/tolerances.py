@@ -75,7 +75,9 @@ ENCODER_ERROR_RATIO = {
 }
 
 THERE_AND_BACK = Tolerance(
-    0.02, 1.6e-4, "dB by which a picture that was encoded and decoded differs in PSNR from diffusers' on the same weights"
+    0.02,
+    1.6e-4,
+    "dB by which a picture that was encoded and decoded differs in PSNR from diffusers' on the same weights",
 )
 
 WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
