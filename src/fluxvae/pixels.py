@@ -4,20 +4,25 @@
 ``VaeImageProcessor.preprocess`` takes, and the values have its bits. What it would take and quietly change is refused:
 transparency, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is asked for). `check_pixels` is
 for tensors that are in [-1, 1] already.
+
+PyTorch is imported only where there are tensors, because a client of pictures and arrays checks them here too.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
 from PIL import Image
 
 from fluxvae.errors import InvalidImagesError, InvalidOptionError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Images", "check_images", "check_pixels", "nearest_sizes", "to_pixels"]
 
@@ -96,7 +101,7 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
                 "encoded together have one size: encode them one by one, or resize them first"
             )
         height, width = sizes[0]
-    elif isinstance(images, torch.Tensor):
+    elif _is_tensor(images):
         values, (height, width) = _checked(images, "tensor", channels=1)
     elif isinstance(images, np.ndarray):
         values, (height, width) = _checked(images, "array", channels=3)
@@ -105,7 +110,7 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
             f"images: got {type(images).__name__}, expected a PIL image, a list of them, an array (batch, height, "
             "width, 3) or a tensor (batch, 3, height, width)"
         )
-    last = not isinstance(values, torch.Tensor) or _channels_last(values)
+    last = not _is_tensor(values) or _channels_last(values)
     fitting = (height // multiple * multiple, width // multiple * multiple)
     if fitting == (height, width):
         return Images(values, height, width, channels_last=last)
@@ -125,7 +130,7 @@ def check_pixels(pixels: torch.Tensor, multiple: int) -> Images:
         raise InvalidImagesError(
             f"images: got a tensor of {pixels.dtype} {shape}, expected floats (batch, 3, height, width)"
         )
-    low, high = (float(value) for value in torch.aminmax(pixels))
+    low, high = float(pixels.min()), float(pixels.max())
     if not (low >= -1 and high <= 1):  # also where one is NaN
         raise InvalidImagesError(f"images: got values from {low:g} to {high:g}, expected floats in [-1, 1]")
     height, width = shape[2:]
@@ -143,7 +148,15 @@ def _does_not_fit(height: int, width: int, multiple: int, *, resizable: bool) ->
     )
 
 
+def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a tensor. Whoever has one has imported PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _channels_last(tensor: torch.Tensor) -> bool:
+    import torch
+
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
@@ -163,6 +176,8 @@ def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch
     What comes from pictures and arrays lies channels last, and what comes from tensors as they lie. So it does in the
     pipelines, and a convolution by PyTorch has other last bits for each.
     """
+    import torch
+
     pixels = torch.empty(
         (images.batch, 3, images.height, images.width),
         dtype=dtype,
@@ -193,7 +208,7 @@ def _resized(value: Any, images: Images) -> Any:
     size = (images.height, images.width)
     if isinstance(value, Image.Image):
         return _processor().resize(value, *size)
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         return _processor().resize(value[None], *size)[0]
     if value.dtype == np.uint8:
         value = value.astype(np.float32) / 255.0
@@ -202,7 +217,7 @@ def _resized(value: Any, images: Images) -> Any:
 
 def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
     """Cut one image into bands of rows: each as a slice of rows, and its values (3, n, W) in [0, 1]."""
-    if isinstance(image, torch.Tensor):
+    if _is_tensor(image):
         height, width = image.shape[1:]
     elif isinstance(image, np.ndarray):
         height, width = image.shape[:2]
@@ -211,7 +226,7 @@ def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
     step = max(1, _BAND_VALUES // (3 * width))
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        if isinstance(image, torch.Tensor):
+        if _is_tensor(image):
             yield rows, image[:, rows]
             continue
         band = image[rows] if isinstance(image, np.ndarray) else image.crop((0, rows.start, width, rows.stop))

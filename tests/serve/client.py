@@ -22,6 +22,7 @@ from fluxvae.serve.triton.server import TritonServer
 Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
 GATHER = "vae_decoder_gather"
+GATHER_ENCODES = "vae_encoder_gather"
 GATHER_ROWS = 8
 _TIMEOUT_S = 200.0
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxvae import Decoder
+from fluxvae import Decoder, Encoder
 from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
-from serve.client import GATHER, Serving
+from serve.client import GATHER, GATHER_ENCODES, Serving
 from serve.gateways import Gateways
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
@@ -41,13 +41,19 @@ def library(tiny_checkpoint: Path) -> Decoder:
     return Decoder.from_pretrained(tiny_checkpoint, device="cpu")
 
 
-def copy_model(repository: Path, name: str, **edits: str) -> Path:
-    """Copy the shipped model under another name. ``edits`` replace texts of its config, each of which must be there."""
+@pytest.fixture(scope="session")
+def encoder(tiny_checkpoint: Path) -> Encoder:
+    """The library's encoder with the server's weights, with whose latents the server's are compared."""
+    return Encoder.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+def copy_model(repository: Path, name: str, shipped: str = "vae_decoder", **edits: str) -> Path:
+    """Copy a shipped model under another name. ``edits`` replace texts of its config, each of which must be there."""
     folder = repository / name
-    shutil.copytree(TRITON_MODELS / "vae_decoder", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(TRITON_MODELS / shipped, folder, ignore=shutil.ignore_patterns("__pycache__"))
     config = folder / "config.pbtxt"
     text = config.read_text()
-    for old, new in {'name: "vae_decoder"': f'name: "{name}"', **edits}.items():
+    for old, new in {f'name: "{shipped}"': f'name: "{name}"', **edits}.items():
         assert text.count(old) == 1, (old, text.count(old))
         text = text.replace(old, new)
     config.write_text(text)
@@ -56,10 +62,12 @@ def copy_model(repository: Path, name: str, **edits: str) -> Path:
 
 @pytest.fixture(scope="session")
 def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder) -> Iterator[Serving]:
-    """A server of the shipped model and of a copy of it, which waits until an ``execute`` is full with 8 rows."""
+    """A server of the shipped models for FLUX.1, and of copies that wait until an ``execute`` is full with 8 rows."""
     repository = tmp_path_factory.mktemp("repository")
-    (repository / "vae_decoder").symlink_to(TRITON_MODELS / "vae_decoder")
-    copy_model(repository, GATHER, **{"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"})
+    patient = {"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"}
+    for shipped, copy in (("vae_decoder", GATHER), ("vae_encoder", GATHER_ENCODES)):
+        (repository / shipped).symlink_to(TRITON_MODELS / shipped)
+        copy_model(repository, copy, shipped, **patient)
     log = tmp_path_factory.mktemp("log") / "triton.log"
     with TritonServer(
         repository,

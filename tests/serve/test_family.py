@@ -1,4 +1,4 @@
-"""FLUX.1, FLUX.2 and a preview on one real server: the library's pixels, each family's options, and who decodes what.
+"""FLUX.1, FLUX.2 and a preview on one real server: the library's results, each family's options, and who does what.
 
 Not covered here: the arithmetic (tests of the library), and what all models share (the other tests of this folder).
 """
@@ -10,7 +10,7 @@ import io
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +20,10 @@ import pytest
 import torch
 from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 from family_models import flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
-from fluxvae import Decoder, InvalidLatentsError, InvalidOptionError
+from fluxvae import Decoder, Encoder, InvalidLatentsError, InvalidOptionError
 from fluxvae.client import Client, install
 from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.serve.models import MODELS
@@ -39,7 +40,8 @@ pytestmark = [
 ]
 SIZE = {"height": 32, "width": 48}
 PATCHES = 6
-FLUX1, FLUX2, PREVIEW = MODELS
+FLUX1, FLUX2, PREVIEW, *ENCODERS = MODELS
+DECODERS = (FLUX1, FLUX2, PREVIEW)
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 
 
@@ -49,9 +51,15 @@ class Family:
 
     server: TritonServer
     library: dict[str, Decoder]
+    encoders: dict[str, Encoder]
 
     def serving(self, model: str) -> Serving:
         return Serving(self.server, self.library[model])
+
+    def infer_pictures(self, request: Request, model: str) -> dict[str, np.ndarray]:
+        """Send a request whose pictures, not latents, are in ``request.latents``."""
+        inputs = {"images": request.latents, "latents": None, "height": None, "width": None}
+        return Serving(self.server, self.library[FLUX1]).infer("grpc", replace(request, inputs=inputs), model)
 
     def client(self, model: str) -> Client:
         return Client(self.server.grpc_url, model=model)
@@ -60,9 +68,9 @@ class Family:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    random_vae().save_pretrained(folders[FLUX1])
-    flux2_vae().save_pretrained(folders[FLUX2])
-    tiny_vae(32).save_pretrained(folders[PREVIEW])
+    for name, served in MODELS.items():
+        vae = {"AutoencoderKL": random_vae, "AutoencoderKLFlux2": flux2_vae}.get(served.vae_class, lambda: tiny_vae(32))
+        vae().save_pretrained(folders[name])
     return {name: str(folder) for name, folder in folders.items()}
 
 
@@ -70,9 +78,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
     repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
-    library = {name: Decoder.from_pretrained(checkpoint, device="cpu") for name, checkpoint in checkpoints.items()}
+    library = {name: Decoder.from_pretrained(checkpoints[name], device="cpu") for name in DECODERS}
+    encoders = {name: Encoder.from_pretrained(checkpoints[name], device="cpu") for name in ENCODERS}
     with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
-        yield Family(server, library)
+        yield Family(server, library, encoders)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +115,10 @@ def shuffled(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_folders_say_what_they_serve() -> None:
     root = Path(__file__).parents[2] / "triton_models"
     assert {folder.name for folder in root.iterdir()} == set(MODELS)
-    for name, vae_class in MODELS.items():
+    for name, served in MODELS.items():
         config = (root / name / "config.pbtxt").read_text()
-        assert f'key: "vae_class" value: {{ string_value: "{vae_class}" }}' in config
+        assert f'key: "vae_class" value: {{ string_value: "{served.vae_class}" }}' in config
+        assert ('key: "encodes" value: { string_value: "true" }' in config) == served.encodes
         assert ('key: "approximate" value: { string_value: "true" }' in config) == (name == PREVIEW)
 
 
@@ -120,7 +130,7 @@ def test_the_folders_hold_the_same_code() -> None:
         assert ast.get_docstring(tree)
         return [ast.unparse(part) for part in tree.body[1:] if not isinstance(part, ast.If)]
 
-    assert code(FLUX1) == code(FLUX2) == code(PREVIEW)
+    assert all(code(name) == code(FLUX1) for name in MODELS)
     assert any("TritonPythonModel" in part for part in code(FLUX1))
 
 
@@ -327,15 +337,16 @@ def test_what_the_gateway_says_of_itself(gateway: str) -> None:
     facts = json.loads(ask(gateway, path="/info").body)
     assert facts["model"] == FLUX1
     assert {name: (of["path"], of["approximate"]) for name, of in facts["models"].items()} == {
-        name: (f"/models/{name}/decode", name == PREVIEW) for name in MODELS
+        name: (f"/models/{name}/{'encode' if name in ENCODERS else 'decode'}", name == PREVIEW) for name in MODELS
     }
+    assert {name: of["encodes"] for name, of in facts["models"].items()} == {name: name in ENCODERS for name in MODELS}
     paths = json.loads(ask(gateway, path="/openapi.json").body)["paths"]
-    assert {f"/models/{name}/decode" for name in MODELS} <= paths.keys()
+    assert {of["path"] for of in facts["models"].values()} | {"/decode", "/encode"} <= paths.keys()
     assert "approximate preview" in paths[f"/models/{PREVIEW}/decode"]["post"]["summary"]
     assert ask(gateway, path="/docs").status == 200
     metrics = ask(gateway, path="/metrics").body.decode()
     for name in MODELS:
-        assert f'fluxvae_decodes_total{{model="{name}"}}' in metrics
+        assert f'fluxvae_{"en" if name in ENCODERS else "de"}codes_total{{model="{name}"}}' in metrics
     assert ask(gateway, "POST", "/models/other/decode").status == 404
 
 
@@ -347,6 +358,42 @@ def test_not_ready_while_one_of_them_is_not_there(family: Family) -> None:
         gateways.stop()
     assert answer.status == 503
     assert json.loads(answer.body)["reason"].startswith("absent: ")
+
+
+def test_an_encoder_gives_the_librarys_latents(family: Family) -> None:
+    """FLUX.2's in patches and normalised, or raw; with latents that the decoder beside it takes back."""
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIZE.values(), 3), np.uint8)
+    for name in ENCODERS:
+        library = family.encoders[name]
+        expected = {
+            "latents": library.encode(images),
+            "latents_unpacked": library.encode(images, packed=False),
+        }
+        for asked, parameters in (
+            (expected, {}),
+            ({"latents_unpacked": library.encode(images, packed=False, raw=True)}, {"raw": True}),
+        ):
+            request = Request(images, **SIZE, outputs=tuple(asked), parameters=parameters)
+            made = family.infer_pictures(request, name)
+            for output, latents_of in asked.items():
+                np.testing.assert_array_equal(made[output], latents_of.numpy())
+    tokens = torch.from_numpy(
+        family.infer_pictures(Request(images, **SIZE, outputs=("latents",)), ENCODERS[1])["latents"]
+    )
+    request = Request(tokens.numpy(), **SIZE)
+    serving = family.serving(FLUX2)
+    serving.assert_same_pixels(serving.infer("grpc", request, FLUX2)["images"], request)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)])
+def test_odd_grids_of_flux2_are_for_raw_latents(family: Family, size: tuple[int, int]) -> None:
+    name = ENCODERS[1]
+    images = np.random.default_rng(1).integers(0, 256, (1, *size, 3), np.uint8)
+    odd = Request(images, *size, outputs=("latents_unpacked",))
+    with pytest.raises(InferenceServerException, match="expected multiples of 16"):
+        family.infer_pictures(odd, name)
+    made = family.infer_pictures(replace(odd, parameters={"raw": True}), name)["latents_unpacked"]
+    np.testing.assert_array_equal(made, family.encoders[name].encode(images, packed=False, raw=True).numpy())
 
 
 # -- what keeps a model from loading -------------------------------------------------------------------------------
@@ -370,8 +417,9 @@ def test_models_that_do_not_load(checkpoints: dict[str, str], tmp_path: Path) ->
 # -- fluxvae serve -------------------------------------------------------------------------------------------------
 
 
-def test_fluxvae_serve_with_two_models(checkpoints: dict[str, str], family: Family) -> None:
+def test_fluxvae_serve_with_three_models(checkpoints: dict[str, str], family: Family) -> None:
     arguments = ["--model", f"{FLUX2}={checkpoints[FLUX2]}", "--memory-limit", "400MB"]
+    arguments += ["--model", f"{ENCODERS[0]}={checkpoints[FLUX1]}", "--model-memory-limit", f"{ENCODERS[0]}=50MB"]
     arguments += ["--model-memory-limit", f"{FLUX2}=250MB"]
     supervised = Supervised.start(checkpoints[FLUX1], arguments, {})
     try:
@@ -385,11 +433,17 @@ def test_fluxvae_serve_with_two_models(checkpoints: dict[str, str], family: Fami
         gateway = f"http://{supervised.address('gateway')}"
         facts = json.loads(ask(gateway, path="/info").body)["models"]
         assert {name: of["settings"]["memory_limit"] for name, of in facts.items()} == {
-            FLUX1: "150000000",
+            FLUX1: "100000000",
             FLUX2: "250MB",
+            ENCODERS[0]: "50MB",
         }
         expected = family.library[FLUX2].decode(latents(128), **SIZE, output_type="uint8")
         np.testing.assert_array_equal(remote(gateway, FLUX2, latents(128)).numpy(), expected)
+        images = np.random.default_rng(0).integers(0, 256, (1, *SIZE.values(), 3), np.uint8)
+        sent = {"images": images, "latents": None, "height": None, "width": None}
+        asked = Request(images, **SIZE, outputs=("latents",), inputs=sent)
+        made = Serving(where, family.library[FLUX1]).infer("grpc", asked, ENCODERS[0])  # type: ignore[arg-type]
+        np.testing.assert_array_equal(made["latents"], family.encoders[ENCODERS[0]].encode(images).numpy())
         assert supervised.signal_and_wait(signal.SIGTERM) == 0, supervised.output
         supervised.assert_nothing_left()
     finally:

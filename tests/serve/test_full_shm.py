@@ -92,7 +92,6 @@ def test_room(sizes: list[int], region: int, disk: int) -> None:
 def test_bytes_that_are_sent() -> None:
     files = np.array([[b"abc"], [b"defgh"]], dtype=np.object_)
     assert handover.sent_bytes([np.zeros((2, 3), np.float32), files]) == [24, 4 + 3 + 4 + 5]
-    assert handover.least_bytes(["images", "images_raw", "images_encoded"], 10) == [30, 120]
 
 
 def test_outside_of_triton_nothing_is_refused() -> None:

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxvae.serve.gateway.openapi import document
-from fluxvae.serve.gateway.remote_decode import Limits
+from fluxvae.serve.gateway.query import Limits
 from serve.gateways import ask
 
-OPERATION = document(Limits(max_request_bytes=2**24, max_pixels=2**24), "0", token=False)["paths"]["/decode"]["post"]
+LIMITS = Limits(max_request_bytes=2**24, max_picture_bytes=2**24, max_pixels=2**24)
+OPERATION = document(LIMITS, "0", token=False)["paths"]["/decode"]["post"]
 PARAMETERS = {parameter["name"]: parameter for parameter in OPERATION["parameters"] if parameter["in"] == "query"}
 STATUSES = {int(code) for code in OPERATION["responses"]} - {500, 502, 503, 504}
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}

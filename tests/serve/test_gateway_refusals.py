@@ -193,7 +193,15 @@ def test_other_paths_and_methods(gateway: str, method: str, path: str, status: i
 
 
 @pytest.mark.parametrize(
-    "changes", [{"token": ""}, {"token": "  "}, {"timeout_s": 0}, {"max_request_bytes": -1}, {"max_in_flight": 0}]
+    "changes",
+    [
+        {"token": ""},
+        {"token": "  "},
+        {"timeout_s": 0},
+        {"max_request_bytes": -1},
+        {"max_picture_bytes": 0},
+        {"max_in_flight": 0},
+    ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidOptionError, match=next(iter(changes))):
@@ -226,12 +234,12 @@ def received(connection: socket.socket, until: bytes) -> bytes:
     return answer
 
 
-def triton_requests(serving: Serving) -> float:
-    """How many requests have reached the model, whatever became of them."""
+def triton_requests(serving: Serving, model: str = "vae_decoder") -> float:
+    """How many requests have reached this model, whatever became of them."""
     page = ask(serving.server.metrics_url.removesuffix("/metrics"), path="/metrics").body.decode()
     names = ("nv_inference_request_success{", "nv_inference_request_failure{")
     return sum(
         float(line.rpartition(" ")[2])
         for line in page.splitlines()
-        if line.startswith(names) and 'model="vae_decoder"' in line
+        if line.startswith(names) and f'model="{model}"' in line
     )

@@ -14,10 +14,12 @@ from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model import memory
-from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.model.decoding import Decoding
+from fluxvae.serve.model.jobs import Job
+from fluxvae.serve.model.memory import MemoryBudget, compute
 from fluxvae.serve.model.metrics import rung_of
 from fluxvae.serve.model.outputs import OUTPUTS, make_outputs, output_bytes
-from fluxvae.serve.model.requests import Job, Parameters
+from fluxvae.serve.model.requests import Parameters
 from models import random_vae
 
 SIZE = 256
@@ -36,6 +38,10 @@ def limited(limit: int | None) -> Decoder:
     return Decoder(random_vae(), memory_limit=limit)
 
 
+def decoding(decoder: Decoder) -> Decoding:
+    return Decoding(decoder, MAX_PIXELS)
+
+
 def never() -> bool:
     return False
 
@@ -43,7 +49,7 @@ def never() -> bool:
 def test_a_group_grows_as_long_as_its_plan_has_room() -> None:
     alone = limited(1 << 30).plan(SIZE, SIZE).peak_bytes
     decoder = limited(alone + 2 * IMAGE)
-    budget = MemoryBudget(decoder, MAX_PIXELS)
+    budget = MemoryBudget(decoding(decoder))
     assert budget.fits([job()] * 3)
     assert not budget.fits([job()] * 4)
     for rows in (1, 3):
@@ -57,13 +63,13 @@ def test_a_group_leaves_room_for_outputs() -> None:
     alone = limited(1 << 30).plan(SIZE, SIZE).peak_bytes
     rows = 2 + alone // IMAGE  # so many that their images and outputs take more than the decode of one
     many = [job(rows, OUTPUTS), job(1)]
-    assert MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits([job(rows), job(1)])
-    assert not MemoryBudget(limited(alone + (rows + 1) * IMAGE), MAX_PIXELS).fits(many)
+    assert MemoryBudget(decoding(limited(alone + (rows + 1) * IMAGE))).fits([job(rows), job(1)])
+    assert not MemoryBudget(decoding(limited(alone + (rows + 1) * IMAGE))).fits(many)
 
 
 def test_pixels_bound_a_group_of_any_engine() -> None:
     for engine in ("exact", "diffusers"):
-        budget = MemoryBudget(Decoder(random_vae(), engine=engine), 2 * SIZE * SIZE)
+        budget = MemoryBudget(Decoding(Decoder(random_vae(), engine=engine), 2 * SIZE * SIZE))
         assert budget.fits([job()] * 2)
         assert not budget.fits([job()] * 3)
     assert budget.plan(SIZE, SIZE, 1) is None
@@ -71,11 +77,11 @@ def test_pixels_bound_a_group_of_any_engine() -> None:
 
 def test_outputs_that_cannot_fit_are_refused_by_name() -> None:
     decoder = limited(10 * IMAGE)
-    budget = MemoryBudget(decoder, MAX_PIXELS)
+    budget = MemoryBudget(decoding(decoder))
     budget.check(job(2))
     with pytest.raises(MemoryLimitError, match=r"2 x 256x256 .* as images, images_encoded, .*send fewer rows"):
         budget.check(job(2, OUTPUTS))
-    MemoryBudget(limited(None), MAX_PIXELS).check(job(2, OUTPUTS))
+    MemoryBudget(decoding(limited(None))).check(job(2, OUTPUTS))
 
 
 @pytest.mark.parametrize("names", [*[(name,) for name in OUTPUTS], OUTPUTS], ids=str)
@@ -94,7 +100,7 @@ def test_output_bytes_bound_what_is_kept(names: tuple[str, ...]) -> None:
 
 def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = limited(1 << 30)
-    budget = MemoryBudget(decoder, MAX_PIXELS)
+    budget = MemoryBudget(decoding(decoder))
     first = budget.plan(SIZE, SIZE, 1)
     monkeypatch.setattr(decoder, "plan", lambda *_: pytest.fail("planned again"))
     assert budget.plan(SIZE, SIZE, 1) is first
@@ -104,7 +110,7 @@ def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_cut_to_what_was_free_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = limited(None)
-    budget = MemoryBudget(decoder, MAX_PIXELS)
+    budget = MemoryBudget(decoding(decoder))
     first = budget.plan(SIZE, SIZE, 1)
     assert budget.plan(SIZE, SIZE, 1) is first
     monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
@@ -132,10 +138,10 @@ def test_out_of_memory_is_decoded_on_a_smaller_plan_to_the_same_bits(
     limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = limited(limit)
-    expected = decode_jobs(decoder, [job()], never)
+    expected = compute(decoding(decoder), [job()], never)
     whole = decoder.plan(SIZE, SIZE).peak_bytes
     scarce = ScarceMemory(monkeypatch, int(whole * 0.7))
-    assert torch.equal(decode_jobs(decoder, [job()], never), expected)
+    assert torch.equal(compute(decoding(decoder), [job()], never), expected)
     assert scarce.peaks[0] == whole
     assert scarce.peaks[-1] <= whole * 0.7
     assert decoder.engine.memory_limit == limit, "only for that decode"
@@ -146,22 +152,22 @@ def test_out_of_memory_on_every_plan_is_unavailable(rows: int, monkeypatch: pyte
     decoder = limited(1 << 30)
     scarce = ScarceMemory(monkeypatch, 0)
     with pytest.raises(UnavailableError, match="ran out with the smallest plan"):
-        decode_jobs(decoder, [job(index=index) for index in range(rows)], never)
+        compute(decoding(decoder), [job(index=index) for index in range(rows)], never)
     assert scarce.peaks == sorted(scarce.peaks, reverse=True)
     assert scarce.peaks[-1] <= decoder.engine.smallest_limit(SIZE // 8, SIZE // 8, rows)
 
 
 def test_scarce_free_memory_is_unavailable_a_set_limit_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
-        decode_jobs(limited(1000), [job()], never)
+        compute(decoding(limited(1000)), [job()], never)
     monkeypatch.setattr("fluxvae.engine.bounded.available_memory", lambda device: 1000)
     with pytest.raises(UnavailableError, match="free memory: got 900 bytes.*try again"):
-        decode_jobs(limited(None), [job()], never)
+        compute(decoding(limited(None)), [job()], never)
 
 
 def test_jobs_of_a_group_get_their_own_rows() -> None:
     decoder = limited(None)
     jobs = [job(2, index=1), job(1, index=2)]
-    together = decode_jobs(decoder, jobs, never)
+    together = compute(decoding(decoder), jobs, never)
     for one, image in zip(jobs, (together[:2], together[2:]), strict=True):
-        np.testing.assert_array_equal(image, decode_jobs(decoder, [one], never))
+        np.testing.assert_array_equal(image, compute(decoding(decoder), [one], never))

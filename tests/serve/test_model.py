@@ -133,7 +133,7 @@ def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.M
     def broken(*args: object, **kwargs: object) -> None:
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(model.decoder, "decode_request", broken)
+    monkeypatch.setattr(model.work.half, "decode_request", broken)
     responses = execute(model, [InferenceRequest(latents(seed, 4), 32, 32) for seed in range(2)])
     for response in responses:
         error = response.error()
@@ -148,7 +148,7 @@ def test_unexpected_errors_are_logged_not_sent(model: Any, monkeypatch: pytest.M
 def test_one_request_without_memory_leaves_its_neighbours_alone(
     model: Any, library: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = model.decoder.decode_request
+    real = model.work.half.decode_request
     shapes = []
 
     def small_memory(request: LatentRequest, **options: Any) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_one_request_without_memory_leaves_its_neighbours_alone(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(request, **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(model.decoder, "decode_request", small_memory)
+    monkeypatch.setattr(model.work.half, "decode_request", small_memory)
     one, two = latents(0, 4), latents(1, 4, batch=2)
     single, pair = execute(model, [InferenceRequest(one, 32, 32), InferenceRequest(two, 32, 32)])
     assert [shape[0] for shape in shapes] == [3, 1, 2], "together, then each alone"
@@ -195,7 +195,7 @@ def test_a_triton_that_misbehaves_leaves_nobody_without_an_answer(model: Any) ->
 
 
 def test_cancelled_requests_are_not_decoded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.decoder, "decode_request", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(model.work.half, "decode_request", lambda *args, **kwargs: pytest.fail("decoded"))
     [response] = execute(model, [InferenceRequest(latents(0, 4), 32, 32, cancelled=True)])
     assert response.error().code() == TritonError.CANCELLED
 
@@ -242,7 +242,7 @@ def test_refuses_a_stub_that_corrupts(module: ModuleType, monkeypatch: pytest.Mo
 
 def test_finalize_lets_the_weights_go(model: Any) -> None:
     model.finalize()
-    assert model.decoder is None
+    assert model.work is None
 
 
 @pytest.mark.parametrize("supervised", [False, True])
@@ -315,7 +315,7 @@ def test_after_a_failure_a_watcher_is_not_told_that_all_is_well(model: Any, monk
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     assert decodes(model, [probe()]) == 1
-    monkeypatch.setattr(model.decoder, "decode_request", broken)
+    monkeypatch.setattr(model.work.half, "decode_request", broken)
     [answer] = execute(model, [probe()])
     assert answer.outputs(), "nobody knows yet"
     [answer] = execute(model, [InferenceRequest(latents(0, 4), 32, 32)])

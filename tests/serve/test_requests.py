@@ -20,8 +20,10 @@ from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model.answering import answer, code_of, group
-from fluxvae.serve.model.memory import decode_jobs
-from fluxvae.serve.model.requests import Job, Parameters, read_job, read_parameters
+from fluxvae.serve.model.decoding import Decoding
+from fluxvae.serve.model.jobs import Job
+from fluxvae.serve.model.memory import compute
+from fluxvae.serve.model.requests import Parameters, read_job, read_parameters
 
 FLUX2 = LatentFormat.from_vae(flux2_vae())
 SIZES = [(16, 64), (64, 16), (32, 32), (32, 16)]  # the first three have the same number of patches
@@ -138,6 +140,7 @@ class FakeDecoder:
     def __init__(self, poison: set[int]) -> None:
         self.poison = poison
         self.memory_limit = None
+        self.approximate = False
 
     def decode_request(self, request: LatentRequest, *, cancel: Callable[[], bool]) -> torch.Tensor:
         assert request.latents.shape[1] * 256 == request.height * request.width
@@ -162,7 +165,7 @@ def test_every_job_is_answered_once_with_its_own_image(jobs: list[Job], data: st
         answers[job.index] = outcome
 
     answer(
-        partial(decode_jobs, FakeDecoder(poison)),
+        partial(compute, Decoding(FakeDecoder(poison), 10**6)),
         jobs,
         deliver,
         fits=within(max_pixels),
@@ -196,7 +199,7 @@ def test_the_decode_goes_on_while_one_of_its_requests_is_wanted() -> None:
 
     gone: set[int] = set()
     answer(
-        partial(decode_jobs, Slow(set())),
+        partial(compute, Decoding(Slow(set()), 10**6)),
         [job(0, 16, 16), job(1, 16, 16)],
         lambda job, outcome: None,
         fits=within(10**6),

@@ -41,7 +41,8 @@ WARM_UP = 600
 CLIENTS = 12
 SETTLE_S = 3.0
 """For how many seconds after the recovery from a kill requests may still end in errors."""
-FEATURES = dict(zip(MODELS, (64, 128, 128), strict=True))
+DECODERS = [name for name, served in MODELS.items() if not served.encodes]
+FEATURES = dict(zip(DECODERS, (64, 128, 128), strict=True))
 SIZES = [(32, 32), (32, 48), (48, 32), (64, 64), (16, 96), (128, 128)]
 OUTPUTS = ("pt", "uint8", "png")
 GATEWAY_QUERY = {"pt": "pt", "uint8": "pt&partial_postprocess=True", "png": "pil&image_format=png"}
@@ -118,7 +119,7 @@ class Soak:
         self.clients = {
             (protocol, model): Client(self.server.address(name), protocol=protocol, model=model, **options)
             for protocol, name in (("grpc", "Triton gRPC"), ("http", "Triton HTTP"))
-            for model in MODELS
+            for model in DECODERS
         }
 
     def run(self, first: int, count: int) -> None:
@@ -248,7 +249,7 @@ def state(server: Supervised) -> dict[str, dict[str, float]]:
             (name for name in ("tritonserver", "gateway", "guardian") if f"{name}" in words and "stub" not in words), ""
         )
         if "triton_python_backend_stub" in words:
-            name = next(model for model in MODELS if f"/{model}/" in words)
+            name = next(model for model in DECODERS if f"/{model}/" in words)
         with process.oneshot():
             found[name or "supervisor"] = {
                 "mb": process.memory_info().rss / 1e6,
@@ -268,7 +269,7 @@ def model_process(server: Supervised, model: str) -> psutil.Process:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in DECODERS}
     for folder, vae in zip(folders.values(), (random_vae(), flux2_vae(), tiny_vae(32)), strict=True):
         vae.save_pretrained(folder)
     return folders
@@ -292,7 +293,7 @@ def cases(checkpoints: dict[str, Path]) -> list[Case]:
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:decode. approximate preview:UserWarning")
 def test_ten_thousand_requests(checkpoints: dict[str, Path], cases: list[Case]) -> None:
-    flux1, *others = MODELS
+    flux1, *others = DECODERS
     models = [word for name in others for word in ("--model", f"{name}={checkpoints[name]}")]
     server = Supervised.start(checkpoints[flux1], models)
     try:
@@ -310,7 +311,7 @@ def test_ten_thousand_requests(checkpoints: dict[str, Path], cases: list[Case]) 
         soak.run(WARM_UP, REQUESTS - WARM_UP)
         killer.join(600)
         assert not killer.is_alive()
-        assert Counter(kills) == dict.fromkeys((*MODELS, "tritonserver", "gateway", "guardian"), 2), kills
+        assert Counter(kills) == dict.fromkeys((*DECODERS, "tritonserver", "gateway", "guardian"), 2), kills
         soak.run(REQUESTS, WARM_UP)  # so that the new processes have done everything that the old ones had
         for client in soak.clients.values():
             client.close()
@@ -339,7 +340,7 @@ def idle(server: Supervised) -> bool:
 
 def kill_each_twice(soak: Soak, kills: list[str]) -> None:
     server = soak.server
-    finders = {model: lambda model=model: model_process(server, model) for model in MODELS}
+    finders = {model: lambda model=model: model_process(server, model) for model in DECODERS}
     finders |= {
         "tritonserver": lambda: server.triton,
         "gateway": lambda: server.gateway,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fluxvae import CheckpointError, Decoder, FluxVAEError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
+from fluxvae.serve.model.decoding import Decoding
 from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
 from models import random_vae
 from serve import fake_pb_utils
@@ -23,7 +24,7 @@ def test_defaults_leave_the_choice_to_the_decoder() -> None:
     found = settings({"checkpoint": "", "dtype": " ", "max_pixels": "", "threads": ""})
     assert found == Settings(device="cpu")
     assert found.checkpoint == "demo"
-    assert found.decoder_options() == {"device": "cpu"}
+    assert found.options() == {"device": "cpu"}
 
 
 def test_every_parameter_is_honoured() -> None:
@@ -40,7 +41,7 @@ def test_every_parameter_is_honoured() -> None:
         }
     )
     assert (found.checkpoint, found.max_pixels, found.threads) == ("owner/name", 1024, 3)
-    assert found.decoder_options() == {
+    assert found.options() == {
         "revision": "v1",
         "device": "cpu",
         "dtype": "bfloat16",
@@ -112,13 +113,13 @@ def test_tensors_that_survive_are_accepted() -> None:
 
 
 def test_a_first_decode_that_fails_keeps_the_model_from_loading() -> None:
-    warm_up(Decoder(random_vae()))
+    warm_up(Decoding(Decoder(random_vae()), 4096))
     with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
-        warm_up(Decoder(random_vae(), memory_limit=1000))
+        warm_up(Decoding(Decoder(random_vae(), memory_limit=1000), 4096))
     broken = random_vae()
     broken.decoder.conv_out.bias.data.fill_(float("nan"))
     with pytest.raises(NonFiniteOutputError):
-        warm_up(Decoder(broken))
+        warm_up(Decoding(Decoder(broken), 4096))
 
 
 class ReadsFirstValueOnly(fake_pb_utils.Tensor):

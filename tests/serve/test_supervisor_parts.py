@@ -27,7 +27,7 @@ from fluxvae.serve.models import MODELS, read_memory_limits, read_models
 from fluxvae.serve.supervisor import checks, command, services, supervisor, triton_service
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
-from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, decode_tiny, get
+from fluxvae.serve.supervisor.health import Answer, Outcome, Probe, Watch, ask_tiny, get
 from fluxvae.serve.supervisor.keeper import Keeper
 from fluxvae.serve.supervisor.services import GatewayService
 from fluxvae.serve.supervisor.settings import ServeSettings
@@ -46,6 +46,8 @@ CONTAINER = Installation(Path("/opt/tritonserver/bin/tritonserver"), None)
 OK, BUSY = Outcome(Answer.OK), Outcome(Answer.BUSY, "HTTP 503: queue full")
 FAILED = Outcome(Answer.FAILED, "HTTP 500: what")
 DEAD = Outcome(Answer.FAILED, "HTTP 500: Stub process 'x' is not healthy.", final=True)
+
+DECODERS = [name for name, served in MODELS.items() if not served.encodes]
 
 
 def verdict(*seen: tuple[float, Outcome | None, float]) -> str | None:
@@ -78,7 +80,7 @@ def test_alive(seen: list[tuple[float, Outcome | None, float]]) -> None:
         ([(1, FAILED, 0.0), (3, None, 0.0), (5, FAILED, 0.0)], "HTTP 500: what"),
         ([(1, OK, 5.0), (11.5, None, 5.1)], "hung: it neither answered nor computed for 10 s"),
         ([(1, OK, 5.0), (11.5, BUSY, 5.1)], "hung"),
-        ([*((t, None, t / 10) for t in range(100)), (101, None, 10.1)], "no decode was answered for 100 s, although"),
+        ([*((t, None, t / 10) for t in range(100)), (101, None, 10.1)], "no request was answered for 100 s, although"),
     ],
     ids=["dead stub", "two failures", "hung", "a full queue of a hung one", "busy for ever"],
 )
@@ -118,16 +120,16 @@ def test_what_an_answer_means(answers: tuple[str, dict[str, Any]]) -> None:
     address, given = answers
     image = {"outputs": [{"name": "images", "shape": [1, 16, 16, 3], "data": []}]}
     given["body"] = json.dumps(image).encode()
-    assert decode_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK)
+    assert ask_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK)
     image["outputs"][0]["shape"] = [1, 8, 8, 3]
     given["body"] = json.dumps(image).encode()
-    assert "shape [1, 8, 8, 3], expected" in decode_tiny(address, "vae_decoder", 30).reason
+    assert "shape [1, 8, 8, 3], expected" in ask_tiny(address, "vae_decoder", 30).reason
     given["body"] = b"{}"
-    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.FAILED
+    assert ask_tiny(address, "vae_decoder", 30).answer is Answer.FAILED
     given.update(status=503, body=b"Exceeds maximum queue size")
-    assert decode_tiny(address, "vae_decoder", 30).answer is Answer.BUSY
+    assert ask_tiny(address, "vae_decoder", 30).answer is Answer.BUSY
     given.update(status=500, body=b"Stub process 'vae_decoder_0_0' is not healthy.")
-    assert decode_tiny(address, "vae_decoder", 30).final
+    assert ask_tiny(address, "vae_decoder", 30).final
     given["hold"] = hold = threading.Event()
     assert get(address, "/", 0.1).reason == "no answer within 0.1 s"
     hold.set()
@@ -182,26 +184,26 @@ def test_settings_reach_the_model(tmp_path: Path) -> None:
 
 def test_models_on_one_device_share_its_memory_limit() -> None:
     limit = 3 * 2**30 + 1
-    models = dict.fromkeys(MODELS, "owner/name")
+    models = dict.fromkeys(DECODERS, "owner/name")
     for count, share in ((1, str(limit)), (2, str(limit // 2)), (3, str(2**30))):
         given = ServeSettings(models=dict(list(models.items())[:count]), memory_limit=str(limit), engine="exact")
         assert [given.model_parameters(name)["memory_limit"] for name in given.models] == [share] * count
         assert count * int(share) <= limit
         assert given.check_memory() == []
-    assert [given.model_parameters(name)["engine"] for name in MODELS] == ["exact", "exact", ""], (
+    assert [given.model_parameters(name)["engine"] for name in DECODERS] == ["exact", "exact", ""], (
         "a preview has its own"
     )
     own = {"vae_preview": "1GiB", "vae_decoder": "2"}
     given = ServeSettings(models=models, memory_limit=str(limit), model_memory_limits=own)
-    parts = [given.model_parameters(name)["memory_limit"] for name in MODELS]
+    parts = [given.model_parameters(name)["memory_limit"] for name in DECODERS]
     assert parts == ["2", str(limit - 2 - 2**30), "1GiB"]
     given = ServeSettings(models=models, model_memory_limits=own)
-    assert [given.model_parameters(name)["memory_limit"] for name in MODELS] == ["2", "", "1GiB"]
+    assert [given.model_parameters(name)["memory_limit"] for name in DECODERS] == ["2", "", "1GiB"]
     [warning] = given.check_memory()
     assert "no limit for vae_decoder_flux2:" in warning
-    given = ServeSettings(models=models, model_memory_limits=dict.fromkeys(MODELS, "1GiB"))
+    given = ServeSettings(models=models, model_memory_limits=dict.fromkeys(DECODERS, "1GiB"))
     assert given.check_memory() == []
-    assert given.gateway_command(1, "a", "b")[-6:] == [word for name in MODELS for word in ("--model", name)]
+    assert given.gateway_command(1, "a", "b")[-6:] == [word for name in DECODERS for word in ("--model", name)]
     [warning] = ServeSettings(models=models).check_memory()
     assert "3 models, and no limit for vae_decoder, vae_decoder_flux2, vae_preview:" in warning
     assert ServeSettings().check_memory() == []
@@ -276,7 +278,7 @@ def test_model_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_in_service_once_every_model_decodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Triton is out of service again when one of its models fails, although the other answers."""
     answers = {"one": Outcome(Answer.OK), "two": Outcome(Answer.BUSY, "HTTP 503: not yet")}
-    monkeypatch.setattr(triton_service, "decode_tiny", lambda address, model, timeout_s: answers[model])
+    monkeypatch.setattr(triton_service, "ask_tiny", lambda address, model, timeout_s: answers[model])
     monkeypatch.setattr(triton_service, "ASK_EVERY_S", 0.0)
     process = in_group(os.getpgid(0))[:1]
     monkeypatch.setattr(triton_service, "in_group", lambda group: process)
@@ -314,7 +316,7 @@ def test_a_config_that_was_edited(tmp_path: Path) -> None:
         (
             {"models": {"vae_decoder": "a/b", "vae_decoder_flux2": "c/d"}, "revision": "v1"},
             InvalidOptionError,
-            "--revision: got 'v1' for 2 models, vae_decoder and vae_decoder_flux2",
+            "--revision: got 'v1' for the checkpoints of 2 models, vae_decoder and vae_decoder_flux2",
         ),
         ({"token": " "}, InvalidOptionError, "token: got an empty one"),
         ({"models": {"vae_decoder": "missing.safetensors"}}, CheckpointError, "nothing at missing.safetensors"),

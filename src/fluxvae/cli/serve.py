@@ -24,8 +24,9 @@ def serve(
     model: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="Serve this model with this checkpoint: vae_decoder (FLUX.1 and its borrowers), vae_decoder_flux2 or "
-            "vae_preview (approximate). Repeat it for several models; the first is the one at the gateway's root.",
+            help="Serve this model with this checkpoint: vae_decoder or vae_encoder (FLUX.1 and its borrowers), "
+            "vae_decoder_flux2, vae_encoder_flux2 or vae_preview (approximate). Repeat it for several models; the "
+            "first that decodes is at the gateway's root and /decode, the first that encodes at /encode.",
             metavar="NAME=SOURCE",
         ),
     ] = None,
@@ -149,6 +150,15 @@ def serve(
             metavar="N",
         ),
     ] = None,
+    max_picture_bytes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="The most bytes of a picture, or a tensor of pixels, that the gateway takes to encode. Left out, it "
+            "is 192 MiB, the pixels of 4096x4096 in float32.",
+            min=1,
+            metavar="N",
+        ),
+    ] = None,
     max_queue: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
@@ -205,17 +215,19 @@ def serve(
         ),
     ] = 3600.0,
 ) -> None:
-    """Serve the decoder to other programs and machines, and keep it running.
+    """Serve a VAE to other programs and machines, and keep it running.
 
-    It starts Triton Inference Server, and in front of it an HTTP gateway that speaks diffusers' remote_decode and has a
-    page at http://127.0.0.1:8080/. It watches both by decoding, and restarts what dies or hangs. Ctrl-C or SIGTERM
-    stops it after the requests under way; a second one stops it at once. docs/serving.md has more.
+    It starts Triton Inference Server, and in front of it an HTTP gateway that speaks diffusers' remote_decode and
+    remote_encode, and has a page at http://127.0.0.1:8080/. It watches both by tiny requests, and restarts what dies or
+    hangs. Ctrl-C or SIGTERM stops it after the requests under way; a second one stops it at once. docs/serving.md has
+    more.
 
     Examples:
 
     \b
       fluxvae serve
       fluxvae serve --checkpoint ae.safetensors --memory-limit 4GiB
+      fluxvae serve --checkpoint ae.safetensors --model vae_encoder=ae.safetensors
       fluxvae serve --model vae_decoder_flux2=flux2/ --model vae_preview=taef1/
       fluxvae serve ... --memory-limit 4GiB --model-memory-limit vae_preview=500MB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
@@ -248,6 +260,7 @@ def serve(
         threads=threads,
         token=read_token(token_file),
         max_request_bytes=max_request_bytes,
+        max_picture_bytes=max_picture_bytes,
         max_queue=max_queue,
         allowed_hosts=tuple(allowed_host or ()),
         request_timeout_s=request_timeout,

@@ -45,7 +45,7 @@ def formats_of_model(model: str) -> tuple[LatentFormat, ...]:
     """Return the formats in which a model of this name may take latents: those of all checkpoints it could have."""
     if model not in MODELS:
         return (_FLUX1, _FLUX2, _SD)
-    vae_class = MODELS[model]
+    vae_class = MODELS[model].vae_class
     return _FORMATS[vae_class] if vae_class == "AutoencoderKLFlux2" else (*_FORMATS[vae_class], _SD)
 
 

@@ -6,25 +6,54 @@ The supervisor, the gateway and the client need this, so it is to be had without
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["MODEL", "MODELS", "read_memory_limits", "read_models", "vae_class_of"]
+__all__ = ["MODEL", "MODELS", "Served", "encoder_of", "encodes", "read_memory_limits", "read_models", "vae_class_of"]
 
 MODEL = "vae_decoder"
 """The name of the model that is served if nothing else is asked for."""
+
+
+class Served(NamedTuple):
+    """What a model serves."""
+
+    vae_class: str
+    """The class in diffusers of its checkpoints."""
+    encodes: bool = False
+    """Whether it turns pictures into latents; otherwise it turns latents into pictures."""
+
+
 MODELS = {
-    MODEL: "AutoencoderKL",
-    "vae_decoder_flux2": "AutoencoderKLFlux2",
-    "vae_preview": "AutoencoderTiny",
+    MODEL: Served("AutoencoderKL"),
+    "vae_decoder_flux2": Served("AutoencoderKLFlux2"),
+    "vae_preview": Served("AutoencoderTiny"),
+    "vae_encoder": Served("AutoencoderKL", encodes=True),
+    "vae_encoder_flux2": Served("AutoencoderKLFlux2", encodes=True),
 }
-"""The names of the models, and the class in diffusers of the checkpoints that each serves. Their ``config.pbtxt`` files
-name the same classes."""
+"""The models by name. Their ``config.pbtxt`` files say the same of each."""
 
 
 def vae_class_of(model: str) -> str:
     """Return the class of checkpoint that a model serves; a model of another name is taken for one like `MODEL`."""
-    return MODELS.get(model, MODELS[MODEL])
+    return MODELS.get(model, MODELS[MODEL]).vae_class
+
+
+def encodes(model: str) -> bool:
+    """Return whether a model turns pictures into latents; a model of another name is taken for one like `MODEL`."""
+    return MODELS.get(model, MODELS[MODEL]).encodes
+
+
+def encoder_of(model: str) -> str | None:
+    """Return the name of the model that encodes what ``model`` decodes, or ``model`` itself where it encodes.
+
+    None where no model of `MODELS` does, as for previews and for models of other names.
+    """
+    if model not in MODELS:
+        return None
+    wanted = Served(MODELS[model].vae_class, encodes=True)
+    return next((name for name, served in MODELS.items() if served == wanted), None)
 
 
 def read_models(given: Iterable[str], checkpoint: str | None) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Puts the HTTP gateway together: diffusers' ``remote_decode`` protocol in front of the Triton models, and a web page.
+"""Puts the HTTP gateway together: the protocols of diffusers' ``remote_decode`` and ``remote_encode`` in front of the
+Triton models, and a web page.
 
 `command` runs it as a server. The gateway has no TLS and no limits for single clients; a reverse proxy in front of it
 can add them.
@@ -25,23 +26,28 @@ from starlette.types import ASGIApp
 from fluxvae import __version__
 from fluxvae.errors import FluxVAEError, InvalidOptionError
 from fluxvae.serve.gateway.decode import DecodeEndpoint, decode_path
+from fluxvae.serve.gateway.encode import EncodeEndpoint, encode_path
 from fluxvae.serve.gateway.errors import error_body
-from fluxvae.serve.gateway.forward import Readiness, TritonModel, read_metrics
+from fluxvae.serve.gateway.exchange import Service
+from fluxvae.serve.gateway.forward import TritonModel, read_metrics
 from fluxvae.serve.gateway.hosts import is_loopback, read_allowed_host
 from fluxvae.serve.gateway.http import GatewayMetrics, OuterLayer, error_response, request_id_of
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.pages import Pages
-from fluxvae.serve.gateway.remote_decode import Limits
-from fluxvae.serve.models import MODEL
+from fluxvae.serve.gateway.query import Limits
+from fluxvae.serve.gateway.readiness import Readiness
+from fluxvae.serve.models import MODEL, encodes
 
 __all__ = ["GatewaySettings", "make_app"]
 
 _NAME = re.compile(r"[\w.-]+")
 _BODIES = 32
-"""How many bodies of the largest size the gateway holds in memory, until they are answered. One address may hold half
-as many."""
+"""How many bodies with the most bytes of latents the gateway holds in memory, until they are answered; or two of
+pictures, where they are larger. One address may hold half as many."""
 _OPEN = frozenset({"/healthz", "/readyz"})
 """The paths that need no token, because what watches the gateway asks them."""
+_TOLD_LIMITS = ("max_request_bytes", "max_picture_bytes", "max_pixels", "timeout_s")
+"""The limits that ``/info`` tells."""
 _EXAMPLES = {path.name: path for path in sorted((Path(__file__).parents[2] / "assets/latents").glob("*.safetensors"))}
 
 
@@ -60,7 +66,8 @@ class GatewaySettings:
     triton_config_key: str | None = None
     """The key for the models' configuration, where Triton guards it (see `fluxvae.serve.triton.controls`)."""
     models: Sequence[str] = (MODEL,)
-    """The names of the models. Each is served at ``/models/NAME/decode``, the first also at ``/`` and ``/decode``."""
+    """The names of the models. Each is served at ``/models/NAME/decode`` or ``/models/NAME/encode``, the first that
+    decodes also at ``/`` and ``/decode``, the first that encodes also at ``/encode``."""
     token: str | None = None
     """The token that clients must send, except to ``/healthz`` and ``/readyz``. None lets everyone in."""
     host: str = "127.0.0.1"
@@ -71,20 +78,24 @@ class GatewaySettings:
     max_request_bytes: int = 16 * 2**20
     """The largest number of bytes of latents in one request. By default they are those of 4096x4096 pixels in
     float32."""
+    max_picture_bytes: int = 192 * 2**20
+    """The largest number of bytes of pictures in one request. By default they are those of 4096x4096 pixels in
+    float32."""
     max_pixels: int = 4096 * 4096
     """The largest number of pixels that all images of one request may have together. The model's own ``max_pixels``
     holds besides."""
     timeout_s: float = 300.0
     """How many seconds may pass from the beginning of a request to its answer."""
     max_in_flight: int = 64
-    """How many decodes may be under way at the same time. By default they are as many as the model's queue holds."""
+    """How many decodes and encodes may be under way at the same time. By default they are as many as a model's queue
+    holds."""
     max_queue: int = 512
     """How many more requests may wait until one of those is done. With 0 none may."""
 
     def __post_init__(self) -> None:
         if not self.models or len(set(self.models)) < len(self.models) or not all(map(_NAME.fullmatch, self.models)):
             raise InvalidOptionError(f"models: got {', '.join(self.models)!r}, expected names, each once")
-        for name in ("max_request_bytes", "max_pixels", "timeout_s", "max_in_flight"):
+        for name in ("max_request_bytes", "max_picture_bytes", "max_pixels", "timeout_s", "max_in_flight"):
             if not getattr(self, name) > 0:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)}, expected a number above 0")
         if self.max_queue < 0:
@@ -110,9 +121,14 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     """
     metrics = GatewayMetrics()
     pages = Pages(__version__)
-    limits = Limits(max_request_bytes=settings.max_request_bytes, max_pixels=settings.max_pixels)
+    limits = Limits(
+        max_request_bytes=settings.max_request_bytes,
+        max_picture_bytes=settings.max_picture_bytes,
+        max_pixels=settings.max_pixels,
+    )
     openapi = document(limits, __version__, models=settings.models, token=settings.token is not None)
-    first = settings.models[0]
+    decoders = [name for name in settings.models if not encodes(name)]
+    encoders = [name for name in settings.models if encodes(name)]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
@@ -120,32 +136,36 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
             name: TritonModel(settings.triton_grpc_url, name, settings.triton_config_key) for name in settings.models
         }
         readiness = [Readiness(model) for model in models.values()]
-        decode = DecodeEndpoint(
-            models,
-            limits=limits,
+        service = Service(
             timeout_s=settings.timeout_s,
             max_in_flight=settings.max_in_flight,
             max_queue=settings.max_queue,
-            max_body_bytes=_BODIES * settings.max_request_bytes,
+            max_body_bytes=max(_BODIES * settings.max_request_bytes, 2 * settings.max_picture_bytes),
             metrics=metrics,
         )
+        decode = DecodeEndpoint({name: models[name] for name in decoders}, limits=limits, service=service)
+        encode = EncodeEndpoint({name: models[name] for name in encoders}, limits=limits, service=service)
         try:
-            yield {"models": models, "readiness": readiness, "decode": decode}
+            yield {"models": models, "readiness": readiness, "decode": decode, "encode": encode}
         finally:
             for each in readiness:
                 await each.close()
             for model in models.values():
                 await model.close()
 
-    def decode_with(name: str) -> Callable[[Request], Awaitable[Response]]:
-        async def decode(request: Request) -> Response:
-            endpoint: DecodeEndpoint = request.state.decode
+    def answer_with(name: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            endpoint: DecodeEndpoint | EncodeEndpoint = request.state.encode if encodes(name) else request.state.decode
             return await endpoint(request, name)
 
-        return decode
+        return answer
 
     async def root(request: Request) -> Response:
-        return await decode_with(first)(request) if request.method == "POST" else pages.main()
+        if request.method != "POST":
+            return pages.main()
+        if not decoders:
+            raise HTTPException(404)
+        return await answer_with(decoders[0])(request)
 
     async def docs(request: Request) -> Response:
         return pages.docs(openapi)
@@ -172,8 +192,9 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
 
     async def info(request: Request) -> Response:
         facts = {name: await model.facts() for name, model in request.state.models.items()}
-        models = {name: {**of_it, "path": decode_path(name)} for name, of_it in facts.items()}
-        limited = {name: getattr(settings, name) for name in ("max_request_bytes", "max_pixels", "timeout_s")}
+        models = {name: {**of_it, "path": _path(name)} for name, of_it in facts.items()}
+        limited = {name: getattr(settings, name) for name in _TOLD_LIMITS}
+        first = (decoders or encoders)[0]
         known = {"fluxvae": __version__, **facts[first], "models": models, "limits": limited}
         return JSONResponse({**known, "examples": list(_EXAMPLES)})
 
@@ -186,8 +207,9 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     app = Starlette(
         routes=[
             Route("/", root, methods=["GET", "POST"]),
-            Route("/decode", decode_with(first), methods=["POST"]),
-            *(Route(decode_path(name), decode_with(name), methods=["POST"]) for name in settings.models),
+            *(Route("/decode", answer_with(name), methods=["POST"]) for name in decoders[:1]),
+            *(Route("/encode", answer_with(name), methods=["POST"]) for name in encoders[:1]),
+            *(Route(_path(name), answer_with(name), methods=["POST"]) for name in settings.models),
             Route("/docs", docs),
             Route("/openapi.json", openapi_json),
             Route("/healthz", healthz),
@@ -200,6 +222,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.models = settings.models
     return OuterLayer(
         app,
         token=settings.token,
@@ -211,14 +234,20 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     )
 
 
+def _path(name: str) -> str:
+    """Return the path of the address at which a model is served."""
+    return encode_path(name) if encodes(name) else decode_path(name)
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     return error_response(error, request_id_of(request))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    served = f". It serves {', '.join(request.app.state.models)}" if request.method == "POST" else ""
     kind, message = {
-        404: ("NotFound", f"path: got {request.url.path[:80]!r}, which is not here; GET /docs lists what is"),
+        404: ("NotFound", f"path: got {request.url.path[:80]!r}, which is not here; GET /docs lists what is{served}"),
         405: ("MethodNotAllowed", f"method: got {request.method[:20]} on {request.url.path[:80]!r}; see GET /docs"),
     }.get(error.status_code, ("HTTPError", error.detail))
     body = error_body(kind, message, request_id_of(request))

@@ -24,7 +24,7 @@ from typing import Any
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.serve.gateway.errors import UnsupportedMedia
 
-__all__ = ["Form", "base64_answer", "largest_json", "read_form", "read_json"]
+__all__ = ["Form", "base64_answer", "largest_json", "media_type", "read_form", "read_json", "refuse_compressed"]
 
 _LARGEST_REST = 64 * 2**10
 """How many bytes of a JSON body there may be beside the text in its ``inputs``."""
@@ -55,15 +55,29 @@ def read_form(headers: Mapping[str, str]) -> Form:
         UnsupportedMedia: they announce another type, or a compressed body.
     """
     content_type = headers.get("content-type", "")
-    form = _FORMS.get(content_type.partition(";")[0].strip().lower())
+    form = _FORMS.get(media_type(content_type))
     if form is None:
         raise UnsupportedMedia(
             f"Content-Type: got {content_type[:80]!r}, expected 'tensor/binary': the latents' raw bytes; or "
             f"'tensor/base64': {_EXPECTED}"
         )
+    refuse_compressed(headers)
+    return form
+
+
+def media_type(content_type: str) -> str:
+    """Return what a ``Content-Type`` says without its parameters, in lower case; ``""`` where it says nothing."""
+    return content_type.partition(";")[0].strip().lower()
+
+
+def refuse_compressed(headers: Mapping[str, str]) -> None:
+    """Refuse a body that was compressed on its way, whatever it holds.
+
+    Raises:
+        UnsupportedMedia: the headers say that it was.
+    """
     if encoding := headers.get("content-encoding"):
         raise UnsupportedMedia(f"Content-Encoding: got {encoding[:80]!r}, expected none: send the bytes as they are")
-    return form
 
 
 def largest_json(nbytes: int) -> int:

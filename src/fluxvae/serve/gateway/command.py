@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fluxvae.serve.gateway",
         description="Serve an HTTP gateway to fluxvae's models on a Triton server that runs already. It speaks "
-        "diffusers' remote_decode protocol and has a page for people. 'fluxvae serve' starts both together.",
+        "the protocols of diffusers' remote_decode and remote_encode, and has a page for people. 'fluxvae serve' "
+        "starts both together.",
         epilog="FLUXVAE_TOKEN in the environment is what every client must send as 'Authorization: Bearer TOKEN'; "
         "without it the gateway asks for nothing. Example: python -m fluxvae.serve.gateway --triton 127.0.0.1:8001 "
         "--metrics http://127.0.0.1:8002/metrics --port 8080. docs/gateway.md has the protocol.",
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--model",
         action="append",
         metavar="NAME",
-        help=f"a model that Triton serves; repeat it for several. The first is at / and /decode too (default: {MODEL})",
+        help="a model that Triton serves; repeat it for several. The first that decodes is at / and /decode too, the "
+        f"first that encodes at /encode (default: {MODEL})",
     )
     parser.add_argument(
         "--host",
@@ -77,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-request-bytes",
         type=int,
         default=defaults.max_request_bytes,
-        help="the most bytes of one request's body; the default is the latents of 4096x4096 in float32 (%(default)s)",
+        help="the most bytes of one request's latents; the default is 4096x4096 in float32 (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-picture-bytes",
+        type=int,
+        default=defaults.max_picture_bytes,
+        help="the most bytes of one request's pictures; the default is 4096x4096 in float32 (%(default)s)",
     )
     parser.add_argument(
         "--max-pixels",
@@ -90,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--max-in-flight",
         type=int,
         default=defaults.max_in_flight,
-        help="how many decodes may be under way; each holds its body and its answer in memory (default: %(default)s)",
+        help="how many decodes and encodes may be under way; each holds its body and its answer in memory "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--max-queue",
@@ -124,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             host=args.host,
             allowed_hosts=args.allowed_host,
             max_request_bytes=args.max_request_bytes,
+            max_picture_bytes=args.max_picture_bytes,
             max_pixels=args.max_pixels,
             timeout_s=args.timeout,
             max_in_flight=args.max_in_flight,
@@ -132,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InvalidOptionError as error:
         parser.error(str(error))
     if settings.token is None and not is_loopback(args.host):
-        logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may decode", args.host)
+        logging.getLogger("fluxvae.gateway").warning("listening on %s without a token: anyone may use it", args.host)
     uvicorn.run(
         make_app(settings),
         host=args.host,

@@ -1,30 +1,29 @@
-"""Asks Triton on behalf of the gateway, over gRPC: for decodes, for proof that it is ready, for facts and metrics.
+"""Asks Triton on behalf of the gateway, over gRPC: for decodes and encodes, for a probe, for facts and metrics.
 
-HTTP is not covered here, nor is what a client may ask for (`fluxvae.serve.gateway.remote_decode`).
+HTTP is not covered here, nor is what a client may ask for (`fluxvae.serve.gateway.remote_decode` and
+`fluxvae.serve.gateway.remote_encode`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxvae.errors import DeadlineExceededError, FluxVAEError, UnavailableError
 from fluxvae.serve.gateway.errors import BadGateway, InvalidRequest, ServerError
-from fluxvae.serve.gateway.latents import Latents
-from fluxvae.serve.gateway.remote_decode import Asked
-from fluxvae.serve.models import vae_class_of
+from fluxvae.serve.models import encodes, vae_class_of
 from fluxvae.serve.triton.controls import CONFIG_HEADER
 from fluxvae.serve.triton_words import passing_trouble
 
-__all__ = ["MAX_ROWS", "Readiness", "TritonModel", "read_metrics"]
+__all__ = ["MAX_ROWS", "Question", "TritonModel", "read_metrics"]
 
 MAX_ROWS = 8
 """How many rows Triton takes in one request: the ``max_batch_size`` of the models' configuration."""
@@ -53,6 +52,27 @@ _ERRORS: dict[str, type[FluxVAEError]] = {
 }
 
 
+class Question(NamedTuple):
+    """What a model is asked: a request to it, of any number of rows."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    """The input tensors by name. The first dimension of each is the batch."""
+    output: str
+    """The output that is asked for."""
+    parameters: Mapping[str, Any]
+
+
+_SIXTEEN = np.full((1, 1), 16, np.int32)
+_PROBES = {
+    # These latents are for a model with any features.
+    False: Question(
+        {"latents": np.zeros((1, 1, 1), np.float32), "height": _SIXTEEN, "width": _SIXTEEN}, "images", {"probe": True}
+    ),
+    True: Question({"images": np.zeros((1, 16, 16, 3), np.uint8)}, "latents", {"probe": True}),
+}
+"""What a model that decodes (false) or encodes (true) is asked in order to see that it works."""
+
+
 class TritonModel:
     """One model on its Triton server. It must be made inside the event loop that uses it.
 
@@ -68,47 +88,40 @@ class TritonModel:
         self.name = name
         self.approximate = vae_class_of(name) == "AutoencoderTiny"
         """Whether its pictures are previews."""
+        self.encodes = encodes(name)
+        """Whether it turns pictures into latents; otherwise it turns latents into pictures."""
         self.last_success: float | None = None
-        """When a decode was last answered, by ``time.monotonic``. None: not since one was told to try again later."""
+        """When a request was last answered, by ``time.monotonic``. None: not since one was told to try again later."""
         self._client = triton.InferenceServerClient(url, channel_args=list(_CHANNEL))
 
     async def close(self) -> None:
         """Close the channel. Requests that are on their way fail."""
         await self._client.close()
 
-    async def decode(self, asked: Asked, latents: Latents, *, request_id: str, timeout_s: float) -> Any:
-        """Decode latents, in several requests one after another where they have more than `MAX_ROWS` rows.
+    async def ask(self, question: Question, *, request_id: str, timeout_s: float) -> NDArray[Any]:
+        """Have the model work, in several requests one after another where there are more than `MAX_ROWS` rows.
 
-        Cancelling this cancels the decode.
+        Cancelling this cancels the work.
 
         Returns:
-            The bytes of the picture where ``images_encoded`` was asked for, otherwise the output's array with its
-            batch.
+            The output that was asked for, with its batch.
 
         Raises:
             FluxVAEError: Triton's error, as one that has the right HTTP status.
         """
-        parameters = dict(latents.parameters)
-        if asked.output == "images_encoded":
-            parameters["format"] = asked.image_format
         deadline = time.monotonic() + timeout_s
-        rows = latents.array.shape[0]
+        rows = next(iter(question.inputs.values())).shape[0]
         whole: NDArray[Any] | None = None
         for start in range(0, rows, MAX_ROWS):
-            answer = await self._infer(
-                latents.array[start : start + MAX_ROWS],
-                latents.height,
-                latents.width,
-                asked.output,
-                parameters,
-                request_id=request_id,
-                timeout_s=max(deadline - time.monotonic(), 1e-3),
-            )
+            part = {name: array[start : start + MAX_ROWS] for name, array in question.inputs.items()}
+            left = max(deadline - time.monotonic(), 1e-3)
+            answer = await self._infer(question._replace(inputs=part), request_id=request_id, timeout_s=left)
             if rows <= MAX_ROWS:
-                return bytes(answer[0, 0]) if asked.output == "images_encoded" else answer
+                return answer
             if whole is None:  # made for all rows at once, because joining the parts at the end would hold them twice
                 whole = np.empty((rows, *answer.shape[1:]), answer.dtype)
             whole[start : start + MAX_ROWS] = answer
+        assert whole is not None, "a question has at least one row"
         return whole
 
     async def alive(self) -> bool:
@@ -119,16 +132,15 @@ class TritonModel:
             return False
 
     async def probe(self, timeout_s: float) -> None:
-        """Decode 16x16 pixels, which alone proves that the model, its process and its weights are there.
+        """Decode or encode 16x16 pixels, which alone proves that the model, its process and its weights are there.
 
         Raises:
-            FluxVAEError: the model did not answer, or not with pixels.
+            FluxVAEError: the model did not answer, or not with pixels or latents.
         """
-        latents, parameters = np.zeros((1, 1, 1), np.float32), {"probe": True}  # for a model with any features
-        answer = await self._infer(
-            latents, 16, 16, "images", parameters, request_id="readyz", timeout_s=timeout_s, priority=_FIRST
-        )
-        if answer.shape != (1, 16, 16, 3):
+        answer = await self._infer(_PROBES[self.encodes], request_id="readyz", timeout_s=timeout_s, priority=_FIRST)
+        # A token has as many features as the model's latents, which only the model knows.
+        fits = answer.ndim == 3 and answer.shape[:2] == (1, 1) if self.encodes else answer.shape == (1, 16, 16, 3)
+        if not fits:
             raise BadGateway(f"model {self.name}: a probe of 16x16 pixels answered with shape {answer.shape}")
 
     async def facts(self) -> dict[str, Any]:
@@ -150,48 +162,36 @@ class TritonModel:
             "model": self.name,
             "vae_class": vae_class_of(self.name),
             "approximate": self.approximate,
+            "encodes": self.encodes,
             "triton": server.get("version", ""),
             "max_batch_size": int(config.get("max_batch_size", 0)),
             "settings": {name: value for name, value in sorted(settings.items()) if value and not name.isupper()},
         }
 
-    async def _infer(
-        self,
-        latents: NDArray[np.float32],
-        height: int,
-        width: int,
-        output: str,
-        parameters: dict[str, Any],
-        *,
-        request_id: str,
-        timeout_s: float,
-        priority: int = 0,
-    ) -> NDArray[Any]:
-        rows = latents.shape[0]
-        inputs = [triton.InferInput("latents", list(latents.shape), "FP32")]
-        inputs[0].set_data_from_numpy(latents)
-        for name, value in (("height", height), ("width", width)):
-            inputs.append(triton.InferInput(name, [rows, 1], "INT32"))
-            inputs[-1].set_data_from_numpy(np.full((rows, 1), value, np.int32))
+    async def _infer(self, question: Question, *, request_id: str, timeout_s: float, priority: int = 0) -> NDArray[Any]:
+        inputs = []
+        for name, array in question.inputs.items():
+            inputs.append(triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype)))
+            inputs[-1].set_data_from_numpy(array)
         try:
             result = await self._client.infer(
                 self.name,
                 inputs,
-                outputs=[triton.InferRequestedOutput(output)],
+                outputs=[triton.InferRequestedOutput(question.output)],
                 request_id=request_id,
                 priority=priority,
-                timeout=max(1, int(timeout_s * 1e6)),  # so that Triton decodes nothing for a caller who has given up
+                timeout=max(1, int(timeout_s * 1e6)),  # so that Triton does nothing for a caller who has given up
                 client_timeout=timeout_s,
-                parameters=parameters or None,
+                parameters=dict(question.parameters) or None,
             )
         except InferenceServerException as error:
             translated = self._translate(error)
             if isinstance(translated, UnavailableError):  # so that an earlier success proves nothing any more
                 self.last_success = None
             raise translated from error
-        answer: NDArray[Any] | None = result.as_numpy(output)
+        answer: NDArray[Any] | None = result.as_numpy(question.output)
         if answer is None:
-            raise BadGateway(f"model {self.name}: the answer holds no {output}; is it fluxvae's model?")
+            raise BadGateway(f"model {self.name}: the answer holds no {question.output}; is it fluxvae's model?")
         self.last_success = time.monotonic()
         return answer
 
@@ -202,57 +202,15 @@ class TritonModel:
             return UnavailableError(f"{trouble}; try again")
         kind = _ERRORS.get(code, ServerError)
         if kind is DeadlineExceededError or "timeout expired" in message:  # the words for one in its queue
+            made, work = ("latents were", "encode") if self.encodes else ("image was", "decode")
             return DeadlineExceededError(
-                "the image was not ready in time; the decode was cancelled. Allow more with --timeout"
+                f"the {made} not ready in time; the {work} was cancelled. Allow more with --timeout"
             )
         if kind is UnavailableError:
             return UnavailableError(f"Triton cannot take this request now ({_shorten(message)}); try again")
         if kind is BadGateway:
             return BadGateway(f"Triton does not serve the model {self.name!r} ({_shorten(message)})")
         return kind(message)
-
-
-class Readiness:
-    """Tells whether a model answers decodes, by the last decode that it answered or by a probe.
-
-    Everyone who asks while a probe is under way gets the answer of that probe.
-
-    Args:
-        model: the model.
-        age_s: for how many seconds a decode that was answered is proof enough.
-        timeout_s: how many seconds a probe may take.
-    """
-
-    def __init__(self, model: TritonModel, *, age_s: float = 3.0, timeout_s: float = 5.0) -> None:
-        self._model = model
-        self._age_s = age_s
-        self._timeout_s = timeout_s
-        self._probe: asyncio.Task[str | None] | None = None
-
-    async def reason_against(self) -> str | None:
-        """Return None where the model answers decodes, otherwise why it does not."""
-        last = self._model.last_success
-        if last is not None and time.monotonic() - last <= self._age_s and await self._model.alive():
-            return None
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(self._ask())
-        return await asyncio.shield(self._probe)  # so that one who leaves does not end the probe for the others
-
-    async def close(self) -> None:
-        """End the probe that is under way, if there is one."""
-        if self._probe is not None:
-            self._probe.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._probe
-
-    async def _ask(self) -> str | None:
-        try:
-            await self._model.probe(self._timeout_s)
-        except DeadlineExceededError:
-            return f"a decode of 16x16 pixels was not answered within {self._timeout_s:g} s"
-        except FluxVAEError as error:
-            return str(error)
-        return None
 
 
 async def read_metrics(url: str, timeout_s: float = 5.0) -> str | None:

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxvae.errors import InvalidOptionError, UnavailableError
+from fluxvae.serve.gateway.body import media_type
 from fluxvae.serve.gateway.errors import (
     Busy,
     Forbidden,
@@ -57,10 +58,10 @@ class GatewayMetrics:
             buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
             registry=self.registry,
         )
-        self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes under way", registry=self.registry)
+        self.in_flight = Gauge("fluxvae_gateway_in_flight", "Decodes and encodes under way", registry=self.registry)
         self.waiting = Gauge("fluxvae_gateway_waiting", "Requests that wait in line", registry=self.registry)
         self.received = Counter(
-            "fluxvae_gateway_received_bytes", "Bytes of latents that arrived", registry=self.registry
+            "fluxvae_gateway_received_bytes", "Bytes of latents and pictures that arrived", registry=self.registry
         )
         self.triton_up = Gauge(
             "fluxvae_gateway_triton_metrics_up", "1 if Triton's own metrics follow", registry=self.registry
@@ -146,19 +147,31 @@ class OuterLayer:
             _log.log(level, "%s %s %s %.1f ms %s", scope["method"], path, status, seconds * 1e3, request_id)
 
     def _foreign(self, scope: Scope, headers: Headers) -> GatewayError | None:
-        """Return the error for a request that a web page of another origin may have sent; None where it may enter."""
-        if self._allowed_hosts is None:
-            return None
+        """Return the error for a request that a web page of another origin may have sent; None where it may enter.
+
+        A browser lets a page of any origin send a body without a Content-Type, and asks nobody first. Such a body may
+        be a picture for ``/encode``, so whatever the gateway is bound to, it is taken only from programs and from pages
+        that may send here.
+        """
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
-        if not may_call(hosts, self._allowed_hosts):
+        if self._allowed_hosts is not None and not may_call(hosts, self._allowed_hosts):
             return Misdirected(
                 f"Host: got {', '.join(hosts)[:80]!r}, but this gateway answers to loopback's names only, so that no "
                 "web page can pass for it; start it with --allowed-host NAME, or with a token, to use another name"
             )
-        if scope["method"] not in ("GET", "HEAD") and not may_send(origins, hosts, self._allowed_hosts):
+        typeless = not media_type(headers.get("content-type", ""))
+        if scope["method"] in ("GET", "HEAD") or (self._allowed_hosts is None and not typeless):
+            return None
+        if not may_send(origins, hosts, self._allowed_hosts or frozenset()):
             return Forbidden(
                 f"Origin: got {', '.join(origins)[:80]!r}, a page of another origin, which may send nothing here; "
                 "start the gateway with --allowed-host NAME to let that host's pages send"
+            )
+        site = headers.get("sec-fetch-site", "").strip().lower()
+        if typeless and not origins and site in ("cross-site", "same-site"):
+            return Forbidden(
+                f"Sec-Fetch-Site: got {site!r} without an Origin and a Content-Type: a page of another origin, which "
+                "may send nothing here"
             )
         return None
 

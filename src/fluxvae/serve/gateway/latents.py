@@ -18,7 +18,8 @@ from fluxvae.latents.layout import Layout, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.errors import TooLarge
-from fluxvae.serve.gateway.remote_decode import Asked, Limits
+from fluxvae.serve.gateway.query import Limits
+from fluxvae.serve.gateway.remote_decode import Asked
 
 __all__ = ["Latents", "read_latents", "read_shape", "wrong_length"]
 

@@ -1,4 +1,4 @@
-"""The gateway's web pages: the one that decodes, the one that asks for the token, and the API's description.
+"""The gateway's web pages: the one that decodes and encodes, the one that asks for the token, and that of the API.
 
 Each page is a single HTML document with its style and scripts inside, so that it loads nothing from elsewhere, and a
 browser without the token gets nothing but the question for it. The pages' content security policy allows only these
@@ -18,22 +18,24 @@ from starlette.responses import HTMLResponse, Response
 __all__ = ["Pages"]
 
 _FOLDER = Path(__file__).parent / "page"
-_SCRIPTS = ("theme.css", "safetensors.js", "app.js", "token.js")
+_MAIN = ("common.js", "safetensors.js", "picture.js", "server.js", "stage.js", "app.js")
+"""The scripts of the main page, in the order in which each needs those before it."""
+_PARTS = ("theme.css", *_MAIN, "token.js")
 
 
 class Pages:
     """Makes the pages, from files that are read once.
 
     Args:
-        version: the version of fluxvae, which is shown at the foot of the decode page.
+        version: the version of fluxvae, which is shown at the foot of the main page.
     """
 
     def __init__(self, version: str) -> None:
-        parts = {name: (_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS}
+        parts = {name: (_FOLDER / name).read_text(encoding="utf-8") for name in _PARTS}
         hashes = {name: f"'sha256-{_sha256(text)}'" for name, text in parts.items()}
-        scripts = " ".join(hashes[name] for name in _SCRIPTS if name.endswith(".js"))
+        scripts = " ".join(hashes[name] for name in _PARTS if name.endswith(".js"))
         self._headers = {
-            # All pages have one policy, because the page that asks for the token turns into the decode page in place.
+            # All pages have one policy, because the page that asks for the token turns into the main page in place.
             "Content-Security-Policy": f"default-src 'none'; script-src {scripts}; style-src {hashes['theme.css']}; "
             "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
             "Cache-Control": "no-store",
@@ -41,7 +43,7 @@ class Pages:
         }
         self._style = f"<style>{parts['theme.css']}</style>"
         self._html: dict[str, str] = {}
-        for page, scripts_of_page in {"index.html": ("safetensors.js", "app.js"), "token.html": ("token.js",)}.items():
+        for page, scripts_of_page in {"index.html": _MAIN, "token.html": ("token.js",)}.items():
             text = (_FOLDER / page).read_text(encoding="utf-8")
             tags = "".join(f"<script>{parts[name]}</script>" for name in scripts_of_page)
             self._html[page] = (
@@ -51,7 +53,7 @@ class Pages:
             )
 
     def main(self) -> Response:
-        """Return the decode page."""
+        """Return the page that decodes and encodes."""
         return HTMLResponse(self._html["index.html"], headers=self._headers)
 
     def ask_for_token(self) -> Response:

@@ -27,14 +27,13 @@ from fluxvae.errors import UnavailableError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LOG_MARK", "Room", "find_room", "least_bytes", "room_for", "sent_bytes"]
+__all__ = ["LOG_MARK", "Room", "find_room", "room_for", "sent_bytes"]
 
 LOG_MARK = "fluxvae: shared memory"
 """What the log's lines about a lack of room begin with. `fluxvae serve` looks for them."""
 _SHM = Path("/dev/shm")
 _GROWTH = 2**20  # the region grows by a multiple of so many bytes (the default of shm-growth-byte-size)
 _SPARE = 2**26  # bytes that other processes may take between our look and the moment in which Triton takes its own
-_BYTES_PER_PIXEL = {"images": 3, "images_np": 12, "images_pt": 12, "images_raw": 12}
 
 
 class Room(Enum):
@@ -43,16 +42,6 @@ class Room(Enum):
     AMPLE = "the region can grow by all of it"
     TIGHT = "the region has as much, but perhaps not in one piece, or can grow by hardly more"
     NONE = "it cannot be handed over"
-
-
-def least_bytes(outputs: Iterable[str], pixels: int) -> list[int]:
-    """Return how many bytes each output will have, without encoded files, whose size is known only once they are made.
-
-    Args:
-        outputs: the names of the outputs.
-        pixels: how many pixels all images of the answer have together.
-    """
-    return [_BYTES_PER_PIXEL[name] * pixels for name in outputs if name in _BYTES_PER_PIXEL]
 
 
 def sent_bytes(arrays: Iterable[np.ndarray[Any, Any]]) -> list[int]:

@@ -15,17 +15,18 @@ from fluxvae.errors import FluxVAEError
 __all__ = ["Metrics", "kind_of", "rung_of"]
 
 _COUNTERS = {
-    "fluxvae_decodes_total": "Images decoded.",
-    "fluxvae_megapixels_total": "Megapixels decoded.",
-    "fluxvae_decode_seconds_total": "Seconds spent decoding, without reading requests and making outputs.",
-    "fluxvae_spilled_decodes_total": "Images decoded with feature maps spilled out of memory.",
-    "fluxvae_plan_decodes_total": "Images decoded, by the dearest thing their plan did: memory, recompute or spill.",
+    "fluxvae_{way}s_total": "Images {way}d.",
+    "fluxvae_megapixels_total": "Megapixels decoded or encoded.",
+    "fluxvae_{way}_seconds_total": "Seconds spent on the {way}, without reading requests and making outputs.",
+    "fluxvae_spilled_{way}s_total": "Images {way}d with feature maps spilled out of memory.",
+    "fluxvae_plan_{way}s_total": "Images {way}d, by the dearest thing their plan did: memory, recompute or spill.",
     "fluxvae_errors_total": "Requests answered with an error, by its kind.",
 }
 _GAUGES = {
     "fluxvae_in_flight": "Requests that the model has taken from the queue and not answered.",
-    "fluxvae_peak_bytes": "Predicted peak of the last decode above the loaded weights, in bytes.",
+    "fluxvae_peak_bytes": "Predicted peak of the last decode or encode above the loaded weights, in bytes.",
 }
+"""The metrics; ``{way}`` stands for what the model does: decode or encode."""
 
 
 class Metrics:
@@ -34,59 +35,61 @@ class Metrics:
     Args:
         pb_utils: the module ``triton_python_backend_utils``.
         model: the model's name.
+        way: ``"decode"`` or ``"encode"``.
     """
 
-    def __init__(self, pb_utils: Any, model: str) -> None:
+    def __init__(self, pb_utils: Any, model: str, way: str) -> None:
         family = pb_utils.MetricFamily
         kinds = [(_COUNTERS, family.COUNTER), (_GAUGES, family.GAUGE)]
         # The families are kept because they must outlive their metrics.
         self._families = {
-            name: family(name=name, description=description, kind=kind)
+            name.format(way=way): family(name=name.format(way=way), description=text.format(way=way), kind=kind)
             for descriptions, kind in kinds
-            for name, description in descriptions.items()
+            for name, text in descriptions.items()
         }
         self._model = model
+        self._way = way
         self._metrics: dict[tuple[str, ...], Any] = {}
         # These appear on the page at once, with 0: a counter that is missing looks as if the server did not count.
-        for name in ("fluxvae_decodes_total", "fluxvae_megapixels_total", "fluxvae_decode_seconds_total"):
+        for name in ("{way}s_total", "megapixels_total", "{way}_seconds_total", "spilled_{way}s_total"):
             self._metric(name)
-        self._metric("fluxvae_spilled_decodes_total")
 
-    def decoded(self, images: int, pixels: int, seconds: float, plan: Plan | None) -> None:
-        """Count one decode.
+    def computed(self, images: int, pixels: int, seconds: float, plan: Plan | None) -> None:
+        """Count one decode or encode.
 
         Args:
-            images: how many images it made.
+            images: how many images it had.
             pixels: how many pixels they have together.
             seconds: how long it took.
             plan: the plan that it followed; None where the engine does not plan.
         """
-        self._metric("fluxvae_decodes_total").increment(images)
-        self._metric("fluxvae_megapixels_total").increment(pixels / 1e6)
-        self._metric("fluxvae_decode_seconds_total").increment(seconds)
+        self._metric("{way}s_total").increment(images)
+        self._metric("megapixels_total").increment(pixels / 1e6)
+        self._metric("{way}_seconds_total").increment(seconds)
         if plan is None:
             return
-        self._metric("fluxvae_peak_bytes").set(plan.peak_bytes)
-        self._metric("fluxvae_plan_decodes_total", rung=rung_of(plan)).increment(images)
+        self._metric("peak_bytes").set(plan.peak_bytes)
+        self._metric("plan_{way}s_total", rung=rung_of(plan)).increment(images)
         if plan.spill_bytes:
-            self._metric("fluxvae_spilled_decodes_total").increment(images)
+            self._metric("spilled_{way}s_total").increment(images)
 
     def taken(self, requests: int) -> None:
         """Count requests that the model has taken from the queue."""
-        self._metric("fluxvae_in_flight").increment(requests)
+        self._metric("in_flight").increment(requests)
 
     def answered(self) -> None:
         """Count one of the requests that were taken as answered."""
-        self._metric("fluxvae_in_flight").increment(-1)
+        self._metric("in_flight").increment(-1)
 
     def failed(self, error: BaseException) -> None:
         """Count one request that was answered with ``error``."""
-        self._metric("fluxvae_errors_total", kind=kind_of(error)).increment(1)
+        self._metric("errors_total", kind=kind_of(error)).increment(1)
 
     def _metric(self, name: str, **labels: str) -> Any:
         key = (name, *labels.values())
         if key not in self._metrics:
-            self._metrics[key] = self._families[name].Metric(labels={"model": self._model, **labels})
+            family = self._families[f"fluxvae_{name}".format(way=self._way)]
+            self._metrics[key] = family.Metric(labels={"model": self._model, **labels})
         return self._metrics[key]
 
 

@@ -1,4 +1,4 @@
-"""Makes the model's outputs from a decoded image, and says how much memory that takes."""
+"""Makes the outputs of a model that decodes from an image, and says how much memory that takes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxvae.latents.request import LatentRequest
 from fluxvae.pictures import OutputType, encode, postprocess, postprocess_bytes
-from fluxvae.serve.model.requests import Job
+from fluxvae.serve.model.jobs import Job
+from fluxvae.serve.model.requests import Parameters
 
-__all__ = ["OUTPUTS", "make_outputs", "output_bytes"]
+__all__ = ["BYTES_PER_PIXEL", "OUTPUTS", "make_outputs", "output_bytes"]
 
 OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
 """The names of the outputs: uint8 pixels (B, H, W, 3); float32 in [0, 1] as (B, H, W, 3) and as (B, 3, H, W); encoded
 files (B, 1); and float32 (B, 3, H, W) as the VAE gives it, nominally in [-1, 1]."""
+BYTES_PER_PIXEL = {"images": 3, "images_np": 12, "images_pt": 12, "images_raw": 12}
+"""How many bytes those outputs have whose size is known before they are made: all but encoded files."""
 _TYPES: dict[str, OutputType] = {"images": "uint8", "images_np": "np", "images_pt": "pt"}
 
 
-def make_outputs(job: Job, image: torch.Tensor, *, comment: str | None = None) -> dict[str, Any]:
+def make_outputs(
+    job: Job[LatentRequest, Parameters], image: torch.Tensor, *, comment: str | None = None
+) -> dict[str, Any]:
     """Make the outputs that a job asked for.
 
     Args:

@@ -1,4 +1,4 @@
-"""What one request to the Triton model asks for, read and checked before any work.
+"""What one request to a model that decodes asks for, read and checked before any work.
 
 A request carries latents, one height and one width for each of its B rows, parameters, and for FLUX.2 perhaps position
 ids. Its latents are packed, (B, N, 64) for FLUX.1 and (B, N, 128) for FLUX.2. With the parameter ``layout="unpacked"``
@@ -9,10 +9,9 @@ width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,31 +19,17 @@ from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.reading import FACTORS, UNSAID, Reading, finite_number
+from fluxvae.latents.reading import FACTORS, UNSAID, Reading
 from fluxvae.latents.request import LatentRequest
 from fluxvae.pictures import check_format
+from fluxvae.serve.model.jobs import Job, read_factors, read_own, within_pixels
 
-__all__ = ["LAYOUTS", "Job", "Parameters", "read_job", "read_parameters"]
+__all__ = ["LAYOUTS", "Parameters", "read_job", "read_parameters"]
 
 LAYOUTS = ("packed", "unpacked")
 
 _NAMES = ("format", "quality", *FACTORS, "raw", "layout", "probe")
 """The parameters that a request to the model may have."""
-
-# These are Triton's own (its docs, protocol/extension_parameters.md). Some versions hand them on to the model.
-_RESERVED = frozenset(
-    {
-        "binary_data",
-        "binary_data_output",
-        "classification",
-        "headers",
-        "priority",
-        "sequence_end",
-        "sequence_id",
-        "sequence_start",
-        "timeout",
-    }
-)
 
 
 class _Decoder(Protocol):
@@ -70,36 +55,15 @@ class Parameters:
     because they do not know the format."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """One valid request."""
-
-    index: int
-    """Its place among the requests of one ``execute``."""
-    request: LatentRequest
-    """The latents, and how they are to be read."""
-    parameters: Parameters
-    outputs: Set[str] = frozenset({"images"})
-    """The names of the outputs that were asked for."""
-
-
 def read_parameters(text: str) -> Parameters:
     """Parse ``request.parameters()``: a JSON object.
 
     Raises:
         InvalidOptionError: a parameter is unknown, or its value has the wrong type or is out of range.
     """
-    given: dict[str, Any] = json.loads(text or "{}") or {}
-    own = {k: v for k, v in given.items() if k not in _RESERVED and not k.startswith("triton_")}
-    if unknown := sorted(own.keys() - set(_NAMES)):
-        raise InvalidOptionError(f"parameter {unknown[0]!r}: unknown, expected one of {', '.join(_NAMES)}")
-    said: dict[str, Any] = {name: finite_number(name, own.pop(name)) for name in FACTORS if name in own}
-    for name in ("raw", "probe"):
-        if not isinstance(own.get(name, False), bool):
-            raise InvalidOptionError(f"{name}: got {own[name]!r}, expected true or false")
-    if said.get("scaling_factor") == 0:
-        raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
-    parameters = Parameters(reading=Reading(raw=own.pop("raw", None), **said), **own)
+    own = read_own(text, _NAMES, ("raw", "probe"))
+    reading = Reading(**read_factors(own, "latents are divided by it"))
+    parameters = Parameters(reading=reading, **own)
     if parameters.layout not in LAYOUTS:
         raise InvalidOptionError(f"layout: got {parameters.layout!r}, expected one of {', '.join(LAYOUTS)}")
     check_format(parameters.format, parameters.quality)
@@ -117,7 +81,7 @@ def read_job(
     latent_ids: NDArray[np.int64] | None = None,
     decoder: _Decoder,
     max_pixels: int,
-) -> Job:
+) -> Job[LatentRequest, Parameters]:
     """Read and check one request.
 
     Args:
@@ -136,12 +100,8 @@ def read_job(
     asked = read_parameters(parameters)
     batch = latents.shape[0]
     height, width = _same("height", heights), _same("width", widths)
-    if batch * max(height, 0) * max(width, 0) > max_pixels:
-        raise InvalidLatentsError(
-            f"height and width: got {batch} x {height}x{width} (batch x height x width) = {batch * height * width} "
-            f"pixels, more than the {max_pixels} this server allows in one request; send fewer rows in a request, or "
-            "raise max_pixels in the model's config.pbtxt"
-        )
+    if (problem := within_pixels(batch, height, width, max_pixels)) is not None:
+        raise InvalidLatentsError(f"height and width: {problem}")
     form = decoder.format
     tensor = torch.from_numpy(latents)
     ids = None if latent_ids is None else torch.from_numpy(latent_ids)

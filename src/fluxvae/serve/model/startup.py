@@ -1,4 +1,4 @@
-"""What the Triton model does before it serves: it reads its settings, and proves that it can decode and answer."""
+"""What the Triton model does before it serves: it reads its settings, and proves that it can compute and answer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from fluxvae.decoder import Decoder
+from fluxvae.encoder import Encoder
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
-from fluxvae.latents.reading import Reading
-from fluxvae.serve.model.outputs import OUTPUTS, make_outputs
-from fluxvae.serve.model.requests import Job, Parameters
-from fluxvae.serve.models import MODELS
+from fluxvae.serve.model.decoding import Decoding
+from fluxvae.serve.model.encoding import Encoding
+from fluxvae.serve.model.work import Work
+from fluxvae.serve.models import MODELS, Served
 
-__all__ = ["Settings", "check_tensor_exchange", "warm_up"]
+__all__ = ["Settings", "check_tensor_exchange", "make_work", "warm_up"]
 
 _ENVIRONMENT = {"device": "FLUXVAE_DEVICE", "memory_limit": "FLUXVAE_MEMORY_LIMIT"}
 _OWN_VARIABLES = {"AutoencoderKLFlux2": "FLUXVAE_FLUX2_", "AutoencoderTiny": "FLUXVAE_PREVIEW_"}
@@ -34,6 +35,8 @@ class Settings:
     checkpoint: str = "demo"
     vae_class: str | None = None
     """The class in diffusers that the checkpoint must be of; None: any."""
+    encodes: bool = False
+    """Whether the model turns pictures into latents; otherwise it turns latents into pictures."""
     approximate: bool = False
     """Whether pictures may be approximate previews. Without it no ``AutoencoderTiny`` is served."""
     revision: str | None = None
@@ -89,8 +92,9 @@ class Settings:
                 f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
                 "repository that does not hold this one"
             )
-        if "approximate" in values:
-            values["approximate"] = _flag("approximate", values["approximate"])
+        for name in ("approximate", "encodes"):
+            if name in values:
+                values[name] = _flag(name, values[name])
         for name in ("max_pixels", "threads"):
             if name in values:
                 values[name] = _positive(name, values[name])
@@ -100,30 +104,50 @@ class Settings:
             values["device"] = "cpu"
         return cls(**values)
 
-    def decoder_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for `Decoder.from_pretrained`: the settings that are set."""
+    def options(self) -> dict[str, Any]:
+        """Return the keyword arguments for ``from_pretrained``: the settings that are set."""
         names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def check(self, decoder: Decoder) -> None:
+    def check(self, half: Decoder | Encoder) -> None:
         """Check that the checkpoint which was loaded is one that this model may serve.
 
         Raises:
             CheckpointError: the checkpoint is of another class than ``vae_class``.
-            InvalidOptionError: it is a preview's, and ``approximate`` is not set.
+            InvalidOptionError: it is a preview's, and ``approximate`` is not set or the model encodes.
         """
-        found = type(decoder.vae).__name__
+        found = type(half.vae).__name__
         if self.vae_class not in (None, found):
-            served = next((name for name, wanted in MODELS.items() if wanted == found), None)
+            wanted = Served(found, self.encodes)
+            served = next((name for name, kind in MODELS.items() if kind == wanted), None)
             raise CheckpointError(
                 f"checkpoint: {self.checkpoint} is {found}, expected {self.vae_class} for this model"
                 + (f"; serve it as {served}" if served else "")
             )
-        if decoder.approximate and not self.approximate:
+        if half.approximate and self.encodes:
+            raise InvalidOptionError(
+                f"encodes: got true, but {self.checkpoint} is {found}, whose latents are approximate, and an answer "
+                "has no place to say so; serve the full VAE"
+            )
+        if half.approximate and not self.approximate:
             raise InvalidOptionError(
                 f"approximate: got false, but {self.checkpoint} is {found}, whose pictures are approximate; set the "
                 "parameter approximate to true, or serve the full VAE"
             )
+
+
+def make_work(settings: Settings) -> Work:
+    """Load the half of the checkpoint that the model needs, and return the work that it does.
+
+    Raises:
+        FluxVAEError: the checkpoint cannot be loaded, or is none that this model may serve.
+    """
+    kind: type[Decoder | Encoder] = Encoder if settings.encodes else Decoder
+    half = kind.from_pretrained(settings.checkpoint, **settings.options())
+    settings.check(half)
+    if isinstance(half, Encoder):
+        return Encoding(half, settings.max_pixels)
+    return Decoding(half, settings.max_pixels)
 
 
 def _flag(name: str, text: str) -> bool:
@@ -163,21 +187,18 @@ def check_tensor_exchange(pb_utils: Any) -> None:
             )
 
 
-def warm_up(decoder: Decoder) -> None:
-    """Decode a small image and make every output of it.
+def warm_up(work: Work) -> None:
+    """Decode or encode a small image and make every output of it.
 
     This compiles the kernels and proves that requests can be answered. It is done while the model loads, so that Triton
     says that it is ready only afterwards.
 
     Raises:
-        FluxVAEError: the decode failed, for instance because the weights give NaN, or because the memory limit is too
-            small for any image. Other errors, such as out of memory, are passed on.
+        FluxVAEError: it failed, for instance because the weights give NaN, or because the memory limit is too small for
+            any image. Other errors, such as out of memory, are passed on.
     """
-    tokens = 4  # 2x2 tokens make the smallest image in which each has a neighbour in both directions
-    latents = torch.zeros(1, tokens, decoder.format.packed_features, dtype=torch.float32, device="cpu")
-    size = 2 * decoder.format.packed_multiple
-    request = decoder.request(latents, Reading(height=size, width=size))
-    image = decoder.decode_request(request)
-    made = make_outputs(Job(index=0, request=request, parameters=Parameters(), outputs=frozenset(OUTPUTS)), image)
-    if made.keys() != set(OUTPUTS) or made["images"].shape != (1, size, size, 3):
-        raise FluxVAEError(f"warm-up: a decode of {size}x{size} pixels gave {sorted(made)}, expected every output")
+    job = work.tiny()
+    made = work.make_outputs(job, work.compute([job], lambda: False))
+    if made.keys() != job.outputs or any(len(array) != 1 for array in made.values()):
+        size = f"{job.request.height}x{job.request.width}"
+        raise FluxVAEError(f"warm-up: an image of {size} pixels gave {sorted(made)}, expected {sorted(job.outputs)}")

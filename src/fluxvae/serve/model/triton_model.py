@@ -1,4 +1,4 @@
-"""The Triton model, which hands the requests of one ``execute`` to a `fluxvae.Decoder`, and sends the answers.
+"""The Triton model, which has the requests of one ``execute`` decoded, or encoded, and sends the answers.
 
 Every folder of ``triton_models`` serves this one class; they differ in their ``config.pbtxt``. The class only joins the
 other modules of this package, which have the logic.
@@ -18,18 +18,16 @@ from typing import Any
 
 import torch
 
-from fluxvae import Decoder, FluxVAEError
 from fluxvae.engine.preview import ApproximateWarning
-from fluxvae.latents.format import PREVIEW_NOTE
-from fluxvae.latents.request import LatentRequest
+from fluxvae.errors import FluxVAEError
 from fluxvae.serve.model.answering import answer, code_of
-from fluxvae.serve.model.handover import LOG_MARK, Room, find_room, least_bytes, sent_bytes
-from fluxvae.serve.model.memory import MemoryBudget, decode_jobs
+from fluxvae.serve.model.handover import LOG_MARK, Room, find_room, sent_bytes
+from fluxvae.serve.model.jobs import AnyJob, Payload
+from fluxvae.serve.model.memory import MemoryBudget, compute
 from fluxvae.serve.model.metrics import Metrics
-from fluxvae.serve.model.outputs import make_outputs
 from fluxvae.serve.model.proof import Proof
-from fluxvae.serve.model.requests import Job, read_job
-from fluxvae.serve.model.startup import Settings, check_tensor_exchange, warm_up
+from fluxvae.serve.model.startup import Settings, check_tensor_exchange, make_work, warm_up
+from fluxvae.serve.model.work import Work
 from fluxvae.serve.triton.guardian import RUN_VARIABLE
 
 try:
@@ -44,7 +42,7 @@ class TritonPythonModel:
     """One instance of the model. Triton makes each instance in a process of its own."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the checkpoint, and decode once.
+        """Load the checkpoint, and decode or encode once.
 
         Args:
             args: the model's configuration and what Triton says about this instance.
@@ -62,31 +60,30 @@ class TritonPythonModel:
             )
             if self.settings.threads is not None:
                 torch.set_num_threads(self.settings.threads)
-            self.decoder = Decoder.from_pretrained(self.settings.checkpoint, **self.settings.decoder_options())
-            self.settings.check(self.decoder)
+            self.work = make_work(self.settings)
             warnings.simplefilter("ignore", ApproximateWarning)  # it is for the library's users; here the log says it
             start = time.perf_counter()
-            warm_up(self.decoder)
+            warm_up(self.work)
         except FluxVAEError as error:
             raise pb_utils.TritonModelException(f"{type(error).__name__}: {error}") from None
-        self.budget = MemoryBudget(self.decoder, self.settings.max_pixels)
-        self.metrics = Metrics(pb_utils, args["model_name"])
+        half, way = self.work.half, self.work.half.way.name
+        self.budget = MemoryBudget(self.work)
+        self.metrics = Metrics(pb_utils, args["model_name"], way)
         self.proof = Proof()
         pb_utils.Logger.log_info(
-            f"fluxvae: {args['model_instance_name']} serves {self.settings.checkpoint} on {self.decoder.device} "
-            f"in {self.decoder.dtype}; its first decode took {time.perf_counter() - start:.1f} s"
-            + (f"; {PREVIEW_NOTE}" if self.decoder.approximate else "")
+            f"fluxvae: {args['model_instance_name']} serves {self.settings.checkpoint} on {half.device} "
+            f"in {half.dtype}; its first {way} took {time.perf_counter() - start:.1f} s"
+            + (f"; {self.work.note}" if self.work.note else "")
         )
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """Answer every request with its images or with an error of its own, as soon as its group is decoded.
+        """Answer every request with what it asks for or with an error of its own, as soon as its group is done.
 
         Returns:
             None, because answers are sent; or the answer of a single request where room for it is tight (see
             `handover`).
         """
-        comment = PREVIEW_NOTE if self.decoder.approximate else None
-        replies = [_Reply(request, self.metrics, comment, alone=len(requests) == 1) for request in requests]
+        replies = [_Reply(request, self.work, self.metrics, alone=len(requests) == 1) for request in requests]
         self.metrics.taken(len(replies))
         try:
             jobs = []
@@ -100,7 +97,7 @@ class TritonPythonModel:
                 except Exception as error:  # the client gets it as its answer; an unexpected one goes to the log
                     reply.fail(error)
             answer(
-                lambda members, cancel: self._decode(members, cancel, replies),
+                lambda members, cancel: self._compute(members, cancel, replies),
                 jobs,
                 lambda job, outcome: replies[job.index].deliver(job, outcome),
                 fits=self.budget.fits,
@@ -115,65 +112,54 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Free the weights, also those on the GPU."""
-        self.decoder = None  # type: ignore[assignment]
+        self.work = None  # type: ignore[assignment]
         self.budget = None  # type: ignore[assignment]
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _read(self, index: int, request: Any) -> Job:
-        latents, heights, widths = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("latents", "height", "width")
-        )
-        ids = pb_utils.get_input_tensor_by_name(request, "latent_ids")
-        job = read_job(
-            index,
-            latents,
-            heights,
-            widths,
-            request.parameters(),
-            frozenset(request.requested_output_names()),
-            latent_ids=None if ids is None else ids.as_numpy(),
-            decoder=self.decoder,
-            max_pixels=self.settings.max_pixels,
-        )
+    def _read(self, index: int, request: Any) -> AnyJob:
+        tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self.work.inputs}
+        given = {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+        outputs = frozenset(request.requested_output_names())
+        job = self.work.read(index, given, request.parameters(), outputs)
         self.budget.check(job)
-        find_room(least_bytes(job.outputs, job.request.pixels))
+        find_room(self.work.sizes(job))
         return job
 
-    def _decode(self, jobs: Sequence[Job], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
+    def _compute(self, jobs: Sequence[AnyJob], cancel: Callable[[], bool], replies: list[_Reply]) -> torch.Tensor:
         start = time.perf_counter()
         try:
-            image = decode_jobs(self.decoder, jobs, cancel)
+            result = compute(self.work, jobs, cancel)
         except Exception as error:
             self.proof.failed(error)
             raise
         seconds = time.perf_counter() - start
-        self.proof.decoded(jobs, image, time.monotonic())
+        self.proof.computed(jobs, result, time.monotonic())
         first, rows = jobs[0].request, sum(job.request.batch for job in jobs)
-        self.metrics.decoded(rows, rows * first.height * first.width, seconds, self._plan(first, rows))
+        self.metrics.computed(rows, rows * first.height * first.width, seconds, self._plan(first, rows))
         pb_utils.Logger.log_verbose(
-            f"fluxvae: requests {', '.join(replies[job.index].id for job in jobs)}: decoded "
+            f"fluxvae: requests {', '.join(replies[job.index].id for job in jobs)}: {self.work.half.way.name}d "
             f"{rows} x {first.height}x{first.width} in {seconds:.3f} s"
         )
-        return image
+        return result
 
-    def _plan(self, request: LatentRequest, rows: int) -> Any:
+    def _plan(self, payload: Payload, rows: int) -> Any:
         try:
-            return self.budget.plan(request.height, request.width, rows)
-        except FluxVAEError:  # no plan fits the memory that is free by now, but the decode is done
+            return self.budget.plan(payload.height, payload.width, rows)
+        except FluxVAEError:  # no plan fits the memory that is free by now, but the work is done
             return None
 
 
 class _Reply:
     """The one answer to one request."""
 
-    def __init__(self, request: Any, metrics: Metrics, comment: str | None, *, alone: bool) -> None:
+    def __init__(self, request: Any, work: Work, metrics: Metrics, *, alone: bool) -> None:
         self.request = request
         self.returned: Any = None
         """The answer, where ``execute`` is to return it instead of having it sent."""
         self._alone = alone
-        self._comment = comment
+        self._work = work
         given = "".join(letter if letter.isprintable() else "?" for letter in request.request_id()[:64])
         self.id = given or uuid.uuid4().hex[:12]
         self._metrics = metrics
@@ -183,12 +169,12 @@ class _Reply:
         """Whether Triton did not take the answer for lack of room. It takes no other then, so the client would wait for
         ever."""
 
-    def deliver(self, job: Job, outcome: torch.Tensor | Exception) -> None:
-        """Answer with the outputs that the job asked for, made of its images, or with the error."""
+    def deliver(self, job: AnyJob, outcome: torch.Tensor | Exception) -> None:
+        """Answer with the outputs that the job asked for, made of its rows of the result, or with the error."""
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            made = make_outputs(job, outcome, comment=self._comment)
+            made = self._work.make_outputs(job, outcome)
             room = find_room(sent_bytes(made.values()))
             tensors = [pb_utils.Tensor(name, array) for name, array in made.items()]
             response = pb_utils.InferenceResponse(output_tensors=tensors)

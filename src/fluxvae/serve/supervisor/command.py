@@ -126,10 +126,11 @@ def _wait_ready(supervisor: Supervisor, console: Console, signals: list[int]) ->
 def _announce(supervisor: Supervisor, console: Console) -> None:
     server, settings = supervisor.server, supervisor.settings
     for name, checkpoint in settings.models.items():
-        approximate = ", approximate previews" if MODELS[name] == "AutoencoderTiny" else ""
-        console.print(f"serving {checkpoint} as {name}{approximate}", markup=False)
+        what = "pictures to latents" if MODELS[name].encodes else "latents to pictures"
+        approximate = ", approximate previews" if MODELS[name].vae_class == "AutoencoderTiny" else ""
+        console.print(f"serving {checkpoint} as {name}: {what}{approximate}", markup=False)
     for name, where in (
-        ("gateway", f"{supervisor.url}  (a page, remote_decode, /docs, /healthz, /readyz, /metrics)"),
+        ("gateway", f"{supervisor.url}  (a page, remote_decode, remote_encode, /docs, /healthz, /readyz, /metrics)"),
         ("Triton gRPC", server.grpc_url),
         ("Triton HTTP", f"http://{server.http_url}"),
         ("metrics", server.metrics_url),

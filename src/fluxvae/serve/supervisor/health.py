@@ -1,4 +1,4 @@
-"""Decides whether a server that does not answer is busy or hung, by asking it for a tiny decode.
+"""Decides whether a server that does not answer is busy or hung, by asking it for a tiny decode or encode.
 
 Triton's own readiness cannot decide this: Triton says that it is ready even while the Python process of a model is
 dead. And a missing answer alone does not mean that the server hangs: decoding a large image on a CPU takes minutes, in
@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-__all__ = ["ASK_EVERY_S", "Answer", "Outcome", "Probe", "Watch", "decode_tiny", "get"]
+from fluxvae.serve.models import encodes
+
+__all__ = ["ASK_EVERY_S", "Answer", "Outcome", "Probe", "Watch", "ask_tiny", "get"]
 
 ASK_EVERY_S = 2.0
 """Seconds between an answer and the next question."""
@@ -31,21 +35,8 @@ WORK_S = 0.3
 """Seconds of processor time that show work: an idle Python process does not use them in `patience_s`, and one that
 decodes uses them within a second."""
 _DEAD_STUB = "not healthy"
-_TINY = json.dumps(
-    {
-        "id": "supervisor",
-        # The decode is tiny, so it may go before all others, and the queue of priority 1 is never full. "probe" makes
-        # the model decode zeros of its own format instead of these latents, because the supervisor does not know how
-        # many features the latents of a model have.
-        "parameters": {"priority": 1, "probe": True},
-        "inputs": [
-            {"name": "latents", "datatype": "FP32", "shape": [1, 1, 1], "data": [0.0]},
-            {"name": "height", "datatype": "INT32", "shape": [1, 1], "data": [16]},
-            {"name": "width", "datatype": "INT32", "shape": [1, 1], "data": [16]},
-        ],
-        "outputs": [{"name": "images"}],
-    }
-)
+_SIZE = 16
+"""The height and width, in pixels, of the image that is asked for: those of one packed token."""
 
 
 class Answer(Enum):
@@ -66,24 +57,51 @@ class Outcome:
     """Whether this failure settles the matter, so that no second question is needed."""
 
 
-def decode_tiny(address: str, model: str, timeout_s: float) -> Outcome:
-    """Ask a model of a running Triton to decode 16x16 pixels, over Triton's HTTP endpoint.
+def ask_tiny(address: str, model: str, timeout_s: float) -> Outcome:
+    """Ask a model of a running Triton to decode or encode 16x16 pixels, over Triton's HTTP endpoint.
 
     Args:
         address: the ``host:port`` of that endpoint.
         model: the name of any of our models.
         timeout_s: how long connecting, and then answering, may take.
     """
-    outcome, body = _request("POST", address, f"/v2/models/{model}/infer", _TINY, timeout_s)
+    body = json.dumps(_tiny_encode() if encodes(model) else _tiny_decode())
+    outcome, answer = _request("POST", address, f"/v2/models/{model}/infer", body, timeout_s)
     if outcome.answer is Answer.OK:
         try:
-            [image] = json.loads(body)["outputs"]
-            shape = image["shape"]
+            [output] = json.loads(answer)["outputs"]
+            shape = output["shape"]
         except (ValueError, KeyError, TypeError):
-            return Outcome(Answer.FAILED, f"a tiny decode was answered with {body[:200]!r}")
-        if shape != [1, 16, 16, 3]:
-            return Outcome(Answer.FAILED, f"a tiny decode was answered with shape {shape}, expected [1, 16, 16, 3]")
+            return Outcome(Answer.FAILED, f"a tiny request was answered with {answer[:200]!r}")
+        # A decode's pixels, or an encode's one token, whose number of features is the checkpoint's.
+        expected = [1, 1, *shape[2:3]] if encodes(model) else [1, _SIZE, _SIZE, 3]
+        if shape != expected:
+            return Outcome(Answer.FAILED, f"a tiny request was answered with shape {shape}, expected {expected}")
     return outcome
+
+
+def _tiny_decode() -> dict[str, Any]:
+    return _tiny(
+        "images",
+        {"name": "latents", "datatype": "FP32", "shape": [1, 1, 1], "data": [0.0]},
+        {"name": "height", "datatype": "INT32", "shape": [1, 1], "data": [_SIZE]},
+        {"name": "width", "datatype": "INT32", "shape": [1, 1], "data": [_SIZE]},
+    )
+
+
+def _tiny_encode() -> dict[str, Any]:
+    shape = [1, _SIZE, _SIZE, 3]
+    return _tiny("latents", {"name": "images", "datatype": "UINT8", "shape": shape, "data": [0] * math.prod(shape)})
+
+
+def _tiny(output: str, *inputs: dict[str, Any]) -> dict[str, Any]:
+    """A request for an output. It is tiny, so it may go before all others, and the queue of priority 1 is never full.
+
+    The parameter ``probe`` makes a model that decodes take zeros of its own format instead of these latents, because
+    the supervisor does not know how many features the latents of a model have.
+    """
+    parameters = {"priority": 1, "probe": True}
+    return {"id": "supervisor", "parameters": parameters, "inputs": list(inputs), "outputs": [{"name": output}]}
 
 
 def get(address: str, path: str, timeout_s: float) -> Outcome:
@@ -186,7 +204,7 @@ class Watch:
                 self._answered = now
                 return None
         if now - self._answered > self._busy_limit_s:
-            return f"no decode was answered for {self._busy_limit_s:g} s, although it computes (--busy-limit)"
+            return f"no request was answered for {self._busy_limit_s:g} s, although it computes (--busy-limit)"
         if now - max(self._answered, self._worked) > self._patience_s:
             return f"hung: it neither answered nor computed for {self._patience_s:g} s"
         return None

@@ -37,8 +37,8 @@ class ServeSettings:
 
     Raises:
         InvalidOptionError: a number is not above 0 and must be; the token is empty; a revision, variant or family is
-            given for several models; or a memory limit cannot be read, is for a model that is not served, or leaves
-            nothing for another model.
+            given for several checkpoints; or a memory limit cannot be read, is for a model that is not served, or
+            leaves nothing for another model.
         CheckpointError: a checkpoint looks like a path, and there is nothing at that path.
     """
 
@@ -55,7 +55,7 @@ class ServeSettings:
     """Whether clients on this machine may have Triton read and write shared memory of theirs."""
     models: Mapping[str, str] = field(default_factory=lambda: {MODEL: "demo"})
     """The checkpoint of each model by the model's name, which is one of `fluxvae.serve.models.MODELS`. The gateway's
-    page decodes with the first."""
+    page uses the first that decodes, and the first that encodes."""
     revision: str | None = None
     variant: str | None = None
     family: str | None = None
@@ -70,13 +70,15 @@ class ServeSettings:
     model_memory_limits: Mapping[str, str] = field(default_factory=dict)
     """The limits of single models by name. Together they are no more than ``memory_limit``, where there is one."""
     max_pixels: int = 4096 * 4096
-    """The most pixels that one request may decode to, all images of its batch together."""
+    """The most pixels that one request may have, all images of its batch together."""
     threads: int | None = None
     """The CPU threads of one instance of a model; None leaves the choice to PyTorch."""
     token: str | None = field(default=None, repr=False)
     """The secret that clients of the gateway must send; None: the gateway asks for none."""
     max_request_bytes: int | None = None
     """The largest request, in bytes, that the gateway takes; None: the gateway's own default."""
+    max_picture_bytes: int | None = None
+    """The largest body, in bytes, of a request to encode; None: the gateway's own default."""
     max_queue: int | None = None
     """How many requests may wait in the gateway; None: the gateway's own default."""
     allowed_hosts: tuple[str, ...] = ()
@@ -95,8 +97,9 @@ class ServeSettings:
     """For how long Triton may leave every decode unanswered before it counts as hung, although it computes."""
 
     def __post_init__(self) -> None:
-        names = ("max_pixels", "threads", "max_request_bytes", "request_timeout_s", "ready_timeout_s")
-        check_positive(**{name: getattr(self, name) for name in (*names, "drain_s", "patience_s", "busy_limit_s")})
+        sizes = ("max_pixels", "threads", "max_request_bytes", "max_picture_bytes")
+        times = ("request_timeout_s", "ready_timeout_s", "drain_s", "patience_s", "busy_limit_s")
+        check_positive(**{name: getattr(self, name) for name in (*sizes, *times)})
         if self.patience_s < LEAST_PATIENCE_S:
             raise InvalidOptionError(
                 f"patience_s: got {self.patience_s:g}, expected at least {LEAST_PATIENCE_S:g}: a tiny decode is asked "
@@ -105,10 +108,10 @@ class ServeSettings:
         if self.token is not None and not self.token.strip():
             raise InvalidOptionError("token: got an empty one; expected a secret, or none at all")
         for name in ("revision", "variant", "family"):
-            if getattr(self, name) is not None and len(self.models) > 1:
+            if getattr(self, name) is not None and len(set(self.models.values())) > 1:
                 raise InvalidOptionError(
-                    f"--{name}: got {getattr(self, name)!r} for {len(self.models)} models, "
-                    f"{' and '.join(self.models)}; expected one model: download the others and pass their folders"
+                    f"--{name}: got {getattr(self, name)!r} for the checkpoints of {len(self.models)} models, "
+                    f"{' and '.join(self.models)}; expected one checkpoint: download the others and pass their folders"
                 )
         self._memory_limits()
         if self.max_queue is not None and self.max_queue < 0:
@@ -138,9 +141,9 @@ class ServeSettings:
                     "known security holes: it stays on 127.0.0.1. Open the gateway with --host, or run in NVIDIA's "
                     "Triton container"
                 )
-            warnings.append(f"Triton's own endpoints on {self.triton_host} ask for no token: anyone may decode there")
+            warnings.append(f"Triton's own endpoints on {self.triton_host} ask for no token: anyone may use them")
         if not is_loopback(self.host) and self.token is None:
-            warnings.append(f"the gateway on {self.host} asks for no token: anyone may decode. Set FLUXVAE_TOKEN")
+            warnings.append(f"the gateway on {self.host} asks for no token: anyone may use it. Set FLUXVAE_TOKEN")
         return warnings
 
     def check_memory(self) -> list[str]:
@@ -196,7 +199,7 @@ class ServeSettings:
             "family": self.family,
             "device": None if self.device == "auto" else self.device,
             "dtype": self.dtype,
-            "engine": None if MODELS[model] == "AutoencoderTiny" else self.engine,
+            "engine": None if MODELS[model].vae_class == "AutoencoderTiny" else self.engine,
             "memory_limit": self._memory_limits()[model],
             "max_pixels": self.max_pixels,
             "threads": self.threads,
@@ -221,6 +224,8 @@ class ServeSettings:
             command += ["--model", model]
         if self.max_request_bytes is not None:
             command += ["--max-request-bytes", str(self.max_request_bytes)]
+        if self.max_picture_bytes is not None:
+            command += ["--max-picture-bytes", str(self.max_picture_bytes)]
         if self.max_queue is not None:
             command += ["--max-queue", str(self.max_queue)]
         for host in self.allowed_hosts:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fluxvae.serve.supervisor.checks import model_error
-from fluxvae.serve.supervisor.health import ASK_EVERY_S, Answer, Outcome, Probe, Watch, decode_tiny
+from fluxvae.serve.supervisor.health import ASK_EVERY_S, Answer, Outcome, Probe, Watch, ask_tiny
 from fluxvae.serve.supervisor.notices import Notices
 from fluxvae.serve.triton.ports import free_ports
 from fluxvae.serve.triton.processes import (
@@ -65,7 +65,7 @@ class TritonService:
         """Return whether every model has answered a decode.
 
         Raises:
-            FluxVAEError: Triton or the Python process of a model has ended, or a model does not decode. Where a model
+            FluxVAEError: Triton or the Python process of a model has ended, or a model does not answer. Where a model
                 refused to load with an error of fluxvae's, it is that error.
         """
         if not self.server.running:
@@ -127,7 +127,7 @@ class _Model:
     def __init__(self, name: str, server: TritonServer, *, patience_s: float, busy_limit_s: float) -> None:
         self._name = name
         self._limits = {"patience_s": patience_s, "busy_limit_s": busy_limit_s}
-        self._probe = Probe(lambda: decode_tiny(server.http_url, name, busy_limit_s))
+        self._probe = Probe(lambda: ask_tiny(server.http_url, name, busy_limit_s))
         self._ask_at = 0.0
         self._watch: Watch | None = None
         self._processes: list[Process] = []
@@ -152,7 +152,7 @@ class _Model:
             self._processes = mine or list(processes)
             self._watch = Watch(now=now, **self._limits)
         elif outcome is not None and outcome.final:
-            raise TritonServerError(f"Triton is ready, but {self._name} does not decode: {outcome.reason}")
+            raise TritonServerError(f"Triton is ready, but {self._name} does not answer: {outcome.reason}")
         return self._watch is not None
 
     def trouble(self, now: float) -> str | None:

@@ -1,53 +1,33 @@
 "use strict";
-// The decode page: sends a latents file or an example to the server, and shows the picture and what is known about it.
+// The page: takes a latents file, an example or a picture, has the server decode or encode it, and shows what comes out.
 (() => {
-  const $ = (id) => document.getElementById(id);
-  const token = sessionStorage.getItem("fluxvae-token");
-  const authorization = token ? { Authorization: `Bearer ${token}` } : {};
-  const METRICS_EVERY_MS = 3000;
+  const { $, ask, told, seconds, element, tell } = Page;
 
-  let current = null; // the latents that were taken last: {name, bytes, shape, dtype, height, width}
-  let running = null; // the AbortController of the decode under way
-  let shown = []; // the object URLs of the pictures on the page
+  let current = null; // what was taken last: latents {name, bytes, shape, dtype, height, width}, or a picture {name, drawn}
+  let running = null; // the AbortController of the work under way
 
-  // Talking to the server. Returns the response, or throws an Error whose message can be shown.
+  // Taking what is dropped or chosen.
 
-  async function ask(path, options = {}) {
-    let response;
-    try {
-      response = await fetch(path, { ...options, headers: { ...authorization, ...options.headers } });
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Error("The server does not answer. Is it still running?");
-    }
-    if (response.status === 401 && token) location.reload(); // the token is no longer valid: the page asks for it again
-    if (!response.ok) throw new Error(await messageOf(response));
-    return response;
-  }
-
-  async function messageOf(response) {
-    try {
-      return (await response.json()).error;
-    } catch {
-      return `The server answered ${response.status} ${response.statusText}`;
-    }
-  }
-
-  // Taking latents and decoding them.
-
-  // Reads a file. Decodes it at once if its size is known, and otherwise asks for the size.
-  async function take(name, buffer) {
+  async function take(name, buffer, type = "") {
+    running?.abort(); // whatever was under way is of no interest any more
+    running = null;
+    busy(false);
+    Stage.say();
     tell(null);
+    const picture = type.startsWith("image/") || Picture.known(buffer);
+    await (picture ? takePicture(name, buffer) : takeLatents(name, buffer));
+  }
+
+  // Reads latents. Decodes them at once if their size is known, and otherwise asks for the size.
+  async function takeLatents(name, buffer) {
     let read;
     try {
       read = Safetensors.latents(buffer);
     } catch (error) {
-      $("form").hidden = true;
-      $("file-name").textContent = name;
-      $("file-facts").textContent = "cannot be read";
-      return tell(error.message);
+      return refuse(name, error);
     }
     current = { name, ...read };
+    $("start").textContent = "Decode";
     $("file-name").textContent = name;
     const layout = Safetensors.layout(read.shape, read.height, read.width);
     const kind = layout === null ? "packed or unpacked" : layout.packed ? "packed" : "unpacked";
@@ -67,39 +47,95 @@
           "batch: enter the size it was made for, which tells."
         : "The file does not say its size. Several sizes can have the same number of patches: enter the one it was made for.";
     if (sized && !known) $("height").focus();
-    else await decode();
+    else await work();
   }
 
-  async function decode() {
+  async function takePicture(name, buffer) {
+    const mine = (current = { name });
+    try {
+      const info = await Server.info;
+      if (!encoderOf(info)) throw new Error(howToEncode(info));
+      mine.drawn = await Picture.draw(buffer, info.limits.max_pixels);
+    } catch (error) {
+      if (current === mine) refuse(name, error);
+      return;
+    }
+    if (current !== mine) return; // another file was taken meanwhile
+    const { canvas } = mine.drawn;
+    $("start").textContent = "Encode";
+    $("file-name").textContent = name;
+    $("file-facts").textContent = Picture.by(canvas.height, canvas.width);
+    $("form").hidden = false;
+    $("size").hidden = $("size-note").hidden = true;
+    for (const side of ["height", "width"]) $(side).required = false;
+    await work();
+  }
+
+  function refuse(name, error) {
+    $("form").hidden = true;
+    $("file-name").textContent = name;
+    $("file-facts").textContent = "cannot be taken";
+    tell(error.message);
+  }
+
+  const encoderOf = (info) => Object.values(info.models).find((model) => model.encodes);
+
+  // Returns the model that decodes what this one encodes to, if it is served.
+  const decoderFor = (info, encoder) =>
+    Object.values(info.models).find((model) => !model.encodes && model.vae_class === encoder.vae_class);
+
+  function howToEncode(info) {
+    const name = info.vae_class === "AutoencoderKLFlux2" ? "vae_encoder_flux2" : "vae_encoder";
+    const checkpoint = info.approximate ? "CHECKPOINT" : (info.settings.checkpoint ?? "demo");
+    return (
+      "This server encodes no pictures. Start it with a model that does: " +
+      `fluxvae serve --model ${info.model}=${info.settings.checkpoint ?? "demo"} --model ${name}=${checkpoint}`
+    );
+  }
+
+  // Working: decoding latents, or encoding a picture and decoding it again.
+
+  async function work() {
     running?.abort();
     const mine = (running = new AbortController());
+    let start = performance.now();
+    let doing = "Decoding";
+    const say = () => Stage.say(`${doing} … ${seconds(performance.now() - start)}`);
     tell(null);
     busy(true);
-    const start = performance.now();
-    const clock = setInterval(() => text("stage-text", `Decoding … ${seconds(performance.now() - start)}`), 100);
+    const clock = setInterval(say, 100);
+    const begin = (what) => {
+      [doing, start] = [what, performance.now()];
+      say();
+    };
     try {
-      const pictures = [];
-      const side = (name) => ($("size").hidden ? current[name] : Number($(name).value));
-      const size = { height: side("height"), width: side("width") };
-      const layout = Safetensors.layout(current.shape, size.height, size.width);
-      for (let row = 0; row < layout.count; row++) pictures.push(await one(row, layout, size, mine.signal));
-      show(pictures, performance.now() - start);
+      if (current.drawn) await encode(mine.signal, begin);
+      else await decode(mine.signal, start);
     } catch (error) {
       if (error.name !== "AbortError") tell(error.message);
-      if (running === mine) text("stage-text", shown.length ? "" : "The picture appears here.");
+      if (running === mine) Stage.say();
     } finally {
       clearInterval(clock);
       if (running === mine) {
         running = null;
         busy(false);
       }
-      refresh();
+      Server.refresh();
     }
   }
 
+  async function decode(signal, start) {
+    const latents = current;
+    const pictures = [];
+    const side = (name) => ($("size").hidden ? latents[name] : Number($(name).value));
+    const size = { height: side("height"), width: side("width") };
+    const layout = Safetensors.layout(latents.shape, size.height, size.width);
+    for (let row = 0; row < layout.count; row++) pictures.push(await one(latents, row, layout, size, signal));
+    Stage.decoded(latents, pictures, performance.now() - start);
+  }
+
   // Decodes one image of the batch. The images go one by one because an encoded answer holds a single picture.
-  async function one(row, layout, size, signal) {
-    const { bytes, dtype } = current;
+  async function one({ bytes, dtype }, row, layout, size, signal) {
     const stride = bytes.length / layout.count;
     const query = new URLSearchParams({ dtype, output_type: "pil", image_format: "png", do_scaling: "True" });
     for (const dimension of layout.each) query.append("shape", dimension);
@@ -107,75 +143,88 @@
     if (layout.packed || layout.each.length === 3) {
       for (const [name, value] of Object.entries(size)) if (value !== null) query.set(name, value);
     }
-    const response = await ask(`/decode?${query}`, {
+    return fetchPicture("/decode", query, bytes.slice(row * stride, (row + 1) * stride), signal);
+  }
+
+  // Sends latents to be decoded. Returns {blob: the picture as PNG, and what `told` tells}.
+  async function fetchPicture(path, query, latents, signal) {
+    const response = await ask(`${path}?${query}`, {
       method: "POST",
       headers: { "Content-Type": "tensor/binary", Accept: "image/png" },
-      body: bytes.slice(row * stride, (row + 1) * stride),
+      body: latents,
       signal,
     });
-    const timing = Object.fromEntries(
-      (response.headers.get("Server-Timing") ?? "").split(", ").map((part) => part.split(";dur=")),
-    );
-    return {
-      blob: await response.blob(),
-      triton: Number(timing.triton),
-      warning: response.headers.get("X-Fluxvae-Warning"),
-      id: response.headers.get("X-Request-ID"),
-    };
+    return { blob: await response.blob(), ...told(response) };
   }
 
-  // Showing the pictures and what is known about them.
-
-  function show(pictures, took) {
-    shown.forEach((url) => URL.revokeObjectURL(url));
-    shown = pictures.map((picture) => URL.createObjectURL(picture.blob));
-    const stem = current.name.replace(/\.safetensors$/, "");
-    const figures = pictures.map((picture, row) => {
-      const name = pictures.length > 1 ? `${stem}-${row}.png` : `${stem}.png`;
-      const image = element("img", { src: shown[row], alt: `The picture decoded from ${current.name}` });
-      const link = element("a", { href: shown[row], download: name, className: "button" }, `Save ${name}`);
-      const figure = element("figure", {}, image, element("figcaption", {}, link));
-      image.addEventListener("load", () => facts(pictures, took, image), { once: true });
-      return figure;
+  async function encode(signal, begin) {
+    const { name, drawn } = current;
+    const info = await Server.info;
+    const encoder = encoderOf(info);
+    const decoder = decoderFor(info, encoder);
+    begin("Encoding");
+    let start = performance.now();
+    const original = await Picture.png(drawn.canvas);
+    const response = await ask(`${encoder.path}?do_scaling=True`, {
+      method: "POST",
+      headers: { "Content-Type": "image/png" },
+      body: original,
+      signal,
     });
-    $("stage").replaceChildren(element("p", { id: "stage-text" }), ...figures);
-    text("stage-text", "");
+    const shape = JSON.parse(response.headers.get("shape"));
+    const latents = new Uint8Array(await response.arrayBuffer());
+    const { height, width } = drawn.canvas;
+    const file = Safetensors.file(latents, shape, height, width);
+    const encoded = { file, shape, took: performance.now() - start, ...told(response) };
+    if (!decoder) {
+      Stage.encoded(name, drawn, original, encoded, "not here: no model that decodes such latents is served");
+      return;
+    }
+    Stage.encoded(name, drawn, original, encoded, null);
+    begin("Decoding");
+    start = performance.now();
+    const query = new URLSearchParams({ dtype: "float32", output_type: "pil", image_format: "png", do_scaling: "True" });
+    for (const dimension of shape) query.append("shape", dimension);
+    const decoded = await fetchPicture(decoder.path, query, latents, signal);
+    const took = performance.now() - start;
+    const psnr = Picture.psnr(drawn.pixels, await Picture.pixelsOf(decoded.blob));
+    signal.throwIfAborted();
+    Stage.encoded(name, drawn, original, encoded, { took, psnr, ...decoded });
   }
 
-  async function facts(pictures, took, image) {
-    const triton = pictures.reduce((sum, picture) => sum + picture.triton, 0);
-    const size = pictures.reduce((sum, picture) => sum + picture.blob.size, 0);
-    const rows = [
-      ["Size", `${image.naturalHeight} × ${image.naturalWidth} pixels (height × width)`],
-      ["Time", `${seconds(took)}, of which ${seconds(triton)} in Triton`],
-      ["File", `${bytes(size)} as PNG${pictures.length > 1 ? ` in ${pictures.length} pictures` : ""}`],
-      ["Latents", `(${current.shape.join(", ")}) ${current.dtype}`],
-      ["Request", pictures.map((picture) => picture.id).join(", ")],
-    ];
-    if (pictures[0].warning) rows.splice(1, 0, ["Note", pictures[0].warning]);
-    const peak = value(await metrics().catch(() => ""), "fluxvae_peak_bytes");
-    if (peak) rows.splice(2, 0, ["Plan", `at most ${bytes(peak)} above the weights, as the last decode was planned`]);
-    list("facts", rows);
+  function busy(now) {
+    $("stage").classList.toggle("busy", now);
+    $("cancel").hidden = !now;
+    $("start").disabled = now;
   }
 
-  // What the server is, and its live numbers.
+  $("file").addEventListener("change", async (event) => {
+    const file = event.target.files[0];
+    event.target.value = ""; // otherwise choosing the same file again would not count as a change
+    if (file) await take(file.name, await file.arrayBuffer(), file.type);
+  });
+  for (const kind of ["dragenter", "dragover"]) {
+    $("drop").addEventListener(kind, (event) => {
+      event.preventDefault();
+      $("drop").classList.add("over");
+    });
+  }
+  for (const kind of ["dragleave", "drop"]) $("drop").addEventListener(kind, () => $("drop").classList.remove("over"));
+  $("drop").addEventListener("drop", async (event) => {
+    event.preventDefault();
+    const file = event.dataTransfer.files[0];
+    if (file) await take(file.name, await file.arrayBuffer(), file.type);
+  });
+  $("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    work();
+  });
+  $("cancel").addEventListener("click", () => running?.abort());
 
-  async function server() {
-    const info = await (await ask("/info")).json();
-    const { checkpoint, device, dtype, engine, memory_limit: limit } = info.settings;
-    list("server-facts", [
-      ["Checkpoint", checkpoint ?? "demo"],
-      ["Device", device ?? "Triton’s choice"],
-      ["Type", dtype ?? "the device’s"],
-      ["Engine", engine ?? "exact"],
-      ["Memory limit", limit ?? "what is free"],
-      ["Largest", `${(info.limits.max_pixels / 1e6).toFixed(1)} megapixels, ${bytes(info.limits.max_request_bytes)}`],
-      ["Triton", info.triton],
-    ]);
-    $("server").hidden = false;
-    const buttons = info.examples.map((file) => {
-      const button = element("button", { type: "button" }, file.replace(/_.*$/, ""));
-      button.title = file;
+  // Examples are latents, so that they are offered where a model decodes.
+  function offer(info) {
+    const buttons = (info.encodes ? [] : info.examples).map((file) => {
+      const button = element("button", { type: "button", title: file }, file.replace(/_.*$/, ""));
       button.addEventListener("click", async () => {
         try {
           await take(file, await (await ask(`/examples/${file}`)).arrayBuffer());
@@ -189,135 +238,5 @@
     $("examples").hidden = buttons.length === 0;
   }
 
-  const metrics = async () => (await ask("/metrics")).text();
-
-  // Returns the sum of a metric over all its labels, or null where the page has no such metric.
-  function value(page, name) {
-    const lines = page.split("\n").filter((line) => line.startsWith(`${name} `) || line.startsWith(`${name}{`));
-    return lines.length ? lines.reduce((sum, line) => sum + Number(line.slice(line.lastIndexOf(" ") + 1)), 0) : null;
-  }
-
-  async function refresh() {
-    try {
-      const page = await metrics();
-      const pixels = value(page, "fluxvae_megapixels_total");
-      const took = value(page, "fluxvae_decode_seconds_total");
-      const peak = value(page, "fluxvae_peak_bytes");
-      const tiles = [
-        ["decodes", count(value(page, "fluxvae_decodes_total"))],
-        ["megapixels", pixels?.toFixed(1)],
-        ["megapixels a second", pixels && took ? (pixels / took).toFixed(2) : null],
-        ["last plan’s peak", peak === null ? null : bytes(peak)],
-        ["under way here", count(value(page, "fluxvae_gateway_in_flight"))],
-        ["waiting in Triton", count(value(page, "nv_inference_pending_request_count"))],
-        ["errors", count(value(page, "fluxvae_errors_total") ?? (pixels === null ? null : 0))],
-      ];
-      $("tiles").replaceChildren(
-        ...tiles.map(([name, number]) => element("div", {}, element("dt", {}, name), element("dd", {}, number ?? "–"))),
-      );
-      const up = value(page, "fluxvae_gateway_triton_metrics_up") === 1;
-      $("metrics-note").hidden = up;
-      text("metrics-note", up ? "" : "Triton’s own metrics are out of reach: only the gateway’s are shown.");
-    } catch {
-      $("metrics-note").hidden = false;
-      text("metrics-note", "The server does not answer; these are the last numbers it gave.");
-    }
-  }
-
-  async function ready() {
-    let state = ["down", "not answering"];
-    try {
-      const response = await fetch("/readyz");
-      state = response.ok ? ["ready", "ready"] : ["down", `not ready: ${(await response.json()).reason}`];
-    } catch {
-      // The state stays "not answering".
-    }
-    $("state").dataset.state = state[0];
-    if ($("state").textContent !== state[1]) text("state", state[1]);
-  }
-
-  // Helpers.
-
-  const text = (id, content) => {
-    if ($(id)) {
-      $(id).textContent = content;
-      $(id).hidden = content === "";
-    }
-  };
-  const seconds = (ms) => (ms < 10000 ? `${(ms / 1000).toFixed(2)} s` : `${(ms / 1000).toFixed(0)} s`);
-  const count = (number) => (number === null ? null : number.toLocaleString("en"));
-  function bytes(number) {
-    const steps = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-    const step = Math.min(steps.length - 1, Math.floor(Math.log2(Math.max(number, 1)) / 10));
-    return `${(number / 1024 ** step).toFixed(step ? 1 : 0)} ${steps[step]}`;
-  }
-  function element(tag, properties, ...children) {
-    const made = Object.assign(document.createElement(tag), properties);
-    made.append(...children);
-    return made;
-  }
-  function list(id, rows) {
-    $(id).replaceChildren(...rows.flatMap(([name, what]) => [element("dt", {}, name), element("dd", {}, what)]));
-    $(id).hidden = false;
-  }
-  function tell(message) {
-    $("error").hidden = message === null;
-    $("error").textContent = message ?? "";
-  }
-  function busy(now) {
-    $("stage").classList.toggle("busy", now);
-    $("cancel").hidden = !now;
-    $("decode").disabled = now;
-  }
-
-  $("file").addEventListener("change", async (event) => {
-    const file = event.target.files[0];
-    event.target.value = ""; // otherwise choosing the same file again would not count as a change
-    if (file) await take(file.name, await file.arrayBuffer());
-  });
-  for (const kind of ["dragenter", "dragover"]) {
-    $("drop").addEventListener(kind, (event) => {
-      event.preventDefault();
-      $("drop").classList.add("over");
-    });
-  }
-  for (const kind of ["dragleave", "drop"]) $("drop").addEventListener(kind, () => $("drop").classList.remove("over"));
-  $("drop").addEventListener("drop", async (event) => {
-    event.preventDefault();
-    const file = event.dataTransfer.files[0];
-    if (file) await take(file.name, await file.arrayBuffer());
-  });
-  $("form").addEventListener("submit", (event) => {
-    event.preventDefault();
-    decode();
-  });
-  $("cancel").addEventListener("click", () => running?.abort());
-
-  // A link cannot carry the token. So what it leads to is fetched with the token and shown in a new tab.
-  if (token) {
-    for (const link of document.querySelectorAll("footer a")) {
-      link.addEventListener("click", async (event) => {
-        event.preventDefault();
-        const tab = window.open("about:blank");
-        try {
-          const response = await ask(link.getAttribute("href"));
-          const type = response.headers.get("Content-Type").startsWith("text/html") ? "text/html" : "text/plain";
-          tab.location = URL.createObjectURL(new Blob([await response.text()], { type: `${type};charset=utf-8` }));
-        } catch (error) {
-          tab.close();
-          tell(error.message);
-        }
-      });
-    }
-  }
-
-  server().catch((error) => tell(error.message));
-  ready();
-  refresh();
-  setInterval(() => {
-    if (!document.hidden) {
-      refresh();
-      ready();
-    }
-  }, METRICS_EVERY_MS);
+  Server.info.then(offer).catch(() => {}); // Server has told the error
 })();

@@ -1,5 +1,5 @@
 "use strict";
-// Reads latents from a safetensors file, which has 8 bytes with the header's length, a JSON header, and the tensors.
+// Reads and writes latents in safetensors files: 8 bytes with the header's length, a JSON header, and the tensors.
 const Safetensors = (() => {
   const PATCHES = 128; // how many channels FLUX.2's latents have in 2x2 patches
   const CHANNELS = [4, 16, 32, PATCHES]; // how many channels unpacked latents may have
@@ -55,6 +55,18 @@ const Safetensors = (() => {
     return height === scale * shape[1] && width === scale * shape[2] ? whole(false) : rows(true);
   }
 
+  // Returns a file with float32 latents, as bytes, whose picture has this size in pixels.
+  function file(bytes, shape, height, width) {
+    const tensor = { dtype: "F32", shape, data_offsets: [0, bytes.length] };
+    const metadata = { height: String(height), width: String(width) };
+    const header = new TextEncoder().encode(JSON.stringify({ __metadata__: metadata, latents: tensor }));
+    const padded = new Uint8Array(Math.ceil(header.length / 8) * 8).fill(32); // so that the values begin at a multiple of 8
+    padded.set(header);
+    const length = new DataView(new ArrayBuffer(8));
+    length.setBigUint64(0, BigInt(padded.length), true);
+    return new Blob([length.buffer, padded, bytes], { type: "application/octet-stream" });
+  }
+
   function readHeader(buffer) {
     const broken = () => new Error("latents: this is no safetensors file.");
     if (buffer.byteLength < 8) throw broken();
@@ -70,5 +82,5 @@ const Safetensors = (() => {
   const pixels = (text) => (/^\d{1,6}$/.test(text ?? "") ? Number(text) : null);
   const list = (names) => (names.length ? names.slice(0, 8).map((name) => `"${name}"`).join(", ") : "no tensor");
 
-  return { latents, layout };
+  return { latents, layout, file };
 })();
