@@ -159,7 +159,7 @@ def test_a_client_is_carried_without_its_connection(kind: Any, duplicate: Callab
     for protocol in ("grpc", "http"):
         client = kind("localhost:9", protocol=protocol, model="vae_preview", timeout_s=7.0, retries=0)
         again = duplicate(client)
-        assert (again.url, again._protocol, again._model) == ("localhost:9", protocol, "vae_preview")
+        assert (again.url, again._protocol, again.model) == ("localhost:9", protocol, "vae_preview")
         assert (again._timeout_s, again._retries) == (7.0, 0)
         assert again._transport is not client._transport
         assert type(again._transport) is type(client._transport)

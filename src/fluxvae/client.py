@@ -1,9 +1,10 @@
-"""Clients for our Triton models: they send latents to a server, and return the images as `fluxvae.Decoder` would.
+"""Clients for our Triton models: a server decodes and encodes for them as `fluxvae.Decoder` and `Encoder` would here.
 
     with fluxvae.client.Client("localhost:8001") as client:
+        latents = client.encode(picture)
         [image] = client.decode(latents, height=1024, width=1024)
 
-    fluxvae.client.install(pipe, "gpu-box:8001")   # from now on the pipeline decodes on that server
+    fluxvae.client.install(pipe, "gpu-box:8001")   # from now on the pipeline decodes and encodes on that server
 
 Needs the extra: ``pip install fluxvae[serve]``.
 """

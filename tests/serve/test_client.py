@@ -1,6 +1,6 @@
 """`fluxvae.client` on the real server, over every transport; what a server does rarely, on a fake of it.
 
-Not covered here: TLS, and a server on another machine.
+Not covered here: encoding (test_client_encode.py), TLS, and a server on another machine.
 """
 
 from __future__ import annotations
@@ -23,11 +23,21 @@ import pytest
 import torch
 
 import fluxvae.client
-from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError, MemoryLimitError, SizeFlooredWarning
+from fluxvae import (
+    Decoder,
+    FluxVAEError,
+    InvalidImagesError,
+    InvalidLatentsError,
+    InvalidOptionError,
+    MemoryLimitError,
+    SizeFlooredWarning,
+)
 from fluxvae.client import AsyncClient, Client, RemoteVAE
 from fluxvae.errors import DeadlineExceededError, DecodeCancelled, NonFiniteOutputError, UnavailableError
 from fluxvae.latents.reading import Reading
-from fluxvae.serve.client.wire import Unsent, error_of, make_request
+from fluxvae.serve.client.decoding import make_decode_request
+from fluxvae.serve.client.encoding import make_encode_request
+from fluxvae.serve.client.wire import Unsent, error_of
 from models import flux_pipeline, run_pipeline
 from serve.client import Serving
 from serve.test_server_behaviour import metric
@@ -145,8 +155,8 @@ def test_errors_are_the_librarys(client: Client) -> None:
 @protocols
 def test_a_model_that_is_not_there(serving: Serving, protocol: str) -> None:
     with (
-        Client(url_of(serving, protocol), protocol=protocol, model="vae_encoder") as client,
-        pytest.raises(InvalidOptionError, match="model: got 'vae_encoder'"),
+        Client(url_of(serving, protocol), protocol=protocol, model="vae_preview") as client,
+        pytest.raises(InvalidOptionError, match="model: got 'vae_preview'.*fluxvae serve --model vae_preview="),
     ):
         client.decode(packed(0, 16, 16), height=16, width=16)
 
@@ -229,6 +239,7 @@ def test_shared_memory_is_used_again_and_given_back(serving: Serving, regions: C
     with Client(serving.server.grpc_url, protocol="shared_memory") as client:
         for seed in range(5):
             client.decode(packed(seed, 32, 32), height=32, width=32)
+            client.encode(np.zeros((32, 32, 3), np.uint8))
             with pytest.raises(InvalidLatentsError):
                 client.decode(packed(seed, 32, 32), height=32, width=48)
         assert len(regions()) == 1
@@ -289,22 +300,28 @@ def test_only_what_was_refused_before_any_work_is_retried(
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "kind"),
+    ("status", "message", "kind", "encoding"),
     [
-        ("INVALID_ARGUMENT", "memory_limit: got 5 bytes", MemoryLimitError),
-        ("INVALID_ARGUMENT", "parameter 'colour': unknown", InvalidOptionError),
-        ("INVALID_ARGUMENT", "height and width: got 1x2", InvalidLatentsError),
-        ("CANCELLED", "decode: cancelled", DecodeCancelled),
-        ("UNAVAILABLE", "failed to connect to all addresses", Unsent),
-        ("UNAVAILABLE", "Socket closed", UnavailableError),
-        ("INTERNAL", "Stub process 'vae_decoder_0_0' is not healthy.", UnavailableError),
-        ("INTERNAL", "anything", FluxVAEError),
+        ("INVALID_ARGUMENT", "memory_limit: got 5 bytes", MemoryLimitError, MemoryLimitError),
+        ("INVALID_ARGUMENT", "parameter 'colour': unknown", InvalidOptionError, InvalidOptionError),
+        ("INVALID_ARGUMENT", "sample: got True", InvalidOptionError, InvalidOptionError),
+        ("INVALID_ARGUMENT", "height and width: got 1x2", InvalidLatentsError, InvalidImagesError),
+        ("INVALID_ARGUMENT", "batch-size must be <= 8", InvalidLatentsError, InvalidImagesError),
+        ("CANCELLED", "decode: cancelled", DecodeCancelled, DecodeCancelled),
+        ("UNAVAILABLE", "failed to connect to all addresses", Unsent, Unsent),
+        ("UNAVAILABLE", "Socket closed", UnavailableError, UnavailableError),
+        ("INTERNAL", "Stub process 'vae_decoder_0_0' is not healthy.", UnavailableError, UnavailableError),
+        ("INTERNAL", "the latents hold NaN or Inf", NonFiniteOutputError, NonFiniteOutputError),
+        ("INTERNAL", "anything", FluxVAEError, FluxVAEError),
     ],
 )
-def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -> None:
-    reading = Reading(height=16, width=16)
-    request = make_request(packed(0, 16, 16), reading, model="vae_decoder", output_type="pil", request_id="it")
-    assert type(error_of(status, message, request, model="m", timeout_s=1.0)) is kind
+def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError], encoding: type[FluxVAEError]) -> None:
+    decode = make_decode_request(
+        packed(0, 16, 16), Reading(height=16, width=16), model="vae_decoder", output_type="pil", request_id="it"
+    )
+    encode = make_encode_request(np.zeros((16, 16, 3), np.uint8), model="vae_encoder")
+    assert type(error_of(status, message, decode, timeout_s=1.0)) is kind
+    assert type(error_of(status, message, encode, timeout_s=1.0)) is encoding
 
 
 @pytest.mark.parametrize(
@@ -322,6 +339,7 @@ def test_errors_by_status(status: str, message: str, kind: type[FluxVAEError]) -
         (torch.zeros(1, 16, 4, 4), {"height": 48}, "height: got 48, but unpacked latents"),
         (packed(0, 32, 32), {"height": 32, "width": 32, "output_type": "jpeg"}, "output_type: got 'jpeg'"),
         (packed(0, 32, 32), {"height": 32, "width": 32, "priority": 0}, "priority: got 0"),
+        (packed(0, 32, 32), {"height": 32, "width": 32, "scaling_factor": "1"}, "scaling_factor: got '1'"),
     ],
 )
 def test_refused_before_it_is_sent(latents: torch.Tensor, options: dict[str, Any], message: str) -> None:
@@ -360,8 +378,6 @@ def test_a_flux_pipeline_decodes_on_the_server(serving: Serving, library: Decode
             np.testing.assert_array_equal(run_pipeline(pipe, 48, 64, 2, "np"), expected)
             with pytest.raises(InvalidOptionError, match="a RemoteVAE already"):
                 fluxvae.client.install(pipe, serving.server.grpc_url)
-            with pytest.raises(InvalidOptionError, match="only decodes"):
-                pipe.vae.encode(torch.zeros(1, 3, 16, 16))
     assert pipe.vae is own
     handle.remove()
 

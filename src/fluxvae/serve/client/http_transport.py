@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import urllib3
 
-from fluxvae.errors import FluxVAEError
 from fluxvae.serve.client.transports import TYPES, Call
-from fluxvae.serve.client.wire import Request, Unsent, error_of, read_answer
+from fluxvae.serve.client.wire import Request, Unsent, error_of
 
 __all__ = ["Http"]
 
@@ -22,17 +21,15 @@ _CODES = {400: "INVALID_ARGUMENT", 404: "NOT_FOUND", 501: "UNIMPLEMENTED", 503: 
 class Http:
     """Carries requests over HTTP with binary tensors.
 
-    Over HTTP Triton does not notice that a client has gone, so a decode goes on after it was cancelled here.
+    Over HTTP Triton does not notice that a client has gone, so its work goes on after it was cancelled here.
 
     Args:
         url: the ``host:port`` of Triton's HTTP endpoint.
-        model: the model's name.
         connections: how many requests may be on their way at the same time, and how many connections are kept open.
     """
 
-    def __init__(self, url: str, model: str, connections: int = 32) -> None:
-        self._model = model
-        self._address = f"http://{url}/v2/models/{model}/infer"
+    def __init__(self, url: str, connections: int = 32) -> None:
+        self._address = f"http://{url}"
         self._pool = urllib3.connection_from_url(self._address, maxsize=connections, block=False)
         self._threads = ThreadPoolExecutor(connections, thread_name_prefix="fluxvae-http")
 
@@ -53,7 +50,7 @@ class Http:
         try:
             response = self._pool.request(
                 "POST",
-                f"/v2/models/{self._model}/infer",
+                f"/v2/models/{request.model}/infer",
                 body=body,
                 headers={"Inference-Header-Content-Length": str(header_length)},
                 timeout=urllib3.Timeout(total=timeout_s),
@@ -64,18 +61,16 @@ class Http:
                 f"no connection to the server at {self._address}: {error}; is it running, and at this address?"
             ) from error
         except urllib3.exceptions.TimeoutError as error:
-            raise self._error("DEADLINE_EXCEEDED", str(error), request, timeout_s) from error
+            raise error_of("DEADLINE_EXCEEDED", str(error), request, timeout_s=timeout_s) from error
         except urllib3.exceptions.HTTPError as error:
-            raise self._error("UNAVAILABLE", f"the connection broke: {error}", request, timeout_s) from error
+            raise error_of("UNAVAILABLE", f"the connection broke: {error}", request, timeout_s=timeout_s) from error
         if response.status != 200:
-            raise self._error(_CODES.get(response.status, "INTERNAL"), _message(response.data), request, timeout_s)
+            status = _CODES.get(response.status, "INTERNAL")
+            raise error_of(status, _message(response.data), request, timeout_s=timeout_s)
         split = int(response.headers["Inference-Header-Content-Length"])
         [output] = json.loads(response.data[:split])["outputs"]
         array = np.frombuffer(response.data, _NAMES[output["datatype"]], offset=split).reshape(output["shape"])
-        return read_answer(request, array)
-
-    def _error(self, status: str, message: str, request: Request, timeout_s: float) -> FluxVAEError:
-        return error_of(status, message, request, model=self._model, timeout_s=timeout_s)
+        return request.read(array)
 
 
 def _body(request: Request, timeout_s: float) -> tuple[bytes, int]:
@@ -84,7 +79,6 @@ def _body(request: Request, timeout_s: float) -> tuple[bytes, int]:
     Returns:
         The body, and the number of bytes of its header.
     """
-    arrays = request.inputs
     parameters = {**request.parameters, "timeout": max(1, int(timeout_s * 1e6))}
     if request.priority:
         parameters["priority"] = request.priority
@@ -98,12 +92,12 @@ def _body(request: Request, timeout_s: float) -> tuple[bytes, int]:
                 "datatype": TYPES[array.dtype.name],
                 "parameters": {"binary_data_size": array.nbytes},
             }
-            for name, array in arrays.items()
+            for name, array in request.inputs.items()
         ],
         "outputs": [{"name": request.output, "parameters": {"binary_data": True}}],
     }
     encoded = json.dumps(header).encode()
-    return b"".join([encoded, *(array.tobytes() for array in arrays.values())]), len(encoded)
+    return b"".join([encoded, *(array.tobytes() for array in request.inputs.values())]), len(encoded)
 
 
 def _message(body: bytes) -> str:

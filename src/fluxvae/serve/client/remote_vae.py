@@ -1,29 +1,33 @@
-"""Lets diffusers' pipelines decode on a server: `RemoteVAE` replaces ``pipe.vae``, and `install` puts it there."""
+"""A VAE on a server, for diffusers' pipelines: `RemoteVAE` replaces ``pipe.vae``, and `install` puts it there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from fluxvae.checkpoints import ASSETS
-from fluxvae.errors import InvalidLatentsError, InvalidOptionError
+from fluxvae.errors import InvalidImagesError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import read_layout, unpacked_shape
 from fluxvae.serve.client.clients import Client
+from fluxvae.serve.client.encoding import make_moments_request
 
 __all__ = ["Installed", "RemoteVAE", "install"]
 
 
 class RemoteVAE(torch.nn.Module):
-    """A VAE that decodes on a server. It takes the place of ``pipe.vae`` in a diffusers pipeline that only decodes.
+    """A VAE that decodes and encodes on a server. It takes the place of ``pipe.vae`` in a diffusers pipeline.
 
-    The pipeline's own post-processing follows, so its images are those of a local `fluxvae` decode in the server's
-    dtype. The images of a batch are sent one by one. It cannot encode, so image-to-image pipelines need a real VAE.
+    What the pipeline does before and after is its own, so its images, and the latents that it makes of pictures, are
+    those that it would have with `fluxvae.install` and a VAE in the server's dtype. The images of a batch are sent one
+    by one.
 
     Args:
         client: the client to send with, or the ``host:port`` of the server's gRPC endpoint.
@@ -98,13 +102,33 @@ class RemoteVAE(torch.nn.Module):
             )
         return layout.shape
 
-    def encode(self, *_: object, **__: object) -> Any:
-        """Refuse to encode, because only decoding happens on the server.
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """Encode pixels to a distribution of raw latents, as ``AutoencoderKL.encode`` does.
+
+        Args:
+            x: the pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
+            return_dict: whether to return an ``AutoencoderKLOutput`` instead of a tuple.
+
+        Returns:
+            diffusers' distribution of the latents (B, C, lh, lw), in the dtype of ``x`` and on its device. Its mode and
+            the samples that are drawn from it here have the bits of an exact encode in this process, where the server's
+            VAE has the same dtype.
 
         Raises:
-            InvalidOptionError: always.
+            InvalidImagesError: the pixels have another shape or dtype, or values outside of [-1, 1].
+            InvalidOptionError: the client knows no model that encodes, or the server does not have it.
+            FluxVAEError: the request failed, as for `Client.encode`.
         """
-        raise InvalidOptionError("vae: fluxvae.client.RemoteVAE only decodes; encode with an AutoencoderKL")
+        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
+            raise InvalidImagesError(
+                f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3, height, width), which "
+                "AutoencoderKL.encode takes; Client.encode takes pictures"
+            )
+        model = self.client.encoder_model
+        parts = [self.client.send(partial(make_moments_request, one[None], model=model)) for one in x]
+        moments = torch.cat(parts).to(device=x.device, dtype=x.dtype)
+        distribution = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
 
 class Installed:
@@ -134,22 +158,23 @@ class Installed:
 
 
 def install(pipe: Any, url: str, **options: Any) -> Installed:
-    """Let a diffusers pipeline decode on a server instead of with its own VAE.
+    """Let a diffusers pipeline decode and encode on a server instead of with its own VAE.
 
     A pipeline may be loaded with ``vae=None``, so that the VAE's weights never come into memory here. It is then given
     FLUX.1's configuration. FLUX.2's pipelines must be loaded with their VAE, because they rescale latents by its
-    statistics; they decode with the model ``vae_decoder_flux2``.
+    statistics; they decode with the model ``vae_decoder_flux2`` and encode with ``vae_encoder_flux2``. A model that
+    the server does not have is missed only when it is asked for.
 
     Args:
         pipe: the pipeline.
         url: the ``host:port`` of the server's gRPC endpoint.
-        options: options for `Client`: ``protocol``, ``model``, ``timeout_s``, ``retries``.
+        options: options for `Client`: ``protocol``, ``model``, ``encoder_model``, ``timeout_s``, ``retries``.
 
     Returns:
         A handle whose ``remove()`` undoes it.
 
     Raises:
-        InvalidOptionError: the pipeline decodes on a server already, or is FLUX.2's without a VAE.
+        InvalidOptionError: the pipeline's VAE is on a server already, or is FLUX.2's without a VAE.
     """
     vae = getattr(pipe, "vae", None)
     if isinstance(vae, RemoteVAE):

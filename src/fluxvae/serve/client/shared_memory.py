@@ -1,4 +1,4 @@
-"""Sends requests over gRPC with latents and images in system shared memory, to a server on the same machine."""
+"""Sends requests over gRPC with their tensors in system shared memory, to a server on the same machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SharedMemoryGrpc"]
 
 
 class SharedMemoryGrpc(Grpc):
-    """Carries requests over gRPC, with latents and images in system shared memory, to a server on this machine.
+    """Carries requests over gRPC, with their tensors and those of the answers in system shared memory, on one machine.
 
     That saves time with large images. Each request that is on its way has a region of its own, which later requests use
     again. A region whose request ended without an answer is not used again, and stays registered with the server, which
@@ -31,27 +31,24 @@ class SharedMemoryGrpc(Grpc):
 
     Args:
         url: the ``host:port`` of Triton's gRPC endpoint.
-        model: the model's name.
     """
 
-    def __init__(self, url: str, model: str) -> None:
-        super().__init__(url, model)
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
         self._lock = threading.Lock()
         self._idle: list[SharedMemory] = []
         self._all: list[SharedMemory] = []
 
     def start(self, request: Request, timeout_s: float) -> Call:
         """Send a request; see `Transport.start`."""
-        sent = request.latents.nbytes
+        sent = sum(array.nbytes for array in request.inputs.values())
         region = self._lease(sent + request.answer_bytes, request, timeout_s)
-        np.ndarray(request.latents.shape, np.float32, region.buf)[...] = request.latents
-        inputs = []
+        inputs, offset = [], 0
         for name, array in request.inputs.items():
+            np.ndarray(array.shape, array.dtype, region.buf, offset)[...] = array
             inputs.append(triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]))
-            if name == "latents":
-                inputs[-1].set_shared_memory(region.name, sent)
-            else:
-                inputs[-1].set_data_from_numpy(array)
+            inputs[-1].set_shared_memory(region.name, array.nbytes, offset)
+            offset += array.nbytes
         output = triton.InferRequestedOutput(request.output)
         output.set_shared_memory(region.name, request.answer_bytes, sent)
 

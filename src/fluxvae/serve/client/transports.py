@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from fluxvae.errors import FluxVAEError
-from fluxvae.serve.client.wire import Request, error_of, read_answer
+from fluxvae.serve.client.wire import Request, error_of
 
 __all__ = ["TYPES", "Call", "Grpc", "Transport"]
 
@@ -38,14 +38,14 @@ class Call:
 
     def __init__(self) -> None:
         self.future: Future[Any] = Future()
-        """Gives what ``Client.decode`` returns or raises."""
+        """Gives what the client's method returns or raises."""
         self.future.set_running_or_notify_cancel()  # from here on only the answer ends it, and nobody can cancel it
         self.cancel: Callable[[], object] = lambda: None
         """Stops the request, where the transport can."""
 
 
 class Transport(Protocol):
-    """Carries requests to one model of one server."""
+    """Carries requests to one server."""
 
     def start(self, request: Request, timeout_s: float) -> Call:
         """Send a request, without waiting for its answer. Several threads may do so at the same time.
@@ -65,15 +65,13 @@ class Transport(Protocol):
 class Grpc:
     """Carries requests over gRPC, which is the default.
 
-    When a request's deadline passes or it is cancelled, gRPC tells the server, which stops the decode.
+    When a request's deadline passes or it is cancelled, gRPC tells the server, which stops its work.
 
     Args:
         url: the ``host:port`` of Triton's gRPC endpoint.
-        model: the model's name.
     """
 
-    def __init__(self, url: str, model: str) -> None:
-        self._model = model
+    def __init__(self, url: str) -> None:
         self._client = triton.InferenceServerClient(url, channel_args=_CHANNEL)
 
     def start(self, request: Request, timeout_s: float) -> Call:
@@ -112,7 +110,7 @@ class Grpc:
             try:
                 if error is not None:
                     raise self._translate(error, request, timeout_s)
-                answer = read_answer(request, array_of(result))
+                answer = request.read(array_of(result))
             except BaseException as caught:
                 done(result is not None or (error is not None and error.status() in _FINAL))
                 call.future.set_exception(caught)
@@ -121,13 +119,13 @@ class Grpc:
                 call.future.set_result(answer)
 
         context = self._client.async_infer(
-            self._model,
+            request.model,
             inputs,
             take,
             outputs=[output],
             request_id=request.id,
             priority=request.priority,
-            timeout=max(1, int(timeout_s * 1e6)),  # so that Triton decodes nothing for a caller who has given up
+            timeout=max(1, int(timeout_s * 1e6)),  # so that Triton computes nothing for a caller who has given up
             client_timeout=timeout_s,
             parameters=request.parameters or None,
         )
@@ -136,4 +134,4 @@ class Grpc:
 
     def _translate(self, error: InferenceServerException, request: Request, timeout_s: float) -> FluxVAEError:
         status = (error.status() or "UNKNOWN").removeprefix("StatusCode.")
-        return error_of(status, error.message() or "", request, model=self._model, timeout_s=timeout_s)
+        return error_of(status, error.message() or "", request, timeout_s=timeout_s)

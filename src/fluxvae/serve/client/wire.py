@@ -1,7 +1,7 @@
-"""What a client and the Triton model say to each other, whatever carries it: tensors, parameters, errors.
+"""What a client and our Triton models say to each other, whatever carries it and whichever way: requests and errors.
 
-Pure functions; `fluxvae.serve.client.transports` sends what they make. PyTorch is imported only where there are
-tensors: a client of NumPy arrays and pictures starts in a fraction of a second and stays small.
+`decoding` and `encoding` make requests, `transports` sends them. PyTorch is imported only where there are tensors: a
+client of NumPy arrays and pictures starts in a fraction of a second and stays small.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import sys
 import uuid
-import warnings
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,45 +20,48 @@ from fluxvae.errors import (
     DeadlineExceededError,
     DecodeCancelled,
     FluxVAEError,
-    InvalidLatentsError,
     InvalidOptionError,
     MemoryLimitError,
     NonFiniteOutputError,
     UnavailableError,
 )
-from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.layout import Layout, possible_layouts, read_layout
-from fluxvae.latents.packing import SizeFlooredWarning, token_positions
-from fluxvae.latents.reading import Reading
-from fluxvae.serve.families import formats_of_model
+from fluxvae.latents.reading import FACTORS, Reading, finite_number
+from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton_words import passing_trouble
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Request", "Unsent", "error_of", "make_request", "read_answer", "refused_before_work"]
+__all__ = [
+    "SCALE",
+    "Request",
+    "Unsent",
+    "as_float32",
+    "envelope",
+    "error_of",
+    "is_tensor",
+    "refused_before_work",
+    "rescaling",
+]
 
-_OUTPUTS = {
-    "pil": ("images", np.uint8),
-    "uint8": ("images", np.uint8),
-    "np": ("images_np", np.float32),
-    "pt": ("images_pt", np.float32),
-    "raw": ("images_raw", np.float32),
-}
-_DTYPES = ("float32", "bfloat16", "float16")
-_SCALE = 8
+SCALE = 8
 """How many pixels there are for each latent, in each direction, with every VAE of the FLUX family."""
 _OPTIONS = frozenset(
     {
+        "background",
         "batch_norm_eps",
         "format",
         "layout",
+        "metadata",
         "output_type",
         "parameter",
         "probe",
         "quality",
         "raw",
+        "resize",
+        "sample",
         "scaling_factor",
+        "seed",
         "shift_factor",
     }
 )
@@ -67,188 +70,68 @@ _OPTIONS = frozenset(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One request to the model: latents and what was said about them, as they are sent."""
+    """One request to a model as it is sent, and how its answer is read."""
 
-    latents: NDArray[np.float32]
-    """(B, patches, 4*C), or (B, C, lh * lw) with the parameter ``layout``."""
-    height: int
-    width: int
-    output_type: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    priority: int = 0
+    model: str
+    """The model's name."""
+    inputs: dict[str, NDArray[Any]]
+    """The tensors that are sent, by name, in C order."""
+    output: str
+    """The name of the model's output that is asked for."""
+    answer_dtype: np.dtype[Any]
+    """The dtype of that output."""
+    answer_bytes: int
+    """How many bytes the output takes at most."""
+    read: Callable[[NDArray[Any]], Any]
+    """Makes of the output what the caller gets, who owns it: the array may be a view of memory that is used again."""
+    refusal: type[FluxVAEError]
+    """The class of the errors about what is sent: `InvalidLatentsError` or `InvalidImagesError`."""
+    parameters: dict[str, Any]
+    priority: int
     """0 stands for the model's default."""
-    id: str = ""
-    latent_ids: NDArray[np.int64] | None = None
-    """(B, patches, 4), for FLUX.2's packed latents."""
-
-    @property
-    def output(self) -> str:
-        """The name of the model's output that is asked for."""
-        return _OUTPUTS[self.output_type][0]
-
-    @property
-    def answer_dtype(self) -> np.dtype[Any]:
-        """The dtype of that output."""
-        return np.dtype(_OUTPUTS[self.output_type][1])
-
-    @property
-    def answer_bytes(self) -> int:
-        """How many bytes the output takes at most. It takes fewer where the server floors the size."""
-        return len(self.latents) * 3 * self.height * self.width * self.answer_dtype.itemsize
-
-    @property
-    def inputs(self) -> dict[str, NDArray[Any]]:
-        """The tensors that are sent, by name."""
-        rows = (len(self.latents), 1)
-        size = {"height": self.height, "width": self.width}
-        sent: dict[str, NDArray[Any]] = {name: np.full(rows, value, np.int32) for name, value in size.items()}
-        ids = {} if self.latent_ids is None else {"latent_ids": self.latent_ids}
-        return {"latents": self.latents, **sent, **ids}
+    id: str
+    """Names the request in the server's log."""
 
 
 class Unsent(UnavailableError):
     """No connection came about, so the request was not sent and is safe to repeat."""
 
 
-def make_request(
-    latents: torch.Tensor | NDArray[Any],
-    reading: Reading,
-    *,
-    model: str,
-    output_type: str,
-    priority: int | None = None,
-    request_id: str | None = None,
-) -> Request:
-    """Return the request to a model for these latents.
-
-    Types are checked here, and the shape as far as it must be known. The server checks the rest, because it knows the
-    checkpoint.
-
-    Args:
-        latents: as for `Client.decode`.
-        reading: what is said about them.
-        model: the model's name, which tells the class of its VAE.
-        output_type, priority, request_id: as for `Client.decode`.
+def envelope(priority: object, request_id: str | None) -> dict[str, Any]:
+    """Return what a caller says about a request as a whole, as arguments of `Request`.
 
     Raises:
-        InvalidLatentsError, InvalidOptionError: something cannot be sent.
+        InvalidOptionError: the priority is neither None, which is the model's default, nor a whole number from 1.
     """
-    if output_type not in _OUTPUTS:
-        raise InvalidOptionError(f"output_type: got {output_type!r}, expected one of {', '.join(_OUTPUTS)}")
     if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int) or priority < 1):
         raise InvalidOptionError(f"priority: got {priority!r}, expected a whole number from 1, the first to be served")
-    dtype = str(getattr(latents, "dtype", "")).removeprefix("torch.")
-    if not (_is_tensor(latents) or isinstance(latents, np.ndarray)) or dtype not in _DTYPES:
-        kind = latents.dtype if hasattr(latents, "dtype") else type(latents).__name__
-        raise InvalidLatentsError(f"latents: got {kind}, expected a float32, bfloat16 or float16 tensor or array")
-    shape = tuple(latents.shape)
-    if 0 in shape:
-        raise InvalidLatentsError(
-            f"latents: got shape {shape}, which holds no values; every dimension, the batch included, must be at least "
-            "1"
-        )
-    height, width = reading.height, reading.width
-    layout = _layout(shape, model, height, width, with_ids=reading.latent_ids is not None)
-    sent = latents.reshape(layout.shape)
-    parameters: dict[str, Any] = {}
-    ids: NDArray[np.int64] | None = None
-    if reading.latent_ids is not None:
-        ids, (gh, gw) = _ids(reading.latent_ids, layout, one_image=len(shape) == 2)
-        if height is None and width is None:
-            height, width = 2 * _SCALE * gh, 2 * _SCALE * gw
-    if layout.size is not None:
-        height, width = layout.size
-        sent = sent.reshape(*layout.shape[:2], -1)
-        parameters["layout"] = "unpacked"
-    for name, value in (("height", height), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 < value < 2**31:
-            raise InvalidLatentsError(
-                f"{name}: got {value!r}, expected a positive whole number of pixels; packed latents need both"
-            )
-    if reading.raw is not None and not isinstance(reading.raw, bool):
-        raise InvalidOptionError(f"raw: got {reading.raw!r}, expected True, False or None")
-    parameters |= reading.parameters()
-    assert height is not None
-    assert width is not None
-    return Request(
-        latents=_as_float32(sent),
-        height=int(height),
-        width=int(width),
-        output_type=output_type,
-        parameters=parameters,
-        priority=priority or 0,
-        id=request_id or uuid.uuid4().hex,
-        latent_ids=ids,
-    )
+    return {"priority": priority or 0, "id": request_id or uuid.uuid4().hex}
 
 
-def _is_tensor(value: object) -> bool:
+def rescaling(reading: Reading) -> dict[str, Any]:
+    """Return what is said about rescaling as a request's parameters.
+
+    Raises:
+        InvalidOptionError: a factor is no finite number. Whether it fits the checkpoint, the server checks.
+    """
+    for name in FACTORS:
+        if (value := getattr(reading, name)) is not None:
+            finite_number(name, value)
+    return reading.parameters()
+
+
+def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
     """Return whether it is a tensor. PyTorch is not imported for that, because whoever has a tensor has imported it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_float32(latents: Any) -> NDArray[np.float32]:
+def as_float32(values: torch.Tensor | NDArray[Any]) -> NDArray[np.float32]:
     """Return a tensor or an array as a float32 array in C order, which is a copy only where it has to be."""
-    if isinstance(latents, np.ndarray):
-        return np.ascontiguousarray(latents, np.float32)
-    array: NDArray[np.float32] = latents.detach().to("cpu").float().contiguous().numpy()
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(values, np.float32)
+    array: NDArray[np.float32] = values.detach().to("cpu").float().contiguous().numpy()
     return array
-
-
-def _ids(
-    latent_ids: torch.Tensor | NDArray[Any], layout: Layout, *, one_image: bool
-) -> tuple[NDArray[np.int64], tuple[int, int]]:
-    """Check position ids; return them with their batch, and the grid that they name."""
-    import torch
-
-    ids = torch.from_numpy(latent_ids) if isinstance(latent_ids, np.ndarray) else latent_ids
-    if one_image and isinstance(ids, torch.Tensor) and ids.ndim == 2:
-        ids = ids[None]
-    _, grid = token_positions(ids, layout.shape[0], layout.shape[1])
-    return ids.detach().cpu().long().contiguous().numpy(), grid
-
-
-def _layout(shape: tuple[int, ...], model: str, height: object, width: object, *, with_ids: bool) -> Layout:
-    """Return how the shape is to be understood, as far as the model's name tells what it takes."""
-    formats = formats_of_model(model)
-    if len(shape) in (3, 4) and not possible_layouts(shape, formats):
-        # No such model has this number of channels. It is taken for latents with their batch, and the server says what
-        # it takes.
-        channels = shape[1] if len(shape) == 4 else shape[2] // 4
-        formats = (LatentFormat(channels=channels),) if len(shape) == 4 or shape[2] % 4 == 0 else formats
-    return read_layout(shape, formats, height, width, with_ids=with_ids)
-
-
-def read_answer(request: Request, array: NDArray[Any]) -> Any:
-    """Return the output as ``decode`` returns it. ``array`` may be a view of memory that is used again.
-
-    A `SizeFlooredWarning` tells where the server decoded a smaller size than was asked for.
-    """
-    channels_first = request.output in ("images_pt", "images_raw")
-    size = array.shape[2:4] if channels_first else array.shape[1:3]
-    if array.ndim != 4 or len(array) != len(request.latents) or array.dtype != request.answer_dtype:
-        raise FluxVAEError(
-            f"{request.output}: got {array.dtype} {array.shape} from the server, expected {len(request.latents)} "
-            f"images in {request.answer_dtype}; is it fluxvae's model?"
-        )
-    if size != (request.height, request.width):
-        warnings.warn(
-            f"height and width: got {request.height}x{request.width} (height x width), which are not multiples of 16; "
-            f"the server decoded {size[0]}x{size[1]}, as FluxPipeline does",
-            SizeFlooredWarning,
-            stacklevel=4,
-        )
-    if request.output_type == "pil":
-        from PIL import Image
-
-        return [Image.fromarray(one) for one in array]  # this copies the pixels
-    array = array.copy()  # so that it is writable, and the caller's own
-    if not channels_first:
-        return array
-    import torch
-
-    return torch.from_numpy(array)
 
 
 _FULL = "Exceeds maximum queue size"
@@ -263,7 +146,7 @@ def refused_before_work(error: BaseException) -> bool:
     return isinstance(error, Unsent) or (isinstance(error, UnavailableError) and _FULL in str(error))
 
 
-def error_of(status: str, message: str, request: Request, *, model: str, timeout_s: float) -> FluxVAEError:
+def error_of(status: str, message: str, request: Request, *, timeout_s: float) -> FluxVAEError:
     """Return the error that the library would have raised, or the one that is nearest to it.
 
     Args:
@@ -276,10 +159,11 @@ def error_of(status: str, message: str, request: Request, *, model: str, timeout
         name = field_name[0] if field_name else ""
         if name == "memory_limit":
             return MemoryLimitError(message)
-        return InvalidOptionError(message) if name in _OPTIONS else InvalidLatentsError(message)
+        return InvalidOptionError(message) if name in _OPTIONS else request.refusal(message)
     if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and _LATE in message):
         return DeadlineExceededError(
-            f"timeout_s: no answer within {timeout_s:.3g} s {where}; the decode was cancelled. Allow more, or send less"
+            f"timeout_s: no answer within {timeout_s:.3g} s {where}, so it is no longer waited for; allow more, or "
+            "send less"
         )
     if status == "CANCELLED":
         return DecodeCancelled(f"{message} {where}")
@@ -290,7 +174,8 @@ def error_of(status: str, message: str, request: Request, *, model: str, timeout
     if status == "INTERNAL" and (trouble := passing_trouble(message)):
         return UnavailableError(f"{trouble}: {message} {where}; try again later")
     if status == "NOT_FOUND":
-        return InvalidOptionError(f"model: got {model!r}, which this server does not have: {message}")
+        start = f"; fluxvae serve --model {request.model}=CHECKPOINT serves it" if request.model in MODELS else ""
+        return InvalidOptionError(f"model: got {request.model!r}, which this server does not have: {message}{start}")
     if "NaN or Inf" in message or "out of range" in message:
         return NonFiniteOutputError(message)
     return FluxVAEError(f"the server failed with {status}: {message} {where}")
