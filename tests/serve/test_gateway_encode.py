@@ -276,7 +276,7 @@ def test_pixels_are_those_that_pytorch_keeps(height: int, width: int) -> None:
     kept = read_pictures(asked, bytearray(images.numpy().tobytes()))
     expected = VaeImageProcessor().resize(images, *asked.tensor.fitted)
     assert torch.equal(torch.from_numpy(kept.inputs["images_raw"]), expected)
-    assert kept.parameters == {"scaling_factor": 1.0, "shift_factor": 0.0}
+    assert kept.parameters == {"raw": True}
 
 
 # -- FLUX.2, paths and descriptions --------------------------------------------------------------------------------

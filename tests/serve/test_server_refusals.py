@@ -121,7 +121,7 @@ def test_refused_by_triton(serving: Serving, protocol: Protocol, case: str) -> N
 @protocols
 def test_unknown_model(serving: Serving, protocol: Protocol) -> None:
     with pytest.raises(InferenceServerException) as caught:
-        serving.infer(protocol, Request(GOOD, 32, 32), "vae_encoder")
+        serving.infer(protocol, Request(GOOD, 32, 32), "vae_unknown")
     assert caught.value.status() == NOT_FOUND[protocol]
 
 

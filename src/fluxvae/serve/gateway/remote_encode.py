@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxvae.errors import InvalidImagesError, InvalidOptionError
+from fluxvae.latents.reading import Reading
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.body import media_type
 from fluxvae.serve.gateway.errors import TooLarge, UnsupportedMedia
@@ -138,6 +139,8 @@ def parse(
         )
     given = Query.read(query, PARAMETERS)
     reading = given.rescaling(vae_class, "multiplied")
+    if not given.flag("do_scaling") and "scaling_factor" not in given and "shift_factor" not in given:
+        reading = Reading(raw=True)  # some checkpoints for SDXL normalise each channel, which no factor undoes
     if abs(reading.shift_factor or 0.0) > _LARGEST_SHIFT:
         raise InvalidOptionError(
             f"shift_factor: got {reading.shift_factor:g}, expected a magnitude of at most {_LARGEST_SHIFT:g}: it is "

@@ -53,7 +53,7 @@ class Encoding:
         for name, packed in (("latents", True), ("latents_unpacked", False)):
             if name in job.outputs:
                 seed = job.parameters.seed
-                sample = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+                sample = None if seed is None else torch.Generator(device="cpu").manual_seed(seed)
                 made[name] = self.half.latents_of(result, job.parameters.reading, packed=packed, sample=sample)
         if "moments" in job.outputs:
             made["moments"] = result

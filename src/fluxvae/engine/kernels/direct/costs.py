@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluxvae.engine import torch_library
-from fluxvae.engine.calls import Call
+from fluxvae.engine.calls import Call, aligned
 
 __all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts", "padded_width"]
 
@@ -12,8 +12,6 @@ GPU_BLOCK_VALUES = 1 << 23
 leave more of a tight limit to the maps. docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
 CUBLAS_BYTES = 32 << 20
 """Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
-ATTENTION_BYTES = 2 << 20
-"""Bytes that PyTorch's fused attention takes for its scores and sums on a CPU, with two threads."""
 ROUNDING_BYTES = 4 << 20
 """Bytes that PyTorch's allocator on a GPU may hand out beyond what was asked for: up to 1 MiB for each of the arena,
 the image, cuDNN's workspace and the rows of spilled maps on their way."""
@@ -26,6 +24,15 @@ def padded_width(width: int) -> int:
     (PyTorch 2.13) writes garbage.
     """
     return max(width + 1, 5)
+
+
+def _attention_pieces(queries: int, keys: int, channels: int) -> int:
+    """Bytes that PyTorch's fused attention takes on a CPU for the scores, sums and results that its threads are at.
+
+    Source: ATen's ``FlashAttentionKernel.cpp``, where each thread has a piece of the queries and one of the keys.
+    """
+    piece = min(queries, 256 if queries >= 768 else 64 if queries >= 192 else 32)
+    return torch_library.threads() * piece * (min(keys, 512) + 2 + channels) * 4
 
 
 def _blocked(channels: int) -> int:
@@ -105,9 +112,8 @@ class DirectCosts:
         if call.kind == "linear":
             return 0
         packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
-        # Two projections, attention itself and two projections again. Of these five results no two are needed at once
-        # for long, but glibc seldom puts one where another was, and trimming happens once for each block.
-        return 5 * pixels * call.cin * call.itemsize + packed + ATTENTION_BYTES
+        pieces = _attention_pieces(pixels, call.tokens, call.cin) if self._device_type == "cpu" else 0
+        return pixels * call.cin * call.itemsize + packed + pieces
 
     def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
         """Bytes of the result and the reordered weights and, channels first, of the input in oneDNN's own order."""
@@ -119,10 +125,15 @@ class DirectCosts:
         return self._onednn and itemsize == 4 and not self.channels_last
 
     def workspace(self, call: Call) -> int:
-        """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue."""
+        """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue.
+
+        Attention has two results of its projections there too.
+        """
         pixels = call.out(call.rows) * call.out(call.width)
         wide = max(4, call.itemsize)
         moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0
+        if call.kind == "attend":
+            moments = max(moments, 2 * aligned(pixels * call.cin * call.itemsize))
         if call.kind == "down":  # the block once more, with its column of zeros
             return max(moments, (call.rows + 1) * padded_width(call.width) * call.cin * call.itemsize)
         if self._first(call.itemsize) and call.kind in ("conv3", "up"):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.calls import Kind
+from fluxvae.engine.calls import Kind, aligned
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock
 from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
 from fluxvae.engine.kernels.direct.costs import DirectCosts, padded_width
@@ -168,10 +168,7 @@ class TorchKernels(DirectCosts):
         """A matrix product over all pixels of the block."""
         weight, bias = block.weights
         flat, result = block.rows.view(-1, block.rows.shape[-1]), block.out.view(-1, block.out.shape[-1])
-        if bias is None:
-            torch.mm(flat, weight.t(), out=result)
-        else:
-            torch.addmm(bias, flat, weight.t(), out=result)
+        _project(flat, weight, bias, result)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The (weight, bias) of q, k, v and out."""
@@ -184,21 +181,26 @@ class TorchKernels(DirectCosts):
         Neither projection of n is ever stored. For the keys, q . (Wk n + bk) = (q Wk) . n + constant, and softmax does
         not change with a constant per query. For the values, the weights of a query sum to one, and therefore
         sum_j p_j (Wv n_j + bv) = Wv (sum_j p_j n_j) + bv.
+
+        The projections go back and forth between two results in the arena; attention's own is PyTorch's.
         """
         (wq, bq), (wk, _), (wv, bv), (wo, bo) = block.weights
         layer, out, tokens = block.projections, block.out, block.tokens[None, None]
         if self._device.type == "cpu":
             trim_heap()  # or results may come to lie beside those of the last call, as `onednn.HEAP_BYTES` explains
-        flat = block.queries.view(1, -1, block.queries.shape[-1])
-        q = F.linear(F.linear(flat, wq, bq), wk.t())
-        mixed = F.scaled_dot_product_attention(q[None], tokens, tokens, scale=layer.softmax_scale)[0]
-        del q
-        result = F.linear(F.linear(mixed, wv, bv), wo, bo).view_as(out)
+        flat = block.queries.view(-1, block.queries.shape[-1])
+        first = _carve(block.work, flat.shape, flat.dtype)
+        second = _carve(block.work[aligned(first.nbytes) :], flat.shape, flat.dtype)
+        _project(flat, wq, bq, first)
+        _project(first, wk.t(), None, second)
+        mixed = F.scaled_dot_product_attention(second[None, None], tokens, tokens, scale=layer.softmax_scale)[0, 0]
+        _project(mixed, wv, bv, first)
+        del mixed  # as in `_conv3`
+        _project(first, wo, bo, second)
         if layer.residual:
-            out.add_(result)
+            out.add_(second.view_as(out))
         else:
-            out.copy_(result)
-        del result, mixed  # as in `_conv3`
+            out.copy_(second.view_as(out))
         if layer.scale != 1.0:
             out.div_(layer.scale)
         return block_moments(out, block.work) if block.statistics else None
@@ -231,6 +233,14 @@ class TorchKernels(DirectCosts):
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
         subpixel.sum_kernels(weight, kernels, self.fuse_chunk)
         return kernels, None if bias is None else torch.cat([bias, bias])
+
+
+def _project(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """``rows @ weight.T + bias`` of (n, cin) rows, written to ``out``."""
+    if bias is None:
+        torch.mm(rows, weight.t(), out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 def _image(rows: torch.Tensor) -> torch.Tensor:
