@@ -313,7 +313,8 @@ def test_any_parameters_are_read_or_refused(parameters: dict[str, Any], kind: st
         return
     assert read.seed == parameters.get("seed")
     assert read.resize == parameters.get("resize", False)
-    assert read.reading.scaling_factor == parameters.get("scaling_factor")
+    factor = parameters.get("scaling_factor")
+    assert read.reading.scaling_factor == (None if factor is None else float(factor))  # as JSON's numbers are read
 
 
 # -- memory, and loading -----------------------------------------------------------------------------------------------
