@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from skimage import data
 
+from cases import EXACT, TILE, TILED, UNTILED, add_options, cases_of, child, compare_limits, in_turn
 from fluxvae.checkpoints import load_vae
 from fluxvae.engine.exact import ExactEncoder
 from fluxvae.engine.plan import parse_memory_limit
@@ -41,10 +40,6 @@ from fluxvae.engine.way import ENCODE
 from fluxvae.pixels import check_images, to_pixels
 from measure import MODELS, full_vae, machine, measure
 
-UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
-DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "0.7GB"], 2048: ["1GB"], 4096: ["2GB"]}
-TILE = 512
-"""The size of diffusers' tiles here, in pixels."""
 MOST_APART = 5e-3
 """The largest rms difference between an exact mean and diffusers', as a share of the latents' size. With trained
 weights rounding makes about 1e-6. With random ones, whose latents of a smooth picture are small sums of large terms,
@@ -94,52 +89,23 @@ def run_case(kind: str, limit: str, size: int, options: argparse.Namespace, keep
     return row | {"seconds": run.seconds, "peak": run.peak_bytes, "file_pages": run.file_bytes}
 
 
-def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:
-    """Run `run_case` in a new process, and return its row, or a row that says how it failed."""
-    call = [sys.executable, __file__, "--child", kind, limit, str(size), str(keep)]
-    call += ["--model", options.model, "--threads", str(options.threads), "--dtype", options.dtype]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
 def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Measure all cases of one size, which take turns, and compare their latents."""
-    limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
-    cases = [(UNTILED, ""), (TILED, ""), *((f"{EXACT} {name}", limit) for name in options.kernels for limit in limits)]
-    cases = [case for case in cases if not options.only or (EXACT if EXACT in case[0] else case[0]) in options.only]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    kept = {case: folder / f"{size}-{number}.npy" for number, case in enumerate(cases)}
-    for turn in range(options.repeats):
-        for kind, limit in cases:
-            row = child(kind, limit, size, options, kept[kind, limit])
-            print(f"{size} {kind} {limit} round {turn + 1}: {row}", file=sys.stderr, flush=True)
-            best = rows.setdefault((kind, limit), {"size": size, "case": kind, "limit": limit, "rounds": []} | row)
-            if "failed" not in row and "failed" not in best:
-                best["rounds"].append(round(row["seconds"], 2))
-                best["seconds"] = statistics.median(best["rounds"])
-                best["peak"] = max(best["peak"], row["peak"])
-    means = {case: np.load(path) for case, path in kept.items() if path.exists()}
-    reference = means.get((UNTILED, ""))
-    truth = None
+    """Measure all cases of one size, and compare their latents."""
+    rows, means = in_turn(__file__, cases_of(size, options), size, options, folder)
+    reference, truth = means.get((UNTILED, "")), None
     if options.truth:
-        child("truth", "", size, options, folder / "truth.npy")
-        truth = np.load(folder / "truth.npy")
-    first: dict[str, np.ndarray] = {}
+        keep = folder / "truth.npy"
+        child(__file__, ("truth", ""), size, options, keep)
+        truth = np.load(keep)
     for case, mean in means.items():
         row = rows[case]
         if reference is not None and case[0] != UNTILED:
             row["apart"] = rms(mean - reference) / rms(reference)
         if reference is not None and truth is not None:
             row["error_ratio"] = rms(mean - truth) / rms(reference - truth)
-        if case[0].startswith(EXACT):
-            if case[0] in first:
-                row["same_bits"] = bool(np.array_equal(mean, first[case[0]]))
-            first.setdefault(case[0], mean)
         if "seconds" in row and (UNTILED, "") in rows and "seconds" in rows[UNTILED, ""]:
             row["times"] = row["seconds"] / rows[UNTILED, ""]["seconds"]
+    compare_limits(rows, means)
     return list(rows.values())
 
 
@@ -177,26 +143,10 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
 def main() -> int:
     """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, thing="encode", sizes=[512, 1024])
     add = parser.add_argument
-    add("--sizes", type=int, nargs="*", default=[512, 1024], help="pixels each way (default: 512 1024)")
-    add("--limits", nargs="+", help="limits of the exact engine: 'none', or sizes such as 0.7GB (default: by size)")
-    add("--only", nargs="+", choices=[UNTILED, TILED, EXACT], help="which kinds of encode to run (default: all)")
-    add(
-        "--kernels", nargs="+", choices=["torch", "winograd"], default=["torch", "winograd"],
-        help="which kernels the exact engine runs with (default: both)",
-    )  # fmt: skip
-    add(
-        "--model", default="flux",
-        help=f"which encoder: {', '.join(MODELS)} have full widths and seeded weights, 'demo' ships (default: flux)",
-    )  # fmt: skip
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: float32)")
     add("--truth", action="store_true", help="compare with diffusers in float64 too, which takes several times as long")
-    add(
-        "--threads", type=int, default=torch.get_num_threads(),
-        help="how many threads an encode computes with (default: PyTorch's choice, %(default)s)",
-    )  # fmt: skip
-    add("--repeats", type=int, default=2, help="rounds; the cases take turns in each (default: %(default)s)")
-    add("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         kind, limit, size, keep = options.child

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -30,22 +28,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cases import EXACT, TILE, TILED, UNTILED, add_options, cases_of, compare_limits, in_turn
 from fluxvae.checkpoints import load_vae
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.plan import parse_memory_limit
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
 
-UNTILED, TILED, EXACT = "diffusers", "diffusers tiled", "exact"
-DEFAULT_LIMITS = {512: ["none", "0.25GB"], 1024: ["none", "0.7GB"], 2048: ["1GB"], 4096: ["2GB"]}
-TILE = 512
-"""The size of diffusers' tiles here, in pixels. For FLUX it is 1024 by default, which leaves an image of 1024x1024
-untiled."""
-
 
 def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: Path) -> dict[str, Any]:
     """Measure one decode in this process, and save its image as ``keep``."""
     torch.set_num_threads(threads)
-    vae, raw, row = full_vae(model) if model in MODELS else load_vae(model), raw_latents(model, size), {}
+    vae = full_vae(model) if model in MODELS else load_vae(model, dtype=torch.float32)
+    raw, row = raw_latents(model, size), {}
     small = raw[:, :, :4, :4].contiguous()
     with torch.inference_mode():
         if kind.startswith(EXACT):
@@ -88,53 +82,14 @@ def errors(image: np.ndarray, truth: np.ndarray, tile: int | None) -> dict[str, 
     return found
 
 
-def child(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:
-    """Run `run_case` in a new process, and return its row, or a row that says how it failed."""
-    call = [sys.executable, __file__, "--child", kind, limit, str(size), str(keep)]
-    call += ["--model", options.model, "--threads", str(options.threads)]
-    done = subprocess.run(call, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:120]}
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
 def run_size(size: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Measure all cases of one size, which take turns, and compare their images."""
-    limits = options.limits or DEFAULT_LIMITS.get(size, ["none"])
-    exact = [(f"{EXACT} {kernels}", limit) for kernels in options.kernels for limit in limits]
-    cases = [(UNTILED, ""), (TILED, ""), *exact]
-    cases = [
-        case for case in cases if not options.only or (EXACT if case[0].startswith(EXACT) else case[0]) in options.only
-    ]
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for turn in range(options.repeats):
-        for number, (kind, limit) in enumerate(cases):
-            keep = folder / f"{size}-{number}.npy"
-            row = child(kind, limit, size, options, keep)
-            print(f"{size} {kind} {limit} round {turn + 1}: {row}", file=sys.stderr, flush=True)
-            best = rows.setdefault((kind, limit), {"size": size, "case": kind, "limit": limit, "rounds": []} | row)
-            if "failed" not in row and "failed" not in best:
-                best["rounds"].append(round(row["seconds"], 2))
-                best["seconds"] = statistics.median(best["rounds"])
-                best["peak"] = max(best["peak"], row["peak"])
-    truth = folder / f"{size}-0.npy"
-    if cases[0][0] == UNTILED and truth.exists():
-        for number, case in enumerate(cases):
-            keep = folder / f"{size}-{number}.npy"
-            if number and keep.exists():
-                tile = TILE if case[0] == TILED else None
-                rows[case] |= errors(np.load(keep), np.load(truth), tile)
-    first: dict[str, np.ndarray] = {}
-    for number, case in enumerate(cases):
-        keep = folder / f"{size}-{number}.npy"
-        if case[0].startswith(EXACT) and keep.exists():
-            image = np.load(keep)
-            if case[0] in first:
-                rows[case]["same_bits"] = bool(np.array_equal(image, first[case[0]]))
-            first.setdefault(case[0], image)
-    for path in folder.glob(f"{size}-*.npy"):
-        path.unlink()
+    """Measure all cases of one size, and compare their images."""
+    rows, images = in_turn(__file__, cases_of(size, options), size, options, folder)
+    truth = images.get((UNTILED, ""))
+    for case, image in images.items():
+        if truth is not None and case[0] != UNTILED:
+            rows[case] |= errors(image, truth, TILE if case[0] == TILED else None)
+    compare_limits(rows, images)
     return list(rows.values())
 
 
@@ -215,49 +170,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """Run the benchmark; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sizes",
-        type=int,
-        nargs="*",
-        default=[512, 1024, 2048],
-        help="the sizes of the images in pixels each way (default: 512 1024 2048)",
-    )
-    parser.add_argument(
-        "--limits",
-        nargs="+",
-        help="the memory limits of the exact engine: 'none', or sizes such as 0.7GB (default: a few for each size)",
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=[UNTILED, TILED, EXACT], help="which kinds of decode to run (default: all)"
-    )
-    parser.add_argument(
-        "--kernels",
-        nargs="+",
-        choices=["torch", "winograd"],
-        default=["torch", "winograd"],
-        help="which kernels the exact engine runs with (default: both)",
-    )
-    parser.add_argument(
-        "--model",
-        default="flux",
-        help=f"which decoder: {', '.join(MODELS)} have full widths and seeded weights, 'demo' ships (default: flux)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=torch.get_num_threads(),
-        help="how many threads a decode computes with (default: PyTorch's choice, %(default)s)",
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="how many rounds; the cases take turns in each (default: %(default)s)"
-    )
+    add_options(parser, thing="decode", sizes=[512, 1024, 2048])
     parser.add_argument(
         "--plot", type=Path, help="draw the results into this PNG; docs/images/memory.png is of the model flux"
     )
     parser.add_argument(
         "--earlier", nargs="+", type=Path, default=[], help="files with what earlier runs printed, to be drawn too"
     )
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         kind, limit, size, keep = options.child

@@ -32,6 +32,7 @@ from fluxvae.engine.kernels.choose import make_kernels, no_winograd
 from fluxvae.engine.kernels.cpu import (
     attention,
     few_outputs,
+    pixel_loops,
     row_tasks,
     threads,
     vector_code,
@@ -535,7 +536,7 @@ def test_they_are_what_a_cpu_decodes_with() -> None:
 def test_numbas_cache_knows_the_vector_code() -> None:
     # Numba recompiles when the file of a function changes, not when what it calls does.
     digest = hashlib.sha256()
-    for module in (vector_code, winograd_loops, winograd_matrices):
+    for module in (vector_code, pixel_loops, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
     for module in (winograd_tasks, row_tasks, few_outputs, attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (

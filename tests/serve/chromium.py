@@ -19,6 +19,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+LOCAL = ("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:")
+"""How the addresses begin that a page may ask for."""
 
 
 @contextlib.contextmanager

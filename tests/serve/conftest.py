@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import Browser, Page, expect
 
 from fluxvae import Decoder, Encoder
 from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
+from serve.chromium import LOCAL, chromium
 from serve.client import GATHER, GATHER_ENCODES, Serving
 from serve.gateways import Gateways
 
@@ -90,3 +92,27 @@ def gateways(serving: Serving) -> Iterator[Gateways]:
 def gateway(gateways: Gateways) -> str:
     """The address of a gateway with the usual settings and no token."""
     return gateways.start()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium of the module's own."""
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """An empty page, which has 20 s to meet each expectation. Errors inside it fail the test, and so do requests to
+    any address but the gateway's."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    opened = context.new_page()
+    opened.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    wrong: list[str] = []
+    opened.on("pageerror", lambda failure: wrong.append(str(failure)))
+    opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
+    opened.on("request", lambda sent: wrong.append(sent.url) if not sent.url.startswith(LOCAL) else None)
+    yield opened
+    context.close()
+    assert not wrong

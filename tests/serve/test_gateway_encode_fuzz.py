@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections import Counter
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fluxvae.serve.gateway.openapi import document
+from serve.fuzzing import assert_fuzzed
 from serve.gateways import Gateways, ask
 from serve.test_gateway_fuzz import GARBAGE, LIMITS, LONGEST_S, by_schema
 
@@ -135,16 +136,4 @@ def test_fuzz(gateway: str, request: tuple[str, dict[str, str], bytes]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fuzz_at_length(gateway: str) -> None:
-    """A fair part of the 3,000 cases must be good requests, or they would show little."""
-    statuses: list[int] = []
-
-    @given(request=requests())
-    @settings(max_examples=3000, suppress_health_check=list(HealthCheck))
-    def fuzz(request: tuple[str, dict[str, str], bytes]) -> None:
-        statuses.append(check(gateway, request))
-
-    fuzz()
-    counts = Counter(statuses)
-    assert len(statuses) >= 3000
-    assert counts[200] > 500, counts
-    assert counts[400] > 500, counts
+    assert_fuzzed(partial(check, gateway), requests(), 3000)

@@ -21,7 +21,6 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from fluxvae.serve.gateway.command import main
-from serve.chromium import chromium
 from serve.client import Serving
 from serve.gateways import Answer, Gateways, ask, wait_until
 from serve.test_gateway_refusals import refused, triton_requests
@@ -276,12 +275,6 @@ def test_it_is_refused_before_its_body_is_read(gateway: str) -> None:
     connection.endheaders()
     assert connection.getresponse().status == 403, "although nothing of the body was sent"
     connection.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -11,18 +11,19 @@ import io
 import json
 import math
 import time
-from collections import Counter
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fluxvae.serve.gateway.openapi import document
 from fluxvae.serve.gateway.query import Limits
+from serve.fuzzing import assert_fuzzed
 from serve.gateways import ask
 
 LIMITS = Limits(max_request_bytes=2**24, max_picture_bytes=2**24, max_pixels=2**24)
@@ -182,19 +183,7 @@ def test_fuzz(gateway: str, request: tuple[str, dict[str, str], bytes]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_fuzz_at_length(gateway: str) -> None:
-    """A fair part of the 5,000 cases must be good requests, or they would show little."""
-    statuses: list[int] = []
-
-    @given(request=requests())
-    @settings(max_examples=5000, suppress_health_check=list(HealthCheck))
-    def fuzz(request: tuple[str, dict[str, str], bytes]) -> None:
-        statuses.append(check(gateway, request))
-
-    fuzz()
-    assert len(statuses) >= 5000
-    counts = Counter(statuses)
-    assert counts[200] > 500, counts
-    assert counts[400] > 500, counts
+    assert_fuzzed(partial(check, gateway), requests(), 5000)
 
 
 def test_broken_http_gets_an_answer(gateway: str) -> None:

@@ -5,49 +5,22 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 from safetensors.torch import save_file
 
 from fluxvae.demo import DEFAULT_LATENTS, read_latents
-from serve.chromium import chromium
 from serve.client import Serving, assert_same_pixels
 from serve.gateways import Gateways
 
 pytestmark = pytest.mark.browser
 
 TOKEN = "let-me-in"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """An empty page, which has 20 s to meet each expectation. Errors inside it fail the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    opened = context.new_page()
-    opened.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
-    wrong: list[str] = []
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    opened.on("request", lambda sent: wrong.append(sent.url) if not sent.url.startswith(LOCAL) else None)
-    yield opened
-    context.close()
-    assert not wrong
-
-
-LOCAL = ("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:")
 
 
 def pixels(page: Page) -> list[np.ndarray]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Page, Route, expect
 from safetensors import safe_open
 
 from fluxvae import Encoder
 from fluxvae.batch import Job, decode_files
-from serve.chromium import chromium
 from serve.client import Serving
 from serve.gateways import Gateways
-from serve.test_page import LOCAL, choose, error
+from serve.test_page import choose, error
 
 pytestmark = pytest.mark.browser
 
@@ -34,28 +32,6 @@ DECODE = "**/models/vae_decoder/decode?*"
 @pytest.fixture(scope="module")
 def gateway(gateways: Gateways) -> str:
     return gateways.start(models=MODELS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """An empty page, which has 20 s to meet each expectation. Errors inside it fail the test."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    opened = context.new_page()
-    opened.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
-    wrong: list[str] = []
-    opened.on("pageerror", lambda failure: wrong.append(str(failure)))
-    opened.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text else None)
-    opened.on("request", lambda sent: wrong.append(sent.url) if not sent.url.startswith(LOCAL) else None)
-    yield opened
-    context.close()
-    assert not wrong
 
 
 def noise(height: int, width: int, mode: str = "RGB", seed: int = 0) -> Image.Image:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from fluxvae.batch.fitting import Buckets, bucket_sizes
-from fluxvae.batch.settings import LOAD_OPTIONS, Existing
+from fluxvae.batch.job import JobOptions, check_whole_numbers
 from fluxvae.batch.trainers import CACHES, Cache
-from fluxvae.claims import MAX_PIXELS
-from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.errors import InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.photographs import check_background
@@ -22,26 +20,13 @@ BUCKET_AREA = 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeJob:
+class EncodeJob(JobOptions):
     """The pictures that a job encodes, and how it encodes them.
 
     Raises:
         InvalidOptionError: an option has a value that cannot be honoured.
     """
 
-    inputs: tuple[str, ...]
-    """The pictures, folders, globs, tars or Parquet files, as paths or as URLs that fsspec can open."""
-    out: str
-    """The output folder, as a path or as a URL that fsspec can write to."""
-    checkpoint: str = "demo"
-    """The checkpoint that encodes: the ``source`` of `Encoder.from_pretrained`."""
-    revision: str | None = None
-    """As for `Job`, and so are ``variant``, ``family``, ``device``, ``dtype`` and ``memory_limit``."""
-    variant: str | None = None
-    family: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    memory_limit: int | str | None = None
     sizes: Sizes = "refuse"
     """What becomes of pictures whose height or width is no multiple of 16 (of 8 where nothing is packed): they are
     refused, resized to the multiples below, cropped to them, or sorted into buckets as trainers do."""
@@ -57,21 +42,13 @@ class EncodeJob:
     """Draws a sample for every picture, by this number and the picture's name. None: the mode is written."""
     format: str = "safetensors"
     """What is written, one of `ENCODE_FORMATS`."""
-    max_pixels: int = MAX_PIXELS
-    """The largest number of pixels one picture may have. One that claims more is refused by its header."""
-    existing: Existing = "refuse"
-    """What to do where outputs exist already, as for `Job`."""
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise InvalidOptionError("inputs: got none, expected pictures, folders or globs")
-        for name, values in (("format", ENCODE_FORMATS), ("sizes", get_args(Sizes)), ("existing", get_args(Existing))):
+        super().__post_init__()
+        for name, values in (("format", ENCODE_FORMATS), ("sizes", get_args(Sizes))):
             if getattr(self, name) not in values:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)!r}, expected {', '.join(values)}")
-        for name in ("bucket", "bucket_area", "max_pixels"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InvalidOptionError(f"{name}: got {value!r}, expected a whole number above 0")
+        check_whole_numbers(bucket=self.bucket, bucket_area=self.bucket_area)
         if self.sizes == "buckets" and not bucket_sizes(Buckets(self.bucket, self.bucket_area)):
             raise InvalidOptionError(
                 f"bucket: got steps of {self.bucket} pixels and at most {self.bucket_area} pixels, which no size fits"
@@ -81,8 +58,6 @@ class EncodeJob:
         if self.cache is not None and not self.packed:
             raise InvalidOptionError(f"packed: got False with format {self.format}, which never packs; leave it out")
         check_background(self.background)
-        if self.memory_limit is not None:
-            parse_memory_limit(self.memory_limit)
 
     @property
     def cache(self) -> Cache | None:
@@ -115,7 +90,3 @@ class EncodeJob:
             )
         if self.seed is not None and format.preview:
             raise InvalidOptionError("seed: got one for an AutoencoderTiny, which gives latents and no distribution")
-
-    def load_options(self) -> dict[str, Any]:
-        """Return the keyword arguments for `Encoder.from_pretrained`, to which only the checkpoint has to be added."""
-        return {name: getattr(self, name) for name in LOAD_OPTIONS}

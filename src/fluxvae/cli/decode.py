@@ -16,8 +16,11 @@ from fluxvae.cli.options import (
     Dtype,
     Family,
     MemoryLimit,
+    Ray,
     Revision,
+    Threads,
     Variant,
+    Workers,
     busy,
     print_json,
 )
@@ -111,28 +114,9 @@ def decode(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done and how long it would take.")
     ] = False,
-    ray: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Spread the job over a Ray cluster: local (processes on this machine; what --ray alone stands for), "
-            "auto, or host:port.",
-            metavar="[ADDRESS]",
-        ),
-    ] = None,
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="With --ray, how many decoders there are. Left out, as many as fit the cluster.", min=1, metavar="N"
-        ),
-    ] = None,
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="With --ray, how many cores each decoder gets. Left out, 4, or all that the smallest machine has.",
-            min=1,
-            metavar="N",
-        ),
-    ] = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Decode files of latents to images. The job can be stopped, resumed and spread over machines.

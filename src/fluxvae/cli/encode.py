@@ -16,8 +16,11 @@ from fluxvae.cli.options import (
     Dtype,
     Family,
     MemoryLimit,
+    Ray,
     Revision,
+    Threads,
     Variant,
+    Workers,
     busy,
 )
 from fluxvae.engine.way import ENCODE
@@ -124,28 +127,9 @@ def encode(
             "--overwrite", help="Replace the latents that are there. Left out, a folder that holds some is refused."
         ),
     ] = False,
-    ray: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Spread the job over a Ray cluster: local (processes on this machine; what --ray alone stands for), "
-            "auto, or host:port.",
-            metavar="[ADDRESS]",
-        ),
-    ] = None,
-    workers: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="With --ray, how many encoders there are. Left out, as many as fit the cluster.", min=1, metavar="N"
-        ),
-    ] = None,
-    threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            help="With --ray, how many cores each encoder gets. Left out, 4, or all that the smallest machine has.",
-            min=1,
-            metavar="N",
-        ),
-    ] = None,
+    ray: Ray = None,
+    workers: Workers = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode pictures to latents, exactly. The job can be stopped, resumed and spread over machines.

@@ -20,8 +20,11 @@ __all__ = [
     "Dtype",
     "Family",
     "MemoryLimit",
+    "Ray",
     "Revision",
+    "Threads",
     "Variant",
+    "Workers",
     "busy",
     "errors",
     "print_facts",
@@ -33,7 +36,7 @@ Checkpoint = Annotated[
     str,
     typer.Option(
         envvar="FLUXVAE_CHECKPOINT",
-        help="What to decode with: a VAE or pipeline folder of diffusers, a single file such as ae.safetensors, or a "
+        help="The VAE: a VAE or pipeline folder of diffusers, a single file such as ae.safetensors, or a "
         "hub id such as black-forest-labs/FLUX.1-schnell. The default is the small checkpoint that ships, so that "
         "everything can be tried without a download; FLUX's latents need FLUX's weights.",
         metavar="SOURCE",
@@ -74,8 +77,8 @@ MemoryLimit = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         envvar="FLUXVAE_MEMORY_LIMIT",
-        help="How much memory a decode may add above the loaded weights, such as 2GiB or 700MB. The image is the same "
-        "for any limit; a tight one takes longer. Left out, it is nine tenths of what is free.",
+        help="How much memory may be added above the loaded weights, such as 2GiB or 700MB. The result is the same for "
+        "any limit; a tight one takes longer. Left out, it is nine tenths of what is free.",
         metavar="SIZE",
     ),
 ]
@@ -89,6 +92,29 @@ Dtype = Annotated[
 ]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object, for programs, instead of text for people.")
+]
+
+Ray = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="Spread the job over a Ray cluster: local (processes on this machine; what --ray alone stands for), auto, "
+        "or host:port.",
+        metavar="[ADDRESS]",
+    ),
+]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        help="With --ray, how many processes compute. Left out, as many as fit the cluster.", min=1, metavar="N"
+    ),
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        help="With --ray, how many cores each of them gets. Left out, 4, or all that the smallest machine has.",
+        min=1,
+        metavar="N",
+    ),
 ]
 
 

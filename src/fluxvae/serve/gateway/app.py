@@ -25,8 +25,9 @@ from starlette.types import ASGIApp
 
 from fluxvae import __version__
 from fluxvae.errors import FluxVAEError, InvalidOptionError
-from fluxvae.serve.gateway.decode import DecodeEndpoint, decode_path
-from fluxvae.serve.gateway.encode import EncodeEndpoint, encode_path
+from fluxvae.serve.gateway.decode import DecodeEndpoint
+from fluxvae.serve.gateway.encode import EncodeEndpoint
+from fluxvae.serve.gateway.endpoint import Endpoint, path_of
 from fluxvae.serve.gateway.errors import error_body
 from fluxvae.serve.gateway.exchange import Service
 from fluxvae.serve.gateway.forward import TritonModel, read_metrics
@@ -155,7 +156,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
 
     def answer_with(name: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            endpoint: DecodeEndpoint | EncodeEndpoint = request.state.encode if encodes(name) else request.state.decode
+            endpoint: Endpoint = request.state.encode if encodes(name) else request.state.decode
             return await endpoint(request, name)
 
         return answer
@@ -192,7 +193,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
 
     async def info(request: Request) -> Response:
         facts = {name: await model.facts() for name, model in request.state.models.items()}
-        models = {name: {**of_it, "path": _path(name)} for name, of_it in facts.items()}
+        models = {name: {**of_it, "path": path_of(name)} for name, of_it in facts.items()}
         limited = {name: getattr(settings, name) for name in _TOLD_LIMITS}
         first = (decoders or encoders)[0]
         known = {"fluxvae": __version__, **facts[first], "models": models, "limits": limited}
@@ -209,7 +210,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
             Route("/", root, methods=["GET", "POST"]),
             *(Route("/decode", answer_with(name), methods=["POST"]) for name in decoders[:1]),
             *(Route("/encode", answer_with(name), methods=["POST"]) for name in encoders[:1]),
-            *(Route(_path(name), answer_with(name), methods=["POST"]) for name in settings.models),
+            *(Route(path_of(name), answer_with(name), methods=["POST"]) for name in settings.models),
             Route("/docs", docs),
             Route("/openapi.json", openapi_json),
             Route("/healthz", healthz),
@@ -232,11 +233,6 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         ask_for_token=pages.ask_for_token,
         metrics=metrics,
     )
-
-
-def _path(name: str) -> str:
-    """Return the path of the address at which a model is served."""
-    return encode_path(name) if encodes(name) else decode_path(name)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -21,10 +21,22 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.serve.gateway.errors import UnsupportedMedia
 
-__all__ = ["Form", "base64_answer", "largest_json", "media_type", "read_form", "read_json", "refuse_compressed"]
+__all__ = [
+    "Form",
+    "as_float32",
+    "base64_answer",
+    "largest_json",
+    "media_type",
+    "read_form",
+    "read_json",
+    "refuse_compressed",
+]
 
 _LARGEST_REST = 64 * 2**10
 """How many bytes of a JSON body there may be beside the text in its ``inputs``."""
@@ -168,3 +180,12 @@ def _as_query(name: str, value: Any) -> list[tuple[str, str]]:
         if not isinstance(one, (str, bool, int, float)):
             raise InvalidOptionError(f"{name[:80]}: got {str(one)[:80]}, expected a text, a number or a truth value")
     return [(name, one if isinstance(one, str) else repr(one)) for one in values]
+
+
+def as_float32(body: bytearray | bytes, dtype: str) -> NDArray[np.float32]:
+    """Return the values of raw, little-endian float32, float16 or bfloat16; those of float32 without a copy."""
+    if dtype == "bfloat16":  # NumPy does not have it; it is the upper half of a float32
+        halves = np.frombuffer(body, "<u2").astype(np.uint32)
+        halves <<= 16
+        return halves.view(np.float32)
+    return np.frombuffer(body, "<f4" if dtype == "float32" else "<f2").astype(np.float32, copy=False)

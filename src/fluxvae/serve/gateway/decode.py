@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,48 +21,24 @@ from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.latents.layout import Layout
 from fluxvae.serve.families import families_of
 from fluxvae.serve.gateway.body import Form, base64_answer, largest_json, read_form, read_json
+from fluxvae.serve.gateway.endpoint import Endpoint, path_of
 from fluxvae.serve.gateway.errors import TooLarge
-from fluxvae.serve.gateway.exchange import Exchange, Service
-from fluxvae.serve.gateway.forward import Question, TritonModel
+from fluxvae.serve.gateway.exchange import Exchange
+from fluxvae.serve.gateway.forward import Question
 from fluxvae.serve.gateway.latents import Latents, read_latents, read_shape, wrong_length
-from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.gateway.remote_decode import Asked, merge, parse
 from fluxvae.serve.models import vae_class_of
 
-__all__ = ["DecodeEndpoint", "decode_path"]
+__all__ = ["DecodeEndpoint"]
 
 
-def decode_path(model: str) -> str:
-    """Return the path of the address at which a model is served."""
-    return f"/models/{model}/decode"
-
-
-class DecodeEndpoint:
+class DecodeEndpoint(Endpoint):
     """Answers every ``POST`` that asks for a decode.
 
-    Each model is at its `decode_path`. The first is also at ``/decode``, and at ``/``, where ``remote_decode`` usually
-    sends.
-
-    Args:
-        models: the models that decode, by their names.
-        limits: what one request may ask for.
-        service: what the requests to all models share.
+    The first model is also at ``/decode``, and at ``/``, where ``remote_decode`` usually sends.
     """
 
-    def __init__(self, models: Mapping[str, TritonModel], *, limits: Limits, service: Service) -> None:
-        self._models = models
-        self._limits = limits
-        self._service = service
-
-    async def __call__(self, request: Request, name: str) -> Response:
-        """Answer one request to the model of this name.
-
-        Raises:
-            FluxVAEError: the request is refused or failed. The app's handlers turn it into an answer.
-        """
-        return await self._service.answer(request, lambda exchange: self._decode(exchange, name))
-
-    async def _decode(self, exchange: Exchange, name: str) -> Response:
+    async def _respond(self, exchange: Exchange, name: str) -> Response:
         request, model = exchange.request, self._models[name]
         form, query = read_form(request.headers), request.query_params.multi_items()
         if form is Form.BINARY:
@@ -92,7 +67,7 @@ class DecodeEndpoint:
         families = families_of(asked.shape)
         if asked.vae_class in (*families, "AutoencoderTiny"):
             return ""
-        paths = [decode_path(name) for name in self._models if vae_class_of(name) in families]
+        paths = [path_of(name) for name in self._models if vae_class_of(name) in families]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
 
 

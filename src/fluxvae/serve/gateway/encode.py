@@ -9,54 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.gateway.body import refuse_compressed
+from fluxvae.serve.gateway.endpoint import Endpoint
 from fluxvae.serve.gateway.errors import TooLarge
-from fluxvae.serve.gateway.exchange import Exchange, Service
-from fluxvae.serve.gateway.forward import MAX_ROWS, Question, TritonModel
+from fluxvae.serve.gateway.exchange import Exchange
+from fluxvae.serve.gateway.forward import MAX_ROWS, Question
 from fluxvae.serve.gateway.pictures import read_pictures, wrong_length
-from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.gateway.remote_encode import Asked, parse
 from fluxvae.serve.models import vae_class_of
 
-__all__ = ["EncodeEndpoint", "encode_path"]
+__all__ = ["EncodeEndpoint"]
 
 
-def encode_path(model: str) -> str:
-    """Return the path of the address at which a model is served."""
-    return f"/models/{model}/encode"
-
-
-class EncodeEndpoint:
+class EncodeEndpoint(Endpoint):
     """Answers every ``POST`` that asks for an encode.
 
-    Each model is at its `encode_path`. The first is also at ``/encode``.
-
-    Args:
-        models: the models that encode, by their names.
-        limits: what one request may ask for.
-        service: what the requests to all models share.
+    The first model is also at ``/encode``.
     """
 
-    def __init__(self, models: Mapping[str, TritonModel], *, limits: Limits, service: Service) -> None:
-        self._models = models
-        self._limits = limits
-        self._service = service
-
-    async def __call__(self, request: Request, name: str) -> Response:
-        """Answer one request to the model of this name.
-
-        Raises:
-            FluxVAEError: the request is refused or failed. The app's handlers turn it into an answer.
-        """
-        return await self._service.answer(request, lambda exchange: self._encode(exchange, name))
-
-    async def _encode(self, exchange: Exchange, name: str) -> Response:
+    async def _respond(self, exchange: Exchange, name: str) -> Response:
         asked = self._read_head(exchange.request, name)
         if (tensor := asked.tensor) is not None:
             await exchange.read_body(tensor.nbytes, lambda came: wrong_length(came, tensor), exactly=True)

@@ -17,6 +17,7 @@ from fluxvae.latents.checks import check_shape, not_finite
 from fluxvae.latents.layout import Layout, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.serve.families import formats_of
+from fluxvae.serve.gateway.body import as_float32
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.gateway.remote_decode import Asked
@@ -83,7 +84,7 @@ def read_latents(asked: Asked, layout: Layout, body: bytearray | bytes) -> Laten
     """
     if len(body) != asked.nbytes:
         raise wrong_length(f"{len(body)} bytes", asked)
-    values = _as_float32(body, asked.dtype)
+    values = as_float32(body, asked.dtype)
     reading, format = asked.reading, layout.format
     scaling = format.scaling_factor if reading.scaling_factor is None else reading.scaling_factor
     shift = format.shift_factor if reading.shift_factor is None else reading.shift_factor
@@ -112,14 +113,6 @@ def wrong_length(came: str, asked: Asked) -> InvalidLatentsError:
     return InvalidLatentsError(
         f"body: got {came}, expected {asked.nbytes}: shape {asked.shape} of {asked.dtype}, raw and little-endian"
     )
-
-
-def _as_float32(body: bytearray | bytes, dtype: str) -> NDArray[np.float32]:
-    if dtype == "bfloat16":  # NumPy does not have it; it is the upper half of a float32
-        halves = np.frombuffer(body, "<u2").astype(np.uint32)
-        halves <<= 16
-        return halves.view(np.float32)
-    return np.frombuffer(body, "<f4" if dtype == "float32" else "<f2").astype(np.float32, copy=False)
 
 
 def _check(asked: Asked, layout: Layout) -> str | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxvae.serve.gateway.decode import decode_path
-from fluxvae.serve.gateway.encode import encode_path
+from fluxvae.serve.gateway.endpoint import path_of
 from fluxvae.serve.gateway.operations import BINARY, decode_operation, encode_operation
 from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.models import MODEL, encodes
@@ -51,12 +50,13 @@ def document(limits: Limits, version: str, *, models: Sequence[str] = (MODEL,), 
     }
     paths["/"] = {"get": {"summary": "A page for people.", "responses": {"200": {"description": "HTML"}}}}
     for model in models:
-        path, first, operation = (
-            (encode_path(model), ["/encode"], encode_operation(limits, model))
+        first, operation = (
+            (["/encode"], encode_operation(limits, model))
             if encodes(model)
-            else (decode_path(model), ["/", "/decode"], decode_operation(limits, model))
+            else (["/", "/decode"], decode_operation(limits, model))
         )
-        for each in (path, *first):  # where there are several models, the first of its kind has the short paths
+        # Where there are several models, the first of its kind has the short paths.
+        for each in (path_of(model), *first):
             paths.setdefault(each, {}).setdefault("post", operation)
     schemes = {"token": {"type": "http", "scheme": "bearer"}, "address": {"type": "http", "scheme": "basic"}}
     return {

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidImagesError
+from fluxvae.serve.gateway.body import as_float32
 from fluxvae.serve.gateway.remote_encode import Asked, Tensor
 
 __all__ = ["Pictures", "read_pictures", "wrong_length"]
@@ -52,7 +53,7 @@ def read_pictures(asked: Asked, body: bytearray | bytes) -> Pictures:
         pixels = np.frombuffer(body, np.uint8).reshape(tensor.batch, *tensor.shape[-3:])
         last = pixels if tensor.channels_last else np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
         return Pictures({"images": last}, asked.parameters, None)
-    values = _as_float32(body, tensor.dtype)
+    values = as_float32(body, tensor.dtype)
     warning = _to_minus_one(values, tensor)
     images = values.reshape(tensor.batch, *tensor.shape[-3:])
     if tensor.fitted != tensor.shape[-2:]:  # the model takes such values as the VAE does, and resizes none
@@ -118,15 +119,6 @@ def _nearest(side: int, fitted: int) -> NDArray[np.intp]:
     scale = np.float32(side) / np.float32(fitted)
     kept: NDArray[np.intp] = np.floor(np.arange(fitted, dtype=np.float32) * scale).astype(np.intp)
     return kept.clip(max=side - 1)
-
-
-def _as_float32(body: bytearray | bytes, dtype: str) -> NDArray[np.float32]:
-    """Return the values, for float32 without a copy."""
-    if dtype == "bfloat16":  # NumPy does not have it; it is the upper half of a float32
-        halves = np.frombuffer(body, "<u2").astype(np.uint32)
-        halves <<= 16
-        return halves.view(np.float32)
-    return np.frombuffer(body, "<f4" if dtype == "float32" else "<f2").astype(np.float32, copy=False)
 
 
 def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

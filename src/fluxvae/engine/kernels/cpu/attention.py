@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "0dee5537398eb6f9"
+VECTOR_CODE = "81423cbeaaf58af1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 2
 """How many panels of queries a task has. With more panels the map is read less often, but they do not all stay in the

@@ -10,21 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.pixel_loops import add_bias, affine, affine_silu, copy, gather_tiles
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
 from fluxvae.engine.kernels.cpu.winograd_cut import MOST_RUN, rounded
-from fluxvae.engine.kernels.cpu.winograd_loops import (
-    NR,
-    THIRD,
-    TILES,
-    add_bias,
-    affine,
-    affine_silu,
-    copy,
-    gather_tiles,
-    products_1,
-    products_2,
-    products_3,
-)
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD, TILES, products_1, products_2, products_3
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +32,7 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "0dee5537398eb6f9"
+VECTOR_CODE = "81423cbeaaf58af1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 

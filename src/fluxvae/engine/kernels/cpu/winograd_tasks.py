@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluxvae.engine.kernels.cpu.pixel_loops import copy
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
 from fluxvae.engine.kernels.cpu.winograd_loops import (
     NR,
     THIRD,
     TILES,
-    copy,
     input_transform,
     input_transform_down,
     input_transform_precise,
@@ -38,7 +38,7 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
 
-VECTOR_CODE = "0dee5537398eb6f9"
+VECTOR_CODE = "81423cbeaaf58af1"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3

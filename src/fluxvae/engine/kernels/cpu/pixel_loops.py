@@ -1,0 +1,97 @@
+"""The inner loops that go pixel by pixel: affine and SiLU, copies, and what goes around products, for Numba to call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from fluxvae.engine.kernels.cpu.vector_code import VECTOR_BYTES, Code, vector_function
+
+
+def _affine(silu: bool) -> Any:
+    """``f(src, dst, scale, shift, pixels, vectors)``: y = x * scale + shift, then y / (1 + exp(-y)) if ``silu``."""
+
+    def emit(
+        x: Code, src: ir.Value, dst: ir.Value, scale: ir.Value, shift: ir.Value, pixels: ir.Value, vectors: ir.Value
+    ) -> None:
+        size = x.b.mul(vectors, x.i(VECTOR_BYTES))
+
+        def pixel(index: ir.Value) -> None:
+            start = x.b.mul(index, size)
+
+            def channels(vector: ir.Value) -> None:
+                offset = x.b.mul(vector, x.i(VECTOR_BYTES))
+                where = x.b.add(start, offset)
+                y = x.fma(x.load(x.at(src, where)), x.load(x.at(scale, offset)), x.load(x.at(shift, offset)))
+                x.store(x.silu(y) if silu else y, x.at(dst, where))
+
+            x.loop(vectors, channels)
+
+        x.loop(pixels, pixel)
+
+    return vector_function(f"fluxvae_affine_{silu:d}", 6, emit)
+
+
+affine, affine_silu = _affine(False), _affine(True)
+
+
+def _copy() -> Any:
+    """``copy(src, dst, vectors)``: copy so many vectors, or write zeros where ``src`` is 0."""
+
+    def emit(x: Code, src: ir.Value, dst: ir.Value, vectors: ir.Value) -> None:
+        def one(index: ir.Value) -> None:
+            offset = x.b.mul(index, x.i(VECTOR_BYTES))
+            value = x.locals(1)[0]
+            x.b.store(x.const(0.0), value)
+            with x.b.if_then(x.b.icmp_signed("!=", src, x.i(0)), likely=True):
+                x.b.store(x.load(x.at(src, offset)), value)
+            x.store(x.b.load(value), x.at(dst, offset))
+
+        x.loop(vectors, one)
+
+    return vector_function("fluxvae_copy", 3, emit)
+
+
+copy = _copy()
+
+
+def _gather_tiles() -> Any:
+    """``gather_tiles(src, row, dst, block, rows, blocks)``: rows of blocks * LANES values as `products` wants them.
+
+    ``row`` bytes apart in ``src``; in ``dst`` one (rows, LANES) matrix per block, ``block`` bytes apart.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, row: ir.Value, dst: ir.Value, block: ir.Value, rows: ir.Value, blocks: ir.Value
+    ) -> None:
+        def one(index: ir.Value) -> None:
+            source, target = x.at(src, x.b.mul(index, row)), x.at(dst, x.b.mul(index, x.i(VECTOR_BYTES)))
+
+            def channels(k: ir.Value) -> None:
+                value = x.load(x.at(source, x.b.mul(k, x.i(VECTOR_BYTES))))
+                x.store(value, x.at(target, x.b.mul(k, block)))
+
+            x.loop(blocks, channels)
+
+        x.loop(rows, one)
+
+    return vector_function("fluxvae_gather_tiles", 6, emit)
+
+
+def _add_bias() -> Any:
+    """``add_bias(src, panel, dst, bias, vectors)``: a row of `products`, panels ``panel`` bytes apart, plus a bias."""
+
+    def emit(x: Code, src: ir.Value, panel: ir.Value, dst: ir.Value, bias: ir.Value, vectors: ir.Value) -> None:
+        def channels(index: ir.Value) -> None:
+            pair, odd = x.b.lshr(index, x.i(1)), x.b.and_(index, x.i(1))
+            offset = x.b.mul(index, x.i(VECTOR_BYTES))
+            value = x.load(x.at(src, x.b.mul(pair, panel), x.b.mul(odd, x.i(VECTOR_BYTES))))
+            x.store(x.b.fadd(value, x.load(x.at(bias, offset))), x.at(dst, offset))
+
+        x.loop(vectors, channels)
+
+    return vector_function("fluxvae_add_bias", 5, emit)
+
+
+gather_tiles, add_bias = _gather_tiles(), _add_bias()
