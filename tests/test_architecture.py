@@ -18,7 +18,7 @@ MODULES = {
 }
 FOLDERS = ("src", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
-    ("errors",),
+    ("arrays", "errors"),
     ("claims", "forked", "latents", "options", "photographs", "pictures", "pixels"),
     ("engine",),
     ("checkpoints",),

@@ -9,14 +9,27 @@ from __future__ import annotations
 
 import math
 import zipfile
+from pathlib import Path
 
 from fluxvae.errors import InvalidLatentsError
 
-__all__ = ["MAX_PIXELS", "MAX_ROWS", "check_member", "check_packing", "check_pixels", "check_rows", "most_unpacked"]
+__all__ = [
+    "MAX_PICTURE_PIXELS",
+    "MAX_PIXELS",
+    "MAX_ROWS",
+    "check_member",
+    "check_packing",
+    "check_pixels",
+    "check_rows",
+    "is_special",
+    "most_unpacked",
+]
 
 MAX_PIXELS = 16384 * 16384
 """The most pixels of one image, unless the caller says otherwise. Such an image's latents take 256 MiB in float32, and
 its pixels 3 GiB."""
+MAX_PICTURE_PIXELS = 178_956_970
+"""The most pixels of a picture that is encoded: what Pillow opens, which is twice its ``Image.MAX_IMAGE_PIXELS``."""
 MAX_ROWS = 1_000_000
 """The most images that one file may hold."""
 _UNSUSPICIOUS = 64 * 2**20
@@ -86,6 +99,11 @@ def check_packing(name: str, claimed: int, stored: int) -> None:
             f"{name}: claims {claimed} bytes, but {stored} are stored: no latents pack so well, and it was not "
             "unpacked; if they are real, save them as they are (a tensor's .contiguous(), np.savez without compression)"
         )
+
+
+def is_special(path: Path) -> bool:
+    """Whether something other than a file is there. To open a pipe would mean to wait until someone writes to it."""
+    return path.exists() and not path.is_file()
 
 
 def check_member(name: str, member: zipfile.ZipInfo) -> None:

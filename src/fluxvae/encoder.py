@@ -129,9 +129,8 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor, "batch_norm_eps": batch_norm_eps}
         reading = Reading(raw=raw or None, **factors)  # type: ignore[arg-type]
         check_options(self.format, reading)
-        in_patches = packed or (self.format.flux2 and not raw)
         with set_aside(self.device):
-            checked = check_images(images, self.multiple(in_patches), resize=resize)
+            checked = check_images(images, self.format.multiple(packed=packed, raw=raw), resize=resize)
             generators = self._generators(sample, checked.batch)
             found = self._drawn(checked, generators, progress, cancel)
             return self._scaled(found, reading, packed=packed)
@@ -159,7 +158,7 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
                 "moments: an AutoencoderTiny gives latents without a variance; use encode, or the full VAE"
             )
         with set_aside(self.device):
-            checked = check_images(images, self.multiple(False), resize=resize)
+            checked = check_images(images, self.format.multiple(packed=False, raw=True), resize=resize)
             found = _distribution(self.encode_images(checked, progress=progress, cancel=cancel))
             return found.mean.float(), found.logvar.float()
 
@@ -212,15 +211,6 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
             InvalidOptionError: the encoder has the reference engine, which does not plan.
         """
         return self._plan(height, width, batch)
-
-    def multiple(self, in_patches: bool) -> int:
-        """Return of how many pixels height and width must be multiples, for latents in patches, packed or not, or not.
-
-        Args:
-            in_patches: whether 2x2 latents come together: in packed latents always, and in FLUX.2's unless they are
-                raw.
-        """
-        return self.format.packed_multiple if in_patches else self.format.vae_scale_factor
 
     def _generators(self, sample: object, batch: int) -> list[torch.Generator | None]:
         """The generators that are drawn with: one for the whole batch, or one for each of its pictures."""

@@ -16,13 +16,15 @@ from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from fluxvae.errors import InvalidImagesError, InvalidOptionError, first_line
 
-__all__ = ["SUFFIXES", "check_background", "picture_of", "size_of"]
+__all__ = ["SUFFIXES", "check_background", "ignore_warnings", "picture_of", "size_of"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """The formats that are opened, by Pillow's names. Pillow knows many more, some of which (EPS) run another program."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _TURNED = (5, 6, 7, 8)
 """EXIF's orientations that exchange height and width."""
+_ORIENTATIONS = range(2, 9)
+"""EXIF's orientations that turn or mirror a picture."""
 _MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "PA", "RGBa", "La")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _DAMAGE = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, ArithmeticError, MemoryError, EOFError)
@@ -40,21 +42,37 @@ def check_background(background: str | None) -> None:
             ) from error
 
 
-def size_of(name: str, data: IO[bytes], max_pixels: int) -> tuple[int, int]:
+def ignore_warnings() -> None:
+    """Ignore what Pillow warns of: large pictures, and what it passes over in metadata.
+
+    Filters belong to the whole process, so this is for one that does nothing else, or for a thread that is inside
+    `warnings.catch_warnings` while others read pictures for it. They must not do it themselves: where two of them
+    overlap, the filters of the one that began first come back last, or never.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def size_of(name: str, data: IO[bytes], max_pixels: int, *, turned: bool = True) -> tuple[int, int]:
     """Read a picture's header. Return its (height, width) in pixels, once it stands upright.
 
     Args:
         name: what messages call the picture.
         data: the file.
         max_pixels: the most pixels it may have.
+        turned: whether it may lie another way in the file, and be turned by its EXIF.
 
     Raises:
         InvalidImagesError: it is no picture, is damaged, is larger than allowed, or is of a kind that is refused.
     """
     with _opened(name, data, max_pixels) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        return (width, height) if turned else (height, width)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if not turned and orientation in _ORIENTATIONS:
+            raise InvalidImagesError(
+                f"{name}: is turned by its EXIF (orientation {orientation}), which the program that this cache is for "
+                "passes over, so that it would look for another size or show another picture; turn its pixels first"
+            )
+        return (width, height) if orientation in _TURNED else (height, width)
 
 
 def picture_of(
@@ -79,11 +97,9 @@ def picture_of(
 @contextlib.contextmanager
 def _opened(name: str, data: IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures and of what it ignores in metadata
-            with Image.open(data, formats=_FORMATS) as image:
-                _check_kind(name, image, max_pixels)
-                yield image
+        with Image.open(data, formats=_FORMATS) as image:
+            _check_kind(name, image, max_pixels)
+            yield image
     except Image.DecompressionBombError as error:
         raise InvalidImagesError(
             f"{name}: claims more pixels than Pillow opens ({first_line(error)}); make it smaller, or cut it up"
@@ -123,6 +139,8 @@ def _bits(image: Any) -> int:
     if image.mode.startswith("I") or image.mode == "F":
         return 16
     raw = image.tile[0].args if image.tile else ""
+    if image.format == "PPM" and isinstance(raw, tuple) and isinstance(raw[-1], int) and raw[-1] > 255:
+        return 16  # the largest value, which Pillow brings to 255
     raw = raw if isinstance(raw, str) else raw[0] if isinstance(raw, tuple) and raw else ""
     if str(raw).endswith((";16B", ";16L", ";16N", ";16", ";16S")):
         return 16
@@ -138,6 +156,8 @@ def _in_srgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode not in ("RGB", "RGBA", "L", "LA"):  # a palette, whose colours the profile is for
         clear = image.mode in _ALPHA or "transparency" in image.info
         image = image.convert("RGBA" if clear else "RGB")
+    if "transparency" in image.info:  # one colour that is transparent, which would change and be seen no more
+        image = image.convert("LA" if image.mode == "L" else "RGBA")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if image.mode in ("L", "LA"):  # a profile of grey: what is applied to it is one curve

@@ -11,20 +11,20 @@ PyTorch is imported only where there are tensors, because a client of pictures a
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
+from fluxvae.arrays import is_tensor, nearest_sizes
 from fluxvae.errors import InvalidImagesError, InvalidOptionError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Images", "check_images", "check_pixels", "nearest_sizes", "to_pixels"]
+__all__ = ["Images", "check_images", "check_pixels", "to_pixels"]
 
 _SAME = ("RGB", "L", "1", "P")
 """The modes of PIL that become RGB without any loss or choice."""
@@ -101,7 +101,7 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
                 "encoded together have one size: encode them one by one, or resize them first"
             )
         height, width = sizes[0]
-    elif _is_tensor(images):
+    elif is_tensor(images):
         values, (height, width) = _checked(images, "tensor", channels=1)
     elif isinstance(images, np.ndarray):
         values, (height, width) = _checked(images, "array", channels=3)
@@ -110,7 +110,7 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
             f"images: got {type(images).__name__}, expected a PIL image, a list of them, an array (batch, height, "
             "width, 3) or a tensor (batch, 3, height, width)"
         )
-    last = not _is_tensor(values) or _channels_last(values)
+    last = not is_tensor(values) or _channels_last(values)
     fitting = (height // multiple * multiple, width // multiple * multiple)
     if fitting == (height, width):
         return Images(values, height, width, channels_last=last)
@@ -148,23 +148,10 @@ def _does_not_fit(height: int, width: int, multiple: int, *, resizable: bool) ->
     )
 
 
-def _is_tensor(value: object) -> TypeGuard[torch.Tensor]:
-    """Whether it is a tensor. Whoever has one has imported PyTorch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
 def _channels_last(tensor: torch.Tensor) -> bool:
     import torch
 
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-
-
-def nearest_sizes(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
-    """The sizes that fit, next below and next above, as (height, width); none below one multiple."""
-    below = (height // multiple * multiple, width // multiple * multiple)
-    above = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
-    return [size for size in (below, above) if min(size) >= multiple]
 
 
 def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -208,7 +195,7 @@ def _resized(value: Any, images: Images) -> Any:
     size = (images.height, images.width)
     if isinstance(value, Image.Image):
         return _processor().resize(value, *size)
-    if _is_tensor(value):
+    if is_tensor(value):
         return _processor().resize(value[None], *size)[0]
     if value.dtype == np.uint8:
         value = value.astype(np.float32) / 255.0
@@ -217,7 +204,7 @@ def _resized(value: Any, images: Images) -> Any:
 
 def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
     """Cut one image into bands of rows: each as a slice of rows, and its values (3, n, W) in [0, 1]."""
-    if _is_tensor(image):
+    if is_tensor(image):
         height, width = image.shape[1:]
     elif isinstance(image, np.ndarray):
         height, width = image.shape[:2]
@@ -226,7 +213,7 @@ def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
     step = max(1, _BAND_VALUES // (3 * width))
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        if _is_tensor(image):
+        if is_tensor(image):
             yield rows, image[:, rows]
             continue
         band = image[rows] if isinstance(image, np.ndarray) else image.crop((0, rows.start, width, rows.stop))

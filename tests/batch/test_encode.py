@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import struct
 import tarfile
+import threading
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,8 +32,10 @@ from typer.testing import CliRunner
 from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, Encoder, InvalidOptionError, cli, pack_latents
 from fluxvae.batch import EncodeJob, encode_files
-from fluxvae.batch.fitting import Buckets, bucket_sizes, fit
+from fluxvae.batch.albums import open_album
+from fluxvae.batch.fitting import Buckets, Fit, bucket_sizes, fit
 from fluxvae.checkpoints import weights_files
+from fluxvae.claims import MAX_PICTURE_PIXELS
 from fluxvae.errors import InvalidImagesError
 
 from .jobs import CPU, failures, files
@@ -45,6 +51,10 @@ def encoder() -> Encoder:
 def encode(*arguments: str | Path) -> Result:
     """Run ``fluxvae encode`` in this process."""
     return CliRunner(env={"COLUMNS": "80"}).invoke(cli.app, ["encode", *map(str, arguments), *CPU])
+
+
+def resident() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def picture(height: int = 64, width: int = 48) -> Image.Image:
@@ -145,17 +155,84 @@ def test_a_photograph_is_turned_upright(tmp_path: Path, encoder: Encoder) -> Non
     assert torch.equal(latents(tmp_path / "out" / "a.safetensors"), encoder.encode(image))
 
 
+_SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = _SRGB.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ")
+"""sRGB with red and blue exchanged."""
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("profile", [None, "a profile"])
+def test_one_transparent_colour_is_transparency(tmp_path: Path, mode: str, profile: str | None) -> None:
+    """Applying a profile changes that colour, and would forget that it is transparent."""
+    image = Image.new(mode, (32, 32), "white")
+    image.paste("black", (0, 0, 16, 16))
+    said = {} if profile is None else {"icc_profile": _SRGB if mode == "RGB" else _grey_profile()}
+    image.save(tmp_path / "a.png", transparency=(0, 0, 0) if mode == "RGB" else 0, **said)
+    assert encode(tmp_path / "a.png", "-o", tmp_path / "out").exit_code == 6
+    assert "transparent pixels, and latents hold none" in failures(tmp_path / "out")[0]["message"]
+
+
+def _grey_profile() -> bytes:
+    """A profile of one curve, written by hand, since Pillow makes none: gamma 1, D50."""
+    curve = b"curv" + bytes(8)
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)
+    text = b"text" + bytes(4) + b"none" + bytes(4)
+    description = b"desc" + bytes(4) + struct.pack(">I", 2) + b"g" + bytes(80) + bytes(3)
+    tags, blob, start = b"", b"", 128 + 4 + 4 * 12
+    for name, value in ((b"kTRC", curve), (b"wtpt", white), (b"cprt", text), (b"desc", description)):
+        tags += name + struct.pack(">II", start + len(blob), len(value))
+        blob += value + bytes(-len(value) % 4)
+    body = struct.pack(">I", 4) + tags + blob
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s4sI",
+        128 + len(body),
+        bytes(4),
+        0x02400000,
+        b"mntr",
+        b"GRAY",
+        b"XYZ ",
+        struct.pack(">6H", 2026, 1, 1, 0, 0, 0),
+        b"acsp",
+        bytes(4),
+        0,
+    )
+    return head + bytes(24) + struct.pack(">3i", 63190, 65536, 54061) + bytes(128 - len(head) - 36) + body
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "gif", "ppm"])
+def test_every_kind_of_file(tmp_path: Path, encoder: Encoder, suffix: str) -> None:
+    picture().save(tmp_path / f"a.{suffix}")
+    assert encode(tmp_path / f"a.{suffix}", "-o", tmp_path / "out").exit_code == 0
+    expected = encoder.encode(Image.open(tmp_path / f"a.{suffix}").convert("RGB"))
+    assert torch.equal(latents(tmp_path / "out" / "a.safetensors"), expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "ppm"])
+def test_sixteen_bits_are_refused(tmp_path: Path, suffix: str) -> None:
+    values = RNG.integers(0, 2**16, (32, 32, 3), dtype=np.uint16)
+    if suffix == "ppm":
+        (tmp_path / "a.ppm").write_bytes(b"P6 32 32 65535\n" + values.astype(">u2").tobytes())
+    else:
+        Image.fromarray(values[..., 0]).save(tmp_path / f"a.{suffix}")
+    assert encode(tmp_path / f"a.{suffix}", "-o", tmp_path / "out").exit_code == 6
+    assert "more than 8 bits for each value" in failures(tmp_path / "out")[0]["message"]
+
+
 def test_a_colour_profile_is_applied(tmp_path: Path, encoder: Encoder) -> None:
     """A profile whose red and blue are exchanged makes blue of what is stored as red."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB"))
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     image = picture()
     image.save(tmp_path / "same.png", icc_profile=srgb.tobytes())
+    image.save(tmp_path / "swapped.png", icc_profile=SWAPPED)
     image.save(tmp_path / "other.png", icc_profile=profile.tobytes())
-    result = encode(tmp_path / "same.png", tmp_path / "other.png", "-o", tmp_path / "out")
+    names = ("same", "swapped", "other")
+    result = encode(*(tmp_path / f"{name}.png" for name in names), "-o", tmp_path / "out")
     assert result.exit_code == 6
-    same = latents(tmp_path / "out" / "same.safetensors")
+    same, swapped = (latents(tmp_path / "out" / f"{name}.safetensors") for name in names[:2])
     assert torch.allclose(same, encoder.encode(image), atol=0.05), "sRGB to sRGB changes next to nothing"
+    assert torch.allclose(swapped, encoder.encode(np.asarray(image)[..., ::-1].copy()), atol=0.05)
+    assert not torch.allclose(swapped, encoder.encode(image), atol=0.05), "or this shows nothing"
     assert "colour profile that cannot be applied" in failures(tmp_path / "out")[0]["message"]
 
 
@@ -194,11 +271,20 @@ def test_unpacked_latents_and_a_sample(tmp_path: Path, encoder: Encoder) -> None
     image.save(tmp_path / "a.png")
     assert encode(tmp_path / "a.png", "-o", tmp_path / "out", "--unpacked").exit_code == 0
     assert torch.equal(latents(tmp_path / "out" / "a.safetensors"), encoder.encode(image, packed=False))
-    for out in ("one", "two"):
-        assert encode(tmp_path / "a.png", "-o", tmp_path / out, "--unpacked", "--sample", "5").exit_code == 0
-    drawn = [latents(tmp_path / out / "a.safetensors") for out in ("one", "two", "out")]
+    image.save(tmp_path / "b.png")  # the same pixels under another name
+    for out, seed in (("one", "5"), ("two", "5"), ("other", "6")):
+        both = (tmp_path / "a.png", tmp_path / "b.png")
+        assert encode(*both, "-o", tmp_path / out, "--unpacked", "--sample", seed).exit_code == 0
+    drawn = [latents(tmp_path / out / "a.safetensors") for out in ("one", "two", "other", "out")]
+    drawn.append(latents(tmp_path / "one" / "b.safetensors"))
     assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
+    assert not any(torch.equal(drawn[0], other) for other in drawn[2:])
+    said = metadata(tmp_path / "one" / "a.safetensors")
+    assert (said["seed"], said["checkpoint"], said["dtype"]) == ("5", "demo", "float32")
+    assert "seed" not in metadata(tmp_path / "out" / "a.safetensors")
+    # By the seed and the name alone, on the CPU, whatever the device.
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"5:a").digest()[:8], "big") >> 1)
+    assert torch.equal(drawn[0], encoder.encode(image, packed=False, sample=generator))
 
 
 # -- buckets, and sd-scripts' cache ----------------------------------------------------------------------------------
@@ -209,8 +295,22 @@ def test_buckets_are_those_of_sd_scripts() -> None:
     sizes = bucket_sizes(Buckets(64, 1024 * 1024))
     assert (1024, 1024) in sizes
     assert all(h % 64 == w % 64 == 0 and h * w <= 1024 * 1024 and min(h, w) >= 256 for h, w in sizes)
+    assert {(w, h) for h, w in sizes} == set(sizes)
     by_width = {w: h for h, w in sizes if w < 1024}
     assert by_width == {w: min(2048, 1024 * 1024 // w // 64 * 64) for w in range(256, 1024, 64)}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((300, 400), Fit((448, 597), (448, 576))),
+        ((600, 400), Fit((640, 427), (640, 384))),
+        ((1000, 1000), Fit((512, 512), (512, 512))),
+    ],
+)
+def test_the_nearest_bucket(size: tuple[int, int], expected: Fit) -> None:
+    """By hand, for 512x512 pixels in steps of 64."""
+    assert fit(size, 16, "buckets", Buckets(64, 512 * 512)) == expected
 
 
 @given(
@@ -243,17 +343,23 @@ def test_the_cache_of_sd_scripts(tmp_path: Path, encoder: Encoder) -> None:
     """Its names, keys and values, as its source has them; `fluxvae decode` reads it as it reads sd-scripts' own."""
     image = Image.fromarray(data.astronaut()[:300, :400])
     image.save(tmp_path / "cat.png")
-    arguments = ("-o", tmp_path / "out", "--buckets", "64", "--bucket-area", "65536", "--format", "kohya")
+    arguments = ("-o", tmp_path / "out", "--buckets", "64", "--bucket-area", "262144", "--format", "kohya")
     result = encode(tmp_path / "cat.png", *arguments)
     assert result.exit_code == 0, result.output
     (name,) = files(tmp_path / "out") - {"job.json"}
     assert name == "cat_0400x0300_flux.npz"
-    found = fit((300, 400), 8, "buckets", Buckets(64, 65536))
+    found = Fit((448, 597), (448, 576))  # by hand: the nearest of the buckets
     height, width = found.size
     held = np.load(tmp_path / "out" / name)
     end = f"_{height // 8}x{width // 8}"
     assert set(held.files) == {f"latents{end}", f"original_size{end}", f"crop_ltrb{end}"}
     assert held[f"original_size{end}"].tolist() == [400, 300]
+    assert held[f"crop_ltrb{end}"].tolist() == [
+        0,
+        8,
+        576,
+        440,
+    ]
     resized = image.resize(found.resized[::-1], Image.Resampling.LANCZOS)
     left, top = (resized.width - width) // 2, (resized.height - height) // 2
     expected = encoder.encode(resized.crop((left, top, left + width, top + height)), packed=False)
@@ -394,10 +500,16 @@ def test_a_tar_that_is_damaged_and_one_that_is_packed(tmp_path: Path) -> None:
     result = encode(*(tmp_path / f"{name}.tar" for name in ("in", "half", "packed", "none")), "-o", tmp_path / "out")
     assert result.exit_code == 6
     assert "a.safetensors" in files(tmp_path / "out")
-    told = [line["message"] for line in failures(tmp_path / "out")]
-    assert len(told) == 4, told
-    assert sum("truncated" in one for one in told) >= 2
-    assert any("holds no pictures" in one for one in told)
+    told = {Path(line["source"]).name: line["message"] for line in failures(tmp_path / "out")}
+    assert len(failures(tmp_path / "out")) == 4, told
+    tar = "cannot be read as a tar"
+    for name, part in {
+        "in": "b: cannot be read as a picture",
+        "half": tar,
+        "packed": tar,
+        "none": "no pictures",
+    }.items():
+        assert part in told[f"{name}.tar"], told
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
@@ -406,6 +518,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     assert encode(tmp_path / "in.tar", "-o", tmp_path / "out").exit_code == 6
     assert files(tmp_path / "out") == {"ok.safetensors", "job.json", "failures.jsonl"}
     assert all("name: got" in line["message"] for line in failures(tmp_path / "out"))
+    assert sorted(line["row"] for line in failures(tmp_path / "out")) == [0, 1]
 
 
 def test_one_name_twice_is_refused(tmp_path: Path) -> None:
@@ -413,6 +526,59 @@ def test_one_name_twice_is_refused(tmp_path: Path) -> None:
         picture().save(tmp_path / f"a.{suffix}")
     assert encode(tmp_path, "-o", tmp_path / "out").exit_code == 6
     assert "a.safetensors is also the output of" in failures(tmp_path / "out")[0]["message"]
+
+
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    """To open one would be to wait until someone writes to it."""
+    for name in ("a.png", "b.tar", "c.parquet"):
+        os.mkfifo(tmp_path / name)
+    assert encode(*(tmp_path / name for name in ("a.png", "b.tar", "c.parquet")), "-o", tmp_path / "out").exit_code == 6
+    assert all("is a pipe, a device or a folder" in line["message"] for line in failures(tmp_path / "out"))
+    assert len(failures(tmp_path / "out")) == 3
+
+
+def test_the_same_bytes_in_many_rows_are_in_memory_once(tmp_path: Path) -> None:
+    """A small file of one picture in 4,000 rows; unpacked to objects it would be 4 GB."""
+    content = b"\x89PNG" + bytes(2**20)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000, pa.int32()), pa.array([content]))
+    pq.write_table(pa.table({"jpg": column}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    before = resident()
+    album = open_album(str(tmp_path / "a.parquet"))
+    assert len(list(album.members())) == 4000
+    assert album.read(3999).getbuffer().nbytes == len(content)
+    assert resident() - before < 200 * 2**20
+
+
+def test_what_pillow_opens_is_what_is_allowed() -> None:
+    assert MAX_PICTURE_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_turned_photographs_are_refused_for_trainers_caches(tmp_path: Path, orientation: int) -> None:
+    """sd-scripts and musubi-tuner pass over the orientation, and would look for another size."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "a.png", exif=exif)
+    assert encode(tmp_path / "a.png", "-o", tmp_path / "out", "--format", "kohya").exit_code == 6
+    assert f"turned by its EXIF (orientation {orientation})" in failures(tmp_path / "out")[0]["message"]
+
+
+def test_threads_leave_the_filters_of_warnings_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two threads are inside `warnings.catch_warnings`, the filters of the first may stay for good."""
+    entered: set[threading.Thread] = set()
+
+    class Watched(warnings.catch_warnings):  # type: ignore[type-arg]
+        def __enter__(self) -> Any:
+            entered.add(threading.current_thread())
+            return super().__enter__()
+
+    for index in range(12):
+        picture(32, 32).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr(warnings, "catch_warnings", Watched)
+    before = list(warnings.filters)
+    encode_files(EncodeJob(inputs=(str(tmp_path),), out=str(tmp_path / "out"), device="cpu"))
+    assert warnings.filters == before
+    assert entered == {threading.current_thread()}
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------
@@ -445,6 +611,8 @@ def test_the_checkpoints_hash_is_in_every_file(tmp_path: Path) -> None:
         ({"sizes": "stretch"}, "sizes: got 'stretch'"),
         ({"bucket": 0}, "bucket: got 0"),
         ({"seed": -1}, "seed: got -1"),
+        ({"max_pixels": 0}, "max_pixels: got 0"),
+        ({"max_pixels": MAX_PICTURE_PIXELS + 1}, "max_pixels: got 178956971, expected at most 178956970"),
         ({"background": "nice"}, "background: got 'nice'"),
         ({"sizes": "buckets", "bucket": 4096}, "which no size fits"),
         ({"format": "kohya", "packed": False}, "never packs"),

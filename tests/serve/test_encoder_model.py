@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +31,7 @@ from fluxvae.serve.model.picture_requests import read_parameters
 from fluxvae.serve.model.startup import Settings, make_work
 from models import random_vae
 from serve.client import BAD_REQUEST, GATHER_ENCODES, GATHER_ROWS, PROTOCOLS, Protocol, Serving
+from serve.test_server_behaviour import metric
 from serve.waiting import wait_for
 
 MODEL = "vae_encoder"
@@ -202,29 +202,27 @@ def executions(serving: Serving) -> Counter[int]:
 
 
 def test_a_cancelled_request_ends_and_the_model_goes_on(serving: Serving, encoder: Encoder) -> None:
-    images = pixels(16, 1024, 1024)
+    cancelled = {"name": "fluxvae_errors_total", "model": MODEL, "kind": "DecodeCancelled"}
+    before = metric(serving.server, **cancelled)
+    images = pixels(16, 2048, 2048)
     tensor = tritonclient.grpc.InferInput("images", list(images.shape), "UINT8")
     tensor.set_data_from_numpy(images)
     with tritonclient.grpc.InferenceServerClient(serving.server.grpc_url) as client:
         seen: list[Any] = []
-        start = time.monotonic()
         asked = [tritonclient.grpc.InferRequestedOutput("latents")]
         context = client.async_infer(MODEL, [tensor], lambda result, error: seen.append(error), outputs=asked)
+        wait_for(lambda: metric(serving.server, "fluxvae_in_flight", model=MODEL) > 0, "the encode to begin")
         context.cancel()
         wait_for(lambda: seen, "the end of the request")
         assert "CANCELLED" in str(seen[0].status()).upper()
     small = pixels(17)
     same(infer(serving, {"images": small})["latents"], encoder.encode(small))
-    assert time.monotonic() - start < 60
+    wait_for(lambda: metric(serving.server, **cancelled) == before + 1, "the model to give the encode up")
 
 
 def test_metrics_count_encodes(serving: Serving) -> None:
-    import urllib.request
-
     def value(name: str) -> float:
-        page = urllib.request.urlopen(serving.server.metrics_url, timeout=30).read().decode()
-        label = f'{{model="{MODEL}"}}'
-        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"{name}{label}"))
+        return metric(serving.server, name, model=MODEL)
 
     before = value("fluxvae_encodes_total")
     infer(serving, {"images": pixels(18, batch=3)})
@@ -290,8 +288,10 @@ def test_what_changes_nothing_is_refused(serving: Serving) -> None:
 
 
 def test_a_request_without_a_picture(serving: Serving) -> None:
-    with pytest.raises(InferenceServerException):
+    with pytest.raises(InferenceServerException) as caught:
         infer(serving, {})
+    assert caught.value.status() == BAD_REQUEST["grpc"], caught.value
+    infer(serving, GOOD)
 
 
 JSON_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers())
@@ -335,6 +335,16 @@ def test_what_a_group_takes_is_within_the_limit() -> None:
     budget = MemoryBudget(Encoding(Encoder(random_vae(), memory_limit=row), 10**8))
     with pytest.raises(MemoryLimitError, match=r"1 x 256x256 .* as latents, latents_unpacked, moments take"):
         budget.check(job(1))
+
+
+def test_bytes_are_those_of_what_is_made() -> None:
+    work = Encoding(Encoder(random_vae()), 10**8)
+    job = work.read(0, {"images": pixels(0, batch=2)}, "{}", frozenset(LATENT_OUTPUTS))
+    moments = work.compute([job], lambda: False)
+    made = work.make_outputs(job, moments)
+    assert sorted(work.sizes(job)) == sorted(array.nbytes for array in made.values())
+    assert 2 * work.held_bytes(32, 48) == 2 * 3 * 32 * 48 * 4 + moments.nbytes
+    assert work.output_bytes(job) >= sum(work.sizes(job))
 
 
 def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:

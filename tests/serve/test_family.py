@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -330,6 +331,14 @@ def test_a_preview_is_called_one_by_its_answer(gateway: str) -> None:
         assert answer.status == 200, answer.body
         assert answer.headers.get("x-fluxvae-warning") == note
         assert Image.open(io.BytesIO(answer.body)).info.get("Comment") == note
+
+
+def test_the_first_model_that_encodes_has_the_short_path(gateway: str, family: Family) -> None:
+    images = np.random.default_rng(2).integers(0, 256, (1, *SIZE.values(), 3), np.uint8)
+    query = urlencode({"shape": images.shape, "dtype": "uint8"}, doseq=True)
+    answer = ask(gateway, "POST", f"/encode?{query}", body=images.tobytes())
+    expected = family.encoders[ENCODERS[0]].encode(images, packed=False, raw=True)
+    assert answer.body == expected.numpy().tobytes()
 
 
 def test_what_the_gateway_says_of_itself(gateway: str) -> None:

@@ -98,6 +98,12 @@ def test_output_bytes_bound_what_is_kept(names: tuple[str, ...]) -> None:
     assert output_bytes(asked.outputs, 2, SIZE, SIZE, 4) >= kept
 
 
+def test_sizes_are_those_of_the_outputs() -> None:
+    """Those of floats and of pixels are known; where files are asked for there is none."""
+    asked = job(1, ("images", "images_raw"))
+    assert sorted(decoding(limited(None)).sizes(asked)) == [3 * SIZE**2, 12 * SIZE**2]
+
+
 def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = limited(1 << 30)
     budget = MemoryBudget(decoding(decoder))

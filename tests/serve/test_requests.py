@@ -34,7 +34,8 @@ def job(index: int, height: int, width: int, batch: int = 1, ids: torch.Tensor |
     format = LatentFormat() if ids is None and "batch_norm_eps" not in said else FLUX2
     latents = torch.full((batch, height * width // 256, format.packed_features), float(index))
     reading = Reading(height=height, width=width, latent_ids=ids, **said)
-    return Job(index=index, request=LatentRequest.read(format, latents, reading), parameters=Parameters())
+    request = LatentRequest.read(format, latents, reading)
+    return Job(index=index, request=request, parameters=Parameters(), outputs=frozenset({"images"}))
 
 
 def within(max_pixels: int) -> Callable[[Sequence[Job]], bool]:

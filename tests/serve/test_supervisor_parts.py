@@ -126,6 +126,12 @@ def test_what_an_answer_means(answers: tuple[str, dict[str, Any]]) -> None:
     assert "shape [1, 8, 8, 3], expected" in ask_tiny(address, "vae_decoder", 30).reason
     given["body"] = b"{}"
     assert ask_tiny(address, "vae_decoder", 30).answer is Answer.FAILED
+    tokens = {"outputs": [{"name": "latents", "shape": [1, 1, 64], "data": []}]}
+    given["body"] = json.dumps(tokens).encode()
+    assert ask_tiny(address, "vae_encoder", 30) == Outcome(Answer.OK)
+    tokens["outputs"][0]["shape"] = [1, 4, 64]
+    given["body"] = json.dumps(tokens).encode()
+    assert "shape [1, 4, 64], expected [1, 1, 64]" in ask_tiny(address, "vae_encoder", 30).reason
     given.update(status=503, body=b"Exceeds maximum queue size")
     assert ask_tiny(address, "vae_decoder", 30).answer is Answer.BUSY
     given.update(status=500, body=b"Stub process 'vae_decoder_0_0' is not healthy.")

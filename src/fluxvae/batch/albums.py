@@ -1,7 +1,7 @@
 """Finds the pictures that a job's inputs name: files, tars as WebDataset has them, and Parquet.
 
-Only headers are read to list them. A picture's bytes are read when its turn comes: those of a file or of a tar's member
-where they lie, those of Parquet one row group at a time.
+They are listed by their headers. Of files on this machine only those are read; a tar's members, pictures elsewhere and
+Parquet's row groups are read whole for it, and once more when their turn comes to be encoded.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
 from fluxvae.batch.names import stem
 from fluxvae.batch.sources import filesystem_of
-from fluxvae.claims import check_packing
+from fluxvae.claims import MAX_ROWS, is_special, most_unpacked
 from fluxvae.errors import FluxVAEError, InvalidImagesError, InvalidOptionError, first_line
 from fluxvae.photographs import SUFFIXES
 
@@ -28,7 +29,6 @@ INPUT_SUFFIXES = (*SUFFIXES, ".tar", ".parquet")
 _COLUMNS = ("image", "jpg", "png", "jpeg", "webp", "img")
 """The columns of Parquet that are looked for, in this order: Hugging Face's, then WebDataset's names."""
 _OPEN = 4
-_MOST_ROWS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ def open_album(url: str) -> Album:
     filesystem, path = filesystem_of(url)
     name = path.rpartition("/")[2]
     try:
+        if isinstance(filesystem, LocalFileSystem) and is_special(Path(path)):
+            raise InvalidImagesError(f"{name}: is a pipe, a device or a folder; expected a file of pictures")
         if path.lower().endswith(".tar"):
             return Tar(name, filesystem, path)
         if path.lower().endswith(".parquet"):
@@ -166,8 +168,8 @@ class Parquet:
             raise InvalidImagesError(f"{name}: column {self._column!r} holds {type}, expected the bytes of pictures")
         self._named = next((column for column in ("name", "__key__", "key", "file_name") if column in schema.names), "")
         sizes = [self._file.metadata.row_group(index).num_rows for index in range(self._file.num_row_groups)]
-        if sum(sizes) > _MOST_ROWS:
-            raise InvalidImagesError(f"{name}: claims {sum(sizes)} pictures, more than {_MOST_ROWS}; split it")
+        if sum(sizes) > MAX_ROWS:
+            raise InvalidImagesError(f"{name}: claims {sum(sizes)} pictures, more than {MAX_ROWS}; split it")
         self._starts = [sum(sizes[:index]) for index in range(len(sizes))]
         self._sizes = sizes
         for index in range(self._file.num_row_groups):
@@ -176,29 +178,39 @@ class Parquet:
                 column = group.column(at)
                 if column.path_in_schema.partition(".")[0] == self._column:
                     claimed, stored = column.total_uncompressed_size, column.total_compressed_size
-                    check_packing(f"{name}: row group {index}", claimed, stored)
+                    if claimed > most_unpacked(stored):
+                        raise InvalidImagesError(
+                            f"{name}: row group {index}: claims {claimed} bytes, but {stored} are stored: no pictures "
+                            "pack so well, and it was not unpacked"
+                        )
+        # The same bytes in many rows are in memory once. Otherwise a small file could take memory for each row.
+        bytes_column = f"{self._column}.bytes" if self._struct else self._column
+        self._file.close()
+        self._file = pq.ParquetFile(path, filesystem=filesystem, read_dictionary=[bytes_column])
         self._group: tuple[int, Any] | None = None
 
     def members(self) -> Iterator[Member]:
         for group, start in enumerate(self._starts):
             for index in range(self._sizes[group]):
-                row = self._rows(group)[index]
-                path = row[self._column].get("path") if self._struct and row[self._column] else None
-                said = str(row[self._named]) if self._named else stem(path) if path else ""
+                value = self._value(group, index)
+                path = value.get("path") if isinstance(value, dict) else None
+                said = str(self._value(group, index, self._named)) if self._named else stem(path) if path else ""
                 yield Member(start + index, said)
 
     def read(self, row: int) -> IO[bytes]:
         group = max(index for index, start in enumerate(self._starts) if start <= row)
-        value = self._rows(group)[row - self._starts[group]][self._column]
+        value = self._value(group, row - self._starts[group])
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             raise InvalidImagesError(f"{self._name}: row {row} of column {self._column!r} holds no bytes")
         return io.BytesIO(data)
 
-    def _rows(self, group: int) -> Any:
+    def _value(self, group: int, index: int, column: str = "") -> Any:
+        """One value of a row group, of which the last one stays in memory."""
         with self._lock:
             if self._group is None or self._group[0] != group:
                 self._group = None
                 columns = [self._column, *([self._named] if self._named else [])]
-                self._group = (group, self._file.read_row_group(group, columns=columns).to_pylist())
-            return self._group[1]
+                self._group = (group, self._file.read_row_group(group, columns=columns))
+            table = self._group[1]
+        return table.column(column or self._column)[index].as_py()

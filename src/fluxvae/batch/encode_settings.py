@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from fluxvae.batch.fitting import Buckets, bucket_sizes
 from fluxvae.batch.job import JobOptions, check_whole_numbers
 from fluxvae.batch.trainers import CACHES, Cache
+from fluxvae.claims import MAX_PICTURE_PIXELS
 from fluxvae.errors import InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.photographs import check_background
@@ -40,6 +41,9 @@ class EncodeJob(JobOptions):
     """Whether latents are written as tokens, as FLUX's transformers take them."""
     seed: int | None = None
     """Draws a sample for every picture, by this number and the picture's name. None: the mode is written."""
+    max_pixels: int = MAX_PICTURE_PIXELS
+    """The most pixels one picture may have, `MAX_PICTURE_PIXELS` or fewer. One that claims more is refused by its
+    header."""
     format: str = "safetensors"
     """What is written, one of `ENCODE_FORMATS`."""
 
@@ -49,6 +53,10 @@ class EncodeJob(JobOptions):
             if getattr(self, name) not in values:
                 raise InvalidOptionError(f"{name}: got {getattr(self, name)!r}, expected {', '.join(values)}")
         check_whole_numbers(bucket=self.bucket, bucket_area=self.bucket_area)
+        if self.max_pixels > MAX_PICTURE_PIXELS:
+            raise InvalidOptionError(
+                f"max_pixels: got {self.max_pixels}, expected at most {MAX_PICTURE_PIXELS}, which Pillow opens"
+            )
         if self.sizes == "buckets" and not bucket_sizes(Buckets(self.bucket, self.bucket_area)):
             raise InvalidOptionError(
                 f"bucket: got steps of {self.bucket} pixels and at most {self.bucket_area} pixels, which no size fits"
@@ -71,8 +79,7 @@ class EncodeJob(JobOptions):
 
     def multiple(self, format: LatentFormat) -> int:
         """Of how many pixels height and width must be multiples, with a checkpoint of this format."""
-        packs = (self.packed and self.cache is None) or format.flux2
-        return format.packed_multiple if packs else format.vae_scale_factor
+        return format.multiple(packed=self.packed and self.cache is None)
 
     def check(self, format: LatentFormat) -> None:
         """Refuse what a checkpoint of this format cannot make.

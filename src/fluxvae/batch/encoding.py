@@ -63,7 +63,7 @@ class Encoding:
         """Read the pixels of one picture, made to fit, and its own size."""
         album, name = self._albums.open(item.source), item.name
         with album.read(item.row) as data:
-            size = size_of(name, data, self._job.max_pixels)
+            size = size_of(name, data, self._job.max_pixels, turned=self._job.cache is None)
             wanted = _fit(self._job, size, self._job.multiple(self._encoder.format))
             if wanted.size != item.size:
                 raise InvalidImagesError(f"{name}: has changed since the job began")
@@ -76,7 +76,7 @@ class Encoding:
         made: list[tuple[Item, Any]] = []
         cache = self._job.cache
         for item, (pixels, size) in group:
-            sample = None if self._job.seed is None else _generator(self._job.seed, item.name, self._encoder.device)
+            sample = None if self._job.seed is None else _generator(self._job.seed, item.name)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", ApproximateWarning)  # it is told once, and in every file
@@ -167,7 +167,7 @@ def _entries(job: EncodeJob, found: Found, multiple: int) -> Iterator[_Entry]:
         for member in members:
             try:
                 with album.read(member.row) as data:
-                    own = size_of(member.name or found.name, data, job.max_pixels)
+                    own = size_of(member.name or found.name, data, job.max_pixels, turned=job.cache is None)
                 yield member, _fit(job, own, multiple).size, own, None
             except FluxVAEError as error:
                 yield member, None, None, error
@@ -197,7 +197,7 @@ def _fit(job: EncodeJob, size: tuple[int, int], multiple: int) -> Fit:
     return fit(size, multiple, job.sizes, Buckets(job.bucket, job.bucket_area))
 
 
-def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """The generator for one picture: the same whenever and wherever the picture is encoded."""
+def _generator(seed: int, name: str) -> torch.Generator:
+    """The generator for one picture: on the CPU, so that it draws the same whenever and wherever that is encoded."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fluxvae.arrays import nearest_sizes
 from fluxvae.errors import InvalidImagesError
-from fluxvae.pixels import nearest_sizes
 
 __all__ = ["Buckets", "Fit", "bucket_sizes", "fit", "fitted"]
 

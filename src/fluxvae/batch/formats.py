@@ -26,7 +26,7 @@ from fluxvae.batch.headers import DAMAGE, READERS
 from fluxvae.batch.items import Entry, Latents
 from fluxvae.batch.readings import Expected, Images, read_shape
 from fluxvae.batch.tensors import Lazy
-from fluxvae.claims import check_packing, check_rows
+from fluxvae.claims import check_packing, check_rows, is_special
 from fluxvae.errors import InvalidLatentsError, first_line
 from fluxvae.latents.reading import Reading
 
@@ -71,7 +71,7 @@ class TensorSource:
     def __init__(self, path: Path, expected: Expected) -> None:
         self._name = path.name
         try:
-            if path.exists() and not path.is_file():  # opening a pipe would wait until someone writes to it
+            if is_special(path):
                 raise InvalidLatentsError(f"{path.name}: is a pipe, a device or a folder; expected a file of latents")
             with open(path, "rb"):
                 pass  # opened only for the system's reason, because safetensors calls every unreadable file missing

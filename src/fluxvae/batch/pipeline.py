@@ -48,7 +48,8 @@ def batches(items: Iterable[Item], size: Callable[[int, int], int]) -> Iterator[
     """Group items of one size, ``size(height, width)`` of them at most, near the order in which they came."""
     stream = iter(items)
     while window := list(islice(stream, WINDOW)):
-        window.sort(key=lambda item: item.size)  # it is a stable sort, so sources stay in order
+        if any(size(*item.size) > 1 for item in window):  # one by one they come as they lie, which is read fastest
+            window.sort(key=lambda item: item.size)  # it is a stable sort, so sources stay in order
         start = 0
         while start < len(window):
             same = window[start].size

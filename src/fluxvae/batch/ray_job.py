@@ -18,6 +18,7 @@ import os
 import queue
 import secrets
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from fluxvae.batch.settings import Job
 from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import Worker, checkpoint_sha256, load, look
 from fluxvae.errors import InvalidOptionError, UnavailableError
+from fluxvae.photographs import ignore_warnings
 
 __all__ = ["decode_files_on_ray", "encode_files_on_ray"]
 
@@ -95,7 +97,9 @@ def encode_files_on_ray(
     stop: threading.Event | None = None,
 ) -> Report:
     """Do what `encode_files` does, on a Ray cluster. Arguments and errors are those of `decode_files_on_ray`."""
-    return _run(job, address, workers, threads, watcher, stop)
+    with warnings.catch_warnings():  # as in `encode_files`
+        ignore_warnings()
+        return _run(job, address, workers, threads, watcher, stop)
 
 
 def _run(
@@ -263,6 +267,7 @@ class _Actor:
         self, job: Job | EncodeJob, device: str, dtype: str, record: dict[str, Any], job_id: str, shape: _Shape
     ) -> None:  # fmt: skip
         torch.set_num_threads(shape.threads)
+        ignore_warnings()  # this process does nothing else
         half = load(job, device=device, dtype=dtype)
         half.prepare()
         self._job, self._store = job, open_store(job.out, job_id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from fluxvae.decoder import Decoder
 from fluxvae.encoder import Encoder
 from fluxvae.engine.way import DECODE, ENCODE
 from fluxvae.errors import FluxVAEError
+from fluxvae.photographs import ignore_warnings
 
 __all__ = ["decode_files", "encode_files", "finish"]
 
@@ -53,7 +55,9 @@ def encode_files(
     stop: threading.Event | None = None,
 ) -> Report:
     """Encode every picture of a job whose latents are not there yet. Otherwise as `decode_files`."""
-    return _run(job, encoder, watcher, stop)
+    with warnings.catch_warnings():  # in this thread, whose filters those that read pictures for it go by
+        ignore_warnings()
+        return _run(job, encoder, watcher, stop)
 
 
 def _run(

@@ -24,7 +24,7 @@ from fluxvae.batch.headers import READERS
 from fluxvae.batch.items import Entry, Failure, Item
 from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
-from fluxvae.claims import check_pixels
+from fluxvae.claims import check_pixels, is_special
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.checks import check_shape
 from fluxvae.latents.packing import SizeFlooredWarning
@@ -165,7 +165,7 @@ def _open(url: str, expected: Expected) -> Source:
     name = path.rpartition("/")[2]
     try:
         if path.lower().endswith(".parquet"):
-            if isinstance(filesystem, LocalFileSystem) and Path(path).exists() and not Path(path).is_file():
+            if isinstance(filesystem, LocalFileSystem) and is_special(Path(path)):
                 raise InvalidLatentsError(f"{name}: is a pipe, a device or a folder; expected a file of latents")
             return _parquet(name, path, filesystem, expected)
         if isinstance(filesystem, LocalFileSystem):

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from fluxvae.claims import MAX_PIXELS
+from fluxvae.claims import MAX_PICTURE_PIXELS
 from fluxvae.cli.jobs import check_existing, check_ray, run_job
 from fluxvae.cli.options import (
     AsJson,
@@ -110,11 +110,12 @@ def encode(
         int,
         typer.Option(
             help="The most pixels that one picture may have. One that claims more is refused by its header, before it "
-            "is read.",
+            "is read. The default is the most that Pillow opens.",
             min=1,
+            max=MAX_PICTURE_PIXELS,
             metavar="N",
         ),
-    ] = MAX_PIXELS,
+    ] = MAX_PICTURE_PIXELS,
     memory_limit: MemoryLimit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

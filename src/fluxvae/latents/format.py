@@ -153,6 +153,13 @@ class LatentFormat:
         """How many pixels there are for each packed token, in each direction: 16 for FLUX."""
         return 2 * self.vae_scale_factor
 
+    def multiple(self, *, packed: bool, raw: bool = False) -> int:
+        """Return of how many pixels the sides of a picture must be multiples that is encoded to such latents.
+
+        Packed latents come in patches of 2x2 always, and FLUX.2's unless they are raw.
+        """
+        return self.packed_multiple if packed or (self.flux2 and not raw) else self.vae_scale_factor
+
     def __str__(self) -> str:
         if self.batch_norm is not None:
             return f"latents * sqrt(running_var + {self.batch_norm.eps:g}) + running_mean"

@@ -10,10 +10,24 @@ from typing import NamedTuple
 
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["MODEL", "MODELS", "Served", "encoder_of", "encodes", "read_memory_limits", "read_models", "vae_class_of"]
+__all__ = [
+    "LARGEST_SEED",
+    "MODEL",
+    "MODELS",
+    "Served",
+    "encoder_of",
+    "encodes",
+    "read_memory_limits",
+    "read_models",
+    "vae_class_of",
+]
 
 MODEL = "vae_decoder"
 """The name of the model that is served if nothing else is asked for."""
+
+
+LARGEST_SEED = 2**63 - 1
+"""The largest seed of a sample, which ``torch.Generator.manual_seed`` takes."""
 
 
 class Served(NamedTuple):

@@ -172,17 +172,18 @@ class Base(ABC, Generic[Answer]):
             packed: whether the latents come as tokens.
             sample: None takes the mode of the distribution. A seed, from 0 to 2**63 - 1, draws from it as
                 ``Encoder.encode`` does with ``torch.Generator("cpu").manual_seed(sample)``.
-            resize: make a size that does not fit smaller, as for ``Encoder.encode``.
+            resize: make a size that does not fit smaller, as for ``Encoder.encode``. Arrays of float64 are
+                refused then.
             raw: whether the latents are the VAE's own, without the model's scaling.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
                 where it has none.
             priority, timeout_s, request_id: as for `decode`.
 
         Returns:
-            The latents that ``Encoder.encode`` returns, with the same values, in float32 whatever the dtype of the
-            server's VAE: (B, gh*gw, 4*C); or (B, C, lh, lw), for FLUX.2 in patches (B, 4*C, gh, gw), where ``packed``
-            is false; raw ones that are not packed (B, C, lh, lw). Tensors give a tensor on the CPU, arrays and PIL
-            images an array.
+            The latents that ``Encoder.encode`` returns, with the same values where the server has the exact engine, in
+            float32 whatever the dtype of the server's VAE: (B, gh*gw, 4*C); or (B, C, lh, lw), for FLUX.2 in patches
+            (B, 4*C, gh, gw), where ``packed`` is false; raw ones that are not packed (B, C, lh, lw). Tensors give a
+            tensor on the CPU, arrays and PIL images an array.
 
         Raises:
             InvalidImagesError, InvalidOptionError, MemoryLimitError, NonFiniteOutputError: as the library would.

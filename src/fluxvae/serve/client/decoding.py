@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxvae.arrays import is_tensor
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import Layout, possible_layouts, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning, token_positions
 from fluxvae.latents.reading import Reading
-from fluxvae.serve.client.wire import SCALE, Request, as_float32, envelope, is_tensor, rescaling
+from fluxvae.serve.client.wire import SCALE, Request, as_float32, envelope, rescaling
 from fluxvae.serve.families import formats_of_model
 from fluxvae.serve.models import encodes
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxvae.arrays import is_tensor, nearest_pixels
 from fluxvae.errors import FluxVAEError, InvalidImagesError, InvalidOptionError
 from fluxvae.latents.reading import Reading
-from fluxvae.serve.client.wire import SCALE, Request, as_float32, envelope, is_tensor, rescaling
-from fluxvae.serve.families import formats_of_model
-from fluxvae.serve.models import MODELS, encoder_of, encodes, vae_class_of
+from fluxvae.serve.client.wire import SCALE, Request, as_float32, envelope, rescaling
+from fluxvae.serve.families import formats_of, formats_of_model
+from fluxvae.serve.models import LARGEST_SEED, MODELS, encoder_of, encodes, vae_class_of
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["make_encode_request", "make_moments_request", "resolve_encoder"]
 
-_SEEDS = 2**63
 _RESIZABLE = ("uint8", "float16", "float32")
 """The dtypes of arrays that are resized here. Which pixels PyTorch takes of float64 depends on how it computes them."""
 
@@ -65,8 +65,8 @@ def make_encode_request(
 ) -> Request:
     """Return the request to encode these pictures.
 
-    The pictures are checked here as `fluxvae.Encoder` checks them. The server checks the rest, because it knows the
-    checkpoint.
+    The pictures are checked here as `fluxvae.Encoder` checks them; arrays of float64 are refused where they are to be
+    resized. The server checks the rest, because it knows the checkpoint.
 
     Args:
         model: the model's name, which tells the class of its VAE. None: there is none.
@@ -86,8 +86,8 @@ def make_encode_request(
     )
     parameters = {**rescaling(reading), **_seed(sample)}
     # Sizes are checked, and made to fit, by what the model's name tells. The server checks by its checkpoint.
-    in_patches = packed or (vae_class_of(model) == "AutoencoderKLFlux2" and not raw)
-    checked = check_images(images, 2 * SCALE if in_patches else SCALE, resize=resize)
+    multiple = formats_of(vae_class_of(model))[0].multiple(packed=packed, raw=raw)
+    checked = check_images(images, multiple, resize=resize)
     return Request(
         model=model,
         inputs=_inputs(checked),
@@ -137,7 +137,7 @@ def _seed(sample: object) -> dict[str, Any]:
     """The parameters that ask for a sample instead of the mode."""
     if sample is None:
         return {}
-    if isinstance(sample, bool) or not isinstance(sample, (int, np.integer)) or not 0 <= sample < _SEEDS:
+    if isinstance(sample, bool) or not isinstance(sample, (int, np.integer)) or not 0 <= sample <= LARGEST_SEED:
         shown = repr(sample) if isinstance(sample, (int, float)) else type(sample).__name__
         raise InvalidOptionError(
             f"sample: got {shown}, expected a seed, a whole number from 0 to 2**63 - 1: the server draws with "
@@ -171,19 +171,12 @@ def _resized(images: Images) -> Any:
                 f"images: got an array of {values.dtype} with resize=True, expected one of {', '.join(_RESIZABLE)}; "
                 "convert it first: images.astype('float32')"
             )
-        rows, columns = (_nearest(given, wanted) for given, wanted in zip(values.shape[1:3], size, strict=True))
+        rows, columns = (nearest_pixels(given, wanted) for given, wanted in zip(values.shape[1:3], size, strict=True))
         taken = values[:, rows[:, None], columns]
         return taken if taken.dtype == np.uint8 else taken.astype(np.float32)  # which arrays that are resized become
     import torch
 
     return torch.cat([torch.nn.functional.interpolate(one[None], size=size) for one in values])
-
-
-def _nearest(given: int, wanted: int) -> NDArray[np.intp]:
-    """The rows, or columns, that PyTorch's ``interpolate`` takes, which computes them in float32."""
-    scale = np.float32(given) / np.float32(wanted)
-    found: NDArray[np.intp] = np.minimum(np.arange(wanted, dtype=np.float32) * scale, given - 1).astype(np.intp)
-    return found
 
 
 def _most_bytes(model: str, batch: int, height: int, width: int) -> int:

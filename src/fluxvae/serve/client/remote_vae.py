@@ -16,8 +16,10 @@ from fluxvae.checkpoints import ASSETS
 from fluxvae.errors import InvalidImagesError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import read_layout, unpacked_shape
+from fluxvae.pixels import check_pixels
 from fluxvae.serve.client.clients import Client
 from fluxvae.serve.client.encoding import make_moments_request
+from fluxvae.serve.client.wire import SCALE
 
 __all__ = ["Installed", "RemoteVAE", "install"]
 
@@ -124,6 +126,7 @@ class RemoteVAE(torch.nn.Module):
                 f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3, height, width), which "
                 "AutoencoderKL.encode takes; Client.encode takes pictures"
             )
+        check_pixels(x, SCALE)  # all of them, before the first is sent
         model = self.client.encoder_model
         parts = [self.client.send(partial(make_moments_request, one[None], model=model)) for one in x]
         moments = torch.cat(parts).to(device=x.device, dtype=x.dtype)

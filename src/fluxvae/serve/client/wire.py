@@ -7,11 +7,10 @@ client of NumPy arrays and pictures starts in a fraction of a second and stays s
 from __future__ import annotations
 
 import re
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,6 @@ __all__ = [
     "as_float32",
     "envelope",
     "error_of",
-    "is_tensor",
     "refused_before_work",
     "rescaling",
 ]
@@ -118,12 +116,6 @@ def rescaling(reading: Reading) -> dict[str, Any]:
         if (value := getattr(reading, name)) is not None:
             finite_number(name, value)
     return reading.parameters()
-
-
-def is_tensor(value: object) -> TypeGuard[torch.Tensor]:
-    """Return whether it is a tensor. PyTorch is not imported for that, because whoever has a tensor has imported it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def as_float32(values: torch.Tensor | NDArray[Any]) -> NDArray[np.float32]:

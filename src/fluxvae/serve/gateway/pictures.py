@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxvae.arrays import nearest_pixels
 from fluxvae.errors import InvalidImagesError
 from fluxvae.serve.gateway.body import as_float32
 from fluxvae.serve.gateway.remote_encode import Asked, Tensor
@@ -57,7 +58,7 @@ def read_pictures(asked: Asked, body: bytearray | bytes) -> Pictures:
     warning = _to_minus_one(values, tensor)
     images = values.reshape(tensor.batch, *tensor.shape[-3:])
     if tensor.fitted != tensor.shape[-2:]:  # the model takes such values as the VAE does, and resizes none
-        rows, columns = (_nearest(*sides) for sides in zip(tensor.shape[-2:], tensor.fitted, strict=True))
+        rows, columns = (nearest_pixels(*sides) for sides in zip(tensor.shape[-2:], tensor.fitted, strict=True))
         images = images[:, :, rows[:, None], columns]
     kept = {name: value for name, value in asked.parameters.items() if name != "resize"}
     return Pictures({"images_raw": images}, kept, warning)
@@ -112,13 +113,6 @@ def _beyond(values: NDArray[np.float32], tensor: Tensor, normalize: bool) -> Inv
         f"{got}beyond the range); expected floats in [{0 if normalize else -1}, 1], with {how}; those in [0, 255] are "
         "brought to [0, 1] by images / 255, or sent as uint8"
     )
-
-
-def _nearest(side: int, fitted: int) -> NDArray[np.intp]:
-    """Return which of ``side`` rows or columns are kept, where PyTorch's ``interpolate`` makes ``fitted`` of them."""
-    scale = np.float32(side) / np.float32(fitted)
-    kept: NDArray[np.intp] = np.floor(np.arange(fitted, dtype=np.float32) * scale).astype(np.intp)
-    return kept.clip(max=side - 1)
 
 
 def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.reading import Reading
-from fluxvae.serve.gateway.body import Form
+from fluxvae.serve.gateway.body import Form, media_type
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.query import FLAG, NUMBER, WHOLE, Limits, Parameter, Query, whole
 
@@ -135,7 +135,7 @@ def parse(
             f"input_tensor_type: got {given['input_tensor_type']!r}, but Content-Type says that the body is "
             f"{form.value}; send one or the other"
         )
-    accepted = accept.split(";")[0].strip().lower()
+    accepted = media_type(accept)
     rescaling = given.rescaling(vae_class, "divided")
     asked = Asked(
         shape=_shape(given.shape),

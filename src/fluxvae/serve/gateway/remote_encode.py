@@ -17,12 +17,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fluxvae.arrays import nearest_sizes
 from fluxvae.errors import InvalidImagesError, InvalidOptionError
 from fluxvae.latents.reading import Reading
 from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.body import media_type
 from fluxvae.serve.gateway.errors import TooLarge, UnsupportedMedia
 from fluxvae.serve.gateway.query import FLAG, NUMBER, WHOLE, Limits, Parameter, Query, whole
+from fluxvae.serve.models import LARGEST_SEED
 
 __all__ = ["PARAMETERS", "Asked", "Tensor", "parse"]
 
@@ -31,7 +33,6 @@ _DIMENSIONS = range(3, 5)
 _BYTES = ("application/octet-stream", "tensor/binary")
 """The content types that hold a tensor where the query has a shape, and otherwise a picture file."""
 _COLOUR = re.compile(r"[ -~]{1,40}")
-_LARGEST_SEED = 2**63 - 1
 _LARGEST_SHIFT = 65504.0  # float16's largest number: with a larger shift, nothing would be left of the latents
 _ANY_FLAG = {"enum": ["true", "false", "True", "False"], "default": "false"}
 
@@ -62,7 +63,7 @@ PARAMETERS: dict[str, Parameter] = {
         _ANY_FLAG, "true: draw from the distribution, with seed. false: take its mode. One request draws once."
     ),
     "seed": Parameter(
-        {"type": "integer", "minimum": 0, "maximum": _LARGEST_SEED},
+        {"type": "integer", "minimum": 0, "maximum": LARGEST_SEED},
         "Of the draw: that of torch.Generator('cpu').manual_seed(seed).",
     ),
     "resize": Parameter(
@@ -156,8 +157,7 @@ def parse(
                 "body is a picture file; leave it out, or send a tensor's bytes as 'tensor/binary'"
             )
         format = formats_of(vae_class)[0]
-        in_patches = format.flux2 and not reading.raw
-        tensor = _tensor(given, limits, format.packed_multiple if in_patches else format.vae_scale_factor)
+        tensor = _tensor(given, limits, format.multiple(packed=False, raw=bool(reading.raw)))
         return Asked(tensor=tensor, parameters=parameters)
     if "do_normalize" in given:
         raise InvalidOptionError(
@@ -186,8 +186,8 @@ def _draw(given: Query) -> dict[str, Any]:
             "seed: missing, expected a whole number with sample=true, so that the draw can be repeated"
         )
     text = given["seed"]
-    if not (text.isascii() and text.isdecimal()) or len(text) > 19 or int(text) > _LARGEST_SEED:
-        raise InvalidOptionError(f"seed: got {text[:80]!r}, expected a whole number from 0 to {_LARGEST_SEED}")
+    if not (text.isascii() and text.isdecimal()) or len(text) > 19 or int(text) > LARGEST_SEED:
+        raise InvalidOptionError(f"seed: got {text[:80]!r}, expected a whole number from 0 to {LARGEST_SEED}")
     return {"sample": True, "seed": int(text)}
 
 
@@ -231,8 +231,7 @@ def _tensor(given: Query, limits: Limits, multiple: int) -> Tensor:
         )
     resizable = min(tensor.fitted) > 0
     if tensor.fitted != (height, width) and not (given.flag("resize") and resizable):
-        above = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
-        near = " or ".join(f"{each[0]}x{each[1]}" for each in (tensor.fitted, above) if min(each) > 0)
+        near = " or ".join(f"{each[0]}x{each[1]}" for each in nearest_sizes(height, width, multiple))
         raise InvalidImagesError(
             f"shape: got {height}x{width} (height x width), expected multiples of {multiple}: the nearest are {near}; "
             f"crop or resize the picture{', or send resize=true' if resizable else ''}"

@@ -73,7 +73,7 @@ class Job(Generic[P, Q]):
     request: P
     """What is to be decoded or encoded, checked."""
     parameters: Q
-    outputs: Set[str] = frozenset({"images"})
+    outputs: Set[str]
     """The names of the outputs that were asked for."""
 
 

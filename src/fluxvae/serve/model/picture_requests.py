@@ -22,6 +22,7 @@ from fluxvae.latents.reading import FACTORS, UNSAID, Reading
 from fluxvae.photographs import check_background, picture_of, size_of
 from fluxvae.pixels import Images, check_images, check_pixels
 from fluxvae.serve.model.jobs import Job, read_factors, read_own, within_pixels
+from fluxvae.serve.models import LARGEST_SEED
 
 __all__ = ["INPUTS", "PictureParameters", "read_parameters", "read_pictures"]
 
@@ -34,7 +35,6 @@ _OF_LATENTS = ("sample", "seed", *FACTORS, "raw")
 _OF_FILES = ("background", "metadata")
 """Those that say how files are read."""
 _METADATA = ("apply", "ignore")
-_SEEDS = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def read_parameters(text: str, given: str, outputs: Set[str]) -> PictureParamete
             f"sample: got {own.get('sample', False)!r} with seed {seed!r}, expected both, sample=true and a seed, to "
             "draw from the distribution, or neither, for its mode"
         )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEEDS):
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED):
         raise InvalidOptionError(f"seed: got {seed!r}, expected a whole number from 0, below 2**63")
     if metadata not in _METADATA:
         raise InvalidOptionError(f"metadata: got {metadata!r}, expected one of {', '.join(_METADATA)}")
@@ -144,8 +144,8 @@ def read_pictures(
 
 def _multiple(encoder: Encoder, asked: PictureParameters, outputs: Set[str]) -> int:
     """Of how many pixels height and width must be multiples, so that every output can be made."""
-    patches = encoder.format.flux2 and not asked.reading.raw and "latents_unpacked" in outputs
-    return encoder.multiple(patches or "latents" in outputs)
+    raw = asked.reading.raw or "latents_unpacked" not in outputs
+    return encoder.format.multiple(packed="latents" in outputs, raw=raw)
 
 
 def _pictures(files: NDArray[Any], asked: PictureParameters, max_pixels: int) -> list[Any]:

@@ -12,6 +12,7 @@ import torch
 from fluxvae.decoder import Decoder
 from fluxvae.encoder import Encoder
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
+from fluxvae.photographs import ignore_warnings
 from fluxvae.serve.model.decoding import Decoding
 from fluxvae.serve.model.encoding import Encoding
 from fluxvae.serve.model.work import Work
@@ -146,6 +147,7 @@ def make_work(settings: Settings) -> Work:
     half = kind.from_pretrained(settings.checkpoint, **settings.options())
     settings.check(half)
     if isinstance(half, Encoder):
+        ignore_warnings()  # of pictures; this process does nothing else
         return Encoding(half, settings.max_pixels)
     return Decoding(half, settings.max_pixels)
 

@@ -94,7 +94,7 @@ class ServeSettings:
     patience_s: float = 30.0
     """For how long Triton may neither answer nor compute before it counts as hung."""
     busy_limit_s: float = 3600.0
-    """For how long Triton may leave every decode unanswered before it counts as hung, although it computes."""
+    """For how long Triton may leave every request unanswered before it counts as hung, although it computes."""
 
     def __post_init__(self) -> None:
         sizes = ("max_pixels", "threads", "max_request_bytes", "max_picture_bytes")

@@ -62,7 +62,7 @@ class TritonService:
         self.server.launch()
 
     def started(self) -> bool:
-        """Return whether every model has answered a decode.
+        """Return whether every model has answered a decode or an encode.
 
         Raises:
             FluxVAEError: Triton or the Python process of a model has ended, or a model does not answer. Where a model
@@ -133,7 +133,7 @@ class _Model:
         self._processes: list[Process] = []
 
     def started(self, now: float, processes: Sequence[Process]) -> bool:
-        """Return whether the model has answered a decode.
+        """Return whether the model has answered a decode or an encode.
 
         Args:
             now: the time, in seconds.

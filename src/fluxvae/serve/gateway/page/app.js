@@ -12,6 +12,8 @@
     running?.abort(); // whatever was under way is of no interest any more
     running = null;
     busy(false);
+    current = null; // nor is what was taken before, while this is being read
+    $("form").hidden = true;
     Stage.say();
     tell(null);
     const picture = type.startsWith("image/") || Picture.known(buffer);
@@ -53,7 +55,7 @@
   async function takePicture(name, buffer) {
     const mine = (current = { name });
     try {
-      const info = await Server.info;
+      const info = await Server.info();
       if (!encoderOf(info)) throw new Error(howToEncode(info));
       mine.drawn = await Picture.draw(buffer, info.limits.max_pixels);
     } catch (error) {
@@ -159,7 +161,7 @@
 
   async function encode(signal, begin) {
     const { name, drawn } = current;
-    const info = await Server.info;
+    const info = await Server.info();
     const encoder = encoderOf(info);
     const decoder = decoderFor(info, encoder);
     begin("Encoding");
@@ -238,5 +240,5 @@
     $("examples").hidden = buttons.length === 0;
   }
 
-  Server.info.then(offer).catch(() => {}); // Server has told the error
+  Server.info().then(offer).catch(() => {}); // Server has told the error
 })();

@@ -4,7 +4,15 @@ const Server = (() => {
   const { $, token, ask, text, count, bytes, element, list, tell } = Page;
   const METRICS_EVERY_MS = 3000;
 
-  const info = ask("/info").then((response) => response.json());
+  // Returns what /info tells. It is asked once, but asked again after it failed: the server may just be starting.
+  let known = null;
+  const info = () =>
+    (known ??= ask("/info")
+      .then((response) => response.json())
+      .catch((error) => {
+        known = null;
+        throw error;
+      }));
   const metrics = async () => (await ask("/metrics")).text();
 
   // Returns the values of a metric, one for each of its labels, or of those with a label only.
@@ -24,7 +32,7 @@ const Server = (() => {
   const peak = (page, label) => Math.max(0, ...values(page, "fluxvae_peak_bytes", label)) || null;
 
   // Returns the same of the last decode by the first model that decodes.
-  const decoderPeak = async () => peak(await metrics(), `model="${(await info).model}"`);
+  const decoderPeak = async () => peak(await metrics(), `model="${(await info()).model}"`);
 
   async function refresh() {
     try {
@@ -102,7 +110,7 @@ const Server = (() => {
     }
   }
 
-  info.then(show).catch((error) => tell(error.message));
+  info().then(show).catch((error) => tell(error.message));
   ready();
   refresh();
   setInterval(() => {
