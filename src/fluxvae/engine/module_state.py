@@ -18,7 +18,7 @@ from fluxvae.engine.layers.reading import OWN, is_of, unwrapped
 from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["check_loaded", "check_modules", "check_not_installed"]
+__all__ = ["changed_calls", "check_loaded", "check_modules", "check_not_installed"]
 
 _INSTEAD = "or let diffusers itself compute it (engine='diffusers', or without fluxvae.install)"
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
@@ -74,38 +74,50 @@ def check_modules(vae: torch.nn.Module, way: Way = DECODE) -> None:
         own = getattr(type(vae), root, None)
         if own is not None and not _definer(type(vae), root).__module__.startswith(OWN):
             _refuse(f"its {root} is that of {_words(type(vae))}", "Load diffusers' own class")
-    for scope in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks):
-        for hook in scope.values():
-            _refuse(f"there is a hook on every module's forward ({_words(hook)})", "Remove it")
-    kinds: dict[type, str] = {}
+    for what, do in changed_calls(vae, way):
+        _refuse(what, do)
     for name, module in _modules(vae, way):
-        _check_hooks(name, module)
         if unwrapped(module) is module:
-            kinds.setdefault(type(module), name)
-            _check_methods(name, module)
             _check_attention(name, module)
-    for kind, name in kinds.items():
-        _check_class(name, kind)
     _check_tensors(vae, way)
 
 
-def _check_hooks(name: str, module: torch.nn.Module) -> None:
+def changed_calls(vae: torch.nn.Module, way: Way = DECODE) -> Iterator[tuple[str, str]]:
+    """Find the hooks and replaced methods on the half that goes ``way``, whichever program has made its modules.
+
+    Yields:
+        What was found and where, and what to do about it, in words.
+    """
+    for scope in (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks):
+        for hook in scope.values():
+            yield f"there is a hook on every module's forward ({_words(hook)})", "Remove it"
+    kinds: dict[type, str] = {}
+    for name, module in _modules(vae, way):
+        yield from _hooks(name, module)
+        if unwrapped(module) is module:
+            kinds.setdefault(type(module), name)
+            yield from _replaced_methods(name, module)
+    for kind, name in kinds.items():
+        yield from _replaced_of_class(name, kind)
+
+
+def _hooks(name: str, module: torch.nn.Module) -> Iterator[tuple[str, str]]:
     for kind, hooks in (("hook", module._forward_hooks), ("pre-hook", module._forward_pre_hooks)):
         for hook in hooks.values():
-            _refuse(f"{name} has a forward {kind} ({_words(hook)})", "Remove it (the handle's remove())")
+            yield f"{name} has a forward {kind} ({_words(hook)})", "Remove it (the handle's remove())"
 
 
-def _check_methods(name: str, module: torch.nn.Module) -> None:
+def _replaced_methods(name: str, module: torch.nn.Module) -> Iterator[tuple[str, str]]:
     for method in module.__dict__.keys() - _USUAL:
         if found := _replaced(module, method):
-            _refuse(f"{name}.{method} has been replaced, by {_hook_of(module) or _words(found)}", _advice(module))
+            yield f"{name}.{method} has been replaced, by {_hook_of(module) or _words(found)}", _advice(module)
 
 
-def _check_class(name: str, kind: type) -> None:
+def _replaced_of_class(name: str, kind: type) -> Iterator[tuple[str, str]]:
     for method in ("forward", "_conv_forward"):
         made = getattr(kind, method, None)
         if made is not None and made.__module__ != _definer(kind, method).__module__:
-            _refuse(f"{kind.__name__}.{method}, of {name}, has been replaced ({_words(made)})", "Undo that")
+            yield f"{kind.__name__}.{method}, of {name}, has been replaced ({_words(made)})", "Undo that"
 
 
 def _replaced(module: torch.nn.Module, method: str) -> Any:
