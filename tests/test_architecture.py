@@ -16,7 +16,7 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (SOURCE / "fluxvae").rglob("*.py")
 }
-FOLDERS = ("src", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
+FOLDERS = ("src", "comfyui", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
     ("arrays", "errors"),
     ("claims", "forked", "latents", "options", "photographs", "pictures", "pixels"),

@@ -1,0 +1,125 @@
+"""fluxvae's decoder and encoder around the weights of a VAE of ComfyUI, which keeps them and moves them as it likes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management as management
+import comfy.sd
+
+from fluxvae import Decoder, Encoder
+from fluxvae.checkpoints.shared import Shared
+from fluxvae.engine.plan import size_in_words
+from fluxvae.errors import CheckpointError, InvalidOptionError
+
+__all__ = ["Half", "Unsupported"]
+
+log = logging.getLogger(__name__)
+
+_NETWORKS = "comfy.ldm.modules.diffusionmodules.model"
+"""Where ComfyUI's networks of this kind come from. Other networks of its own have the same names for other layers."""
+_FUNCTIONS = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+"""What ComfyUI applies to a layer's weights whenever it uses them."""
+
+
+class Unsupported(Exception):
+    """The VAE is of a kind that fluxvae does not compute; the message says what it is."""
+
+
+class Half:
+    """A decoder or an encoder that shares the weights of ComfyUI's VAE, and asks its memory manager for room.
+
+    Args:
+        kind: `fluxvae.Decoder` or `fluxvae.Encoder`.
+        vae: ComfyUI's VAE.
+        memory_limit: how many bytes a call may add above the loaded weights. None: what is free when it begins.
+
+    Raises:
+        Unsupported: fluxvae does not compute this VAE.
+    """
+
+    def __init__(self, kind: type[Decoder] | type[Encoder], vae: comfy.sd.VAE, memory_limit: int | None) -> None:
+        self._kind, self._vae, self._limit = kind, vae, memory_limit
+        _check_kind(vae.first_stage_model, kind.way.network)
+        bn = getattr(vae.first_stage_model, "bn", None)
+        try:
+            self._shared = Shared(vae.first_stage_model, kind.way, batch_norm_eps=None if bn is None else bn.eps)
+        except CheckpointError as error:
+            raise Unsupported(str(error).removeprefix("checkpoint: ")) from error
+        self._half: Any = None
+
+    def needed(self, height: int, width: int, batch: int) -> int:
+        """Return how many bytes a call for pictures of this size, in pixels, adds above the weights.
+
+        The weights are brought to their device for this, since what a call needs depends on where it computes.
+        """
+        with self._bound() as half:
+            needed: int = half.plan(height, width, batch).peak_bytes
+        return needed + self._shared.copied(self._vae.device, self._vae.vae_dtype)
+
+    @contextmanager
+    def ready(self, height: int, width: int, batch: int) -> Iterator[Any]:
+        """Yield the decoder or encoder when the memory manager has made room for pictures of this size, in pixels.
+
+        Raises:
+            FluxVAEError: the memory limit is too small, or the VAE has been changed since the node ran.
+        """
+        needed = self.needed(height, width, batch)
+        self._load(needed)
+        with self._bound() as half:
+            log.info(
+                "fluxvae: %ss %d x %dx%d exactly, within %s, kernels: %s",
+                self._kind.way.name, batch, width, height, size_in_words(needed),
+                half.plan(height, width, batch).kernels,
+            )  # fmt: skip
+            yield half
+
+    @contextmanager
+    def _bound(self) -> Iterator[Any]:
+        """Yield the decoder or encoder with ComfyUI's weights, which have been brought to the VAE's device."""
+        _refuse_functions(self._vae.first_stage_model)
+        self._shared.check()
+        self._load(0)
+        with self._shared.bound(self._vae.device, self._vae.vae_dtype) as module:
+            if self._half is None:
+                self._half = self._kind(module, memory_limit=self._limit)
+            yield self._half
+
+    def _load(self, needed: int) -> None:
+        """Have ComfyUI bring the weights to the VAE's device, and make room for ``needed`` more bytes there."""
+        patcher = self._vae.patcher
+        # Newer versions of ComfyUI may load weights only as they are used, and refuse to load them in full.
+        dynamic = getattr(patcher, "is_dynamic", lambda: False)()
+        management.load_models_gpu([patcher], memory_required=needed, force_full_load=not dynamic)
+
+
+def _check_kind(model: Any, network: str) -> None:
+    """Refuse another network than the one that diffusers calls AutoencoderKL, and layers that are not ComfyUI's."""
+    half = getattr(model, network, None)
+    if half is None or (type(half).__module__, type(half).__name__.lower()) != (_NETWORKS, network):
+        raise Unsupported(
+            f"{type(model).__module__}.{type(model).__name__}; expected the VAE of FLUX.1, FLUX.2 or Stable Diffusion, "
+            "or of a model that borrows one of them"
+        )
+    if getattr(half, "tanh_out", False) or getattr(half, "carried", False):
+        raise Unsupported(f"its {network} ends in tanh, or computes the frames of a video")
+    for name, module in half.named_modules():
+        if type(module).__module__.split(".")[0] not in ("comfy", "torch"):
+            raise Unsupported(
+                f"its {network}.{name} is {type(module).__module__}.{type(module).__name__}, which a custom node has "
+                "put there"
+            )
+
+
+def _refuse_functions(model: Any) -> None:
+    """Refuse weights that ComfyUI changes whenever it uses them: a LoRA on a VAE that is not loaded in full."""
+    for name, module in model.named_modules():
+        for function in _FUNCTIONS:
+            if getattr(module, function, None):
+                raise InvalidOptionError(
+                    f"vae: {name}.{function} changes weights as they are used (a LoRA, or another patch), which the "
+                    "exact engine would pass over; connect the VAE without the patch, or without the fluxvae node"
+                )

