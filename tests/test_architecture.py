@@ -29,6 +29,7 @@ LEVELS = (
     ("demo",),
     ("batch", "serve"),
     ("cli", "client"),
+    ("diffusers_blocks",),
 )
 """The parts of the package: a part imports only from lines above its own, and from itself."""
 ENGINE = (

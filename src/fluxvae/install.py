@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # elsewhere they are imported inside the functions, so that `
 
     from fluxvae.engine.bounded import ExactEngine
     from fluxvae.engine.exact import ExactDecoder, ExactEncoder
+    from fluxvae.engine.reference import ReferenceDecoder, ReferenceEncoder, ReferenceEngine
 
 __all__ = ["Installed", "install"]
 
@@ -23,12 +24,21 @@ __all__ = ["Installed", "install"]
 class Installed:
     """The handle of an `install`: `remove` undoes it, and so does leaving a ``with`` block of the handle."""
 
-    def __init__(self, vae: AutoencoderKL, decoder: ExactDecoder | None, encoder: ExactEncoder | None) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        decoder: ExactDecoder | ReferenceDecoder | None,
+        encoder: ExactEncoder | ReferenceEncoder | None,
+    ) -> None:
         self.vae = vae
         self.decoder = decoder
         """The engine that decodes; None where the VAE has no decoder."""
         self.encoder = encoder
         """The engine that encodes; None where the VAE has no encoder."""
+        self.progress: Callable[[int, int], None] | None = None
+        """May be set: it is called with the steps of a call that are done and those that there are."""
+        self.cancel: Callable[[], bool] | None = None
+        """May be set: it is asked again and again, and a call ends with `DecodeCancelled` when it returns true."""
         self._put: dict[str, Callable[..., Any]] = {}
         _keep_from_tracing()
         if decoder is not None:
@@ -72,7 +82,7 @@ class Installed:
 
         assert self.decoder is not None
         self._check(self.decoder, z)
-        sample = self.decoder.decode(plain(z))
+        sample = self.decoder.decode(plain(z), progress=self.progress, cancel=self.cancel)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _exact_encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -85,10 +95,10 @@ class Installed:
 
         assert self.encoder is not None
         self._check(self.encoder, x)
-        return self.encoder.encode(plain(x))
+        return self.encoder.encode(plain(x), progress=self.progress, cancel=self.cancel)
 
-    def _check(self, engine: ExactEngine, given: torch.Tensor) -> None:
-        """Refuse what the exact engine does not do: tiles, and gradients."""
+    def _check(self, engine: ExactEngine | ReferenceEngine, given: torch.Tensor) -> None:
+        """Refuse what the engine does not do: tiles, and gradients."""
         import torch
 
         way = engine.way

@@ -23,9 +23,11 @@ from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+import modular_pipelines
 from family_models import flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
 from fluxvae import Decoder, Encoder, InvalidLatentsError, InvalidOptionError
 from fluxvae.client import Client, install
+from fluxvae.diffusers_blocks import LocalVaeStep, RemoteVaeStep
 from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
@@ -275,6 +277,53 @@ def test_a_flux2_pipeline_decodes_on_the_server(family: Family, checkpoints: dic
 
 
 # -- the gateway ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family_name", modular_pipelines.FAMILIES)
+def test_a_modular_pipeline_without_a_vae_decodes_and_encodes_on_the_server(family: Family, family_name: str) -> None:
+    """Its images, and the latents of its references, have the bits of the exact engine in this process."""
+    name, vae = family_name, modular_pipelines.vae_of(family_name)
+    blocks = modular_pipelines.blocks_of(name)
+    here = modular_pipelines.pipeline(name, LocalVaeStep.replace_all(blocks), vae)
+    remote = RemoteVaeStep.replace_all(blocks, family.server.grpc_url)
+    there = modular_pipelines.pipeline(name, remote, vae, with_vae=False)
+    assert "vae" not in there.components
+    own = modular_pipelines.pipeline(name, blocks, vae)
+    for options in (
+        {"height": 48, "width": 80, "num_images_per_prompt": 2},
+        {"image": modular_pipelines.picture(), **({"height": 48, "width": 80} if name in ("Flux", "ZImage") else {})},
+    ):
+        mine, expected, theirs = (
+            modular_pipelines.run(pipe, name, output_type="pt", **options) for pipe in (there, here, own)
+        )
+        assert torch.equal(mine, expected)
+        assert not torch.equal(theirs, expected), "the two ways cannot be told apart"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_remote_step_has_the_pipelines_dtype_or_another(family: Family, dtype: str) -> None:
+    """What it encodes comes in the dtype that its transformer takes, whatever the server's VAE computes in."""
+    vae = modular_pipelines.vae_of("Flux2")
+    blocks = RemoteVaeStep.replace_all(modular_pipelines.blocks_of("Flux2"), family.server.grpc_url, dtype=dtype)
+    pipe = modular_pipelines.pipeline("Flux2", blocks.sub_blocks["vae_encoder"], vae, with_vae=False)
+    pipe.update_components(transformer=None)
+    [latents] = pipe(image=modular_pipelines.picture(), output="image_latents")
+    assert latents.dtype == (torch.float32 if dtype == "auto" else torch.float16)
+    bfloat16 = modular_pipelines.pipeline("Flux2", blocks, vae, with_vae=False, dtype=torch.bfloat16)
+    if dtype == "auto":
+        image = modular_pipelines.run(bfloat16, "Flux2", image=modular_pipelines.picture(), output_type="pt")
+        assert image.dtype == torch.bfloat16
+
+
+def test_a_remote_step_does_not_draw_from_flux2s_latents(family: Family) -> None:
+    """The server sends the mode alone; no pipeline of diffusers draws."""
+    step = RemoteVaeStep(modular_pipelines.blocks_of("Flux2").sub_blocks["decode"], family.server.grpc_url)
+    vae = step.vae_for(SimpleNamespace(_execution_device=torch.device("cpu"), dtype=torch.float32))
+    distribution = vae.encode(torch.zeros(1, 3, 32, 48)).latent_dist
+    assert distribution.mode().shape == (1, 32, 4, 6)
+    with pytest.raises(InvalidOptionError, match="sample: got a step that draws"):
+        distribution.sample()
+    step.close(vae)
 
 
 def remote(gateway: str, model: str | None, packed: torch.Tensor, **options: Any) -> Any:

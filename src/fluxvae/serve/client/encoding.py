@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fluxvae.pixels import Images
 
-__all__ = ["make_encode_request", "make_moments_request", "resolve_encoder"]
+__all__ = ["make_encode_request", "make_pixels_request", "resolve_encoder"]
 
 _RESIZABLE = ("uint8", "float16", "float32")
 """The dtypes of arrays that are resized here. Which pixels PyTorch takes of float64 depends on how it computes them."""
@@ -101,10 +101,14 @@ def make_encode_request(
     )
 
 
-def make_moments_request(pixels: torch.Tensor, *, model: str | None) -> Request:
-    """Return the request for the distribution of the raw latents of pixels (B, 3, H, W) in [-1, 1].
+def make_pixels_request(pixels: torch.Tensor, *, model: str | None, output: str = "moments") -> Request:
+    """Return the request to encode pixels (B, 3, H, W) in [-1, 1], with the server's own factors.
 
-    Its answer is a float32 tensor (B, 2*C, lh, lw): the mean, and the log variance before it is clamped.
+    Args:
+        model: as for `make_encode_request`.
+        output: what its answer is, a float32 tensor: for ``"moments"`` the distribution of the raw latents,
+            (B, 2*C, lh, lw), the mean and the log variance before it is clamped; for ``"latents_unpacked"`` the mode of
+            it with the model's scaling, (B, C, lh, lw), or FLUX.2's patches (B, 4*C, gh, gw).
 
     Raises:
         InvalidOptionError: there is no model.
@@ -114,9 +118,9 @@ def make_moments_request(pixels: torch.Tensor, *, model: str | None) -> Request:
     return Request(
         model=model,
         inputs={"images_raw": as_float32(pixels)},
-        output="moments",
+        output=output,
         answer_dtype=np.dtype(np.float32),
-        answer_bytes=2 * _most_bytes(model, batch, height, width),
+        answer_bytes=(2 if output == "moments" else 1) * _most_bytes(model, batch, height, width),
         read=partial(_read_latents, batch=batch, ndim=4, as_tensor=True),
         refusal=InvalidImagesError,
         parameters={},

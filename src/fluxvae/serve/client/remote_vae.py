@@ -18,7 +18,7 @@ from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import read_layout, unpacked_shape
 from fluxvae.pixels import check_pixels
 from fluxvae.serve.client.clients import Client
-from fluxvae.serve.client.encoding import make_moments_request
+from fluxvae.serve.client.encoding import make_pixels_request
 from fluxvae.serve.client.wire import SCALE
 
 __all__ = ["Installed", "RemoteVAE", "install"]
@@ -51,6 +51,10 @@ class RemoteVAE(torch.nn.Module):
             config = AutoencoderKL.load_config(ASSETS / "flux1")
         if bn is not None:
             self.bn = bn
+        self._reading: dict[str, Any] = {"scaling_factor": 1.0, "shift_factor": 0.0}
+        """What the server is told of latents that it decodes: pipelines have rescaled them already."""
+        if "batch_norm_eps" in config:
+            self._reading = {"raw": True}
         self.config = FrozenDict(config)
         """The configuration, from which pipelines read the scaling and shift factors and the number of levels."""
         # An empty tensor, which is moved and cast with the pipeline, and so tells where it has its latents and as what.
@@ -83,10 +87,8 @@ class RemoteVAE(torch.nn.Module):
             InvalidLatentsError: the latents have another shape, such as that of packed ones, which are not raw.
             FluxVAEError: the request failed, as for `Client.decode`.
         """
-        flux2 = "batch_norm_eps" in self.config
         z = z.reshape(self._images(z))
-        raw: dict[str, Any] = {"raw": True} if flux2 else {"scaling_factor": 1.0, "shift_factor": 0.0}
-        parts = [self.client.decode(one[None], output_type="raw", **raw) for one in z]
+        parts = [self.client.decode(one[None], output_type="raw", **self._reading) for one in z]
         sample = torch.cat(parts).to(device=z.device, dtype=z.dtype)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -121,6 +123,12 @@ class RemoteVAE(torch.nn.Module):
             InvalidOptionError: the client knows no model that encodes, or the server does not have it.
             FluxVAEError: the request failed, as for `Client.encode`.
         """
+        moments = self._encoded(x, "moments")
+        distribution = DiagonalGaussianDistribution(moments)
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def _encoded(self, x: torch.Tensor, output: str) -> torch.Tensor:
+        """Return the server's output for pixels (`make_pixels_request`), in the dtype of ``x`` and on its device."""
         if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
             raise InvalidImagesError(
                 f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3, height, width), which "
@@ -128,10 +136,8 @@ class RemoteVAE(torch.nn.Module):
             )
         check_pixels(x, SCALE)  # all of them, before the first is sent
         model = self.client.encoder_model
-        parts = [self.client.send(partial(make_moments_request, one[None], model=model)) for one in x]
-        moments = torch.cat(parts).to(device=x.device, dtype=x.dtype)
-        distribution = DiagonalGaussianDistribution(moments)
-        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+        parts = [self.client.send(partial(make_pixels_request, one[None], model=model, output=output)) for one in x]
+        return torch.cat(parts).to(device=x.device, dtype=x.dtype)
 
 
 class Installed:

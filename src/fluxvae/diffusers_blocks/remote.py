@@ -1,0 +1,114 @@
+"""`RemoteVaeStep`: a VAE on a server, so that the pipeline needs none."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+from fluxvae.checkpoints.defaults import DEFAULTS
+from fluxvae.client import Client, RemoteVAE
+from fluxvae.diffusers_blocks.step import VaeStep
+from fluxvae.errors import InvalidOptionError
+from fluxvae.latents.packing import unpatchify
+from fluxvae.options import resolve_dtype
+
+if TYPE_CHECKING:
+    from diffusers.modular_pipelines import ModularPipelineBlocks
+
+__all__ = ["RemoteVaeStep"]
+
+_FAMILIES = {
+    "flux": "vae_decoder",
+    "z_image": "vae_decoder",
+    "flux2": "vae_decoder_flux2",
+    "flux3": "vae_decoder_flux2",
+}
+"""The model that decodes for each package of diffusers' modular pipelines. How the steps of others rescale latents, and
+by which factors, is not known here."""
+
+
+class RemoteVaeStep(VaeStep):
+    """A step that decodes or encodes on a server of fluxvae. The pipeline needs no ``vae``, and loads none.
+
+    FLUX.1's and Z-Image's steps rescale latents themselves, by FLUX.1's factors. FLUX.2's and FLUX.3's rescale by the
+    VAE's statistics, which are on the server alone, so the server does it, in its VAE's dtype (docs/pipelines.md).
+
+    Args:
+        step: diffusers' step, of the families Flux, Flux2, Flux3 or ZImage, such as ``Flux2DecodeStep()``.
+        url: the ``host:port`` of the server's gRPC endpoint.
+        dtype: that of the VAE for the step, ``"float32"``, ``"bfloat16"``, ``"float16"`` or a ``torch.dtype``: some
+            steps cast latents to it, and all give encoded latents in it. ``"auto"`` is the pipeline's, ``pipe.dtype``.
+        options: options for `fluxvae.client.Client`. Its ``model`` is that of the family, if it is left out.
+
+    Raises:
+        InvalidOptionError: the step has no VAE that fluxvae knows, or is another family's, or an option is wrong.
+    """
+
+    def __init__(
+        self, step: ModularPipelineBlocks, url: str, *, dtype: str | torch.dtype = "auto", **options: Any
+    ) -> None:
+        super().__init__(step)
+        packages = [kind.__module__.split(".") for kind in type(step).__mro__]
+        families = [names[2] for names in packages if names[:2] == ["diffusers", "modular_pipelines"] and names[2:]]
+        model = next((_FAMILIES[name] for name in families if name in _FAMILIES), None)
+        if model is None:
+            raise InvalidOptionError(
+                f"step: got {type(step).__name__}, which is none of {', '.join(_FAMILIES)}; how it rescales latents "
+                "is not known here: use LocalVaeStep"
+            )
+        self._dtype = None if dtype == "auto" else resolve_dtype(dtype, torch.device("cpu"))
+        self._url, self._options = url, {"model": model, **options}
+        self._by_statistics = model == "vae_decoder_flux2"
+        if not isinstance(url, str):
+            raise InvalidOptionError(f"url: got {type(url).__name__}, expected host:port, such as 'localhost:8001'")
+        Client(url, **self._options).close()  # which refuses what is wrong with them
+
+    @property
+    def expected_components(self) -> list[Any]:
+        return [spec for spec in self.step.expected_components if spec.name != "vae"]
+
+    def vae_for(self, components: Any) -> RemoteVAE:
+        # A connection of each call's own: blocks are copied again and again, and this takes milliseconds.
+        vae = (_NormalisedVAE if self._by_statistics else RemoteVAE)(Client(self._url, **self._options))
+        return vae.to(device=components._execution_device, dtype=self._dtype or components.dtype)
+
+    def close(self, vae: RemoteVAE) -> None:
+        vae.client.close()
+
+
+class _NormalisedVAE(RemoteVAE):
+    """FLUX.2's VAE on a server that rescales latents too: a pipeline that rescales them by it changes nothing.
+
+    The pipeline computes ``latents * sqrt(1 + 0) + 0`` before it decodes, and the reverse of it after it encodes.
+    """
+
+    def __init__(self, client: Client) -> None:
+        config = {**DEFAULTS["AutoencoderKLFlux2"], "batch_norm_eps": 0.0}
+        bn = torch.nn.BatchNorm2d(4 * config["latent_channels"], eps=0.0, affine=False)
+        super().__init__(client, config, bn)
+        self._reading = {"raw": False}
+
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
+        """Encode pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, 32, lh, lw): the mode of what is returned."""
+        latents = _Mode(unpatchify(self._encoded(x, "latents_unpacked")))
+        return AutoencoderKLOutput(latent_dist=latents) if return_dict else (latents,)
+
+
+class _Mode:
+    """Stands for a distribution of which the server sent the mode alone: FLUX.2's pipelines take nothing else of it."""
+
+    def __init__(self, latents: torch.Tensor) -> None:
+        self._latents = latents
+
+    def mode(self) -> torch.Tensor:
+        """Return the mode, (B, C, lh, lw)."""
+        return self._latents
+
+    def sample(self, generator: object = None) -> torch.Tensor:
+        """Refuse to draw, because the variance stayed on the server."""
+        raise InvalidOptionError(
+            "sample: got a step that draws from FLUX.2's latents, of which the server sends the mode alone; use "
+            "LocalVaeStep for it"
+        )
