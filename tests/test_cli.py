@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from documents import parse
@@ -112,13 +113,17 @@ def test_info() -> None:
 
 
 def test_info_and_plan_of_the_rest_of_the_family(tmp_path: Path) -> None:
-    flux2_vae(decoder_widths=(32, 32, 64, 64)).save_pretrained(tmp_path / "flux2")
+    vae = flux2_vae(decoder_widths=(32, 32, 64, 64))
+    vae.save_pretrained(tmp_path / "flux2")
     tiny_vae(32).save_pretrained(tmp_path / "taef2")
     shown = json.loads(invoke("info", str(tmp_path / "flux2"), "--json"))
     assert (shown["model"], shown["packed_features"]) == ("AutoencoderKLFlux2", 128)
     assert (shown["scaling_factor"], shown["shift_factor"], shown["batch_norm_eps"]) == (None, None, 1e-4)
     assert shown["block_out_channels"] == [32, 32, 64, 64], "the decoder's"
     assert "sqrt(running_var + 0.0001) + running_mean" in invoke("info", str(tmp_path / "flux2"))
+    save_file(vae.state_dict(), tmp_path / "file.safetensors")
+    text = " ".join(invoke("info", str(tmp_path / "file.safetensors"), "--family", "flux2").split())
+    assert "family flux2 (FLUX.2, FLUX.3 and others), by family" in text
     shown = json.loads(invoke("info", str(tmp_path / "taef2"), "--json"))
     assert (shown["model"], shown["approximate"], shown["packed_features"]) == ("AutoencoderTiny", True, 128)
     assert "a preview, not the image the full VAE decodes" in invoke("info", str(tmp_path / "taef2"))

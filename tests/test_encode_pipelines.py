@@ -22,6 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import modular_pipelines
 from family_models import flux2_pipeline, flux2_vae, klein_pipeline, run
 from fluxvae import Encoder, pack_latents
 from fluxvae.install import install
@@ -126,6 +127,22 @@ def test_flux2_takes_the_mode_in_patches(dtype: torch.dtype, make: Any, size: tu
     raw = encoder.encode(image, packed=False, raw=True)
     pixels = pipe.image_processor.preprocess(image).to(dtype)
     assert torch.equal(raw, pipe.vae.encode(pixels).latent_dist.mode())
+
+
+@DTYPES
+@settings(max_examples=3)
+@given(size=st.tuples(st.integers(4, 6), st.integers(4, 7)))
+@example(size=(4, 6))
+def test_flux3_takes_the_mode_in_patches(dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """Its real steps: a reference of 64 pixels or more that fits the grid of 16 is encoded as it is."""
+    image = picture(*size)
+    blocks = modular_pipelines.blocks_of("Flux3").sub_blocks["vae_encoder"]
+    pipe = blocks.init_pipeline()
+    pipe.update_components(vae=flux2_vae(dtype=dtype))
+    [expected] = pipe(image=image, output="image_cond_latents")
+    encoder = Encoder(pipe.vae, engine="diffusers")
+    assert torch.equal(encoder.encode(image, packed=False), expected)
+    assert torch.equal(encoder.encode(image), expected.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "sdxl with statistics", "sd3"])

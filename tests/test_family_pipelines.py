@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, Flux2KleinPipeline, Flux2Pipeline
+from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines.flux3.decoders import Flux3DecodeStep, Flux3UnpackLatentsStep
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import modular_pipelines
 from family_models import (
     chroma_pipeline,
     flux2_pipeline,
@@ -125,6 +128,44 @@ def test_z_image_pipeline(dtype: torch.dtype, size: tuple[int, int, int]) -> Non
     latents = run(pipe, 16 * gh, 16 * gw, batch, "latent")
     assert latents.dtype == torch.float32
     assert_same(pipe, latents, size)
+
+
+@pytest.mark.parametrize("latents_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@DTYPES
+@settings(max_examples=4)
+@given(size=SIZES)
+@example(size=(3, 5, 2))
+def test_flux3_steps(latents_dtype: torch.dtype, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """The tokens, and the patches that its pipeline calls latents: rescaled in their own dtype, then cast."""
+    (gh, gw, batch), vae = size, flux2_vae(dtype=dtype)
+    blocks = SequentialPipelineBlocks.from_blocks_dict(
+        {"unpack": Flux3UnpackLatentsStep(), "decode": Flux3DecodeStep()}
+    )
+    pipe = blocks.init_pipeline()
+    pipe.update_components(vae=vae)
+    tokens = torch.randn(batch, gh * gw, 128, generator=torch.Generator().manual_seed(gh)).to(latents_dtype)
+    sizes = {"height": 16 * gh, "width": 16 * gw}
+    crop = (3, 1, 16 * gw - 2, 16 * gh - 5)
+    found = pipe(latents=tokens, **sizes, reference_crop=[crop], output_type="pt", output=["images", "latents"])
+    decoder = Decoder(vae, engine="diffusers", rescale_dtype=latents_dtype)
+    left, top, right, bottom = crop
+    for latents, options in ((tokens, sizes), (found["latents"], {})):
+        mine = decoder.decode(latents, **options, output_type="pt")
+        assert torch.equal(mine[..., top:bottom, left:right], found["images"])
+    if latents_dtype != dtype:
+        otherwise = Decoder(vae, engine="diffusers").decode(tokens, **sizes, output_type="pt")
+        assert not torch.equal(otherwise, mine), "rescale_dtype matters"
+
+
+@pytest.mark.parametrize("latents_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_flux3_pipeline(latents_dtype: torch.dtype) -> None:
+    """The whole modular pipeline from the embeddings on, with a VAE in bfloat16."""
+    vae = flux2_vae(dtype=torch.bfloat16)
+    pipe = modular_pipelines.pipeline("Flux3", modular_pipelines.blocks_of("Flux3"), vae, dtype=latents_dtype)
+    found = modular_pipelines.run(pipe, "Flux3", ["images", "latents"], height=48, width=80, output_type="np")
+    assert found["latents"].dtype == latents_dtype
+    decoder = Decoder(vae, engine="diffusers", rescale_dtype=latents_dtype)
+    assert np.array_equal(decoder.decode(found["latents"], output_type="np"), found["images"])
 
 
 def engines(tiny: AutoencoderTiny) -> list[str]:
