@@ -15,6 +15,8 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -155,6 +157,34 @@ def z_image_pipeline(vae: AutoencoderKL) -> ZImagePipeline:
     )  # fmt: skip
 
 
+class _Ideogram4(Ideogram4Pipeline):
+    """Its own pipeline takes no embeddings, so its text encoder's place is taken."""
+
+    def encode_prompt(self, prompt: Any, grid_h: int, grid_w: int, max_sequence_length: int, device: Any) -> Any:
+        features = torch.randn(1, max_sequence_length, 32, generator=torch.Generator().manual_seed(2))
+        embeds = torch.cat([features, torch.zeros(1, grid_h * grid_w, 32)], dim=1)
+        return embeds, *self._prepare_ids([max_sequence_length], grid_h, grid_w, max_sequence_length, device)
+
+
+def ideogram_pipeline(vae: AutoencoderKLFlux2, dtype: torch.dtype | None = None) -> Ideogram4Pipeline:
+    """Ideogram 4's, with FLUX.2's VAE, whose statistics it takes in another order; ``dtype`` is the transformers'."""
+    transformers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        transformers.append(
+            Ideogram4Transformer2DModel(
+                num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16,
+                llm_features_dim=32, mrope_section=(4, 2, 2),
+            ).to(dtype or vae.dtype)
+        )  # fmt: skip
+    return _quiet(
+        _Ideogram4(
+            scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None,
+            transformer=transformers[0], unconditional_transformer=transformers[1],
+        )
+    )  # fmt: skip
+
+
 def run(pipe: Any, height: int, width: int, batch: int, output_type: str, **options: Any) -> Any:
     """One two-step run; the same arguments give the same latents every time."""
     embeds = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(2)).to(pipe.vae.dtype)
@@ -163,6 +193,13 @@ def run(pipe: Any, height: int, width: int, batch: int, output_type: str, **opti
         arguments = {"prompt_embeds": [embeds[0]], "guidance_scale": 0.0}
     elif isinstance(pipe, ChromaPipeline):
         arguments |= {"prompt_attention_mask": torch.ones(batch, 4), "guidance_scale": 1.0}
+    elif isinstance(pipe, Ideogram4Pipeline):
+        arguments = {
+            "prompt": "a lighthouse",
+            "max_sequence_length": 4,
+            "guidance_scale": 2.0,
+            "guidance_schedule": None,
+        }
     elif isinstance(pipe, Flux2KleinPipeline):
         arguments |= {"guidance_scale": 1.0}
     return pipe(

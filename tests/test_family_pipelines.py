@@ -6,6 +6,7 @@ The models' own weights are not covered, because they cannot ship.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from diffusers import AutoencoderTiny, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.modular_pipelines import SequentialPipelineBlocks
 from diffusers.modular_pipelines.flux3.decoders import Flux3DecodeStep, Flux3UnpackLatentsStep
+from diffusers.modular_pipelines.ideogram4.decoders import Ideogram4DecodeStep
+from diffusers.modular_pipelines.ideogram4.denoise import Ideogram4AfterDenoiseStep
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +25,7 @@ from family_models import (
     chroma_pipeline,
     flux2_pipeline,
     flux2_vae,
+    ideogram_pipeline,
     ids_of,
     klein_pipeline,
     run,
@@ -31,6 +35,7 @@ from family_models import (
 from fluxvae import Decoder, InvalidOptionError
 from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.engine.preview import ApproximateWarning
+from fluxvae.pictures import postprocess
 from models import flux_pipeline, random_vae, run_pipeline
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -166,6 +171,82 @@ def test_flux3_pipeline(latents_dtype: torch.dtype) -> None:
     assert found["latents"].dtype == latents_dtype
     decoder = Decoder(vae, engine="diffusers", rescale_dtype=latents_dtype)
     assert np.array_equal(decoder.decode(found["latents"], output_type="np"), found["images"])
+
+
+@DTYPES
+@settings(max_examples=4)
+@given(size=SIZES)
+@example(size=(3, 5, 2))
+def test_ideogram_4(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
+    """Its tokens, what its modular after-denoise step makes of them, and patches; all of them float32.
+
+    Both of its pipelines cast the VAE's output to float32 before they make pictures of it.
+    """
+    (gh, gw, batch), vae = size, flux2_vae(dtype=dtype)
+    pipe = ideogram_pipeline(vae)
+    tokens = run(pipe, 16 * gh, 16 * gw, batch, "latent")
+    assert tokens.shape == (batch, gh * gw, 128)
+    assert tokens.dtype == torch.float32
+    expected = run(pipe, 16 * gh, 16 * gw, batch, "pt")
+    decoder = Decoder(vae, engine="diffusers", rescale_dtype="float32")
+    sizes = {"height": 16 * gh, "width": 16 * gw}
+    steps = {"after_denoise": Ideogram4AfterDenoiseStep(), "decode": Ideogram4DecodeStep()}
+    modular = SequentialPipelineBlocks.from_blocks_dict(steps).init_pipeline()
+    modular.update_components(vae=vae)
+    found = modular(latents=tokens, **sizes, output_type="pt", output=["images", "latents"])
+    assert torch.equal(found["images"], expected), "both pipelines agree"
+    assert found["latents"].shape == (batch, 32, 2 * gh, 2 * gw)
+    patches = tokens.mT.unflatten(2, (gh, gw))
+    for latents, options in ((tokens, sizes), (found["latents"], {"raw": False}), (patches, {})):
+        options = {**options, "feature_order": "row_column_channel"}
+        pixels = decoder.decode_raw(latents, **options)
+        assert torch.equal(postprocess(pixels.float(), "pt"), expected)
+        if dtype == torch.float32:
+            assert torch.equal(decoder.decode(latents, **options, output_type="pt"), expected)
+        assert decoder.check(latents, **options) == (16 * gh, 16 * gw)
+    for order in (None, "channel_row_column"):
+        as_flux2 = decoder.decode_raw(tokens, **sizes, feature_order=order)
+        assert not torch.equal(as_flux2, pixels), "FLUX.2's order gives another picture, and no error"
+
+
+@settings(max_examples=12)
+@given(size=SIZES, seed=st.integers(0, 99), raw=st.booleans(), shuffled=st.booleans())
+def test_a_feature_order_is_a_permutation(size: tuple[int, int, int], seed: int, raw: bool, shuffled: bool) -> None:
+    """Features put into FLUX.2's order by hand, and the statistics with them, decode as FLUX.2's."""
+    (gh, gw, batch), mine, theirs = size, flux2_vae(), flux2_vae()
+    tokens = torch.randn(batch, gh * gw, 128, generator=torch.Generator().manual_seed(seed))
+    to_flux2 = [32 * place + channel for channel in range(32) for place in range(4)]  # where each of its features is
+    theirs.bn.running_mean.copy_(mine.bn.running_mean[to_flux2])
+    theirs.bn.running_var.copy_(mine.bn.running_var[to_flux2])
+    options: dict[str, Any] = {"height": 16 * gh, "width": 16 * gw, "raw": raw, "output_type": "np"}
+    if shuffled:
+        order = torch.randperm(gh * gw, generator=torch.Generator().manual_seed(seed))
+        options["latent_ids"] = ids_of(gh, gw, batch)[:, order]
+    expected = Decoder(theirs, engine="diffusers").decode(tokens[..., to_flux2], **options)
+    decoder = Decoder(mine, engine="diffusers")
+    assert np.array_equal(decoder.decode(tokens, **options, feature_order="row_column_channel"), expected)
+    assert not np.array_equal(decoder.decode(tokens, **options), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "options", "message"),
+    [
+        (flux2_vae, (1, 15, 128), {"feature_order": "bogus"}, "feature_order: got 'bogus', expected 'channel_row_col"),
+        (flux2_vae, (1, 15, 128), {"feature_order": True}, "feature_order: got True, expected"),
+        (flux2_vae, (1, 32, 6, 10), {"raw": True}, "feature_order: got 'row_column_channel' with raw=True"),
+        (random_vae, (1, 15, 64), {}, "for a checkpoint that is not AutoencoderKLFlux2"),
+        (random_vae, (1, 15, 64), {"feature_order": "channel_row_column"}, "that is not AutoencoderKLFlux2"),
+        (lambda: tiny_vae(32), (1, 15, 128), {}, "feature_order: got 'row_column_channel' for a preview"),
+    ],
+)
+def test_where_a_feature_order_is_refused(make: Any, shape: tuple[int, ...], options: Any, message: str) -> None:
+    decoder, size = Decoder(make(), engine="diffusers"), {"height": 48, "width": 80}
+    options = {"feature_order": "row_column_channel", **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ApproximateWarning)
+        for call in (decoder.decode, decoder.decode_raw, decoder.check):
+            with pytest.raises(InvalidOptionError, match=message):
+                call(torch.zeros(shape), **size, **options)
 
 
 def engines(tiny: AutoencoderTiny) -> list[str]:

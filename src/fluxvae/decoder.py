@@ -91,6 +91,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         shift_factor: float | None = None,
         batch_norm_eps: float | None = None,
         raw: bool | None = None,
+        feature_order: str | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> Any:
@@ -117,6 +118,10 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
             raw: whether the latents are raw already, like those of Flux2KleinPipeline's ``output_type="latent"``, so
                 that nothing is rescaled. For FLUX.2's (B, 32, lh, lw) it must be said either way, because both kinds
                 have that shape.
+            feature_order: ``"row_column_channel"`` for Ideogram 4's latents: it has FLUX.2's VAE, but its patches and
+                statistics have their 128 features in another order than FLUX.2's, ``"channel_row_column"``, which is
+                meant if it is left out. Nothing in the tensor tells which. Where there are no such features, it is
+                refused.
             progress: is called with the steps that are done and those that there are.
             cancel: is asked again and again during the work, which stops when it returns true.
 
@@ -135,7 +140,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         self._begin(PREVIEW_NOTE)
         reading = Reading(
             height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
-            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
+            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw, feature_order=feature_order,
         )  # fmt: skip
         with set_aside(self.device):
             request = self.request(latents, reading)
@@ -157,6 +162,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         shift_factor: float | None = None,
         batch_norm_eps: float | None = None,
         raw: bool | None = None,
+        feature_order: str | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
     ) -> torch.Tensor:
@@ -170,7 +176,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         self._begin(PREVIEW_NOTE)
         reading = Reading(
             height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
-            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
+            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw, feature_order=feature_order,
         )  # fmt: skip
         with set_aside(self.device):
             return self._decode(self.request(latents, reading), progress, cancel)
@@ -183,6 +189,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         width: int | None = None,
         latent_ids: torch.Tensor | None = None,
         raw: bool | None = None,
+        feature_order: str | None = None,
     ) -> tuple[int, int]:
         """Check latents without decoding them. The arguments are those of `decode`.
 
@@ -192,7 +199,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         Raises:
             InvalidLatentsError, InvalidOptionError: as `decode` would.
         """
-        reading = Reading(height=height, width=width, latent_ids=latent_ids, raw=raw)
+        reading = Reading(height=height, width=width, latent_ids=latent_ids, raw=raw, feature_order=feature_order)
         request = self.request(latents, reading)
         return request.height, request.width
 

@@ -60,6 +60,8 @@ class Picture:
     """The width in pixels, likewise."""
     raw: object = None
     """Whether the latents are raw, likewise."""
+    feature_order: object = None
+    """In which order the features of FLUX.2's patches are, likewise."""
     ids: Lazy | None = None
     """The position ids of the tokens of FLUX.2's packed latents, (N, 4) or (B, N, 4), if the file has any."""
     ask: str | None = None

@@ -30,7 +30,7 @@ __all__ = ["RECORD", "FailureLog", "left_to_do", "lock", "record_of", "write_rec
 RECORD = "job.json"
 _LOCK = ".fluxvae-lock"
 _BY_JOB = {
-    Job: ("raw", "format", "quality"),
+    Job: ("raw", "feature_order", "format", "quality"),
     EncodeJob: ("sizes", "bucket", "bucket_area", "background", "packed", "seed", "format"),
 }
 """The options of a job that decide what its results are like."""

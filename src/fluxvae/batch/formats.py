@@ -114,6 +114,7 @@ class TensorSource:
         rows = images.rows
         heights, widths = _per_row("height", picture.height, rows), _per_row("width", picture.width, rows)
         raws = _per_row("raw", picture.raw, rows)
+        orders = _per_row("feature_order", picture.feature_order, rows)
         if picture.ids is not None:
             _check_ids(self._name, picture.ids.shape, images)
         sized = [heights[row] is not None and widths[row] is not None for row in range(rows)]
@@ -123,7 +124,13 @@ class TensorSource:
                 first + row,
                 images.shape,
                 picture.tensor.dtype,
-                Reading(height=heights[row], width=widths[row], latent_ids=ids[row], raw=raws[row]),
+                Reading(
+                    height=heights[row],
+                    width=widths[row],
+                    latent_ids=ids[row],
+                    raw=raws[row],
+                    feature_order=orders[row],
+                ),
                 label=picture.label,
                 ask=picture.ask,
             )
@@ -150,7 +157,7 @@ def unreadable(name: str, error: OSError) -> str:
 
 # -- the layout that is fluxvae's own ----------------------------------------------------------------------------------
 
-_BESIDE = ("height", "width", "raw", "latent_ids")
+_BESIDE = ("height", "width", "raw", "feature_order", "latent_ids")
 
 
 def _plain(held: Contents) -> Picture:
@@ -165,6 +172,7 @@ def _plain(held: Contents) -> Picture:
         height=_number(_beside(held, "height")),
         width=_number(_beside(held, "width")),
         raw=_truth(_beside(held, "raw")),
+        feature_order=_beside(held, "feature_order"),
         ids=held.tensors.get("latent_ids"),
     )
 

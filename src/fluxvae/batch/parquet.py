@@ -1,7 +1,8 @@
 """Reads latents from Parquet files, in which every row is one image.
 
 The columns are ``latents``, ``height`` and ``width`` and, where they are needed, ``name`` (the output's), ``raw`` (true
-or false) and ``latent_ids`` (a list of four whole numbers for each token). The column ``latents`` holds either
+or false), ``feature_order`` and ``latent_ids`` (a list of four whole numbers for each token). The column ``latents``
+holds either
 
 - nested lists of shape (N, 4C), which are packed latents, or (C, lh, lw) or (C, 1, lh, lw), which are unpacked ones; or
   Arrow's fixed-shape tensors of such a shape;
@@ -80,7 +81,7 @@ class ParquetSource:
         Raises:
             InvalidLatentsError: a shape or ids that no latents have, or a column that claims more than is stored.
         """
-        small = ("height", "width", "name", "shape", "dtype", "raw")
+        small = ("height", "width", "name", "shape", "dtype", "raw", "feature_order")
         wanted = [name for name in small if name in self._columns]
         if "latent_ids" in self._columns and not {"height", "width"} <= self._columns:
             wanted.append("latent_ids")  # without both sides in columns, the ids are what tells the size
@@ -99,6 +100,7 @@ class ParquetSource:
                     width=row.get("width"),
                     latent_ids=_ids(row.get("latent_ids")),
                     raw=row.get("raw"),
+                    feature_order=row.get("feature_order"),
                 ),
                 row.get("name"),
             )

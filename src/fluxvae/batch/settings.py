@@ -8,7 +8,7 @@ from fluxvae.batch.job import JobOptions, check_whole_numbers
 from fluxvae.batch.readings import Expected
 from fluxvae.errors import InvalidOptionError
 from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.reading import Reading
+from fluxvae.latents.reading import Reading, check_feature_order
 from fluxvae.pictures import FORMATS, check_format
 
 __all__ = ["OUTPUT_FORMATS", "Job"]
@@ -36,6 +36,9 @@ class Job(JobOptions):
     """The width of all images in pixels, likewise."""
     raw: bool | None = None
     """Whether all latents are raw, as for `Decoder.decode`, instead of what the files say. None: what they say."""
+    feature_order: str | None = None
+    """In which order the features of FLUX.2's patches are, as for `Decoder.decode`, instead of what the files say.
+    None: what they say."""
     batch: int = 4
     """The largest number of images in one decode, which all have the same size. Fewer are decoded together where the
     memory limit has no room for so many."""
@@ -52,6 +55,7 @@ class Job(JobOptions):
         check_whole_numbers(**given, batch=self.batch)
         if self.raw is not None and not isinstance(self.raw, bool):
             raise InvalidOptionError(f"raw: got {self.raw!r}, expected True, False or None")
+        check_feature_order(self.feature_order)
 
     @property
     def suffix(self) -> str:
@@ -60,5 +64,5 @@ class Job(JobOptions):
 
     def expected(self, format: LatentFormat) -> Expected:
         """Return how the job reads its inputs, if its checkpoint has this latent format."""
-        reading = Reading(height=self.height, width=self.width, raw=self.raw)
+        reading = Reading(height=self.height, width=self.width, raw=self.raw, feature_order=self.feature_order)
         return Expected(format=format, reading=reading, max_pixels=self.max_pixels)

@@ -26,7 +26,7 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels, is_special
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
-from fluxvae.latents.checks import check_shape
+from fluxvae.latents.checks import check_order, check_shape
 from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.latents.reading import Reading
 
@@ -270,6 +270,7 @@ def _settled(name: str, entry: Entry, expected: Expected) -> tuple[Reading, bool
         raise InvalidLatentsError(f"raw: {entry.ask}: pass --raw or --no-raw")
     if said.raw is not None and not isinstance(said.raw, bool):
         raise InvalidLatentsError(f"raw: got {said.raw!r}, expected true or false, or nothing")
+    check_order(format, said.feature_order)
     unpacked = entry.shape is not None and len(entry.shape) == 4
     if (h is None or w is None) and not unpacked and ids is None:
         raise InvalidLatentsError(

@@ -81,6 +81,15 @@ def decode(
             show_default=False,
         ),
     ] = None,
+    feature_order: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="row_column_channel for Ideogram 4's latents, whose features come in another order than FLUX.2's, "
+            "channel_row_column. Nothing in a tensor tells which. Left out, the files may say it; otherwise it is "
+            "FLUX.2's.",
+            metavar="NAME",
+        ),
+    ] = None,
     max_pixels: Annotated[
         int,
         typer.Option(
@@ -158,6 +167,7 @@ def decode(
         height=height,
         width=width,
         raw=raw,
+        feature_order=feature_order,
         max_pixels=max_pixels,
         batch=batch,
         existing=existing,

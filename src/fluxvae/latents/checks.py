@@ -15,12 +15,12 @@ from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import other_family, read_layout
 from fluxvae.latents.packing import floor_size, token_positions
-from fluxvae.latents.reading import FACTORS, Reading, finite_number
+from fluxvae.latents.reading import FACTORS, Reading, check_feature_order, finite_number
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Settled", "check_options", "check_shape", "not_finite"]
+__all__ = ["Settled", "check_options", "check_order", "check_shape", "not_finite"]
 
 
 class Settled(NamedTuple):
@@ -49,7 +49,8 @@ def check_shape(format: LatentFormat, shape: tuple[int, ...], reading: Reading) 
 
     Raises:
         InvalidLatentsError: the rank, the features, the number of patches, the size or the ids are wrong.
-        InvalidOptionError: ``raw`` is no bool, or is true for a preview.
+        InvalidOptionError: ``raw`` is no bool, or is true for a preview; a feature order is said of latents that
+            are raw and in no patches, so that there are no features.
     """
     _check_raw(format, reading.raw)
     ids = reading.latent_ids
@@ -65,7 +66,7 @@ def check_shape(format: LatentFormat, shape: tuple[int, ...], reading: Reading) 
         )
     layout = read_layout(shape, (format,), reading.height, reading.width, with_ids=ids is not None)
     if layout.size is not None:
-        _check_unpacked(format, shape, layout.shape, reading.raw)
+        _check_unpacked(format, shape, layout.shape, reading)
         return Settled(layout.shape, *layout.size, None)
     if len(shape) == 2 and ids is not None and getattr(ids, "ndim", 0) == 2:
         ids = ids[None]
@@ -110,9 +111,14 @@ def _check_packed(
     return Settled(packed, height, width, places)
 
 
-def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[int, ...], raw: bool | None) -> None:
+def _check_unpacked(format: LatentFormat, shape: tuple[int, ...], images: tuple[int, ...], reading: Reading) -> None:
     _, channels, rows, columns = images
-    in_patches = channels != format.channels
+    in_patches, raw = channels != format.channels, reading.raw
+    if reading.feature_order is not None and raw and not in_patches:
+        raise InvalidOptionError(
+            f"feature_order: got {reading.feature_order!r} with raw=True for latents of shape {shape}, which are in no "
+            "patches and so have no features: leave it out"
+        )
     if format.flux2 and not in_patches and raw is None:
         # Both exist: Flux2KleinPipeline's output_type="latent" is raw, BriaFibo2Pipeline's is normalised.
         raise InvalidLatentsError(
@@ -132,9 +138,11 @@ def check_options(format: LatentFormat, reading: Reading) -> None:
     Raises:
         InvalidOptionError: a factor for a checkpoint that has statistics, an eps for one that has factors, or any of
             them for a preview or together with ``raw``; something that is not a finite number; a scaling factor of 0;
-            a negative eps; a ``raw`` that is no bool, or is true for a preview.
+            a negative eps; a ``raw`` that is no bool, or is true for a preview; an unknown feature order, or any of one
+            where the checkpoint is not of FLUX.2's class.
     """
     _check_raw(format, reading.raw)
+    check_order(format, reading.feature_order)
     for name in FACTORS:
         value = getattr(reading, name)
         if value is None:
@@ -158,6 +166,21 @@ def check_options(format: LatentFormat, reading: Reading) -> None:
             raise InvalidOptionError("scaling_factor: got 0, expected a number other than 0: latents are divided by it")
         if name == "batch_norm_eps" and number < 0:
             raise InvalidOptionError(f"batch_norm_eps: got {value}, expected 0 or more: it is added to a variance")
+
+
+def check_order(format: LatentFormat, order: object) -> None:
+    """Check a `Reading.feature_order` for a checkpoint; `check_options` does it too.
+
+    Raises:
+        InvalidOptionError: the order is unknown, or the checkpoint is not of FLUX.2's class, or is a preview.
+    """
+    check_feature_order(order)
+    if order is not None and (format.preview or not format.flux2):
+        whose = "a preview (AutoencoderTiny)" if format.preview else "a checkpoint that is not AutoencoderKLFlux2"
+        raise InvalidOptionError(
+            f"feature_order: got {order!r} for {whose}; only AutoencoderKLFlux2's latents come in two orders: leave it "
+            "out"
+        )
 
 
 def _check_raw(format: LatentFormat, raw: object) -> None:

@@ -178,12 +178,13 @@ class LatentFormat:
         Returns:
             Raw latents (B, C, lh, lw), in the same dtype.
         """
-        in_patches = latents.shape[1] == 4 * self.channels
+        in_patches, order = latents.shape[1] == 4 * self.channels, reading.feature_order
         if self.batch_norm is not None and not reading.raw:
-            patches = latents if in_patches else patchify(latents)
-            return unpatchify(self.batch_norm.undo(patches, reading.batch_norm_eps))
+            # The statistics are in the order of the features, so latents that are no patches are put into it too.
+            patches = latents if in_patches else patchify(latents, feature_order=order)
+            return unpatchify(self.batch_norm.undo(patches, reading.batch_norm_eps), feature_order=order)
         if in_patches:
-            latents = unpatchify(latents)
+            latents = unpatchify(latents, feature_order=order)
         if reading.raw:
             return latents
         if self.latents_std is not None:

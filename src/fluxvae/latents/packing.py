@@ -2,9 +2,10 @@
 
 Both families cut latents into 2x2 patches and put the four values of a patch and channel side by side, in the order
 (channel, row, column). FLUX.1's pipelines keep tokens in rows; FLUX.2's name each token's place by position ids.
+Ideogram 4 has FLUX.2's VAE, and the values of a patch in the order (row, column, channel).
 
 Source of the layouts: diffusers' ``FluxPipeline._pack_latents`` and ``_unpack_latents``, ``Flux2Pipeline``'s
-``_unpack_latents_with_ids`` and ``_unpatchify_latents``; BFL's ``sampling.unpack``.
+``_unpack_latents_with_ids`` and ``_unpatchify_latents``, ``Ideogram4Pipeline.__call__``; BFL's ``sampling.unpack``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FEATURE_ORDERS",
     "SizeFlooredWarning",
     "floor_size",
     "pack_latents",
@@ -30,6 +32,9 @@ __all__ = [
     "unpack_rows",
     "unpatchify",
 ]
+
+FEATURE_ORDERS = ("channel_row_column", "row_column_channel")
+"""The orders in which the 4*C features of a 2x2 patch may come. The first is that of all models but Ideogram 4."""
 
 
 class SizeFlooredWarning(UserWarning):
@@ -84,25 +89,39 @@ def unpack_latents(packed: torch.Tensor, height: int, width: int, *, vae_scale_f
     return unpack_rows(packed, height // multiple, width // multiple)
 
 
-def unpack_rows(packed: torch.Tensor, gh: int, gw: int) -> torch.Tensor:
-    """Turn tokens (B, gh*gw, 4*C) that come row by row into a latent image (B, C, 2*gh, 2*gw), contiguous."""
+def unpack_rows(packed: torch.Tensor, gh: int, gw: int, *, feature_order: str | None = None) -> torch.Tensor:
+    """Turn tokens (B, gh*gw, 4*C) that come row by row into a latent image (B, C, 2*gh, 2*gw), contiguous.
+
+    Args:
+        feature_order: one of `FEATURE_ORDERS`; None is the first.
+    """
     b, _, features = packed.shape
-    latents = packed.reshape(b, gh, gw, features // 4, 2, 2)
-    return latents.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, 2 * gh, 2 * gw)
+    return unpatchify(packed.mT.reshape(b, features, gh, gw), feature_order=feature_order)
 
 
-def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """Put 2x2 patches into channels: (B, C, 2*gh, 2*gw) to (B, 4*C, gh, gw), where channel is ``4*c + 2*dy + dx``."""
+def patchify(latents: torch.Tensor, *, feature_order: str | None = None) -> torch.Tensor:
+    """Put 2x2 patches into channels: (B, C, 2*gh, 2*gw) to (B, 4*C, gh, gw).
+
+    Args:
+        feature_order: which channel ``latents[b, c, 2*y + dy, 2*x + dx]`` becomes: ``"channel_row_column"``, or None,
+            ``4*c + 2*dy + dx``; ``"row_column_channel"`` ``(2*dy + dx)*C + c``.
+    """
     b, c, lh, lw = latents.shape
     patches = latents.reshape(b, c, lh // 2, 2, lw // 2, 2)
-    return patches.permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, lh // 2, lw // 2)
+    order = (0, 3, 5, 1, 2, 4) if feature_order == FEATURE_ORDERS[1] else (0, 1, 3, 5, 2, 4)
+    return patches.permute(order).reshape(b, 4 * c, lh // 2, lw // 2)
 
 
-def unpatchify(patches: torch.Tensor) -> torch.Tensor:
+def unpatchify(patches: torch.Tensor, *, feature_order: str | None = None) -> torch.Tensor:
     """Undo `patchify`: (B, 4*C, gh, gw) to (B, C, 2*gh, 2*gw) in the same dtype, contiguous."""
     b, features, gh, gw = patches.shape
-    latents = patches.reshape(b, features // 4, 2, 2, gh, gw)
-    return latents.permute(0, 1, 4, 2, 5, 3).reshape(b, features // 4, 2 * gh, 2 * gw)
+    c = features // 4
+    if feature_order == FEATURE_ORDERS[1]:
+        latents = patches.reshape(b, 2, 2, c, gh, gw).permute(0, 3, 4, 1, 5, 2)
+    else:
+        latents = patches.reshape(b, c, 2, 2, gh, gw).permute(0, 1, 4, 2, 5, 3)
+    # reshape alone would return a view of one patch, channels last, for which convolutions have other last bits.
+    return latents.reshape(b, c, 2 * gh, 2 * gw).contiguous()
 
 
 def sort_tokens(packed: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fluxvae.errors import InvalidOptionError
+from fluxvae.latents.packing import FEATURE_ORDERS
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["FACTORS", "UNSAID", "Reading", "finite_number", "is_finite_number"]
+__all__ = ["FACTORS", "FEATURE_ORDERS", "UNSAID", "Reading", "check_feature_order", "finite_number", "is_finite_number"]
 
 FACTORS = ("scaling_factor", "shift_factor", "batch_norm_eps")
 """The numbers of a `Reading` by which latents are rescaled."""
@@ -44,6 +45,9 @@ class Reading:
     """What is added to FLUX.2's variances, instead of the checkpoint's own eps."""
     raw: bool | None = None
     """Whether the latents are raw already, so that nothing is to be rescaled."""
+    feature_order: str | None = None
+    """One of `FEATURE_ORDERS`: in which order FLUX.2's class has the features of a patch, and with them its statistics.
+    None is the first."""
 
     def over(self, other: Reading) -> Reading:
         """Return this reading, with what it leaves unsaid as ``other`` says it."""
@@ -51,9 +55,9 @@ class Reading:
         return replace(other, **said)
 
     @property
-    def rescaling(self) -> tuple[float | None, float | None, float | None, bool | None]:
-        """All that is said about the step from latents to raw latents: the `FACTORS` and `raw`, to compare."""
-        return (self.scaling_factor, self.shift_factor, self.batch_norm_eps, self.raw)
+    def rescaling(self) -> tuple[object, ...]:
+        """All that is said about the step from latents to raw latents, to compare: what `parameters` returns."""
+        return (self.scaling_factor, self.shift_factor, self.batch_norm_eps, self.raw, self.feature_order)
 
     def parameters(self) -> dict[str, Any]:
         """Return what is said about rescaling as the parameters of a request to the Triton model.
@@ -61,11 +65,21 @@ class Reading:
         Sizes and ids are not among them: they travel as tensors.
         """
         factors = {name: float(value) for name in FACTORS if (value := getattr(self, name)) is not None}
-        return factors if self.raw is None else {**factors, "raw": self.raw}
+        others = {"raw": self.raw, "feature_order": self.feature_order}
+        return {**factors, **{name: value for name, value in others.items() if value is not None}}
 
 
 UNSAID = Reading()
 """The reading of latents about which nothing is said: they are the checkpoint's own in every respect."""
+
+
+def check_feature_order(value: object) -> None:
+    """Raise `InvalidOptionError` unless ``value`` is None or one of `FEATURE_ORDERS`."""
+    if value is not None and (not isinstance(value, str) or value not in FEATURE_ORDERS):
+        raise InvalidOptionError(
+            f"feature_order: got {value!r}, expected {' or '.join(map(repr, FEATURE_ORDERS))}, or nothing, which is "
+            "the first"
+        )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:

@@ -119,5 +119,6 @@ class LatentRequest:
             latents = sort_tokens(latents, self.places)
         if latents.ndim == 3:
             multiple = self.format.packed_multiple
-            latents = unpack_rows(latents, self.height // multiple, self.width // multiple)
+            grid = (self.height // multiple, self.width // multiple)
+            latents = unpack_rows(latents, *grid, feature_order=self.reading.feature_order)
         return self.format.to_raw(latents, self.reading)

@@ -106,6 +106,7 @@ class Base(ABC, Generic[Answer]):
         shift_factor: float | None = None,
         batch_norm_eps: float | None = None,
         raw: bool | None = None,
+        feature_order: str | None = None,
         priority: int | None = None,
         timeout_s: float | None = None,
         request_id: str | None = None,
@@ -121,7 +122,7 @@ class Base(ABC, Generic[Answer]):
                 the shape of another's packed latents: (4, n, 64) to ``"vae_decoder"``.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"uint8"`` as for ``Decoder.decode``, or ``"raw"``:
                 (B, 3, H, W), nominally in [-1, 1], not clamped. Tensors are float32, on the CPU.
-            latent_ids, raw: for FLUX.2's latents, as for ``Decoder.decode``.
+            latent_ids, raw, feature_order: for FLUX.2's latents, as for ``Decoder.decode``.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
                 where it has none.
             priority: requests with 1 are served first. None is the model's default.
@@ -140,7 +141,7 @@ class Base(ABC, Generic[Answer]):
         """
         reading = Reading(
             height=height, width=width, latent_ids=latent_ids, scaling_factor=scaling_factor,
-            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw,
+            shift_factor=shift_factor, batch_norm_eps=batch_norm_eps, raw=raw, feature_order=feature_order,
         )  # fmt: skip
         make = partial(
             make_decode_request, latents, reading, model=self.model, output_type=output_type, priority=priority,

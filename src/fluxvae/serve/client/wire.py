@@ -24,7 +24,7 @@ from fluxvae.errors import (
     NonFiniteOutputError,
     UnavailableError,
 )
-from fluxvae.latents.reading import FACTORS, Reading, finite_number
+from fluxvae.latents.reading import FACTORS, Reading, check_feature_order, finite_number
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton_words import passing_trouble
 
@@ -48,6 +48,7 @@ _OPTIONS = frozenset(
     {
         "background",
         "batch_norm_eps",
+        "feature_order",
         "format",
         "layout",
         "metadata",
@@ -110,8 +111,10 @@ def rescaling(reading: Reading) -> dict[str, Any]:
     """Return what is said about rescaling as a request's parameters.
 
     Raises:
-        InvalidOptionError: a factor is no finite number. Whether it fits the checkpoint, the server checks.
+        InvalidOptionError: a factor is no finite number, or the feature order is unknown. Whether they fit the
+            checkpoint, the server checks.
     """
+    check_feature_order(reading.feature_order)
     for name in FACTORS:
         if (value := getattr(reading, name)) is not None:
             finite_number(name, value)

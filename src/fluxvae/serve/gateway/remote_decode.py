@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
-from fluxvae.latents.reading import Reading
+from fluxvae.latents.checks import check_order
+from fluxvae.latents.reading import FEATURE_ORDERS, Reading
+from fluxvae.serve.families import formats_of
 from fluxvae.serve.gateway.body import Form, media_type
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.query import FLAG, NUMBER, WHOLE, Limits, Parameter, Query, whole
@@ -68,6 +70,11 @@ PARAMETERS: dict[str, Parameter] = {
         FLAG,
         "True: what is left out is the checkpoint's own, be it factors or FLUX.2's statistics. Previews need it. "
         "diffusers calls it deprecated, and sends it where no factors are given.",
+    ),
+    "feature_order": Parameter(
+        {"enum": list(FEATURE_ORDERS), "default": FEATURE_ORDERS[0]},
+        "Of the 128 features of FLUX.2's patches: row_column_channel for Ideogram 4's latents. Models of FLUX.1 and "
+        "previews refuse it.",
     ),
     "input_tensor_type": Parameter(
         {"enum": ["binary", "base64"], "default": "binary"}, "Older clients send it; it is what Content-Type says."
@@ -137,10 +144,12 @@ def parse(
         )
     accepted = media_type(accept)
     rescaling = given.rescaling(vae_class, "divided")
+    order = given.choice("feature_order") if "feature_order" in given else None
+    check_order(formats_of(vae_class)[0], order)
     asked = Asked(
         shape=_shape(given.shape),
         dtype=given.choice("dtype"),
-        reading=replace(rescaling, height=_pixels(given, "height"), width=_pixels(given, "width")),
+        reading=replace(rescaling, height=_pixels(given, "height"), width=_pixels(given, "width"), feature_order=order),
         output=_output(output_type, given.flag("partial_postprocess"), accepted),
         image_format=_image_format(given, accepted),
         base64=_base64(given, accepted),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.reading import FACTORS, UNSAID, Reading
+from fluxvae.latents.reading import FACTORS, UNSAID, Reading, check_feature_order
 from fluxvae.latents.request import LatentRequest
 from fluxvae.pictures import check_format
 from fluxvae.serve.model.jobs import Job, read_factors, read_own, within_pixels
@@ -28,7 +28,7 @@ __all__ = ["LAYOUTS", "Parameters", "read_job", "read_parameters"]
 
 LAYOUTS = ("packed", "unpacked")
 
-_NAMES = ("format", "quality", *FACTORS, "raw", "layout", "probe")
+_NAMES = ("format", "quality", *FACTORS, "raw", "feature_order", "layout", "probe")
 """The parameters that a request to the model may have."""
 
 
@@ -62,7 +62,8 @@ def read_parameters(text: str) -> Parameters:
         InvalidOptionError: a parameter is unknown, or its value has the wrong type or is out of range.
     """
     own = read_own(text, _NAMES, ("raw", "probe"))
-    reading = Reading(**read_factors(own, "latents are divided by it"))
+    check_feature_order(order := own.pop("feature_order", None))
+    reading = Reading(**read_factors(own, "latents are divided by it"), feature_order=order)
     parameters = Parameters(reading=reading, **own)
     if parameters.layout not in LAYOUTS:
         raise InvalidOptionError(f"layout: got {parameters.layout!r}, expected one of {', '.join(LAYOUTS)}")
