@@ -139,6 +139,48 @@ def test_raw_is_said_in_the_file_or_by_an_option(tmp_path: Path, flux2: Path, de
     assert "was begun with raw True, and this is None" in str(other.exception)
 
 
+def test_a_feature_order_is_said_in_the_file_or_by_an_option(tmp_path: Path, flux2: Path, decoder: Decoder) -> None:
+    """Ideogram 4's and FLUX.2's latents, alike but for what is said of them, in one job."""
+    latents = torch.randn(1, GH * GW, 128, generator=torch.Generator().manual_seed(4))
+    own, text = {"feature_order": "row_column_channel"}, {key: str(value) for key, value in SIZE.items()}
+    (tmp_path / "in").mkdir()
+    save_file({"latents": latents}, tmp_path / "in/metadata.safetensors", {**text, **own})
+    torch.save({"latents": latents, **SIZE, **own}, tmp_path / "in/key.pt")
+    columns = {key: [value] for key, value in {"latents": latents[0].tolist(), **SIZE, **own}.items()}
+    pq.write_table(pa.table(columns), tmp_path / "in/column.parquet")
+    save_file({"latents": latents}, tmp_path / "in/silent.safetensors", text)
+    save_file({"latents": latents}, tmp_path / "in/words.safetensors", {**text, "feature_order": "rows"})
+    ideogram, other = (expected(decoder, latents, **SIZE, **said) for said in (own, {}))
+    assert not np.array_equal(ideogram, other)
+    out = tmp_path / "out"
+    assert decode(tmp_path / "in", "-o", out, "--checkpoint", flux2).exit_code == 6
+    [failure] = failures(out)
+    assert "feature_order: got 'rows', expected 'channel_row_column'" in failure["message"]
+    for name, wanted in (("metadata", ideogram), ("key", ideogram), ("column", ideogram), ("silent", other)):
+        assert np.array_equal(image(out / f"{name}.png"), wanted), name
+    out = tmp_path / "option"
+    assert (
+        decode(tmp_path / "in", "-o", out, "--checkpoint", flux2, "--feature-order", own["feature_order"]).exit_code
+        == 0
+    )
+    assert all(np.array_equal(image(out / f"{name}.png"), ideogram) for name in ("metadata", "silent", "words"))
+    again = decode(tmp_path / "in", "-o", out, "--checkpoint", flux2, "--resume")
+    assert "was begun with feature_order row_column_channel, and this is None" in str(again.exception)
+
+
+def test_a_feature_order_is_refused_where_there_is_none(tmp_path: Path, flux2: Path) -> None:
+    said = {"feature_order": "row_column_channel", **{key: str(value) for key, value in SIZE.items()}}
+    save_file({"latents": torch.randn(1, GH * GW, 64)}, tmp_path / "cat.safetensors", said)
+    assert decode(tmp_path / "cat.safetensors", "-o", tmp_path / "out").exit_code == 6
+    assert "feature_order: got 'row_column_channel' for a checkpoint" in failures(tmp_path / "out")[0]["message"]
+    for option, checkpoint in (("rows", flux2), ("row_column_channel", "demo")):
+        done = decode(
+            tmp_path / "cat.safetensors", "-o", tmp_path / "no", "--checkpoint", checkpoint, "--feature-order", option
+        )
+        assert isinstance(done.exception, InvalidOptionError)
+        assert f"feature_order: got '{option}'" in str(done.exception)
+
+
 def test_ids_and_raw_of_other_models_are_refused(tmp_path: Path) -> None:
     save_file(
         {"latents": torch.randn(1, GH * GW, 64), "latent_ids": shuffled(1)[1]},

@@ -193,6 +193,8 @@ OPTIONS = [
     (FLUX2, 128, {"batch_norm_eps": 0.5}),
     (FLUX2, 128, {"raw": True}),
     (FLUX2, 128, {"raw": False}),
+    (FLUX2, 128, {"feature_order": "row_column_channel"}),
+    (FLUX2, 128, {"feature_order": "row_column_channel", "raw": True}),
     (PREVIEW, 128, {}),
 ]
 
@@ -218,8 +220,10 @@ def test_the_client_does_what_the_library_does(family: Family, transport: str) -
         ((1, 32, 4, 6), {"raw": True}),
         ((1, 32, 4, 6), {"raw": False}),
         ((2, 32, 3, 5), {"raw": True}),
+        ((1, 32, 4, 6), {"raw": False, "feature_order": "row_column_channel"}),
+        ((1, 128, 2, 3), {"feature_order": "row_column_channel"}),
     ],
-    ids=["patches", "raw", "unpatchified", "odd and raw"],
+    ids=["patches", "raw", "unpatchified", "odd and raw", "Ideogram 4's", "Ideogram 4's patches"],
 )
 def test_flux2_unpacked(family: Family, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     unpacked = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -235,6 +239,9 @@ REFUSED: list[tuple[str, int, dict[str, Any], type[Exception], str]] = [
     (FLUX2, 128, {"batch_norm_eps": -1.0}, InvalidOptionError, "batch_norm_eps: got -1.0, expected 0 or more"),
     (PREVIEW, 128, {"scaling_factor": 0.5}, InvalidOptionError, "scaling_factor: got 0.5; a preview "),
     (PREVIEW, 128, {"raw": True}, InvalidOptionError, "raw: got True; a preview"),
+    (FLUX1, 64, {"feature_order": "row_column_channel"}, InvalidOptionError, "feature_order: got .* for a checkpoint"),
+    (PREVIEW, 128, {"feature_order": "row_column_channel"}, InvalidOptionError, "feature_order: got .* for a preview"),
+    (FLUX2, 128, {"feature_order": "rows"}, InvalidOptionError, "feature_order: got 'rows', expected 'channel_row"),
     (FLUX1, 128, {}, InvalidLatentsError, r"got 128 features per token, which looks like FLUX\.2 .*; expected 64"),
     (FLUX2, 64, {}, InvalidLatentsError, r"got 64 features per token, which looks like FLUX\.1.*; expected 128"),
     (PREVIEW, 64, {}, InvalidLatentsError, r"got 64 features per token, which looks like FLUX\.1.*; expected 128"),
@@ -327,7 +334,8 @@ def test_a_remote_step_does_not_draw_from_flux2s_latents(family: Family) -> None
 
 
 def remote(gateway: str, model: str | None, packed: torch.Tensor, **options: Any) -> Any:
-    path = "/" if model is None else f"/models/{model}/decode"
+    name, _, query = (model or "").partition("?")
+    path = "/" if model is None else f"/models/{name}/decode" + (f"?{query}" if query else "")
     fixed = {"output_type": "pt", "return_type": "pt", "partial_postprocess": True}
     return remote_decode(f"{gateway}{path}", packed, **{**SIZE, **fixed, **options})
 
@@ -353,12 +361,27 @@ def test_raw_latents_and_patches_of_flux2(family: Family, gateway: str) -> None:
         np.testing.assert_array_equal(images.numpy(), library.decode(unpacked, raw=raw, output_type="uint8"))
 
 
+def test_ideogram_4_by_diffusers_own_client(family: Family, gateway: str) -> None:
+    """What the client has no parameter for stands in the address."""
+    model = f"{FLUX2}?feature_order=row_column_channel"
+    packed = latents(128, batch=2)
+    images = remote(gateway, model, packed)
+    expected = family.library[FLUX2].decode(packed, **SIZE, output_type="uint8", feature_order="row_column_channel")
+    np.testing.assert_array_equal(images.numpy(), expected)
+    unpatchified = torch.randn(1, 32, 4, 6, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="feature_order: got 'row_column_channel' with raw=True"):
+        remote(gateway, model, unpatchified, height=None, width=None, do_scaling=False)
+
+
 WRONG = [
     (None, 128, {}, r"128 features .* looks like FLUX\.2 .*decodes such latents at /models/vae_decoder_flux2/decode"),
     (FLUX2, 64, {}, r"64 features .* looks like FLUX\.1 .*decodes such latents at /models/vae_decoder/decode"),
     (PREVIEW, 64, {}, r"64 features per token, which looks like FLUX\.1 "),
     (FLUX2, 128, {"scaling_factor": 0.5}, "scaling_factor: got '0.5', but FLUX.2's latents are rescaled by"),
     (PREVIEW, 128, {"shift_factor": 0.5}, "shift_factor: got '0.5', but a preview takes latents as the transformer"),
+    (f"{FLUX2}?feature_order=rows", 128, {}, "feature_order: got 'rows', expected one of channel_row_column, row_"),
+    (f"{FLUX1}?feature_order=row_column_channel", 64, {}, "feature_order: got .* for a checkpoint that is not Auto"),
+    (f"{PREVIEW}?feature_order=row_column_channel", 128, {}, "feature_order: got .* for a preview"),
     (PREVIEW, 128, {"do_scaling": False}, "do_scaling: got .*, which means raw latents, but a preview"),
 ]
 

@@ -98,9 +98,10 @@ def test_what_changes_the_picture_of_flux2_is_not_decoded_together() -> None:
         job(2, 32, 32, raw=True),
         job(3, 32, 32, ids=ids),
         job(4, 32, 32, ids=ids.flip(1)),
+        job(5, 32, 32, batch_norm_eps=1e-5, raw=False, feature_order="row_column_channel"),
     ]
     groups = group([*jobs, jobs[0]], within(10**6))
-    assert [[member.index for member in members] for members in groups] == [[0, 0], [1], [2], [3, 4]]
+    assert [[member.index for member in members] for members in groups] == [[0, 0], [1], [2], [3, 4], [5]]
 
 
 def test_layouts_are_not_the_same_group() -> None:
