@@ -17,6 +17,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.modular_pipelines.flux.decoders import FluxDecodeStep
 from diffusers.modular_pipelines.flux2.decoders import Flux2DecodeStep
 from diffusers.modular_pipelines.qwenimage.decoders import QwenImageDecoderStep
+from diffusers.modular_pipelines.stable_diffusion_xl.decoders import StableDiffusionXLDecodeStep
 
 import fluxvae
 from engine_models import one_thread
@@ -141,11 +142,10 @@ def test_every_step_with_a_vae_is_found(name: str) -> None:
     assert not wrapped(getattr(diffusers, name)())
     for attribute in ("inputs", "intermediate_outputs", "expected_components", "required_inputs", "model_name"):
         assert str(getattr(mine, attribute)) == str(getattr(blocks, attribute)), attribute
-    if name != "Ideogram4AutoBlocks":
-        there = RemoteVaeStep.replace_all(mine, "localhost:1")  # fluxvae's own steps are replaced too
-        assert list(wrapped(there, RemoteVaeStep)) == FOUND[name]
-        names = [spec.name for spec in there.expected_components]
-        assert names == [spec.name for spec in blocks.expected_components if spec.name != "vae"]
+    there = RemoteVaeStep.replace_all(mine, "localhost:1")  # fluxvae's own steps are replaced too
+    assert list(wrapped(there, RemoteVaeStep)) == FOUND[name]
+    names = [spec.name for spec in there.expected_components]
+    assert names == [spec.name for spec in blocks.expected_components if spec.name != "vae"]
 
 
 def test_a_step_of_ones_own_pipeline() -> None:
@@ -266,9 +266,10 @@ def test_steps_that_are_refused() -> None:
         LocalVaeStep.replace_all(blocks.sub_blocks["denoise"])
     with pytest.raises(InvalidOptionError, match="blocks: got str"):
         LocalVaeStep.replace_all("decode")
-    ideogram = diffusers.Ideogram4AutoBlocks().sub_blocks["decode"]
-    with pytest.raises(InvalidOptionError, match="step: got Ideogram4DecodeStep, which is none of flux, z_image"):
-        RemoteVaeStep(ideogram, "localhost:1")
+    with pytest.raises(
+        InvalidOptionError, match="step: got StableDiffusionXLDecodeStep, which is none of flux, z_image"
+    ):
+        RemoteVaeStep(StableDiffusionXLDecodeStep(), "localhost:1")
 
 
 def test_what_only_the_vae_tells() -> None:
@@ -290,6 +291,16 @@ def test_what_only_the_vae_tells() -> None:
     installed = flux2_vae()
     with fluxvae.install(installed), pytest.raises(InvalidOptionError, match="has been replaced already"):
         decode(step, installed)
+
+
+def test_ideogram_4_decodes_too() -> None:
+    """It has FLUX.2's VAE, and takes its statistics in another order, which stays its own step's affair."""
+    vae, step = flux2_vae(), diffusers.Ideogram4AutoBlocks().sub_blocks["decode"]
+    latents = torch.randn(2, 32, 6, 10, generator=torch.Generator().manual_seed(3))
+    own = decode(step, vae, latents)
+    assert same(decode(LocalVaeStep(step, engine="diffusers"), vae, latents), own)
+    order: dict[str, Any] = {"raw": False, "feature_order": "row_column_channel", "output_type": "pt"}
+    assert same(decode(LocalVaeStep(step), vae, latents), Decoder(vae).decode(latents, **order))
 
 
 def test_an_exact_step_is_the_library() -> None:

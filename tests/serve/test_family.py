@@ -19,6 +19,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import torch
+from diffusers.modular_pipelines.ideogram4.decoders import Ideogram4DecodeStep
 from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
 from tritonclient.utils import InferenceServerException
@@ -320,6 +321,16 @@ def test_a_remote_step_has_the_pipelines_dtype_or_another(family: Family, dtype:
     if dtype == "auto":
         image = modular_pipelines.run(bfloat16, "Flux2", image=modular_pipelines.picture(), output_type="pt")
         assert image.dtype == torch.bfloat16
+
+
+def test_ideogram_4s_step_decodes_on_the_server(family: Family) -> None:
+    """The server has the statistics, and is told the order of the features."""
+    step, vae = Ideogram4DecodeStep(), flux2_vae()
+    inputs = {"latents": torch.randn(2, 32, 4, 6, generator=torch.Generator().manual_seed(3)), "output_type": "pt"}
+    here = LocalVaeStep(step).init_pipeline()
+    here.update_components(vae=vae)
+    there = RemoteVaeStep(step, family.server.grpc_url).init_pipeline()
+    assert torch.equal(there(**inputs, output="images"), here(**inputs, output="images"))
 
 
 def test_a_remote_step_does_not_draw_from_flux2s_latents(family: Family) -> None:

@@ -84,9 +84,9 @@ def decode(
     feature_order: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="row_column_channel for Ideogram 4's latents, whose features come in another order than FLUX.2's, "
-            "channel_row_column. Nothing in a tensor tells which. Left out, the files may say it; otherwise it is "
-            "FLUX.2's.",
+            help="The order of the features of FLUX.2's patches: row_column_channel for Ideogram 4's latents, "
+            "channel_row_column for all others. Nothing in a tensor tells which. Left out, the files may say it; where "
+            "they do not, it is the latter.",
             metavar="NAME",
         ),
     ] = None,

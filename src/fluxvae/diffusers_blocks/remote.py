@@ -19,24 +19,27 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteVaeStep"]
 
-_FAMILIES = {
-    "flux": "vae_decoder",
-    "z_image": "vae_decoder",
-    "flux2": "vae_decoder_flux2",
-    "flux3": "vae_decoder_flux2",
+_FAMILIES: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "flux": ("vae_decoder", None),
+    "z_image": ("vae_decoder", None),
+    "flux2": ("vae_decoder_flux2", {"raw": False}),
+    "flux3": ("vae_decoder_flux2", {"raw": False}),
+    "ideogram4": ("vae_decoder_flux2", {"raw": False, "feature_order": "row_column_channel"}),
 }
-"""The model that decodes for each package of diffusers' modular pipelines. How the steps of others rescale latents, and
-by which factors, is not known here."""
+"""For each package of diffusers' modular pipelines the model that decodes, and what it is told of latents where it has
+to rescale them, by the VAE's statistics. How the steps of others rescale latents, and by which factors, is not known
+here."""
 
 
 class RemoteVaeStep(VaeStep):
     """A step that decodes or encodes on a server of fluxvae. The pipeline needs no ``vae``, and loads none.
 
-    FLUX.1's and Z-Image's steps rescale latents themselves, by FLUX.1's factors. FLUX.2's and FLUX.3's rescale by the
-    VAE's statistics, which are on the server alone, so the server does it, in its VAE's dtype (docs/pipelines.md).
+    FLUX.1's and Z-Image's steps rescale latents themselves, by FLUX.1's factors. FLUX.2's, FLUX.3's and Ideogram 4's
+    rescale by the VAE's statistics, which are on the server alone, so the server does it, in its VAE's dtype
+    (docs/pipelines.md).
 
     Args:
-        step: diffusers' step, of the families Flux, Flux2, Flux3 or ZImage, such as ``Flux2DecodeStep()``.
+        step: diffusers' step, of the families Flux, Flux2, Flux3, ZImage or Ideogram4, such as ``Flux2DecodeStep()``.
         url: the ``host:port`` of the server's gRPC endpoint.
         dtype: that of the VAE for the step, ``"float32"``, ``"bfloat16"``, ``"float16"`` or a ``torch.dtype``: some
             steps cast latents to it, and all give encoded latents in it. ``"auto"`` is the pipeline's, ``pipe.dtype``.
@@ -52,15 +55,15 @@ class RemoteVaeStep(VaeStep):
         super().__init__(step)
         packages = [kind.__module__.split(".") for kind in type(step).__mro__]
         families = [names[2] for names in packages if names[:2] == ["diffusers", "modular_pipelines"] and names[2:]]
-        model = next((_FAMILIES[name] for name in families if name in _FAMILIES), None)
-        if model is None:
+        family = next((_FAMILIES[name] for name in families if name in _FAMILIES), None)
+        if family is None:
             raise InvalidOptionError(
                 f"step: got {type(step).__name__}, which is none of {', '.join(_FAMILIES)}; how it rescales latents "
                 "is not known here: use LocalVaeStep"
             )
         self._dtype = None if dtype == "auto" else resolve_dtype(dtype, torch.device("cpu"))
+        model, self._reading = family
         self._url, self._options = url, {"model": model, **options}
-        self._by_statistics = model == "vae_decoder_flux2"
         if not isinstance(url, str):
             raise InvalidOptionError(f"url: got {type(url).__name__}, expected host:port, such as 'localhost:8001'")
         Client(url, **self._options).close()  # which refuses what is wrong with them
@@ -71,7 +74,8 @@ class RemoteVaeStep(VaeStep):
 
     def vae_for(self, components: Any) -> RemoteVAE:
         # A connection of each call's own: blocks are copied again and again, and this takes milliseconds.
-        vae = (_NormalisedVAE if self._by_statistics else RemoteVAE)(Client(self._url, **self._options))
+        client = Client(self._url, **self._options)
+        vae = RemoteVAE(client) if self._reading is None else _NormalisedVAE(client, self._reading)
         return vae.to(device=components._execution_device, dtype=self._dtype or components.dtype)
 
     def close(self, vae: RemoteVAE) -> None:
@@ -84,11 +88,11 @@ class _NormalisedVAE(RemoteVAE):
     The pipeline computes ``latents * sqrt(1 + 0) + 0`` before it decodes, and the reverse of it after it encodes.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, reading: dict[str, Any]) -> None:
         config = {**DEFAULTS["AutoencoderKLFlux2"], "batch_norm_eps": 0.0}
         bn = torch.nn.BatchNorm2d(4 * config["latent_channels"], eps=0.0, affine=False)
         super().__init__(client, config, bn)
-        self._reading = {"raw": False}
+        self._reading = reading
 
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> Any:
         """Encode pixels (B, 3, H, W) in [-1, 1] to normalised latents (B, 32, lh, lw): the mode of what is returned."""
