@@ -63,7 +63,7 @@ class ExactVAE(comfy.sd.VAE):
         samples = one_frame(samples_in)
         scale = self.spacial_compression_decode()
         size = samples.shape[-2] * scale, samples.shape[-1] * scale
-        with self.fluxvae_decoder.ready(*size, len(samples)) as decoder, interruptible() as cancel:
+        with self.fluxvae_decoder.ready(self, *size, len(samples)) as decoder, interruptible() as cancel:
             pixels = decoder.decode_raw(
                 samples.to(self.device, self.vae_dtype),
                 raw=None if decoder.format.flux2 else True,  # ComfyUI's latents of FLUX.2 are normalised patches
@@ -97,7 +97,7 @@ class ExactVAE(comfy.sd.VAE):
         """
         pixels = cropped(pixel_samples, self.spacial_compression_encode()).movedim(-1, 1)
         move, made = progress_bar(len(pixels)), []
-        with self.fluxvae_encoder.ready(*pixels.shape[-2:], 1) as encoder, interruptible() as cancel:
+        with self.fluxvae_encoder.ready(self, *pixels.shape[-2:], 1) as encoder, interruptible() as cancel:
             reading = Reading() if encoder.format.flux2 else Reading(raw=True)
             for index, one in enumerate(pixels.split(1)):
                 given = self.process_input(one).to(self.device, self.vae_dtype).contiguous()
@@ -114,11 +114,11 @@ class ExactVAE(comfy.sd.VAE):
     def _needed_to_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """How many bytes a decode of samples of this shape adds above the weights."""
         scale = self.spacial_compression_decode()
-        return self.fluxvae_decoder.needed(shape[-2] * scale, shape[-1] * scale, shape[0])
+        return self.fluxvae_decoder.needed(self, shape[-2] * scale, shape[-1] * scale, shape[0])
 
     def _needed_to_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """How many bytes an encode of pixels (B, 3, H, W) adds above the weights; pictures are encoded one by one."""
-        return self.fluxvae_encoder.needed(shape[-2], shape[-1], 1)
+        return self.fluxvae_encoder.needed(self, shape[-2], shape[-1], 1)
 
     def _output_dtype(self) -> torch.dtype:
         """The dtype of IMAGEs and LATENTs: float32, or what a newer version of ComfyUI says."""

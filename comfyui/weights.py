@@ -34,7 +34,7 @@ class Half:
 
     Args:
         kind: `fluxvae.Decoder` or `fluxvae.Encoder`.
-        vae: ComfyUI's VAE.
+        vae: ComfyUI's VAE. Later calls are given it again, since a node may have copied it and chosen another device.
         memory_limit: how many bytes a call may add above the loaded weights. None: what is free when it begins.
 
     Raises:
@@ -42,7 +42,7 @@ class Half:
     """
 
     def __init__(self, kind: type[Decoder] | type[Encoder], vae: comfy.sd.VAE, memory_limit: int | None) -> None:
-        self._kind, self._vae, self._limit = kind, vae, memory_limit
+        self._kind, self._limit = kind, memory_limit
         _check_kind(vae.first_stage_model, kind.way.network)
         bn = getattr(vae.first_stage_model, "bn", None)
         try:
@@ -51,25 +51,25 @@ class Half:
             raise Unsupported(str(error).removeprefix("checkpoint: ")) from error
         self._half: Any = None
 
-    def needed(self, height: int, width: int, batch: int) -> int:
+    def needed(self, vae: comfy.sd.VAE, height: int, width: int, batch: int) -> int:
         """Return how many bytes a call for pictures of this size, in pixels, adds above the weights.
 
         The weights are brought to their device for this, since what a call needs depends on where it computes.
         """
-        with self._bound() as half:
+        with self._bound(vae) as half:
             needed: int = half.plan(height, width, batch).peak_bytes
-        return needed + self._shared.copied(self._vae.device, self._vae.vae_dtype)
+        return needed + self._shared.copied(vae.device, vae.vae_dtype)
 
     @contextmanager
-    def ready(self, height: int, width: int, batch: int) -> Iterator[Any]:
+    def ready(self, vae: comfy.sd.VAE, height: int, width: int, batch: int) -> Iterator[Any]:
         """Yield the decoder or encoder when the memory manager has made room for pictures of this size, in pixels.
 
         Raises:
             FluxVAEError: the memory limit is too small, or the VAE has been changed since the node ran.
         """
-        needed = self.needed(height, width, batch)
-        self._load(needed)
-        with self._bound() as half:
+        needed = self.needed(vae, height, width, batch)
+        _load(vae, needed)
+        with self._bound(vae) as half:
             log.info(
                 "fluxvae: %ss %d x %dx%d exactly, within %s, kernels: %s",
                 self._kind.way.name, batch, width, height, size_in_words(needed),
@@ -78,22 +78,22 @@ class Half:
             yield half
 
     @contextmanager
-    def _bound(self) -> Iterator[Any]:
+    def _bound(self, vae: comfy.sd.VAE) -> Iterator[Any]:
         """Yield the decoder or encoder with ComfyUI's weights, which have been brought to the VAE's device."""
-        _refuse_functions(self._vae.first_stage_model)
+        _refuse_functions(vae.first_stage_model)
         self._shared.check()
-        self._load(0)
-        with self._shared.bound(self._vae.device, self._vae.vae_dtype) as module:
+        _load(vae, 0)
+        with self._shared.bound(vae.device, vae.vae_dtype) as module:
             if self._half is None:
                 self._half = self._kind(module, memory_limit=self._limit)
             yield self._half
 
-    def _load(self, needed: int) -> None:
-        """Have ComfyUI bring the weights to the VAE's device, and make room for ``needed`` more bytes there."""
-        patcher = self._vae.patcher
-        # Newer versions of ComfyUI may load weights only as they are used, and refuse to load them in full.
-        dynamic = getattr(patcher, "is_dynamic", lambda: False)()
-        management.load_models_gpu([patcher], memory_required=needed, force_full_load=not dynamic)
+
+def _load(vae: comfy.sd.VAE, needed: int) -> None:
+    """Have ComfyUI bring the weights to the VAE's device, and make room for ``needed`` more bytes there."""
+    # Newer versions of ComfyUI may load weights only as they are used, and refuse to load them in full.
+    dynamic = getattr(vae.patcher, "is_dynamic", lambda: False)()
+    management.load_models_gpu([vae.patcher], memory_required=needed, force_full_load=not dynamic)
 
 
 def _check_kind(model: Any, network: str) -> None:

@@ -185,7 +185,7 @@ def test_weights_are_held_once(runtime: ModuleType, pack: Any, vaes: dict[str, A
     ours, theirs = exact(runtime, given), given.first_stage_model.decoder
     assert ours.first_stage_model is given.first_stage_model
     assert ours.patcher is given.patcher
-    with ours.fluxvae_decoder.ready(32, 32, 1) as decoder:
+    with ours.fluxvae_decoder.ready(ours, 32, 32, 1) as decoder:
         assert decoder.vae.decoder.conv_in.weight.data_ptr() == theirs.conv_in.weight.data_ptr()
         assert (
             decoder.vae.decoder.mid_block.attentions[0].to_q.weight.data_ptr() == theirs.mid.attn_1.q.weight.data_ptr()
