@@ -1,4 +1,4 @@
-"""One real Triton server for all tests of this folder, on a tiny random checkpoint."""
+"""Two real Triton servers for this folder: of FLUX.1, and of every model that ships, with tiny random weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect
 
+from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, Encoder
+from fluxvae.serve.models import MODELS
+from fluxvae.serve.triton.repository import write_repository
 from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
 from serve.chromium import LOCAL, chromium
 from serve.client import GATHER, GATHER_ENCODES, Serving
+from serve.families import DECODERS, ENCODERS, Family
 from serve.gateways import Gateways
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
@@ -78,6 +82,28 @@ def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, lib
         log_path=log,
     ) as server:
         yield Serving(server, library)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Checkpoint folders of tiny random VAEs, by the model that serves them."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, served in MODELS.items():
+        vae = {"AutoencoderKL": random_vae, "AutoencoderKLFlux2": flux2_vae}.get(served.vae_class, lambda: tiny_vae(32))
+        vae().save_pretrained(folders[name])
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    """A server of every model that ships. FLUX.1's encoder has little memory, which small pictures do not need."""
+    settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
+    settings["vae_encoder"]["memory_limit"] = "8MB"
+    repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
+    library = {name: Decoder.from_pretrained(checkpoints[name], device="cpu") for name in DECODERS}
+    encoders = {name: Encoder.from_pretrained(checkpoints[name], device="cpu") for name in ENCODERS}
+    with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
+        yield Family(server, library, encoders)
 
 
 @pytest.fixture(scope="session")

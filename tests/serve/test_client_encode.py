@@ -28,10 +28,10 @@ from family_models import flux2_pipeline, flux2_vae, ids_of, run
 from fluxvae import Decoder, Encoder, InvalidImagesError, InvalidOptionError, MemoryLimitError
 from fluxvae.client import AsyncClient, Client, RemoteVAE
 from fluxvae.errors import DeadlineExceededError
-from fluxvae.serve.triton.repository import write_repository
 from fluxvae.serve.triton.server import TritonServer
 from models import flux_pipeline, random_vae
 from serve.client import Serving
+from serve.families import Family
 from serve.test_client import PROTOCOLS, protocols, url_of
 from serve.test_server_behaviour import metric
 from serve.waiting import wait_for
@@ -404,17 +404,10 @@ def test_the_documents_examples(
 # -- FLUX.2, and a memory limit --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of FLUX.2's models, and of FLUX.1's encoder with little memory."""
-    root = tmp_path_factory.mktemp("others")
-    flux2_vae().save_pretrained(root / "flux2")
-    random_vae().save_pretrained(root / "flux1")
-    settings = {name: {"checkpoint": str(root / "flux2"), "threads": "1"} for name in ("vae_decoder_flux2", FLUX2)}
-    settings["vae_encoder"] = {"checkpoint": str(root / "flux1"), "threads": "1", "memory_limit": "8MB"}
-    repository = write_repository(root / "models", settings, device="cpu")
-    with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
-        yield server
+@pytest.fixture
+def others(family: Family) -> TritonServer:
+    """The server of FLUX.2's models, and of FLUX.1's encoder with little memory."""
+    return family.server
 
 
 @pytest.fixture(scope="module")

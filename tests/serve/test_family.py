@@ -10,7 +10,7 @@ import io
 import json
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,16 +25,16 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 import modular_pipelines
-from family_models import flux2_pipeline, flux2_vae, ids_of, run, tiny_vae
-from fluxvae import Decoder, Encoder, InvalidLatentsError, InvalidOptionError
+from family_models import flux2_pipeline, flux2_vae, ids_of, run
+from fluxvae import InvalidLatentsError, InvalidOptionError
 from fluxvae.client import Client, install
 from fluxvae.diffusers_blocks import LocalVaeStep, RemoteVaeStep
 from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
 from fluxvae.serve.triton.server import TritonServer, TritonServerError
-from models import random_vae
 from serve.client import PROTOCOLS, Protocol, Request, Serving
+from serve.families import ENCODERS, FLUX1, FLUX2, PREVIEW, Family
 from serve.gateways import Gateways, ask
 from serve.supervised import Supervised
 
@@ -44,48 +44,7 @@ pytestmark = [
 ]
 SIZE = {"height": 32, "width": 48}
 PATCHES = 6
-FLUX1, FLUX2, PREVIEW, *ENCODERS = MODELS
-DECODERS = (FLUX1, FLUX2, PREVIEW)
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A server, and for each of its models the library with the same weights."""
-
-    server: TritonServer
-    library: dict[str, Decoder]
-    encoders: dict[str, Encoder]
-
-    def serving(self, model: str) -> Serving:
-        return Serving(self.server, self.library[model])
-
-    def infer_pictures(self, request: Request, model: str) -> dict[str, np.ndarray]:
-        """Send a request whose pictures, not latents, are in ``request.latents``."""
-        inputs = {"images": request.latents, "latents": None, "height": None, "width": None}
-        return Serving(self.server, self.library[FLUX1]).infer("grpc", replace(request, inputs=inputs), model)
-
-    def client(self, model: str) -> Client:
-        return Client(self.server.grpc_url, model=model)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
-    for name, served in MODELS.items():
-        vae = {"AutoencoderKL": random_vae, "AutoencoderKLFlux2": flux2_vae}.get(served.vae_class, lambda: tiny_vae(32))
-        vae().save_pretrained(folders[name])
-    return {name: str(folder) for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
-    settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
-    repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
-    library = {name: Decoder.from_pretrained(checkpoints[name], device="cpu") for name in DECODERS}
-    encoders = {name: Encoder.from_pretrained(checkpoints[name], device="cpu") for name in ENCODERS}
-    with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
-        yield Family(server, library, encoders)
 
 
 @pytest.fixture(scope="module")

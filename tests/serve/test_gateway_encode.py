@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -22,14 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from family_models import flux2_vae
-from fluxvae import Decoder, Encoder
+from fluxvae import Encoder
 from fluxvae.serve.gateway.pictures import read_pictures
 from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.gateway.remote_encode import parse
-from fluxvae.serve.triton.repository import write_repository
-from fluxvae.serve.triton.server import TritonServer
 from serve.client import Serving
+from serve.families import Family
 from serve.gateways import Answer, Gateways, ask
 
 FACTORS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
@@ -282,26 +279,20 @@ def test_pixels_are_those_that_pytorch_keeps(height: int, width: int) -> None:
 # -- FLUX.2, paths and descriptions --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def flux2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A gateway to FLUX.2's models alone, the encoder first, and their checkpoint."""
-    folder = tmp_path_factory.mktemp("flux2")
-    flux2_vae().save_pretrained(folder)
-    served = {name: {"checkpoint": str(folder), "threads": "1"} for name in FLUX2}
-    repository = write_repository(tmp_path_factory.mktemp("models") / "models", served, device="cpu")
-    with TritonServer(repository, env={"OMP_NUM_THREADS": "1"}) as server:
-        gateways = Gateways(server.grpc_url, server.metrics_url, server.config_key)
-        yield gateways.start(models=FLUX2), folder
-        gateways.stop()
-
-
 FLUX2 = ("vae_encoder_flux2", "vae_decoder_flux2")
 
 
+@pytest.fixture(scope="module")
+def flux2(family: Family) -> Iterator[str]:
+    """A gateway to FLUX.2's models alone, the encoder first."""
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url, family.server.config_key)
+    yield gateways.start(models=FLUX2)
+    gateways.stop()
+
+
 @pytest.mark.filterwarnings("ignore:`do_scaling` is deprecated:FutureWarning")
-def test_flux2(flux2: tuple[str, Path]) -> None:
-    url, folder = flux2
-    encoder, decoder = (each.from_pretrained(folder, device="cpu") for each in (Encoder, Decoder))
+def test_flux2(flux2: str, family: Family) -> None:
+    url, encoder, decoder = flux2, family.encoders["vae_encoder_flux2"], family.library["vae_decoder_flux2"]
     picture = photograph()
     raw = remote_encode(f"{url}/encode", photograph("odd"))
     assert raw.shape == (1, 32, 5, 7)
