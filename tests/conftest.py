@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, settings
 
 from fluxvae import Decoder
+from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
 
 # The models are tiny, so a second thread would only wait for the first, and for long where other work wants the cores.
@@ -52,3 +54,14 @@ def vae() -> AutoencoderKL:
 @pytest.fixture(scope="session")
 def decoder(vae: AutoencoderKL) -> Decoder:
     return Decoder(vae, engine="diffusers")
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[TritonServer]:
+    """The shipped folder as it is, with nothing set, which is what a user's first server is."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CHECKPOINT", "DEVICE", "MEMORY_LIMIT"):
+            patch.delenv(f"FLUXVAE_{name}", raising=False)
+        folder = Path(__file__).parents[1] / "triton_models"
+        with TritonServer(folder, models=["vae_decoder"], env={"OMP_NUM_THREADS": "1"}) as server:
+            yield server

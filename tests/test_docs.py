@@ -22,12 +22,6 @@ DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
-def server():
-    with TritonServer(ROOT / "triton_models", models=["vae_decoder"]) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def expected() -> np.ndarray:
     latents, height, width = read_latents(DEFAULT_LATENTS)
     return fluxvae.Decoder.from_pretrained("demo").decode(latents, height=height, width=width, output_type="uint8")
@@ -60,33 +54,35 @@ def test_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.n
     assert np.array_equal(np.asarray(names["pictures"][0]), expected[0])
 
 
-def test_client(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
+def test_client(
+    demo_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray
+) -> None:
     block = blocks(DOCS / "clients.md", "python")[0]
     assert "localhost:8001" in block
-    run(block.replace("localhost:8001", server.grpc_url), tmp_path, monkeypatch)
+    run(block.replace("localhost:8001", demo_server.grpc_url), tmp_path, monkeypatch)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "astronaut.png")), expected[0])
 
 
 def test_the_readmes_client(
-    server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray
+    demo_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray
 ) -> None:
     block = blocks(ROOT / "README.md", "python")[2]
     assert "localhost:8001" in block
-    names = run(block.replace("localhost:8001", server.grpc_url), tmp_path, monkeypatch)
+    names = run(block.replace("localhost:8001", demo_server.grpc_url), tmp_path, monkeypatch)
     assert np.array_equal(np.asarray(names["image"]), expected[0])
 
 
-def test_http(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
+def test_http(demo_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
     block = blocks(DOCS / "clients.md", "python")[1]
     assert "localhost:8000" in block
-    names = run(block.replace("localhost:8000", server.http_url), tmp_path, monkeypatch)
+    names = run(block.replace("localhost:8000", demo_server.http_url), tmp_path, monkeypatch)
     assert np.array_equal(names["pixels"], expected)
 
 
-def test_grpc(server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
+def test_grpc(demo_server: TritonServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:
     block = blocks(DOCS / "clients.md", "python")[2]
     assert "localhost:8001" in block
-    run(block.replace("localhost:8001", server.grpc_url), tmp_path, monkeypatch)
+    run(block.replace("localhost:8001", demo_server.grpc_url), tmp_path, monkeypatch)
     picture = Image.open(io.BytesIO((tmp_path / "astronaut.webp").read_bytes()))
     assert picture.format == "WEBP"
     difference = np.abs(np.asarray(picture.convert("RGB")).astype(int) - expected[0])

@@ -8,8 +8,6 @@ from __future__ import annotations
 import io
 import json
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from fluxvae.pictures import encode
 from fluxvae.serve.triton.server import TritonServer
 from serve.client import PROTOCOLS, Protocol, Request, Serving, random_latents
 
-TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
 OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -136,17 +133,7 @@ def test_http_without_a_client_library(serving: Serving) -> None:
 
 
 @protocols
-def test_the_shipped_folder_serves_the_demo_checkpoint(protocol: Protocol, demo_serving: Serving) -> None:
+def test_the_shipped_folder_serves_the_demo_checkpoint(protocol: Protocol, demo_server: TritonServer) -> None:
     request = Request(random_latents(0, 64, 64), 64, 64)
-    demo_serving.assert_same_pixels(demo_serving.infer(protocol, request)["images"], request)
-
-
-@pytest.fixture(scope="module")
-def demo_serving() -> Iterator[Serving]:
-    """The folder is as it is shipped, with nothing set, which is what a user's first server is."""
-    library = Decoder.from_pretrained("demo", device="cpu")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("CHECKPOINT", "DEVICE", "MEMORY_LIMIT"):
-            patch.delenv(f"FLUXVAE_{name}", raising=False)
-        with TritonServer(TRITON_MODELS, models=["vae_decoder"], env={"OMP_NUM_THREADS": "1"}) as server:
-            yield Serving(server, library)
+    serving = Serving(demo_server, Decoder.from_pretrained("demo", device="cpu"))
+    serving.assert_same_pixels(serving.infer(protocol, request)["images"], request)
