@@ -1,7 +1,8 @@
 """Decodes under every setting of a process, and under every pair of settings. `test_settings.py` starts it.
 
-It runs in a process of its own, because a tensor of the wrong dtype or device in compiled code can end the process. It
-prints what it tries before it tries it, and ``all the same bits`` at the end.
+``settings_matrix.py 1 winograd torch`` tries single settings (2: pairs too) with one kind of kernels or engine after
+the other. It runs in a process of its own, because a tensor of the wrong dtype or device in compiled code can end the
+process. It prints what it tries before it tries it, and ``all the same bits`` with the kind when it has tried all.
 """
 
 from __future__ import annotations
@@ -148,8 +149,9 @@ def main(kind: str, together: int) -> None:
             assert _state() == before, f"{before} became {_state()}"
         for image in made:
             assert (image == expected).all(), f"{(image != expected).mean():.1%} of the values changed"
-    print("all the same bits")
+    print(f"{kind}: all the same bits", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    for each in sys.argv[2:]:
+        main(each, int(sys.argv[1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,9 @@ import pytest
 import torch
 from diffusers.modular_pipelines.ideogram4.decoders import Ideogram4DecodeStep
 from diffusers.utils.remote_utils import remote_decode
+from google.protobuf import text_format
 from PIL import Image
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 import modular_pipelines
@@ -29,10 +32,11 @@ from family_models import flux2_pipeline, flux2_vae, ids_of, run
 from fluxvae import InvalidLatentsError, InvalidOptionError
 from fluxvae.client import Client, install
 from fluxvae.diffusers_blocks import LocalVaeStep, RemoteVaeStep
+from fluxvae.errors import FluxVAEError
 from fluxvae.latents.format import PREVIEW_NOTE
+from fluxvae.serve.model.startup import Settings, make_work
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
-from fluxvae.serve.triton.server import TritonServer, TritonServerError
 from serve.client import PROTOCOLS, Protocol, Request, Serving
 from serve.families import ENCODERS, FLUX1, FLUX2, PREVIEW, Family
 from serve.gateways import Gateways, ask
@@ -450,19 +454,24 @@ def test_odd_grids_of_flux2_are_for_raw_latents(family: Family, size: tuple[int,
 # -- what keeps a model from loading -------------------------------------------------------------------------------
 
 
-def test_models_that_do_not_load(checkpoints: dict[str, str], tmp_path: Path) -> None:
-    wrong = {
-        FLUX1: {"checkpoint": checkpoints[FLUX2]},
-        FLUX2: {},
-        PREVIEW: {"checkpoint": checkpoints[PREVIEW], "approximate": "false"},
-    }
-    server = TritonServer(write_repository(tmp_path / "models", wrong, device="cpu"), env={"OMP_NUM_THREADS": "1"})
-    with pytest.raises(TritonServerError):
-        server.start()
-    log = server.log()
-    assert "is AutoencoderKLFlux2, expected AutoencoderKL for this model; serve it as vae_decoder_flux2" in log
-    assert "checkpoint: none is set, and none for AutoencoderKLFlux2 ships; set the parameter checkpoint" in log
-    assert "whose pictures are approximate; set the parameter approximate to true" in log
+@pytest.mark.parametrize(
+    ("model", "served", "extra", "message"),
+    [
+        (FLUX1, FLUX2, {}, "is AutoencoderKLFlux2, expected AutoencoderKL for this model; serve it as vae_decoder_fl"),
+        (FLUX2, None, {}, "checkpoint: none is set, and none for AutoencoderKLFlux2 ships; set the parameter checkpo"),
+        (PREVIEW, PREVIEW, {"approximate": "false"}, "pictures are approximate; set the parameter approximate to tr"),
+    ],
+)
+def test_models_that_do_not_load(
+    checkpoints: dict[str, str], tmp_path: Path, model: str, served: str | None, extra: dict[str, str], message: str
+) -> None:
+    """By the config that Triton would read. That such an error ends Triton is shown in test_server_refusals.py."""
+    settings = {**({} if served is None else {"checkpoint": checkpoints[served]}), **extra}
+    repository = write_repository(tmp_path / "models", {model: settings}, device="cpu")
+    config = text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
+    parameters = {name: {"string_value": value.string_value} for name, value in config.parameters.items()}
+    with pytest.raises(FluxVAEError, match=re.escape(message)):
+        make_work(Settings.read(parameters, {}, kind="CPU", device_id="0"))
 
 
 # -- fluxvae serve -------------------------------------------------------------------------------------------------
