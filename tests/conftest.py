@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from fluxvae import Decoder
 from fluxvae.serve.triton.server import TritonServer
@@ -36,6 +38,47 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and config.getoption("markexpr") == "not slow"
     return 2 if whole else 0
+
+
+TOGETHER = ("tests/serve/", "tests/test_docs.py")
+"""Where tests share Triton servers, so that one process should run them all: each server is started once then."""
+LONG = (
+    "tests/test_cuda_kernels.py",
+    "tests/test_plan.py",
+    "tests/batch/test_kill.py",
+    "tests/test_family_engine.py",
+    "tests/test_encoder_engine.py",
+    "tests/test_engine_exact.py",
+    "tests/test_flux_pipeline.py",
+    "tests/test_settings.py",
+    "tests/checkpoints/test_files.py",
+    "tests/batch/test_claims.py",
+    "tests/test_quiet.py",
+    "tests/test_fork.py",
+    "tests/test_demo.py",
+)
+"""Other files that take more than twenty seconds. They begin before the rest, so that none is waited for at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that share servers first, then the long files, then the others."""
+    first = (*TOGETHER, *LONG)
+
+    def place(item: pytest.Item) -> int:
+        return next((index for index, name in enumerate(first) if item.nodeid.startswith(name)), len(first))
+
+    items.sort(key=place)
+
+
+class _ByFileAndServer(LoadFileScheduling):
+    """xdist's way to give whole files to processes, with all files that share servers as if they were one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return TOGETHER[0] if nodeid.startswith(TOGETHER) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    return _ByFileAndServer(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture
