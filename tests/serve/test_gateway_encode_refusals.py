@@ -23,8 +23,9 @@ from playwright.sync_api import Browser, Page
 from fluxvae.serve.gateway.command import main
 from serve.client import Serving
 from serve.gateways import Answer, Gateways, ask, wait_until
-from serve.test_gateway_refusals import refused, triton_requests
+from serve.test_gateway_refusals import refused, triton_has_counted, triton_requests
 from serve.test_gateway_service import stopped
+from serve.test_server_behaviour import metric
 
 MODEL = "vae_encoder"
 SHAPE = (1, 3, 16, 24)
@@ -34,7 +35,8 @@ BODY = VALUES.tobytes()
 
 
 @pytest.fixture(scope="module")
-def gateway(gateways: Gateways) -> str:
+def gateway(gateways: Gateways, serving: Serving) -> str:
+    triton_has_counted(serving, MODEL)
     return gateways.start(models=("vae_decoder", MODEL))
 
 
@@ -212,6 +214,8 @@ def test_bodies_of_both_ways_count_in_one_memory(gateways: Gateways, serving: Se
         "POST", "/encode?shape=2048&shape=2048&shape=3&dtype=uint8", bytes(12 * 2**20), {"X-Request-ID": "left"}
     )
     wait_until(lambda: under_way(url) == 1, "the picture did not arrive")
+    # Triton lets go of what is cancelled in its queue, and the model never hears of it.
+    wait_until(lambda: metric(serving.server, "fluxvae_in_flight", model=MODEL) > 0, "the encode did not begin")
     refused(ask(url, "POST", "/encode", body=FILE), 503, "hold as many bytes as this gateway keeps")
     refused(ask(url, "POST", decode, headers=tensor, body=bytes(4096)), 503, "hold as many bytes as this gateway keeps")
     assert under_way(url) == 1, "or this shows nothing"

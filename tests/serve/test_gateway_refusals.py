@@ -15,7 +15,7 @@ import pytest
 from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.gateway.app import GatewaySettings
 from serve.client import Serving
-from serve.gateways import Answer, Gateways, ask
+from serve.gateways import Answer, Gateways, ask, wait_until
 
 QUICK_S = 0.1
 ATTEMPTS = 5  # on a busy machine, the shortest of some times is what the code itself takes
@@ -24,6 +24,11 @@ SHAPE = (1, 16, 64)
 QUERY = {"shape": list(SHAPE), "dtype": "float32", "height": 64, "width": 64}
 HEADERS = {"Content-Type": "tensor/binary"}
 BODY = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32).tobytes()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted(serving: Serving) -> None:
+    triton_has_counted(serving)
 
 
 def post(url: str, *, body: Any = BODY, headers: dict[str, str] | None = None, **changes: Any) -> Answer:
@@ -243,3 +248,19 @@ def triton_requests(serving: Serving, model: str = "vae_decoder") -> float:
         for line in page.splitlines()
         if line.startswith(names) and f'model="{model}"' in line
     )
+
+
+def triton_has_counted(serving: Serving, model: str = "vae_decoder") -> None:
+    """Wait until what earlier tests have asked for is counted, which Triton does some time after it has answered.
+
+    Nothing tells when it is done, so the number must stay the same for a second.
+    """
+    seen, since = triton_requests(serving, model), time.monotonic()
+
+    def settled() -> bool:
+        nonlocal seen, since
+        if (now := triton_requests(serving, model)) != seen:
+            seen, since = now, time.monotonic()
+        return time.monotonic() - since > 1
+
+    wait_until(settled, "Triton went on counting")
