@@ -105,7 +105,7 @@ class Installed:
         if self.vae.use_tiling:
             raise InvalidOptionError(
                 "use_tiling: got True; tiles are blended, not exact, and fluxvae.install bounds memory without them; "
-                "call vae.disable_tiling() (pipe.disable_vae_tiling()), or handle.remove() to tile"
+                "call pipe.vae.disable_tiling(), or handle.remove() to tile"
             )
         # Every parameter of a model fresh from from_pretrained has requires_grad, so only the training mode shows that
         # gradients are really wanted.
