@@ -124,8 +124,8 @@ def test_the_command_line_and_its_variables_are_told() -> None:
 
 
 def test_the_index_leads_to_every_document() -> None:
-    led_to = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
-    assert led_to == {path.name for path in DOCS.glob("*.md")} - {"index.md"}
+    led_to = set(re.findall(r"\]\(([\w/-]+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
+    assert led_to == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"index.md"}
 
 
 def test_documents_that_files_name_exist() -> None:
@@ -135,7 +135,7 @@ def test_documents_that_files_name_exist() -> None:
     named = 0
     for path in [*files, ROOT / "pyproject.toml"]:
         if path.suffix in (".py", ".pbtxt", ".toml", ".yaml", ".md", ".html", "") and "__pycache__" not in path.parts:
-            for name in re.findall(r"\bdocs/[\w-]+\.md\b", path.read_text(encoding="utf-8", errors="replace")):
+            for name in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8", errors="replace")):
                 named += 1
                 assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} names {name}"
     assert named > 10
