@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fluxvae import __version__
 from fluxvae.errors import InvalidOptionError
-from fluxvae.serve.models import MODELS
+from fluxvae.serve.models import MODELS, encodes
 from fluxvae.serve.supervisor.checks import is_loopback
 from fluxvae.serve.supervisor.supervisor import ServeSettings, Supervisor
 
@@ -129,8 +129,10 @@ def _announce(supervisor: Supervisor, console: Console) -> None:
         what = "pictures to latents" if MODELS[name].encodes else "latents to pictures"
         approximate = ", approximate previews" if MODELS[name].vae_class == "AutoencoderTiny" else ""
         console.print(f"serving {checkpoint} as {name}: {what}{approximate}", markup=False)
+    ways = {encodes(name) for name in settings.models}
+    protocols = [name for name, way in (("remote_decode", False), ("remote_encode", True)) if way in ways]
     for name, where in (
-        ("gateway", f"{supervisor.url}  (a page, remote_decode, remote_encode, /docs, /healthz, /readyz, /metrics)"),
+        ("gateway", f"{supervisor.url}  (a page, {', '.join(protocols)}, /docs, /healthz, /readyz, /metrics)"),
         ("Triton gRPC", server.grpc_url),
         ("Triton HTTP", f"http://{server.http_url}"),
         ("metrics", server.metrics_url),
