@@ -123,7 +123,7 @@ def test_info_and_plan_of_the_rest_of_the_family(tmp_path: Path) -> None:
     assert "sqrt(running_var + 0.0001) + running_mean" in invoke("info", str(tmp_path / "flux2"))
     save_file(vae.state_dict(), tmp_path / "file.safetensors")
     text = " ".join(invoke("info", str(tmp_path / "file.safetensors"), "--family", "flux2").split())
-    assert "family flux2 (FLUX.2, FLUX.3 and others), by family" in text
+    assert "family flux2, by family= models FLUX.2, FLUX.3 and others" in text
     shown = json.loads(invoke("info", str(tmp_path / "taef2"), "--json"))
     assert (shown["model"], shown["approximate"], shown["packed_features"]) == ("AutoencoderTiny", True, 128)
     assert "a preview, not the image the full VAE decodes" in invoke("info", str(tmp_path / "taef2"))

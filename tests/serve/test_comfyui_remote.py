@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -161,3 +162,14 @@ def test_interruption_and_timeout(runtime: ModuleType, gateways: Gateways) -> No
     with pytest.raises(DeadlineExceededError, match="within 1 s"):
         remote(runtime, url, timeout=1.0).decode(large)
     assert time.monotonic() - start < 20
+
+
+def test_a_full_server_is_waited_for(runtime: ModuleType, gateways: Gateways) -> None:
+    url = gateways.start(models=MODELS, max_in_flight=1, max_queue=1)
+    vae, refused = remote(runtime, url), b'status="503"'
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(vae.decode, torch.zeros(1, 16, 96, 96)) for _ in range(2)]  # one at work, and one in line
+        wait_until(lambda: b"fluxvae_gateway_waiting 1.0" in ask(url, path="/metrics").body, "nobody waits")
+        third = pool.submit(vae.decode, torch.zeros(1, 16, 4, 4))
+        wait_until(lambda: refused in ask(url, path="/metrics").body, "the third was not refused")
+        assert [work.result(60).shape for work in (*busy, third)] == [(1, 768, 768, 3)] * 2 + [(1, 32, 32, 3)]

@@ -45,6 +45,7 @@ def info(
     """
     with busy(f"reading {checkpoint}"):
         from fluxvae.checkpoints import open_checkpoint
+        from fluxvae.checkpoints.families import FAMILIES
         from fluxvae.engine.plan import size_in_words
 
         found = open_checkpoint(checkpoint, revision=revision, subfolder=subfolder, variant=variant, family=family)
@@ -93,7 +94,8 @@ def info(
             "weights": escape(shards + (f", variant {found.variant}" if found.variant else "")),
             "names": escape(found.layout + (f", behind {found.prefix!r}" if found.prefix else "")),
             **({"approximate": "a preview, not the image the full VAE decodes"} if latents.preview else {}),
-            "family": f"{_family(found.family)}, by {found.told_by}",
+            "family": f"{found.family or 'none named'}, by {found.told_by}",
+            **({"models": FAMILIES[found.family].models} if found.family else {}),
             **({"assumed": f"[yellow]{escape(found.assumed)}[/yellow]"} if found.assumed else {}),
             "latents": f"{latents.channels} channels, {f} pixels each way for one latent",
             "packed": f"{latents.packed_features} features for {2 * f} x {2 * f} pixels",
@@ -104,10 +106,3 @@ def info(
             + (f", {facts['layers_per_block'] + 1} residual blocks on each level" if facts["layers_per_block"] else ""),
         },
     )
-
-
-def _family(name: str | None) -> str:
-    """Return a family's name together with the models that it stands for."""
-    from fluxvae.checkpoints.families import FAMILIES
-
-    return "none named" if name is None else f"{name} ({FAMILIES[name].models})"

@@ -90,7 +90,8 @@ class _NormalisedVAE(RemoteVAE):
 
     def __init__(self, client: Client, reading: dict[str, Any]) -> None:
         config = {**DEFAULTS["AutoencoderKLFlux2"], "batch_norm_eps": 0.0}
-        bn = torch.nn.BatchNorm2d(4 * config["latent_channels"], eps=0.0, affine=False)
+        features = 4 * config["latent_channels"]
+        bn = torch.nn.BatchNorm2d(features, eps=0.0, affine=False, device="cpu", dtype=torch.float32)
         super().__init__(client, config, bn)
         self._reading = reading
 
