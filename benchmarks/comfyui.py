@@ -41,7 +41,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from fluxvae.verify.oracle import level_difference
-from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED_FULL, EXACT_VS_REFERENCE_LEVELS
+from fluxvae.verify.tolerances import COMFYUI_LATENTS, EXACT_VS_REFERENCE_CHANGED_FULL, EXACT_VS_REFERENCE_LEVELS
 from measure import machine
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +49,6 @@ CHANNELS = {"flux": (16, 8), "sd": (4, 8), "flux2": (128, 16)}
 """For each VAE the channels of a LATENT, and the pixels for each of its values."""
 KINDS = ("own", "fluxvae", "own tiled", "fluxvae tiled")
 DEADLINE_S = 3600.0
-LATENT_ERROR = 1e-3
-"""The largest difference of latents to ComfyUI's own; their values are of order 1."""
 
 
 class Comfy:
@@ -90,11 +88,11 @@ class Comfy:
             self._process.kill()
             self._process.wait()
 
-    def run(self, graph: dict[str, Any], interrupt_after: int | None = None) -> dict[str, Any]:
+    def run(self, graph: dict[str, Any], interrupt_after: float | None = None) -> dict[str, Any]:
         """Run a workflow, and return its entry of the history.
 
         Args:
-            interrupt_after: interrupts it when this many steps of its progress bar are done.
+            interrupt_after: interrupts it this many seconds after the node's VAE has begun to decode.
         """
         prompt = self.ask("/prompt", {"prompt": graph})["prompt_id"]
         deadline = time.monotonic() + DEADLINE_S
@@ -271,7 +269,11 @@ def compare(rows: list[dict[str, Any]]) -> list[str]:
         if not row["kind"].startswith("fluxvae"):
             continue
         allowed = EXACT_VS_REFERENCE_LEVELS["float32"].bound, EXACT_VS_REFERENCE_CHANGED_FULL.bound
-        if found.largest > allowed[0] or found.changed > allowed[1] or row.get("latent_error", 0) > LATENT_ERROR:
+        if (
+            found.largest > allowed[0]
+            or found.changed > allowed[1]
+            or row.get("latent_error", 0) > COMFYUI_LATENTS.bound
+        ):
             wrong.append(f"{row['vae']} {row['size']} {row['kind']}: {found}, latents by {row.get('latent_error')}")
     return wrong
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from typing import Any
@@ -95,30 +97,37 @@ class Server:
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
 
-        def exchange() -> tuple[int, Answer]:
-            connection.request(method, target, body=body, headers=headers)
-            response = connection.getresponse()
-            lower = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, Answer(lower, response.read())
+        future: Future[tuple[int, Answer]] = Future()
 
-        with ThreadPoolExecutor(1, thread_name_prefix="fluxvae") as pool:
-            future = pool.submit(exchange)
+        def exchange() -> None:
             try:
-                return _wait(future, cancel, deadline)
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, TimeoutError):
-                    raise DeadlineExceededError(
-                        f"server: {self.address} did not answer within {self.timeout_s:g} s; raise the node's timeout, "
-                        "or see what the server does"
-                    ) from error
-                raise UnavailableError(
-                    f"server: no answer from {self.address} ({error}); start it with `fluxvae serve`, or correct the "
-                    "address"
+                connection.request(method, target, body=body, headers=headers)
+                response = connection.getresponse()
+                lower = {name.lower(): value for name, value in response.getheaders()}
+                future.set_result((response.status, Answer(lower, response.read())))
+            except Exception as error:
+                future.set_exception(error)
+
+        # Nobody waits for this thread to end, since one that still connects cannot be stopped.
+        threading.Thread(target=exchange, name="fluxvae", daemon=True).start()
+
+        try:
+            return _wait(future, cancel, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceededError(
+                    f"server: {self.address} did not answer within {self.timeout_s:g} s; raise the node's timeout, or "
+                    "see what the server does"
                 ) from error
-            finally:
-                if connection.sock is not None and not future.done():
-                    connection.sock.shutdown(2)  # so that the thread ends too
-                connection.close()
+            raise UnavailableError(
+                f"server: no answer from {self.address} ({error}); start it with `fluxvae serve`, or correct the "
+                "address"
+            ) from error
+        finally:
+            if connection.sock is not None and not future.done():
+                with contextlib.suppress(OSError):  # the server may have closed it at this moment
+                    connection.sock.shutdown(2)  # so that the thread ends too, and the server hears of it
+            connection.close()
 
     def _error(self, status: int, answer: Answer) -> FluxVAEError:
         try:

@@ -56,9 +56,13 @@ class Half:
 
         The weights are brought to their device for this, since what a call needs depends on where it computes.
         """
+        return self._planned(vae, height, width, batch)[0]
+
+    def _planned(self, vae: comfy.sd.VAE, height: int, width: int, batch: int) -> tuple[int, str]:
+        """Return what `needed` does, and the name of the kernels."""
         with self._bound(vae) as half:
-            needed: int = half.plan(height, width, batch).peak_bytes
-        return needed + self._shared.copied(vae.device, vae.vae_dtype)
+            plan = half.plan(height, width, batch)
+        return plan.peak_bytes + self._shared.copied(vae.device, vae.vae_dtype), plan.kernels
 
     @contextmanager
     def ready(self, vae: comfy.sd.VAE, height: int, width: int, batch: int) -> Iterator[Any]:
@@ -67,13 +71,12 @@ class Half:
         Raises:
             FluxVAEError: the memory limit is too small, or the VAE has been changed since the node ran.
         """
-        needed = self.needed(vae, height, width, batch)
+        needed, kernels = self._planned(vae, height, width, batch)
         _load(vae, needed)
         with self._bound(vae) as half:
             log.info(
                 "fluxvae: %ss %d x %dx%d exactly, within %s, kernels: %s",
-                self._kind.way.name, batch, width, height, size_in_words(needed),
-                half.plan(height, width, batch).kernels,
+                self._kind.way.name, batch, width, height, size_in_words(needed), kernels,
             )  # fmt: skip
             yield half
 

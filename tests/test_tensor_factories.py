@@ -16,7 +16,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted(path for folder in ("src", "triton_models", "examples") for path in (ROOT / folder).rglob("*.py"))
+SOURCES = sorted(
+    path for folder in ("src", "comfyui", "triton_models", "examples") for path in (ROOT / folder).rglob("*.py")
+)
 
 FACTORIES = {function.__name__ for function in _device_constructors()}
 """PyTorch's own list of the functions whose device is the default one where none is named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import logging
 import threading
 import time
@@ -173,3 +174,21 @@ def test_a_full_server_is_waited_for(runtime: ModuleType, gateways: Gateways) ->
         third = pool.submit(vae.decode, torch.zeros(1, 16, 4, 4))
         wait_until(lambda: refused in ask(url, path="/metrics").body, "the third was not refused")
         assert [work.result(60).shape for work in (*busy, third)] == [(1, 768, 768, 3)] * 2 + [(1, 32, 32, 3)]
+
+
+def test_an_interruption_does_not_wait_for_a_connection(
+    runtime: ModuleType, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that drops packets keeps a thread in its attempt to connect, which nothing can end."""
+    import comfy.model_management as management
+
+    vae, hanging = remote(runtime, address), threading.Event()
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: hanging.wait(60))
+    management.interrupt_current_processing()
+    start = time.monotonic()
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            vae.decode(torch.zeros(1, 16, 4, 4))
+        assert time.monotonic() - start < 20
+    finally:
+        hanging.set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "COMFYUI_LATENTS",
     "CUDA_ATTENTION",
     "CUDA_PASS",
     "CUDA_STATISTICS",
@@ -78,6 +79,10 @@ THERE_AND_BACK = Tolerance(
     0.02,
     1.6e-4,
     "dB by which a picture that was encoded and decoded differs in PSNR from diffusers' on the same weights",
+)
+
+COMFYUI_LATENTS = Tolerance(
+    3e-4, 5.9e-5, "largest difference of latents that ComfyUI's own VAE and fluxvae's node encode, full widths, random"
 )
 
 WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
