@@ -66,7 +66,9 @@ def _finish(
             at = pixel[:, None] * channels + channel[None, :]
             to = at
         value = tl.load(result + at, mask=mask, other=0.0).to(tl.float32) + added
-        value = value + tl.load(residual + to, mask=mask & (has_residual != 0), other=0.0).to(tl.float32)
+        # No pixel where there is no residual. (In triton 3.9's interpreter a mask and a scalar's truth make integers.)
+        held = (pixel[:, None] < pixels * has_residual) & inside[None, :]
+        value = value + tl.load(residual + to, mask=held, other=0.0).to(tl.float32)
         value = tl.where(factor == 1.0, value, value / factor)
         rounded = value.to(dst.dtype.element_ty)
         tl.store(dst + to, rounded, mask=mask)
