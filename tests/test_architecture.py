@@ -19,7 +19,7 @@ MODULES = {
 FOLDERS = ("src", "comfyui", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
     ("arrays", "errors"),
-    ("claims", "forked", "latents", "options", "photographs", "pictures", "pixels"),
+    ("claims", "extras", "forked", "latents", "options", "photographs", "pictures", "pixels"),
     ("engine",),
     ("checkpoints",),
     ("half", "install"),

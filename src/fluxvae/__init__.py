@@ -15,6 +15,7 @@ from fluxvae.errors import (
     InvalidLatentsError,
     InvalidOptionError,
     MemoryLimitError,
+    MissingExtraError,
     NonFiniteOutputError,
     UnavailableError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "InvalidLatentsError",
     "InvalidOptionError",
     "MemoryLimitError",
+    "MissingExtraError",
     "NonFiniteOutputError",
     "SizeFlooredWarning",
     "UnavailableError",

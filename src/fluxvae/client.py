@@ -6,7 +6,7 @@
 
     fluxvae.client.install(pipe, "gpu-box:8001")   # from now on the pipeline decodes and encodes on that server
 
-Needs the extra: ``pip install fluxvae[serve]``.
+Needs the extra: ``pip install 'fluxvae[client]'``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fluxvae.serve.client.clients import AsyncClient, Client
+from fluxvae.extras import needs
+
+with needs("client", "fluxvae.client"):
+    from fluxvae.serve.client.clients import AsyncClient, Client
 
 if TYPE_CHECKING:
     from fluxvae.serve.client.remote_vae import Installed, RemoteVAE, install

@@ -10,7 +10,8 @@
     ├── DecodeCancelled                    the caller's cancel() said so
     ├── UnavailableError                   a server, or the machine's memory, cannot take it now: try again later
     ├── DeadlineExceededError (TimeoutError)   a server's answer did not come in time
-    └── ForkedProcessError (RuntimeError)  the process was forked, and PyTorch would wait for ever in it
+    ├── ForkedProcessError (RuntimeError)  the process was forked, and PyTorch would wait for ever in it
+    └── MissingExtraError (ImportError)    a package that only one of fluxvae's extras brings is not installed
 
 A message names the field, what came, what was expected and what to do.
 """
@@ -29,6 +30,7 @@ __all__ = [
     "InvalidLatentsError",
     "InvalidOptionError",
     "MemoryLimitError",
+    "MissingExtraError",
     "NonFiniteOutputError",
     "Status",
     "UnavailableError",
@@ -81,6 +83,10 @@ class ForkedProcessError(FluxVAEError, RuntimeError):
     """The process was forked after PyTorch computed with several threads, and would hang with its next operation."""
 
 
+class MissingExtraError(FluxVAEError, ImportError):
+    """A part of fluxvae was used without the packages that its extra brings: ``pip install 'fluxvae[serve]'``."""
+
+
 class Status(NamedTuple):
     """What one class of error turns into at each of the ways out of the process."""
 
@@ -104,6 +110,7 @@ _STATUS: dict[type[Exception], Status] = {
     UnavailableError: Status(503, "UNAVAILABLE", 75),
     DeadlineExceededError: Status(504, "CANCELLED", 124),
     ForkedProcessError: Status(500, "INTERNAL", 71),  # EX_OSERR of sysexits.h
+    MissingExtraError: Status(500, "INTERNAL", 69),  # EX_UNAVAILABLE
 }
 
 

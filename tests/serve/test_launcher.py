@@ -85,6 +85,7 @@ def assert_nothing_left(server: TritonServer, group: int, folders_before: set[st
             probe.bind(("127.0.0.1", port))
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_serves_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
     log, before = tmp_path / "triton.log", folders()
     x = np.arange(5, dtype=np.float32)
@@ -113,6 +114,7 @@ def test_serves_and_leaves_nothing(repository: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["server", "stub"])
+@pytest.mark.usefixtures("tritonserver")
 def test_a_killed_server_or_stub_leaves_nothing(repository: Path, victim: str) -> None:
     before = folders()
     with TritonServer(repository, stop_timeout_s=1) as server:
@@ -129,6 +131,7 @@ def test_a_killed_server_or_stub_leaves_nothing(repository: Path, victim: str) -
     assert_nothing_left(server, group, before)
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_stub_that_ignores_the_end_is_ended(tmp_path: Path) -> None:
     stubborn = ECHO.replace(
         "def initialize(self, args):",
@@ -143,6 +146,7 @@ def test_a_stub_that_ignores_the_end_is_ended(tmp_path: Path) -> None:
     assert_nothing_left(server, group, before)
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_model_that_fails_to_load(tmp_path: Path) -> None:
     failing = ECHO.replace("print(", "raise RuntimeError('the reason it cannot load') if True else print(")
     before = folders()
@@ -155,6 +159,7 @@ def test_a_model_that_fails_to_load(tmp_path: Path) -> None:
     assert "the reason it cannot load" in server.log()
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_model_that_never_loads(tmp_path: Path) -> None:
     hanging = ECHO.replace("print(", "__import__('time').sleep(600) if True else print(")
     server = TritonServer(write_model(tmp_path / "repository", hanging), ready_timeout_s=2, stop_timeout_s=1)
@@ -164,6 +169,7 @@ def test_a_model_that_never_loads(tmp_path: Path) -> None:
     assert server.shm_regions() == []
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_taken_port_is_named(repository: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -175,6 +181,7 @@ def test_a_taken_port_is_named(repository: Path) -> None:
     assert server.pid is None
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_port_lost_to_another_after_we_looked(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -192,11 +199,13 @@ def test_a_port_lost_to_another_after_we_looked(repository: Path, monkeypatch: p
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_no_such_repository(tmp_path: Path) -> None:
     with pytest.raises(TritonServerError, match=r"model repository .*nowhere: no such folder"):
         TritonServer(tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_the_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_tritonserver().wheel is not None
     assert "for tests and local use" in str(find_tritonserver())
@@ -207,9 +216,19 @@ def test_the_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.
     assert find_tritonserver() == (binary, None)
 
 
-def test_no_server_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("the_wheel_runs_here", "advice"),
+    [
+        (True, "pip install 'nvidia-pytriton==0.7.0' 'numpy<2'"),
+        (False, "Python 3.10 to 3.12 on Linux with x86-64 only"),
+    ],
+)
+def test_no_server_anywhere(the_wheel_runs_here: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wheel is no advice where it cannot be installed."""
+    monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TritonServerError, match="pip install 'nvidia-pytriton==0.7.0' 'numpy<2'"):
+    monkeypatch.setattr(installation, "_WHEEL_RUNS_HERE", the_wheel_runs_here)
+    with pytest.raises(TritonServerError, match=f"NVIDIA's Triton container .*{advice}"):
         find_tritonserver()
 
 

@@ -20,7 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fluxvae.batch.names import stem
 from fluxvae.batch.sources import filesystem_of
 from fluxvae.claims import MAX_ROWS, is_special, most_unpacked
-from fluxvae.errors import FluxVAEError, InvalidImagesError, InvalidOptionError, first_line
+from fluxvae.errors import FluxVAEError, InvalidImagesError, first_line
+from fluxvae.extras import needs
 from fluxvae.photographs import SUFFIXES
 
 __all__ = ["INPUT_SUFFIXES", "Album", "Albums", "Member", "open_album"]
@@ -147,13 +148,9 @@ class Parquet:
     """Parquet with a column of pictures: bytes, or a struct with ``bytes`` (and ``path``) as Hugging Face has it."""
 
     def __init__(self, name: str, filesystem: Any, path: str) -> None:
-        try:
+        with needs("batch", f"input: {name}: Parquet"):
             import pyarrow as pa
             import pyarrow.parquet as pq
-        except ImportError as error:
-            raise InvalidOptionError(
-                f"input: {name}: Parquet needs pyarrow ({error}); pip install 'fluxvae[batch]'"
-            ) from error
         self._name, self._lock = name, threading.Lock()
         self._file = pq.ParquetFile(path, filesystem=filesystem)
         schema = self._file.schema_arrow

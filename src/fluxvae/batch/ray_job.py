@@ -34,6 +34,7 @@ from fluxvae.batch.settings import Job
 from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import Worker, checkpoint_sha256, load, look
 from fluxvae.errors import InvalidOptionError, UnavailableError
+from fluxvae.extras import needs
 from fluxvae.photographs import ignore_warnings
 
 __all__ = ["decode_files_on_ray", "encode_files_on_ray"]
@@ -80,7 +81,8 @@ def decode_files_on_ray(
         What became of the job, as `decode_files` returns it.
 
     Raises:
-        InvalidOptionError: Ray is not installed, or the cluster is too small for the actors that were asked for.
+        MissingExtraError: Ray is not installed.
+        InvalidOptionError: the cluster is too small for the actors that were asked for.
         UnavailableError: there is no cluster at this address, or the pipeline ended before the job did.
         FluxVAEError: the job as a whole cannot be done, as in `decode_files`.
     """
@@ -145,11 +147,9 @@ def _import_ray() -> Any:
     # them, and Ray shall send no reports of its usage.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
+    with needs("batch", "--ray"):
         import ray
         import ray.data
-    except ImportError as error:
-        raise InvalidOptionError(f"--ray: needs Ray Data ({error}); pip install 'fluxvae[batch]'") from error
     return ray
 
 

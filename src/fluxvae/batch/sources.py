@@ -26,6 +26,7 @@ from fluxvae.batch.names import output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels, is_special
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
+from fluxvae.extras import needs
 from fluxvae.latents.checks import check_order, check_shape
 from fluxvae.latents.packing import SizeFlooredWarning
 from fluxvae.latents.reading import Reading
@@ -192,12 +193,8 @@ def _check_room(name: str, size: int | None, folder: str) -> None:
 
 
 def _parquet(name: str, path: str, filesystem: Any, expected: Expected) -> Source:
-    try:
+    with needs("batch", f"input: {name}: Parquet"):
         from fluxvae.batch.parquet import ParquetSource
-    except ImportError as error:
-        raise InvalidOptionError(
-            f"input: {name}: Parquet needs pyarrow ({error}); pip install 'fluxvae[batch]'"
-        ) from error
     return ParquetSource(name, path, filesystem, expected)
 
 

@@ -12,7 +12,7 @@ unpacking, rescaling and cropping, and a difference in any of it would be anothe
 
 The pipeline's own ``vae`` is not changed, so pipelines that share one, also in threads, do not notice each other.
 
-`RemoteVaeStep` needs the extra: ``pip install fluxvae[serve]``.
+`RemoteVaeStep` needs the extra: ``pip install 'fluxvae[client]'``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from fluxvae.errors import FluxVAEError
 __all__ = ["Installation", "TritonServerError", "find_tritonserver"]
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_WHEEL_RUNS_HERE = (
+    (3, 10) <= sys.version_info < (3, 13) and sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+)
 
 
 class TritonServerError(FluxVAEError):
@@ -95,9 +99,17 @@ def find_tritonserver() -> Installation:
         root = Path(location) / "tritonserver"
         if (binary := root / "bin" / "tritonserver").is_file():
             return Installation(binary, root)
+    instead = "Run inside NVIDIA's Triton container (docs/serving.md)"
+    if _WHEEL_RUNS_HERE:
+        raise TritonServerError(
+            f"tritonserver: found neither on the PATH nor in an nvidia-pytriton wheel. {instead}, or for local use: "
+            "pip install 'nvidia-pytriton==0.7.0' 'numpy<2'"
+        )
     raise TritonServerError(
-        "tritonserver: found neither on the PATH nor in an nvidia-pytriton wheel. Run inside NVIDIA's Triton "
-        "container, or for local use: pip install 'nvidia-pytriton==0.7.0' 'numpy<2'"
+        f"tritonserver: not on the PATH. {instead}. The nvidia-pytriton wheel, which brings one for local use, is for "
+        f"Python 3.10 to 3.12 on Linux with x86-64 only, and this is Python {_PYTHON} on {platform.system()} with "
+        f"{platform.machine()}. Without a server here, fluxvae decode works on files, and fluxvae.client asks a server "
+        "elsewhere"
     )
 
 
