@@ -67,7 +67,9 @@ def copy_model(repository: Path, name: str, shipped: str = "vae_decoder", **edit
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder) -> Iterator[Serving]:
+def serving(
+    tritonserver: None, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder
+) -> Iterator[Serving]:
     """A server of the shipped models for FLUX.1, and of copies that wait until an ``execute`` is full with 8 rows."""
     repository = tmp_path_factory.mktemp("repository")
     patient = {"max_queue_delay_microseconds: 2000": "max_queue_delay_microseconds: 120000000"}
@@ -95,7 +97,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def family(checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+def family(
+    tritonserver: None, checkpoints: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Family]:
     """A server of every model that ships. FLUX.1's encoder has little memory, which small pictures do not need."""
     settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
     settings["vae_encoder"]["memory_limit"] = "8MB"

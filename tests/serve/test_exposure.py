@@ -81,7 +81,10 @@ def by_example(repository: Path, *arguments: str) -> Iterator[tuple[subprocess.P
 
 @pytest.fixture(scope="module", params=WAYS)
 def target(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
+    tritonserver: None,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_checkpoint: Path,
 ) -> Iterator[Target]:
     folder = tmp_path_factory.mktemp("exposure")
     marks = folder / "marks"
@@ -170,6 +173,7 @@ def refused_over_grpc(attack: Callable[[], object]) -> None:
         attack()
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_the_models_cannot_be_exchanged_even_by_who_has_every_key(repository: Path, tmp_path: Path) -> None:
     """Even without the restriction of its endpoints Triton refuses, because it was started without model control."""
     marks = tmp_path / "marks"
@@ -253,6 +257,7 @@ def test_what_the_command_line_shows_opens_nothing_but_the_models_settings(targe
             refused_over_grpc(lambda headers=headers: client.get_log_settings(headers=headers))
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_shared_memory_is_opened_on_request_only(repository: Path) -> None:
     with TritonServer(repository) as server:
         refused = pytest.raises(InvalidOptionError, match=r"protocol: .*shared_memory.*--allow-client-shm")
@@ -270,6 +275,7 @@ def test_shared_memory_is_opened_on_request_only(repository: Path) -> None:
             region.unlink()
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_an_unknown_group_of_controls_and_an_unknown_model_are_refused(repository: Path) -> None:
     with pytest.raises(InvalidOptionError, match="open_apis: got 'shm', expected one of shared-memory, "):
         TritonServer(repository, open_apis=["shm"])
@@ -288,6 +294,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.usefixtures("tritonserver")
 def test_the_example_ends_what_it_started(repository: Path, number: int) -> None:
     """After SIGKILL, which stands for any sudden death of the parent, its guardian ends everything."""
     with by_example(repository) as (process, _):
@@ -306,6 +313,7 @@ def regions_of(pid: int) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.usefixtures("tritonserver")
 def test_a_program_that_dies_with_its_server_open_leaves_nothing(repository: Path, number: int) -> None:
     """The program handles no signals, so the end of its ``with`` block never runs."""
     code = (

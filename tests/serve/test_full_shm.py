@@ -26,7 +26,7 @@ AT_ONCE_S = 20.0  # enough for a decode on a busy machine; the fault that is tes
 
 
 @pytest.fixture(scope="module")
-def found(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def found(tritonserver: None, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     namespace = ["unshare", "-rm", "sh", "-c"]
     mount = "mount -t tmpfs -o size=160m tmpfs /dev/shm"
     try:

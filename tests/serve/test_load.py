@@ -41,7 +41,9 @@ class Case:
 
 
 @pytest.fixture
-def own_server(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Iterator[TritonServer]:
+def own_server(
+    tritonserver: None, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path
+) -> Iterator[TritonServer]:
     """A server for one test alone, because its memory is measured."""
     repository = tmp_path_factory.mktemp("load")
     (repository / MODEL).symlink_to(TRITON_MODELS / MODEL)

@@ -125,6 +125,7 @@ def test_unknown_model(serving: Serving, protocol: Protocol) -> None:
     assert caught.value.status() == NOT_FOUND[protocol]
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_model_that_cannot_serve_keeps_the_server_from_starting(
     tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

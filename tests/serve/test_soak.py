@@ -292,6 +292,7 @@ def cases(checkpoints: dict[str, Path]) -> list[Case]:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore:decode. approximate preview:UserWarning")
+@pytest.mark.usefixtures("tritonserver")
 def test_ten_thousand_requests(checkpoints: dict[str, Path], cases: list[Case]) -> None:
     flux1, *others = DECODERS
     models = [word for name in others for word in ("--model", f"{name}={checkpoints[name]}")]

@@ -37,7 +37,7 @@ BACK_IN_S = 15.0  # how much longer than loading it may take until the server is
 
 
 @pytest.fixture(scope="module")
-def server(tiny_checkpoint: Path) -> Iterator[Supervised]:
+def server(tritonserver: None, tiny_checkpoint: Path) -> Iterator[Supervised]:
     supervised = Supervised.start(tiny_checkpoint, (), {})
     try:
         yield supervised.ready()
@@ -46,6 +46,7 @@ def server(tiny_checkpoint: Path) -> Iterator[Supervised]:
 
 
 def start(checkpoint: Path | str, request: pytest.FixtureRequest, *arguments: str, **env: str) -> Supervised:
+    request.getfixturevalue("tritonserver")
     supervised = Supervised.start(checkpoint, arguments, env)
     request.addfinalizer(supervised.end)
     return supervised

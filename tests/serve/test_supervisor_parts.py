@@ -369,6 +369,7 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_numpy_2_is_refused_with_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "1.26.4")
     checks.check_numpy(WHEEL)
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "2.3.1")
     checks.check_numpy(CONTAINER)
@@ -700,6 +701,7 @@ def test_a_first_start_that_fails_is_the_callers(monkeypatch: pytest.MonkeyPatch
     assert keeper.failure is error
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_child_that_cannot_be_kept_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that dies must not leave its child unwatched."""
     fragile = Fragile("died")
@@ -713,6 +715,7 @@ def test_a_child_that_cannot_be_kept_ends_the_service(monkeypatch: pytest.Monkey
         one.tend()
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_start_that_is_refused_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor.tempfile, "tempdir", str(tmp_path))
     free = dict.fromkeys(("port", "http_port", "grpc_port", "metrics_port"), 0)
