@@ -5,7 +5,7 @@ writing. A few things have to be translated for that:
 
 - The navigation is docs/index.md: its headings are the sections, and what they link to are their pages. A page that it
   does not link to is in no navigation, which a strict build refuses.
-- Docstrings name documents by their paths, docs/cli.md. On their pages these are links.
+- Docstrings name documents by their paths, such as docs/cli.md. On the site these are links too.
 - A few documents outside docs/ are pages too (`PAGES`).
 - Where the text of a link is the name of a document's file, it is the document's title here.
 - Any other link out of docs/ leads to the file in the repository. One whose file is not there is left as it is, and
@@ -148,4 +148,4 @@ def _document(name: re.Match[str], page: Page, files: Files) -> str:
     file = files.get_file_from_path(f"{name[1]}.md")
     if file is None or file.page is None:
         raise PluginError(f"{page.file.src_uri}: a docstring names {name[0]}, which does not exist")
-    return f'<a href="{file.url_relative_to(page.file)}">{name[0]}</a>'
+    return f'<a href="{file.url_relative_to(page.file)}">{title_of(Path(str(file.abs_src_path)))}</a>'
