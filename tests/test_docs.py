@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 from pathlib import Path
@@ -19,6 +20,12 @@ from fluxvae.errors import status_of
 from fluxvae.serve.triton.server import TritonServer
 
 DOCS = ROOT / "docs"
+API_PAGES = {
+    "fluxvae": "fluxvae",
+    "client": "fluxvae.client",
+    "batch": "fluxvae.batch",
+    "diffusers-blocks": "fluxvae.diffusers_blocks",
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +133,14 @@ def test_the_command_line_and_its_variables_are_told() -> None:
 def test_the_index_leads_to_every_document() -> None:
     led_to = set(re.findall(r"\]\(([\w/-]+\.md)\)", (DOCS / "index.md").read_text(encoding="utf-8")))
     assert led_to == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")} - {"index.md"}
+
+
+def test_the_api_pages_show_what_is_exported() -> None:
+    for page, name in API_PAGES.items():
+        text = (DOCS / "api" / f"{page}.md").read_text(encoding="utf-8")
+        shown = set(re.findall(r"^(?:::: |    +heading: )([\w.]+)$", text, flags=re.MULTILINE))
+        exported = set(importlib.import_module(name).__all__) - {"__version__"}
+        assert {f"{name}.{one}" for one in exported} <= shown
 
 
 def test_documents_that_files_name_exist() -> None:

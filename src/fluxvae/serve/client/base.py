@@ -43,25 +43,7 @@ def _make_transport(protocol: str, url: str) -> Transport:
 
 
 class Base(ABC, Generic[Answer]):
-    """What both clients share.
-
-    Args:
-        url: the ``host:port`` of Triton's gRPC endpoint (8001), or with ``protocol="http"`` of its HTTP endpoint
-            (8000).
-        protocol: ``"grpc"``, ``"http"``, or ``"shared_memory"``, which is gRPC to a server on this machine, with
-            the tensors in system shared memory.
-        model: the name of the model on the server that decodes: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or
-            ``"vae_preview"``, whose images are approximate. It may also be that of a model that encodes, if nothing is
-            decoded.
-        encoder_model: the name of the model that encodes. None: the one that encodes what ``model`` decodes,
-            ``"vae_encoder"`` or ``"vae_encoder_flux2"``. For previews and for models of other names there is none.
-        timeout_s: the seconds that a call may take from its beginning to its answer, retries included.
-        retries: how often a request is repeated that was refused before any work, because there was no connection or
-            the queue was full. After any other error nothing is repeated.
-
-    Raises:
-        InvalidOptionError: an option is wrong.
-    """
+    """What both clients share. Arguments and errors are those of `fluxvae.client.Client`."""
 
     def __init__(
         self,

@@ -15,11 +15,27 @@ from fluxvae.serve.client.wire import Request
 
 __all__ = ["AsyncClient", "Client"]
 
-_ABOUT = (Base.__doc__ or "").partition("\n")[2]
-
 
 class Client(Base[Any]):
-    __doc__ = "A client that waits; may be shared by threads.\n" + _ABOUT
+    """A client that waits; may be shared by threads.
+
+    Args:
+        url: the ``host:port`` of Triton's gRPC endpoint (8001), or with ``protocol="http"`` of its HTTP endpoint
+            (8000).
+        protocol: ``"grpc"``, ``"http"``, or ``"shared_memory"``, which is gRPC to a server on this machine, with
+            the tensors in system shared memory.
+        model: the name of the model on the server that decodes: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or
+            ``"vae_preview"``, whose images are approximate. It may also be that of a model that encodes, if nothing is
+            decoded.
+        encoder_model: the name of the model that encodes. None: the one that encodes what ``model`` decodes,
+            ``"vae_encoder"`` or ``"vae_encoder_flux2"``. For previews and for models of other names there is none.
+        timeout_s: the seconds that a call may take from its beginning to its answer, retries included.
+        retries: how often a request is repeated that was refused before any work, because there was no connection or
+            the queue was full. After any other error nothing is repeated.
+
+    Raises:
+        InvalidOptionError: an option is wrong.
+    """
 
     def send(self, make: Callable[[], Request], timeout_s: float | None = None) -> Any:
         """Make a request, send it, and wait for its answer; see `Base.send`."""
@@ -48,10 +64,10 @@ class Client(Base[Any]):
 
 
 class AsyncClient(Base[Coroutine[Any, Any, Any]]):
-    __doc__ = (
-        "A client for asyncio, whose methods are awaited. Cancelling one stops it on the server too (not over HTTP).\n"
-        + _ABOUT
-    )
+    """A client for asyncio, whose methods are awaited. Cancelling one stops it on the server too (not over HTTP).
+
+    Arguments, methods and errors are those of `Client`.
+    """
 
     async def send(self, make: Callable[[], Request], timeout_s: float | None = None) -> Any:
         """Make a request, send it, and await its answer; see `Base.send`."""

@@ -74,9 +74,6 @@ class TritonServer:
     Raises:
         TritonServerError: the repository does not exist, or lacks one of the models.
         InvalidOptionError: a group of controls is unknown, or an argument would let clients choose the models.
-
-    Raises (from ``start``):
-        TritonServerError: Triton ended, or was not ready in time; with the last lines of its log, and what to do.
     """
 
     def __init__(
@@ -212,7 +209,11 @@ class TritonServer:
     # Starting.
 
     def start(self) -> None:
-        """Launch the server, and return when every model is ready. After an error nothing of the server is left."""
+        """Launch the server, and return when every model is ready. After an error nothing of the server is left.
+
+        Raises:
+            TritonServerError: Triton ended, or was not ready in time; with the last lines of its log, and what to do.
+        """
         self._check_not_started()
         for launch in range(1, _LAUNCHES + 1):
             try:
