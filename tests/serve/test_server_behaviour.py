@@ -46,7 +46,9 @@ def metric(server: TritonServer, name: str, **labels: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def pressed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder) -> Iterator[Serving]:
+def pressed(
+    tritonserver: None, tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, library: Decoder
+) -> Iterator[Serving]:
     """A server whose model takes one row at a time and lets three wait."""
     repository = tmp_path_factory.mktemp("pressed")
     copy_model(

@@ -323,6 +323,7 @@ def test_a_second_signal_does_not_wait(request: pytest.FixtureRequest) -> None:
     server.assert_nothing_left()
 
 
+@pytest.mark.usefixtures("tritonserver")
 def test_a_bad_checkpoint_ends_with_its_own_error(tmp_path: Path) -> None:
     """What is plain is found before anything is started, and the model finds the rest."""
     command = [sys.executable, "-m", "fluxvae.cli", "serve", "--port", "0", "--grpc-port", "0", "--http-port", "0"]
