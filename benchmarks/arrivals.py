@@ -124,11 +124,26 @@ def arrive(
 def print_rows(console: Console, result: dict[str, Any]) -> None:
     alone = result["alone_s"]
     table = Table(title=f"{result['size']}x{result['size']} alone: {alone:.3f} s")
-    for column in ("utilisation", "requests", "mean s", "times alone", "theory", "p95 s", "times alone", "in it", "most"):
+    for column in (
+        "utilisation",
+        "requests",
+        "mean s",
+        "times alone",
+        "theory",
+        "p95 s",
+        "times alone",
+        "in it",
+        "most",
+    ):
         table.add_column(column, justify="right")
     for row in result["rows"]:
         theory = "" if row["theory_mean_s"] is None else f"{row['theory_mean_s'] / alone:.1f}"
-        cells = [f"{row['utilisation']:g}", str(row["requests"]), f"{row['mean_s']:.2f}", f"{row['mean_s'] / alone:.1f}"]
+        cells = [
+            f"{row['utilisation']:g}",
+            str(row["requests"]),
+            f"{row['mean_s']:.2f}",
+            f"{row['mean_s'] / alone:.1f}",
+        ]
         cells += [theory, f"{row['p95_s']:.2f}", f"{row['p95_s'] / alone:.1f}", f"{row['in_server']:.1f}"]
         table.add_row(*cells, str(row["most_in_server"]))
     console.print(table)

@@ -3,15 +3,14 @@
     uv run --isolated --only-group deploy tools/check_deploy.py
     ... tools/check_deploy.py --need promtool systemd-analyze kubectl --crds inferenceservices.yaml scaledobjects.yaml
 
-| file | checked by |
-|---|---|
-| Dockerfile | hadolint |
-| compose.yaml | compose-spec's JSON schema; `docker-compose config`, where it is installed |
-| kubernetes/ | Kubernetes' own schemas, unknown fields refused (kubernetes-validate): each file, and what `kubectl kustomize` or `kustomize build` makes of each folder, where one of them is installed |
-| KServe's, KEDA's and the Prometheus operator's kinds there | the projects' CustomResourceDefinitions that `--crds` names, unknown fields refused |
-| fluxvae.service | `systemd-analyze verify`, every word of which counts, and `systemd-analyze security` |
-| prometheus/ | promtool: the configuration, the rules, and their unit tests |
-| grafana/ | Grafana's own SDK, which must give back all that it was given; promtool for each expression |
+- Dockerfile: hadolint.
+- compose.yaml: compose-spec's JSON schema; ``docker-compose config``, where it is installed.
+- kubernetes/: Kubernetes' own schemas, unknown fields refused (kubernetes-validate), for each file, and for what
+  ``kubectl kustomize`` or ``kustomize build`` makes of each folder, where one of them is installed. KServe's, KEDA's
+  and the Prometheus operator's kinds: the projects' CustomResourceDefinitions that ``--crds`` names, likewise.
+- fluxvae.service: ``systemd-analyze verify``, every word of which counts, and ``systemd-analyze security``.
+- prometheus/: promtool, for the configuration, the rules, and their unit tests.
+- grafana/: Grafana's own SDK, which must give back all that it was given; promtool, for each expression.
 
 Prints what each said. Exits 1 where one found something, or where a tool that ``--need`` names is not installed.
 """
@@ -39,6 +38,7 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
 OUTSIDE = ("docker-compose", "kubectl", "promtool", "systemd-analyze")
 """The tools that no package of Python's registry brings. kustomize stands in for kubectl."""
+_NO_DEFINITION = "not checked (--crds)"
 EXPOSURE = 25
 """In tenths, how exposed systemd-analyze may call the unit. It calls it 2.0, and 9.2 without the protections."""
 
@@ -79,9 +79,9 @@ def main() -> int:
         try:
             said = check().strip()
         except Missing as missing:
-            needed = str(missing) in args.need
+            needed = missing.args[0] in args.need
             failed += needed
-            print(f"{'FAILED' if needed else 'not checked'}  {name}: {missing} is not installed")
+            print(f"{'FAILED' if needed else 'not checked'}  {name}: there is no {missing}")
         except (Found, OSError, ValueError, yaml.YAMLError) as found:
             failed += 1
             print(f"FAILED  {name}: {found}")
@@ -96,7 +96,7 @@ class Found(Exception):
 
 
 class Missing(Exception):
-    """A tool is not installed."""
+    """A tool is not installed, or a definition is not given; its only argument is the name."""
 
 
 def tool(name: str) -> str:
@@ -121,10 +121,7 @@ def run(*command: str | Path, **env: str) -> str:
 
 def kustomize(folder: Path) -> str:
     """Return the manifests that a folder stands for; those of a component on top of the base's."""
-    if shutil.which("kustomize"):
-        command = [tool("kustomize"), "build"]
-    else:
-        command = [tool("kubectl"), "kustomize"]
+    command = [tool("kustomize"), "build"] if shutil.which("kustomize") else [tool("kubectl"), "kustomize"]
     with tempfile.TemporaryDirectory() as work:
         shutil.copytree(MANIFESTS, work, dirs_exist_ok=True)
         asked = Path(work) / folder.name
@@ -151,6 +148,8 @@ def manifests(text: Callable[[], str], crds: list[Path]) -> str:
             raise Found(f"{kind}: {error.message} at {'/'.join(map(str, error.path))}") from error
         except kubernetes_validate.SchemaNotFoundError:
             said.append(f"{kind} {custom(manifest, crds)}")
+    if said and all(each.endswith(_NO_DEFINITION) for each in said):
+        raise Missing("definition of it (--crds)")
     return ", ".join(said)
 
 
@@ -169,7 +168,7 @@ def custom(manifest: dict[str, Any], crds: list[Path]) -> str:
                     where = "/".join(map(str, error.absolute_path))
                     raise Found(f"{manifest['kind']}: {error.message[:200]} at {where}")
                 return f"valid by {path.name}"
-    return "not checked (--crds)"
+    return _NO_DEFINITION
 
 
 @functools.cache

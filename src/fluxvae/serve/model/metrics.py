@@ -28,8 +28,8 @@ _GAUGES = {
 }
 """The metrics; ``{way}`` stands for what the model does: decode or encode."""
 _OUR_FAULTS = ("InternalError", "OutOfMemory", "NonFiniteOutputError")
-"""The kinds of errors that are no fault of a request. They are on the page from the start, because the rate of a counter
-that begins with its first error would not show that error."""
+"""The kinds of errors that are no fault of a request. They are on the page from the start, because the rate of a
+counter that begins with its first error would not show that error."""
 
 
 class Metrics:
