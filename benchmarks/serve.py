@@ -182,7 +182,7 @@ def run_gateway(server: TritonServer) -> Iterator[str]:
         process.wait(60)
 
 
-_HTTP = urllib3.PoolManager()
+_HTTP = urllib3.PoolManager(maxsize=128)  # benchmarks/arrivals.py asks from as many threads
 
 
 def remote_decode(address: str, latents: torch.Tensor, size: int, waits: list[float]) -> np.ndarray:

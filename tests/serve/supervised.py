@@ -31,9 +31,10 @@ class Supervised:
 
     @classmethod
     def start(
-        cls, checkpoint: Path | str, arguments: Sequence[str] = (), env: dict[str, str] | None = None
+        cls, checkpoint: Path | str | None, arguments: Sequence[str] = (), env: dict[str, str] | None = None
     ) -> Supervised:
-        command = [sys.executable, "-m", "fluxvae.cli", "serve", "--checkpoint", str(checkpoint), "--threads", "1"]
+        command = [sys.executable, "-m", "fluxvae.cli", "serve", "--threads", "1"]
+        command += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
         for port in ("--port", "--grpc-port", "--http-port", "--metrics-port"):
             command += [port, "0"]
         process = subprocess.Popen(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers.utils.remote_utils import remote_decode
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -37,8 +41,26 @@ BACK_IN_S = 15.0  # how much longer than loading it may take until the server is
 
 
 @pytest.fixture(scope="module")
-def server(tritonserver: None, tiny_checkpoint: Path) -> Iterator[Supervised]:
-    supervised = Supervised.start(tiny_checkpoint, (), {})
+def repository(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline as the hub has it, of which only the VAE has weights, as Hugging Face's endpoints mount it."""
+    folder = tmp_path_factory.mktemp("mounted") / "repository"
+    shutil.copytree(tiny_checkpoint, folder / "vae")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    parts = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", **parts}))
+    (folder / "README.md").write_text("# A model")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text")
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    folder.chmod(0o555)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tritonserver: None, repository: Path) -> Iterator[Supervised]:
+    """It is started as an endpoint of Hugging Face's starts it, but for the ports and the address it listens on."""
+    supervised = Supervised.start(None, ["--max-pixels", "4194304"], {"FLUXVAE_CHECKPOINT": str(repository)})
     try:
         yield supervised.ready()
     finally:
@@ -99,6 +121,32 @@ def test_ready_means_that_it_decodes(server: Supervised, library: Decoder) -> No
         listening = {c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     assert psutil.Process(server.process.pid).memory_info().rss < 80e6, "no PyTorch in the supervisor"
+
+
+def test_an_endpoint_from_a_mounted_repository(
+    server: Supervised, repository: Path, library: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' unmodified client decodes by it, and nothing is written into the repository, which is read-only.
+
+    Root may write there all the same, as whom the tests may run, so the folder is looked through.
+    """
+    monkeypatch.setenv("NO_PROXY", "*")
+    latents = torch.from_numpy(random_latents(7, 64, 96))
+    picture = remote_decode(
+        endpoint=f"http://{server.address('gateway')}/",
+        tensor=latents,
+        height=64,
+        width=96,
+        scaling_factor=FLUX.scaling_factor,
+        shift_factor=FLUX.shift_factor,
+        image_format="png",
+    )
+    [expected] = library.decode(latents, height=64, width=96, output_type="uint8")
+    assert np.array_equal(np.asarray(picture), expected)
+    files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
+    weights = "vae/diffusion_pytorch_model.safetensors"
+    others = {"README.md", ".gitattributes", "model_index.json", "transformer/config.json", "vae/config.json"}
+    assert files == {weights, *others}
 
 
 def test_an_idle_server_does_not_decode(server: Supervised) -> None:

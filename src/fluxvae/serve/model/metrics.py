@@ -27,6 +27,9 @@ _GAUGES = {
     "fluxvae_peak_bytes": "Predicted peak of the last decode or encode above the loaded weights, in bytes.",
 }
 """The metrics; ``{way}`` stands for what the model does: decode or encode."""
+_OUR_FAULTS = ("InternalError", "OutOfMemory", "NonFiniteOutputError")
+"""The kinds of errors that are no fault of a request. They are on the page from the start, because the rate of a
+counter that begins with its first error would not show that error."""
 
 
 class Metrics:
@@ -53,6 +56,8 @@ class Metrics:
         # These appear on the page at once, with 0: a counter that is missing looks as if the server did not count.
         for name in ("{way}s_total", "megapixels_total", "{way}_seconds_total", "spilled_{way}s_total"):
             self._metric(name)
+        for kind in _OUR_FAULTS:
+            self._metric("errors_total", kind=kind)
 
     def computed(self, images: int, pixels: int, seconds: float, plan: Plan | None) -> None:
         """Count one decode or encode.
