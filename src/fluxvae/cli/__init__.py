@@ -107,5 +107,5 @@ def main() -> None:
 
 def _forget_output() -> None:
     """Keep Python from flushing what is left of standard output at its end, which would fail again."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 1)
