@@ -1,8 +1,8 @@
 """Runs as a process of its own, from which it takes what Windows lacks, and then uses fluxvae as its users do.
 
-What is taken away, or does as on Windows: `take_away` and `as_on_windows` below. fluxvae is imported only then. Python's
-own modules and other packages are imported before, because theirs is to find their own way on each system, by
-``sys.platform``, which stays what it is: they would load libraries for Windows otherwise.
+`take_away` and `as_on_windows` below say what is taken away, and what does as on Windows. fluxvae is imported then.
+Python's own modules and other packages (PyTorch, Numba, diffusers, fsspec, tritonclient) are imported before. They find
+their own way by ``sys.platform``, which stays what it is, because Windows' libraries are not here.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import diffusers.models.autoencoders.autoencoder_kl
 import fsspec.implementations.memory
 import numba  # noqa: F401
 import numpy as np
+import pytest
 import torch
 import tritonclient.grpc  # noqa: F401
-import typer.testing
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,8 +44,10 @@ CALLS = """
     sendfile setegid seteuid setgid setpgid setsid setuid splice statvfs sync sysconf sysconf_names tcgetpgrp uname
     wait wait3 wait4 waitid writev O_CLOEXEC O_DIRECT O_DIRECTORY O_DSYNC O_NOATIME O_NOFOLLOW O_NONBLOCK O_SYNC
     O_TMPFILE P_PID WEXITED WNOHANG WNOWAIT
-""".split()
-SIGNALS = "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1 SIGUSR2 alarm setitimer".split()
+""".split()  # noqa: SIM905
+SIGNALS = """
+    SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1 SIGUSR2 alarm setitimer
+""".split()  # noqa: SIM905
 LINUX_ONLY = ("/proc", "/sys", "/dev")
 
 
@@ -166,7 +168,7 @@ def library(folder: Path, free: int) -> None:
     spills.mkdir()
     decoder = fluxvae.Decoder.from_pretrained("demo", device="cpu", spill_dir=spills)
     height, width = 8 * latents.shape[2], 8 * latents.shape[3]
-    assert f"({'free memory'})" in str(decoder.plan(height, width))
+    assert "(free memory)" in str(decoder.plan(height, width))
     assert decoder.plan(height, width).limit == free * 9 // 10
     limit = decoder.engine.smallest_limit(*latents.shape[2:])
     decoder = fluxvae.Decoder(decoder.vae, memory_limit=limit, spill_dir=spills)
@@ -188,11 +190,8 @@ def library(folder: Path, free: int) -> None:
 
     told, ctypes.windll = ctypes.windll, None  # type: ignore[attr-defined]
     assert system.free_memory() is None
-    try:
+    with pytest.raises(fluxvae.InvalidOptionError, match="memory_limit: got none, and this system does not tell"):
         fluxvae.Decoder(decoder.vae).plan(height, width)
-        raise AssertionError("a limit was made up")
-    except fluxvae.InvalidOptionError as error:
-        assert str(error).startswith("memory_limit: got none, and this system does not tell")
     ctypes.windll = told  # type: ignore[attr-defined]
 
 

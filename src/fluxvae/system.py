@@ -13,11 +13,20 @@ import ctypes
 import importlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["FreeMemory", "file_system", "free_memory", "hold", "names_ignore_case", "peak_of_memory", "process_start"]
+__all__ = [
+    "FreeMemory",
+    "after_fork",
+    "file_system",
+    "free_memory",
+    "hold",
+    "names_ignore_case",
+    "peak_of_memory",
+    "process_start",
+]
 
 _CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -235,6 +244,12 @@ def _hold_by_locking(path: Path) -> Iterator[None]:
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
+
+
+def after_fork(call: Callable[[], object]) -> None:
+    """Have ``call`` called in every process that is forked from this one; where there is no fork, do nothing."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
 
 
 def process_start(pid: int) -> int | None:
