@@ -146,14 +146,16 @@ def run(*words: str | Path) -> tuple[int, str]:
     """Run the command line: its exit status, and what it printed."""
     from fluxvae import cli
 
-    said = io.StringIO()
+    said = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", write_through=True)  # as Windows writes to a file
     sys.argv = ["fluxvae", *map(str, words)]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             cli.main()
+            status = 0
         except SystemExit as ended:
-            return int(ended.code or 0), said.getvalue()
-    return 0, said.getvalue()
+            status = int(ended.code or 0)
+    said.seek(0)
+    return status, said.read()
 
 
 def library(folder: Path, free: int) -> None:
@@ -201,12 +203,13 @@ def command_line(folder: Path) -> None:
     from fluxvae.batch import sources
     from fluxvae.batch.store import LocalStore, _part_name
 
-    out, cpu = folder / "out", ("--device", "cpu")
+    out, cpu = folder / "\u732b", ("--device", "cpu")
     assert run("plan", "64x64", *cpu)[0] == 0
     assert run("info", "demo")[0] == 0
     status, said = run("bench", "--sizes", "64", "--rounds", "1", "--json", *cpu)
     assert (status, json.loads(said)["rows"][0]["peak_bytes"]) == (0, None), said
-    assert run("decode", folder / "in", "-o", out, *cpu)[0] == 0
+    status, said = run("decode", folder / "in", "-o", out, *cpu)
+    assert (status, "\\u732b" in said) == (0, True), said
     first, second = sorted(out.glob("*.png"))
     kept = second.stat().st_mtime_ns
     first.unlink()
