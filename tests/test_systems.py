@@ -112,10 +112,10 @@ def in_the_systems_encoding(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def place_of(path: Path) -> str:
-    return path.relative_to(SOURCE).as_posix()
+    return path.relative_to(SOURCE if path.is_relative_to(SOURCE) else ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=place_of)
+@pytest.mark.parametrize("path", sorted([*SOURCE.rglob("*.py"), *(ROOT / "comfyui").rglob("*.py")]), ids=place_of)
 def test_each_is_asked_for_in_its_place(path: Path) -> None:
     tree, place = ast.parse(path.read_text(encoding="utf-8")), place_of(path)
     allowed = next((names for start, names in PLACES.items() if place.startswith(start)), set[str]())
