@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -232,7 +233,7 @@ def test_without_room_to_spill_the_smallest_limit_is_larger_and_says_so(monkeypa
 @pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "unlinked"])
 def test_spilled_maps_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
     if not unnamed:
-        monkeypatch.setattr(os, "O_TMPFILE", 0, raising=False)
+        monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
     shape = Shape(height=12, width=10)
     vae, raw = shape.vae(), shape.latents()
     limit = direct(vae, block_values=3000).smallest_limit(12, 10)

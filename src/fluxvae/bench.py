@@ -9,12 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fluxvae.decoder import Decoder
+from fluxvae.system import peak_of_memory
 
 __all__ = ["Row", "run"]
 
@@ -89,28 +89,16 @@ def _measure(decoder: Decoder, call: Callable[[], Any]) -> tuple[float, int | No
 
     On a CPU this is resident memory, None where the system does not tell; on CUDA it is what PyTorch allocated.
     """
-    cuda = decoder.device.type == "cuda"
-    before = 0
-    if cuda:
+    if decoder.device.type == "cuda":
         torch.cuda.synchronize(decoder.device)
         torch.cuda.reset_peak_memory_stats(decoder.device)
         before = torch.cuda.memory_allocated(decoder.device)
-    else:
-        resets = Path("/proc/self/clear_refs")
-        if resets.exists():
-            resets.write_text("5")  # resets VmHWM, the peak of resident memory, to what is resident now
-            before = _resident("VmRSS")
-    start = time.perf_counter()
-    call()
-    if cuda:
+        start = time.perf_counter()
+        call()
         torch.cuda.synchronize(decoder.device)
         return time.perf_counter() - start, torch.cuda.max_memory_allocated(decoder.device) - before
-    took = time.perf_counter() - start
-    return took, (_resident("VmHWM") - before) if before else None
-
-
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
+    with peak_of_memory() as peak:
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start
+    return took, (peak[0] if peak else None)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from fluxvae.errors import ForkedProcessError
+from fluxvae.system import after_fork
 
 __all__ = ["refuse_to_hang"]
 
@@ -54,8 +55,7 @@ def _after_fork() -> None:
     _untried, _hangs = True, False
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
 
 
 def refuse_to_hang() -> None:

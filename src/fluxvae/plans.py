@@ -113,7 +113,7 @@ def _by_headers(
     network: Network, costs: Costs, height: int, width: int, batch: int, stored: int, limit: int | None
 ) -> tuple[Plan, int]:
     from fluxvae.engine import torch_library
-    from fluxvae.engine.memory.free import free_disk, free_memory, spill_folder
+    from fluxvae.engine.memory.free import available_memory, free_disk, spill_folder
     from fluxvae.engine.planner import limit_of, make_planner
 
     planner = make_planner(
@@ -121,7 +121,7 @@ def _by_headers(
         computed=4, stored=stored, cast=stored != 4, on_cpu=True, threads=torch_library.threads(),
     )  # fmt: skip
     folder = spill_folder(None)
-    allowed, told_by = limit_of(limit, free_memory)
+    allowed, told_by = limit_of(limit, lambda: available_memory("cpu"))
     plan = planner.plan(allowed, source=told_by, spill_free=free_disk(folder), spill_dir=str(folder))
     return plan, planner.smallest_limit(free_disk(folder))
 

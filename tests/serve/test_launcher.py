@@ -220,7 +220,7 @@ def test_the_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.
     ("the_wheel_runs_here", "advice"),
     [
         (True, "pip install 'nvidia-pytriton==0.7.0' 'numpy<2'"),
-        (False, "Python 3.10 to 3.12 on Linux with x86-64 only"),
+        (False, "Python 3.10 to 3.12 on x86-64 only"),
     ],
 )
 def test_no_server_anywhere(the_wheel_runs_here: bool, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from fluxvae.serve.model.memory import MemoryBudget, compute
 from fluxvae.serve.model.metrics import rung_of
 from fluxvae.serve.model.outputs import OUTPUTS, make_outputs, output_bytes
 from fluxvae.serve.model.requests import Parameters
+from fluxvae.system import FreeMemory
 from models import random_vae
 
 SIZE = 256
@@ -119,7 +120,7 @@ def test_a_plan_cut_to_what_was_free_is_made_again(monkeypatch: pytest.MonkeyPat
     budget = MemoryBudget(decoding(decoder))
     first = budget.plan(SIZE, SIZE, 1)
     assert budget.plan(SIZE, SIZE, 1) is first
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda device: FreeMemory(1000, "free memory"))
     assert budget.plan(SIZE, SIZE, 1) is not first
 
 
@@ -166,7 +167,7 @@ def test_out_of_memory_on_every_plan_is_unavailable(rows: int, monkeypatch: pyte
 def test_scarce_free_memory_is_unavailable_a_set_limit_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
         compute(decoding(limited(1000)), [job()], never)
-    monkeypatch.setattr("fluxvae.engine.bounded.available_memory", lambda device: 1000)
+    monkeypatch.setattr("fluxvae.engine.bounded.available_memory", lambda device: FreeMemory(1000, "free memory"))
     with pytest.raises(UnavailableError, match="free memory: got 900 bytes.*try again"):
         compute(decoding(limited(None)), [job()], never)
 

@@ -86,11 +86,10 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
     expected = job.expected(decoder.format)
     check_options(decoder.format, expected.reading)
     found = find(job.inputs)
-    scanned = scan(found, job.suffix, expected)
-    sources = {one.url for one in found}
-    prefix = store.root.rstrip("/")
+    scanned = scan(found, job.suffix, expected, store)
+    sources = {store.key(one.url) for one in found}
     for item in scanned.items:
-        if f"{prefix}/{item.name}{job.suffix}" in sources:
+        if store.key(store.url_of(f"{item.name}{job.suffix}")) in sources:
             raise InvalidOptionError(
                 f"out: the image of {item.source} would be written over latents: choose a folder of its own for outputs"
             )

@@ -135,16 +135,17 @@ def look(job: EncodeJob, encoder: Encoder, record: dict[str, Any], store: Store)
                         raise problem
                     assert size is not None
                     assert own is not None
-                    name = _name(job, one, member, len(entries), own)
-                    if name in taken:
+                    name = _name(job, one, member, len(entries), own, store)
+                    key = store.key(name)
+                    if key in taken:
                         raise InvalidImagesError(
-                            f"name: {name}{job.suffix} is also the output of {taken[name]}; rename one of them, or "
+                            f"name: {name}{job.suffix} is also the output of {taken[key]}; rename one of them, or "
                             "encode them into folders of their own"
                         )
                 except FluxVAEError as error:
                     failures.append(Failure.of(error, one.url, None if member is None else member.row, name))
                     continue
-                taken[name] = one.url
+                taken[key] = one.url
                 assert member is not None
                 items.append(Item(one.url, member.row, name, Reading(height=size[0], width=size[1])))
     left = left_to_do(items, store, job, record)
@@ -181,14 +182,16 @@ def _unreadable(name: str, error: Exception) -> InvalidImagesError:
     return InvalidImagesError(f"{name}: cannot be read: {type(error).__name__}: {first_line(error)}")
 
 
-def _name(job: EncodeJob, found: Found, member: Member | None, count: int, own: tuple[int, int]) -> str:
+def _name(job: EncodeJob, found: Found, member: Member | None, count: int, own: tuple[int, int], store: Store) -> str:
     """The name of a picture's output: its own within its file, else the file's."""
     assert member is not None
     name = member.name or with_row(found.name, member.row, count)
     if job.cache is not None:
         name = job.cache.stem(name, own)
     try:
-        return output_name(name, job.suffix)
+        name = output_name(name, job.suffix)
+        store.check(name)
+        return name
     except InvalidLatentsError as error:  # names of latents and of pictures are checked alike
         raise InvalidImagesError(str(error)) from error
 

@@ -6,9 +6,7 @@ From the record and the results that are there, `left_to_do` finds what a resume
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from fluxvae.batch.store import LocalStore, Store
 from fluxvae.decoder import Decoder
 from fluxvae.encoder import Encoder
 from fluxvae.errors import InvalidOptionError
+from fluxvae.system import hold
 
 __all__ = ["RECORD", "FailureLog", "left_to_do", "lock", "record_of", "write_record"]
 
@@ -73,8 +72,8 @@ def left_to_do(items: Sequence[Item], store: Store, job: Job | EncodeJob, record
     """
     if job.existing == "overwrite":
         return list(items)
-    there = store.existing()
-    left = [item for item in items if f"{item.name}{job.suffix}" not in there]
+    there = {store.key(name) for name in store.existing()}
+    left = [item for item in items if store.key(f"{item.name}{job.suffix}") not in there]
     done = len(items) - len(left)
     if job.existing == "refuse":
         if done:
@@ -115,29 +114,24 @@ def lock(store: Store) -> Iterator[None]:
         return
     path = Path(store.root) / _LOCK
     made = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise InvalidOptionError(f"out: {store.root} cannot be written: {error}") from error
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink == 0:  # a job that just ended removed the file between open and flock
-                raise BlockingIOError
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.callback(_remove_empty, made)
+            held.enter_context(hold(path))
         except BlockingIOError:
             raise InvalidOptionError(
                 f"out: another job is writing to {store.root} now; wait for it, or choose another folder"
             ) from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # before it is unlocked, or another job could lock a file that is then removed
-            with contextlib.suppress(OSError):  # a folder that is not empty stays
-                for folder in made:
-                    folder.rmdir()
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            raise InvalidOptionError(f"out: {store.root} cannot be written: {error}") from error
+        yield
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):  # a folder that is not empty stays
+        for folder in folders:
+            folder.rmdir()
 
 
 class FailureLog:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from typing import Protocol
+
 from fluxvae.errors import InvalidLatentsError
 
-__all__ = ["output_name", "stem", "with_row"]
+__all__ = ["Naming", "output_name", "stem", "windows_problem", "with_row"]
 
 _LONGEST = 200
 """Bytes of one part of a name: most filesystems take 255, and a suffix comes behind it."""
+_WINDOWS_DEVICES = re.compile(
+    r"(con|prn|aux|nul|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3]|conin\$|conout\$) *(\..*)?", re.I
+)
+"""Names that are devices in every folder of Windows, whatever suffix they have."""
+
+
+class Naming(Protocol):
+    """What an output folder takes names for."""
+
+    def key(self, name: str) -> str:
+        """What tells one name from another there: two names with the same key are one file."""
+
+    def check(self, name: str) -> None:
+        """Refuse a name from `output_name` that no file can have there.
+
+        Raises:
+            InvalidLatentsError: the name is another thing there, such as a device.
+        """
 
 
 def output_name(name: str, suffix: str) -> str:
@@ -37,6 +58,18 @@ def output_name(name: str, suffix: str) -> str:
     if problem is not None:
         raise InvalidLatentsError(f"name: got {name[:80]!r}: {problem}; rename it in the source")
     return kept
+
+
+def windows_problem(name: str) -> str | None:
+    """Why a name from `output_name` is no file's on Windows, or another's; None where it may be used there."""
+    for part in name.split("/"):
+        if found := re.search(r'[<>:"|?*]', part):
+            return f"it has a {found[0]}, which no name has on Windows"
+        if part[-1] in ". ":
+            return "a part of it ends in a dot or a space, which Windows leaves out"
+        if _WINDOWS_DEVICES.fullmatch(part):
+            return f"{part} is a device on Windows"
+    return None
 
 
 def stem(path: str) -> str:

@@ -14,6 +14,7 @@ row group is refused before it is read if by the file's metadata it claims far m
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from typing import Any
@@ -72,8 +73,8 @@ class ParquetSource:
         self._type = type.value_type if pa.types.is_dictionary(type) else type
         self._lock = threading.Lock()  # so that threads read one row group after the other, and only one is in memory
         self._group: tuple[int, pa.Table] | None = None
-        ends = np.cumsum([self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)])
-        self._ends: list[int] = ends.tolist()
+        rows = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
+        self._ends = list(itertools.accumulate(rows))
 
     def entries(self) -> list[Entry]:
         """List the images, one for each row, from the small columns alone.

@@ -5,6 +5,8 @@ Inputs are files, folders and globs, on this machine or at any URL that fsspec c
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -22,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fluxvae.batch.formats import Source, TensorSource
 from fluxvae.batch.headers import READERS
 from fluxvae.batch.items import Entry, Failure, Item
-from fluxvae.batch.names import output_name, stem, with_row
+from fluxvae.batch.names import Naming, output_name, stem, with_row
 from fluxvae.batch.readings import Expected
 from fluxvae.claims import check_pixels, is_special
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
@@ -171,15 +173,34 @@ def _open(url: str, expected: Expected) -> Source:
             return _parquet(name, path, filesystem, expected)
         if isinstance(filesystem, LocalFileSystem):
             return TensorSource(Path(path), expected)
-        with tempfile.TemporaryDirectory(prefix="fluxvae-") as folder:
+        folder = tempfile.mkdtemp(prefix="fluxvae-")
+        try:
             local = Path(folder) / name
             _check_room(name, filesystem.size(path), folder)
             filesystem.get_file(path, str(local))
             return TensorSource(local, expected)  # what is mapped of it can be read even after its name is removed
+        finally:
+            _remove(folder)
     except FluxVAEError:
         raise
     except Exception as error:  # each of fsspec's filesystems raises errors of its own
         raise InvalidLatentsError(f"{name}: cannot be read: {error}") from error
+
+
+_to_remove: set[str] = set()
+"""Folders of fetched files that could not be removed yet: Windows removes no file that is mapped."""
+
+
+def _remove(*folders: str) -> None:
+    """Remove these folders, and those that could not be removed before, as far as the system does it now."""
+    _to_remove.update(folders)
+    for folder in list(_to_remove):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+            _to_remove.discard(folder)
+
+
+atexit.register(_remove)
 
 
 def _check_room(name: str, size: int | None, folder: str) -> None:
@@ -198,13 +219,14 @@ def _parquet(name: str, path: str, filesystem: Any, expected: Expected) -> Sourc
     return ParquetSource(name, path, filesystem, expected)
 
 
-def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
+def scan(found: Sequence[Found], suffix: str, expected: Expected, naming: Naming) -> Scan:
     """List the images to make, and everything that the files' metadata show to be wrong with them.
 
     Args:
         found: the files, as `find` returns them.
         suffix: the suffix of the outputs, with its dot.
         expected: how the job reads its inputs; shapes are checked against its format, which is the checkpoint's.
+        naming: what the output folder takes names for.
     """
     result = Scan()
     taken: dict[str, str] = {}
@@ -220,16 +242,18 @@ def scan(found: Sequence[Found], suffix: str, expected: Expected) -> Scan:
                 try:
                     wanted = str(entry.name) if entry.name is not None else _named(one.name, entry, plain)
                     name = output_name(wanted, suffix)
-                    if name in taken:
+                    naming.check(name)
+                    key = naming.key(name)
+                    if key in taken:
                         raise InvalidLatentsError(
-                            f"name: {name}{suffix} is also the output of {taken[name]}; rename one of them, or decode "
+                            f"name: {name}{suffix} is also the output of {taken[key]}; rename one of them, or decode "
                             "them into folders of their own"
                         )
                     reading, floored = _settled(one.name, entry, expected)
                 except FluxVAEError as error:
                     result.failures.append(Failure.of(error, one.url, entry.row, name))
                     continue
-                taken[name] = one.url
+                taken[key] = one.url
                 result.items.append(Item(one.url, entry.row, name, reading))
                 result.floored += floored
     return result

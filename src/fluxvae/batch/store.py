@@ -14,16 +14,22 @@ import hashlib
 import os
 import re
 import socket
+import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from fluxvae.batch.names import windows_problem
 from fluxvae.batch.sources import filesystem_of
+from fluxvae.errors import InvalidLatentsError
+from fluxvae.system import names_ignore_case, process_start
 
 __all__ = ["LocalStore", "RemoteStore", "Store", "open_store"]
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.(?P<job>\w+)\.(?P<host>\w+)\.(?P<pid>\d+)\.(?P<start>\d+)\.fluxvae-part")
+_WINDOWS = os.name == "nt"
 _WHOLE_OBJECTS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "r2"}
 """fsspec's protocols of object stores, which never show a part of an object."""
 
@@ -39,6 +45,15 @@ class Store(Protocol):
 
     def exists(self, name: str) -> bool:
         """Return whether there is a file of this name."""
+
+    def url_of(self, name: str) -> str:
+        """Return the path or URL of a file, as `sources.find` writes those of inputs."""
+
+    def key(self, name: str) -> str:
+        """See `names.Naming`."""
+
+    def check(self, name: str) -> None:
+        """See `names.Naming`."""
 
     def read(self, name: str) -> bytes | None:
         """Read a whole file; None where there is none."""
@@ -89,6 +104,22 @@ class LocalStore:
 
     def exists(self, name: str) -> bool:
         return (self._path / name).is_file()
+
+    def url_of(self, name: str) -> str:
+        return (self._path / name).as_posix()
+
+    def key(self, name: str) -> str:
+        # Folders that ignore case also take an accent for the same whether it is part of its letter or follows it.
+        return unicodedata.normalize("NFC", name).casefold() if self._ignores_case else name
+
+    @cached_property
+    def _ignores_case(self) -> bool:
+        return names_ignore_case(self._path)
+
+    def check(self, name: str) -> None:
+        problem = windows_problem(name) if _WINDOWS else None
+        if problem is not None:
+            raise InvalidLatentsError(f"name: got {name[:80]!r}: {problem}; rename it in the source")
 
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
@@ -146,6 +177,15 @@ class RemoteStore:
     def exists(self, name: str) -> bool:
         return bool(self._fs.isfile(f"{self._path}/{name}"))
 
+    def url_of(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def key(self, name: str) -> str:
+        return name
+
+    def check(self, name: str) -> None:
+        pass
+
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
             return bytes(self._fs.cat_file(f"{self._path}/{name}"))
@@ -198,7 +238,7 @@ def _part_name(name: str, job: str) -> str:
     It holds a hash instead of the name, so that it is no longer for a long name and never too long for the filesystem.
     """
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return f".{digest}.{job}.{_host()}.{os.getpid()}.{_started(os.getpid()) or 0}.fluxvae-part"
+    return f".{digest}.{job}.{_host()}.{os.getpid()}.{process_start(os.getpid()) or 0}.fluxvae-part"
 
 
 def _host() -> str:
@@ -207,25 +247,10 @@ def _host() -> str:
 
 
 def _is_dead(host: str, pid: str, start: str) -> bool:
-    """Return whether a process of this machine has ended: no process has its number, or one with another start has."""
-    return host == _host() and str(_started(int(pid))) != start
+    """Return whether a process of this machine has surely ended.
 
-
-def _started(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since the machine did.
-
-    Returns:
-        None where there is no such process; 0 where there is one, but no /proc that tells when it started.
+    It has where no process has its number, or one that started at another time. Where the system does not tell when
+    processes started, or (Windows) whether there is one, files of other jobs stay.
     """
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return 0
+    started = process_start(int(pid))
+    return host == _host() and (started is None or (started != 0 and str(started) != start))

@@ -76,7 +76,7 @@ def _sd_scripts(latents: torch.Tensor, size: Size, own: Size) -> bytes:
         buffer,
         **{
             f"latents{end}": latents[0].float().numpy(),
-            f"original_size{end}": np.array([own_width, own_height]),
+            f"original_size{end}": np.array([own_width, own_height], np.int64),
             f"crop_ltrb{end}": np.array([left, top, left + resized[0], top + resized[1]]),
         },
     )

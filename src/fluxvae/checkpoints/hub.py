@@ -78,7 +78,7 @@ def cached_snapshot(repository: Path, revision: str | None) -> Path:
     snapshots = repository / "snapshots"
     reference = repository / "refs" / (revision or "main")
     if reference.is_file():
-        folder = snapshots / reference.read_text().strip()
+        folder = snapshots / reference.read_text(encoding="utf-8").strip()
     elif revision is not None:
         folder = snapshots / revision
     else:

@@ -7,6 +7,7 @@ What takes long to import (PyTorch, rich) is imported by the commands that need 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -89,6 +90,10 @@ def main() -> None:
     """Run the ``fluxvae`` command. An error is shown as one message, with the exit status of the error table."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their warnings are not what a user of this command asked for
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # Windows writes to files and pipes in an encoding of its own, which lacks most of the characters in file names.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FluxVAEError as error:
@@ -107,5 +112,5 @@ def main() -> None:
 
 def _forget_output() -> None:
     """Keep Python from flushing what is left of standard output at its end, which would fail again."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 1)

@@ -232,10 +232,6 @@ def serve(
       fluxvae serve ... --memory-limit 4GiB --model-memory-limit vae_preview=500MB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
-    from fluxvae.extras import needs
-
-    with needs("serve", "fluxvae serve"):  # the gateway is a process of its own, which would only die of it
-        from fluxvae.serve.gateway import command as _gateway  # noqa: F401
     from fluxvae.serve.models import read_memory_limits, read_models
     from fluxvae.serve.supervisor.command import read_token, run
     from fluxvae.serve.supervisor.settings import ServeSettings

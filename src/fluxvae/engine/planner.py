@@ -17,6 +17,7 @@ from fluxvae.engine.plan import Plan, peak_of, size_in_words
 from fluxvae.engine.sweep.carving import State
 from fluxvae.engine.way import DECODE
 from fluxvae.errors import MemoryLimitError
+from fluxvae.system import FreeMemory
 
 __all__ = ["Planner", "limit_of", "make_planner"]
 
@@ -278,6 +279,9 @@ def make_planner(
     )  # fmt: skip
 
 
-def limit_of(asked: int | None, available: Callable[[], int]) -> tuple[int, str]:
+def limit_of(asked: int | None, available: Callable[[], FreeMemory]) -> tuple[int, str]:
     """The bytes that a call may add, and what set them: nine tenths of what is free now, if no limit was given."""
-    return (available() * 9 // 10, "free memory") if asked is None else (asked, "memory_limit")
+    if asked is not None:
+        return asked, "memory_limit"
+    free = available()
+    return free.nbytes * 9 // 10, free.told_by

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fluxvae.errors import InvalidOptionError
 from fluxvae.forked import refuse_to_hang
+from fluxvae.system import after_fork
 
 __all__ = ["check_environment", "set_aside"]
 
@@ -169,8 +170,7 @@ class _Process:
 
 
 _process = _Process()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_process.in_forked_child)
+after_fork(_process.in_forked_child)
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxvae.errors import InvalidOptionError
+from fluxvae.system import FreeMemory, file_system, free_memory
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["available_memory", "free_disk", "free_memory", "is_out_of_memory", "spill_folder"]
+__all__ = ["available_memory", "free_disk", "is_out_of_memory", "spill_folder"]
 
 _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
 """File systems whose files are themselves resident memory."""
@@ -30,43 +32,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes free now of a GPU, or of the machine and the control group that this process is in."""
-    import torch
+def available_memory(device: torch.device | str) -> FreeMemory:
+    """What is free now of a GPU, or of the machine and the control group that this process is in.
 
-    if device.type == "cuda":
+    Raises:
+        InvalidOptionError: this system does not tell, so a limit has to be given.
+    """
+    if str(device).startswith("cuda"):
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
-    return free_memory()
-
-
-def free_memory() -> int:
-    """Bytes free now of the machine and of the control group that this process is in, whichever are fewer."""
-    available = _meminfo()
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            allowed, used = Path(limit).read_text().strip(), int(Path(usage).read_text())
-        except (OSError, ValueError):
-            continue
-        if allowed != "max":
-            available = min(available, max(int(allowed) - used, 0))
-    return available
-
-
-def _meminfo() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:  # macOS: half of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30
+        return FreeMemory(int(free + cached), "free memory")
+    found = free_memory()
+    if found is None:
+        raise InvalidOptionError(
+            "memory_limit: got none, and this system does not tell how much memory is free; give one, such as "
+            "memory_limit='4GiB'"
+        )
+    return found
 
 
 def spill_folder(asked: str | os.PathLike[str] | None) -> Path | None:
@@ -79,43 +63,23 @@ def spill_folder(asked: str | os.PathLike[str] | None) -> Path | None:
         return _given_folder(Path(asked))
     candidates = (tempfile.gettempdir(), "/var/tmp", os.getcwd())
     usable = [p for p in map(Path, candidates) if p.is_dir() and os.access(p, os.W_OK | os.X_OK)]
-    return next((p for p in usable if _file_system(p) not in _IN_MEMORY), None)
+    return next((p for p in usable if file_system(p) not in _IN_MEMORY), None)
 
 
 def free_disk(folder: Path | None) -> int | None:
     """Bytes that may be spilled to ``folder`` now; None if there is no folder."""
     if folder is None:
         return None
-    status = os.statvfs(folder)
-    return int(0.95 * status.f_bavail * status.f_frsize)
+    return int(0.95 * shutil.disk_usage(folder).free)
 
 
 def _given_folder(folder: Path) -> Path:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidOptionError(f"spill_dir: got {str(folder)!r}, expected an existing folder that can be written to")
-    kind = _file_system(folder)
+    kind = file_system(folder)
     if kind in _IN_MEMORY:
         raise InvalidOptionError(
             f"spill_dir: got {str(folder)!r}, which is a {kind}: files there are themselves memory, so spilling to it "
             "would not save any; name a folder on a disk, /var/tmp for example"
         )
     return folder
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the file system that ``folder`` is on; "" if /proc/mounts does not say."""
-    try:
-        mounts = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return ""
-    where = str(folder.resolve())
-    best, kind = -1, ""
-    for line in mounts:
-        fields = line.split()
-        if len(fields) < 3:
-            continue
-        point = fields[1].encode().decode("unicode_escape")  # a space is written \040
-        inside = point == "/" or where == point or where.startswith(point + "/")
-        if inside and len(point) >= best:  # a later mount hides an earlier one
-            best, kind = len(point), fields[2]
-    return kind

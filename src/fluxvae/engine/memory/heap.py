@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import sys
+from typing import Any
 
 __all__ = ["trim_heap"]
 
-_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+def _malloc_trim() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except TypeError:  # Windows has no one library in which all functions of the process are found
+        return None
+
+
+_TRIM = _malloc_trim()
 
 
 def trim_heap() -> None:

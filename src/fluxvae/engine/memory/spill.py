@@ -1,22 +1,22 @@
 """Makes spilled maps: files without a name in a folder that is not itself memory, or pinned host memory for a GPU.
 
-A spilled map's file has no name (O_TMPFILE, or unlinked before the first byte), so it vanishes with the process however
-that ends.
+A spilled map's file has no name, or is removed by Windows as it is closed. So it vanishes with the process however that
+ends.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from pathlib import Path
 
 import torch
 
-from fluxvae.engine.memory.free import free_disk, free_memory, spill_folder
+from fluxvae.engine.memory.free import free_disk, spill_folder
 from fluxvae.engine.memory.host_map import HostMap, SideStream, pinned_cache
 from fluxvae.engine.memory.stores import SpilledMap, Store
 from fluxvae.errors import InvalidOptionError
+from fluxvae.system import free_memory
 
 __all__ = ["Spill"]
 
@@ -39,7 +39,8 @@ class Spill:
     def free(self) -> int | None:
         """Bytes that may be spilled now; None where there is nowhere to spill to."""
         if self._device.type != "cpu":
-            return int(0.8 * free_memory()) + pinned_cache()
+            free = free_memory()
+            return None if free is None else int(0.8 * free.nbytes) + pinned_cache()
         return free_disk(self.folder)
 
     def describe(self) -> str:
@@ -52,18 +53,6 @@ class Spill:
             self._copies = self._copies or SideStream(self._device)
             return HostMap(shape, dtype, self._device, self._copies)
         assert self.folder is not None
-        return SpilledMap(_unnamed_file(self.folder), shape, dtype)
-
-
-def _unnamed_file(folder: Path) -> int:
-    """A file descriptor, close-on-exec, of a file that no folder lists."""
-    flag = getattr(os, "O_TMPFILE", 0)
-    if flag:
-        try:
-            return os.open(folder, flag | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as error:  # file systems without it (NFS, some overlays)
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                raise
-    descriptor, name = tempfile.mkstemp(prefix="fluxvae-", suffix=".spill", dir=folder)
-    os.unlink(name)
-    return descriptor
+        # Python's own function knows each system's way to such a file. A buffer would only copy the rows once more.
+        kept = tempfile.TemporaryFile  # not for a ``with``: the map closes it
+        return SpilledMap(kept(buffering=0, prefix="fluxvae-", suffix=".spill", dir=self.folder), shape, dtype)

@@ -1,15 +1,14 @@
 """Feature maps that are read and written by rows: in memory, or in a temporary file.
 
-A spilled map is read and written with pread and pwrite into scratch, because mapped pages would count as resident
-memory. `fluxvae.engine.memory.host_map` has the third kind of store: host memory, for maps spilled from a GPU.
+A spilled map is read into scratch and written from it, because mapped pages would count as resident memory.
+`fluxvae.engine.memory.host_map` has the third kind of store: host memory, for maps spilled from a GPU.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -84,15 +83,16 @@ class Given:
 
 
 class SpilledMap:
-    """A map in a file that has no name."""
+    """A map in a file that vanishes when it is closed. It moves the file's position, so it is for one thread."""
 
-    def __init__(self, descriptor: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """``file`` is open for reading and writing without a buffer: an `io.FileIO`, or what wraps one on Windows."""
+        self._file = file
         self._row_bytes = shape[1] * shape[2] * dtype.itemsize
 
     def read(self, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Read the rows into ``into`` with pread."""
-        self._move(os.preadv, start, into)
+        """Read the rows into ``into``."""
+        self._move(self._file.readinto, start, into)
         return into
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
@@ -100,21 +100,19 @@ class SpilledMap:
         return None
 
     def write(self, start: int, rows: torch.Tensor) -> None:
-        """Write the rows to the file with pwrite."""
-        self._move(os.pwritev, start, rows)
+        """Write the rows to the file."""
+        self._move(self._file.write, start, rows)
 
     def close(self) -> None:
-        """Close the file. It has no name, so that this is its end."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the file, which is its end."""
+        self._file.close()
 
-    def _move(self, call: Callable[[int, list[memoryview], int], int], start: int, rows: torch.Tensor) -> None:
+    def _move(self, call: Callable[[memoryview], int], start: int, rows: torch.Tensor) -> None:
         view = rows.reshape(-1).view(torch.uint8).numpy().data
-        offset = start * self._row_bytes
+        self._file.seek(start * self._row_bytes)
         while view.nbytes:
             try:
-                moved = call(self._descriptor, [view[: 1 << 30]], offset)
+                moved = call(view)  # as much as the system moves at once
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise MemoryLimitError(
@@ -124,4 +122,4 @@ class SpilledMap:
                 raise
             if moved == 0:
                 raise OSError(errno.EIO, "a spilled feature map ended early")
-            view, offset = view[moved:], offset + moved
+            view = view[moved:]

@@ -96,7 +96,7 @@ class MemoryBudget:
     def _limit(self) -> int:
         if self._half.memory_limit is not None:
             return self._half.memory_limit
-        return available_memory(self._half.device) * 9 // 10  # nine tenths of what is free, as in the engine
+        return available_memory(self._half.device).nbytes * 9 // 10  # nine tenths of what is free, as in the engine
 
 
 def compute(work: Work, jobs: Sequence[AnyJob], cancel: Callable[[], bool]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -10,10 +11,19 @@ from pathlib import Path
 
 import fluxvae.errors
 from fluxvae.errors import FluxVAEError, InvalidOptionError
+from fluxvae.extras import needs
 from fluxvae.serve.triton.installation import Installation, TritonServerError
 from fluxvae.serve.triton.ports import free_ports
 
-__all__ = ["check_numpy", "check_positive", "check_shared_memory", "choose_ports", "is_loopback", "model_error"]
+__all__ = [
+    "check_numpy",
+    "check_packages",
+    "check_positive",
+    "check_shared_memory",
+    "choose_ports",
+    "is_loopback",
+    "model_error",
+]
 
 _SHM = Path("/dev/shm")
 # A model's region grows to 1.5 to 2 times the size of its largest request and answer together, and never shrinks.
@@ -21,6 +31,20 @@ _REGION_GROWTH = 2
 # Bytes per pixel. Latents are 64 float32 values for 16x16 pixels; an answer is three uint8 or three float32 values.
 _LATENT_BYTES, _UINT8_BYTES, _FLOAT_BYTES = 1, 3, 12
 _MODEL_ERROR = re.compile(r"TritonModelException: (\w+): (.+?)\s*$", flags=re.MULTILINE)
+
+
+def check_packages() -> None:
+    """Look for what the gateway imports, which is a process of its own and starts after Triton.
+
+    They are not imported here, because the supervisor would take twice its memory.
+
+    Raises:
+        MissingExtraError: one of them is not installed.
+    """
+    with needs("serve", "fluxvae serve"):
+        for name in ("grpc", "httptools", "prometheus_client", "starlette", "tritonclient", "uvicorn"):
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}")
 
 
 def check_numpy(installation: Installation) -> None:

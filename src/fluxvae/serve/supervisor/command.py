@@ -15,12 +15,12 @@ from rich.console import Console
 from fluxvae import __version__
 from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.models import MODELS, encodes
-from fluxvae.serve.supervisor.checks import is_loopback
+from fluxvae.serve.supervisor.checks import check_packages, is_loopback
 from fluxvae.serve.supervisor.supervisor import ServeSettings, Supervisor
+from fluxvae.serve.triton.installation import check_system
 
 __all__ = ["read_token", "run"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _TICK_S = 0.1
 _WATCH_S = 0.25  # looking ten times a second would cost an idle server a noticeable part of a core
 _TELL_EVERY_S = 5.0  # into a log; a terminal is told twice a second
@@ -41,7 +41,7 @@ def read_token(path: Path | None) -> str | None:
     if from_environment is not None:
         raise InvalidOptionError("--token-file: got one while FLUXVAE_TOKEN is set too; give one of them")
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise InvalidOptionError(f"--token-file: {path} cannot be read: {error}") from error
 
@@ -57,10 +57,14 @@ def run(settings: ServeSettings, *, follow_logs: bool) -> int:
         The exit status: 0 after a clean stop.
 
     Raises:
-        FluxVAEError: Triton or the gateway could not be started, or can no longer be kept running.
+        FluxVAEError: Triton or the gateway could not be started, or can no longer be kept running; or this is not
+            Linux, or the extra ``serve`` is not installed.
     """
+    check_system()
+    check_packages()
     signals: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in _SIGNALS}
+    stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in stop}
     try:
         return _run(settings, signals, follow_logs)
     finally:

@@ -15,12 +15,10 @@ from typing import NamedTuple
 
 from fluxvae.errors import FluxVAEError
 
-__all__ = ["Installation", "TritonServerError", "find_tritonserver"]
+__all__ = ["Installation", "TritonServerError", "check_system", "find_tritonserver"]
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-_WHEEL_RUNS_HERE = (
-    (3, 10) <= sys.version_info < (3, 13) and sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-)
+_WHEEL_RUNS_HERE = (3, 10) <= sys.version_info < (3, 13) and platform.machine() == "x86_64"
 
 
 class TritonServerError(FluxVAEError):
@@ -86,12 +84,27 @@ class Installation(NamedTuple):
         return b"--allow-client-shm" in described.stdout + described.stderr
 
 
+def check_system() -> None:
+    """Refuse to start a server where there is no Triton: on every system but Linux.
+
+    Raises:
+        TritonServerError: this is not Linux.
+    """
+    if sys.platform != "linux":
+        raise TritonServerError(
+            f"tritonserver: this system is {sys.platform}, and Triton Inference Server runs on Linux only. Start the "
+            "server on a Linux machine or in a container (docs/serving.md), and decode and encode with it from here by "
+            "fluxvae.client; or decode here without a server, by fluxvae decode or fluxvae.Decoder"
+        )
+
+
 def find_tritonserver() -> Installation:
     """Find the ``tritonserver`` on the PATH or, if there is none, the one in the nvidia-pytriton wheel.
 
     Raises:
-        TritonServerError: there is neither.
+        TritonServerError: there is neither, or this is not Linux.
     """
+    check_system()
     if on_path := shutil.which("tritonserver"):
         return Installation(Path(on_path), None)
     spec = importlib.util.find_spec("pytriton")
@@ -107,9 +120,8 @@ def find_tritonserver() -> Installation:
         )
     raise TritonServerError(
         f"tritonserver: not on the PATH. {instead}. The nvidia-pytriton wheel, which brings one for local use, is for "
-        f"Python 3.10 to 3.12 on Linux with x86-64 only, and this is Python {_PYTHON} on {platform.system()} with "
-        f"{platform.machine()}. Without a server here, fluxvae decode works on files, and fluxvae.client asks a server "
-        "elsewhere"
+        f"Python 3.10 to 3.12 on x86-64 only, and this is Python {_PYTHON} on {platform.machine()}. Without "
+        "a server here, fluxvae decode works on files, and fluxvae.client asks a server elsewhere"
     )
 
 

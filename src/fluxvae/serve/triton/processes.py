@@ -26,7 +26,6 @@ __all__ = [
 
 _POLL_S = 0.05
 _LISTENING = "0A"  # TCP_LISTEN of the kernel's tcp_states.h
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Process(NamedTuple):
@@ -88,7 +87,7 @@ def listens(pid: int, port: int) -> bool:
     sockets = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):  # without IPv6 there is no tcp6
-            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            for line in Path(f"/proc/{pid}/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
                 fields = line.split()
                 if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
                     sockets.add(f"socket:[{fields[9]}]")
@@ -165,13 +164,13 @@ def until(timeout_s: float) -> Iterator[None]:
 
 
 def _process(pid: int, fields: list[str]) -> Process:
-    return Process(pid, int(fields[19]), (int(fields[11]) + int(fields[12])) / _TICKS)
+    return Process(pid, int(fields[19]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
 
 
 def _stat(pid: int) -> list[str] | None:
     """Return the fields of ``/proc/PID/stat`` after the name (state, parent, group, ...); None where it has ended."""
     with contextlib.suppress(OSError):  # the process ended while we looked
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         if fields and fields[0] not in "ZX":
             return fields
     return None

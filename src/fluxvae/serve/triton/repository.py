@@ -47,13 +47,13 @@ def write_repository(into: Path, models: Mapping[str, Mapping[str, str]], *, dev
     """
     for model, settings in models.items():
         source = model_folder(model)
-        config = (source / "config.pbtxt").read_text()
+        config = (source / "config.pbtxt").read_text(encoding="utf-8")
         for name, value in settings.items():
             pattern = rf'(key:\s*"{re.escape(name)}"\s*value:\s*\{{\s*string_value:\s*)"(?:[^"\\]|\\.)*"'
             config = _replace(pattern, rf"\g<1>{_quoted(value)}", config, model, f"parameter {name!r}")
         config = _place_instances(config, model, device)
         shutil.copytree(source, into / model, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        (into / model / "config.pbtxt").write_text(config)
+        (into / model / "config.pbtxt").write_text(config, encoding="utf-8")
     return into
 
 

@@ -7,7 +7,6 @@ tasks from a counter until none is left. Threads that come late, because the poo
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fluxvae.engine import torch_library
+from fluxvae.system import after_fork
 
 __all__ = ["alone", "count", "pytorchs", "run", "share"]
 
@@ -107,5 +107,4 @@ def _after_fork() -> None:
     _pool, _size, _lock = None, 0, threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+after_fork(_after_fork)
