@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import unicodedata
@@ -54,7 +55,8 @@ def test_all_but_the_server_works_without_posix(tmp_path: Path, demo: fluxvae.De
     Image.fromarray(picture).save(tmp_path / "picture.png")
     folder_of(tmp_path / "in", 2)
     words = [sys.executable, "-W", "ignore", Path(__file__).with_name("systems_child.py"), tmp_path]
-    ran = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False)
+    environment = {**os.environ, "COLUMNS": "500"}  # so that tables shorten no path
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, env=environment)
     assert (ran.returncode, ran.stdout.strip()) == (0, "done"), ran.stderr[-6000:]
 
 
