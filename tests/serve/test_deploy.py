@@ -145,6 +145,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     monkeypatch.setenv("NO_PROXY", "*")
     address = f"http://127.0.0.1:{server.server_port}/v2"
     monkeypatch.setattr(huggingface_hub.constants, "INFERENCE_ENDPOINTS_ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it forbids loopback too
     yield Hub
     server.shutdown()
     server.server_close()
