@@ -232,6 +232,9 @@ def serve(
       fluxvae serve ... --memory-limit 4GiB --model-memory-limit vae_preview=500MB
       fluxvae serve --host 0.0.0.0 --token-file token.txt
     """
+    from fluxvae.serve.triton.installation import check_system
+
+    check_system()  # before anything is imported that other systems do not have
     from fluxvae.serve.models import read_memory_limits, read_models
     from fluxvae.serve.supervisor.command import read_token, run
     from fluxvae.serve.supervisor.settings import ServeSettings

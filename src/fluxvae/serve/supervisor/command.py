@@ -17,7 +17,6 @@ from fluxvae.errors import InvalidOptionError
 from fluxvae.serve.models import MODELS, encodes
 from fluxvae.serve.supervisor.checks import check_packages, is_loopback
 from fluxvae.serve.supervisor.supervisor import ServeSettings, Supervisor
-from fluxvae.serve.triton.installation import check_system
 
 __all__ = ["read_token", "run"]
 
@@ -57,10 +56,9 @@ def run(settings: ServeSettings, *, follow_logs: bool) -> int:
         The exit status: 0 after a clean stop.
 
     Raises:
-        FluxVAEError: Triton or the gateway could not be started, or can no longer be kept running; or this is not
-            Linux, or the extra ``serve`` is not installed.
+        FluxVAEError: Triton or the gateway could not be started, or can no longer be kept running; or the
+            extra ``serve`` is not installed.
     """
-    check_system()
     check_packages()
     signals: list[int] = []
     stop = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
