@@ -73,8 +73,6 @@ SETTINGS: dict[str, Setting] = {
     "matmul precision": lambda: _set(
         lambda: torch.set_float32_matmul_precision("medium"), lambda: torch.set_float32_matmul_precision("highest")
     ),
-    "float32 as bfloat16": _attribute(torch.backends, "fp32_precision", "bf16"),
-    "oneDNN's float32 as bfloat16": _attribute(torch.backends.mkldnn, "fp32_precision", "bf16"),
     "TF32": lambda: _set(
         lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
         lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
@@ -86,23 +84,35 @@ SETTINGS: dict[str, Setting] = {
     "NumPy's errors": lambda: np.errstate(all="raise"),
     "threads": lambda: _set(lambda: torch.set_num_threads(3), lambda: torch.set_num_threads(1)),
 }
+if hasattr(torch.backends, "fp32_precision"):  # from PyTorch 2.9 on
+    SETTINGS["float32 as bfloat16"] = _attribute(torch.backends, "fp32_precision", "bf16")
+    SETTINGS["oneDNN's float32 as bfloat16"] = _attribute(torch.backends.mkldnn, "fp32_precision", "bf16")
 THREADS = {"threads"}
 """PyTorch itself decides by them, which the reference engine leaves to it."""
 
 
+def _default_device() -> object:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # PyTorch 2.6's, after the default has been set to None
+        return None
+
+
 def _state() -> tuple[object, ...]:
     c = torch._C
+    parts = [("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul")]
+    parts += [("cuda", of) for of in ("all", "conv", "matmul", "rnn")]
+    read = getattr(c, "_get_fp32_precision_getter", None)  # from PyTorch 2.9 on
     return (
         torch.get_default_dtype(),
-        torch.get_default_device(),
+        _default_device(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch.are_deterministic_algorithms_enabled(),
         c._get_float32_matmul_precision(),
-        *(c._get_fp32_precision_getter(*of) for of in (("generic", "all"), ("mkldnn", "all"), ("mkldnn", "matmul"))),
-        *(c._get_fp32_precision_getter("cuda", of) for of in ("all", "conv", "matmul", "rnn")),
+        *(read(*part) for part in parts if read is not None),
         torch.backends.mkldnn.enabled,
         torch.backends.cuda.flash_sdp_enabled(),
         torch.get_num_threads(),

@@ -73,6 +73,8 @@ def take_away() -> None:
     for name in ("open", "stat", "lstat", "listdir", "scandir", "access", "readlink"):
         setattr(os, name, without_linux(getattr(os, name)))
     builtins.open = io.open = without_linux(open)
+    for name in ("open", "stat"):  # Python 3.10's Path has kept the functions as they were when it was imported
+        setattr(Path, name, without_linux(getattr(Path, name)))
 
 
 def as_on_windows(free: int) -> None:

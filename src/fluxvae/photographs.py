@@ -138,7 +138,7 @@ def _bits(image: Any) -> int:
     """Bits of one value in the file. Pillow cuts 16-bit RGB off to 8 bits as it reads it, so the mode does not tell."""
     if image.mode.startswith("I") or image.mode == "F":
         return 16
-    raw = image.tile[0].args if image.tile else ""
+    raw = image.tile[0][3] if image.tile else ""  # the arguments of its decoder; before Pillow 11 they had no name
     if image.format == "PPM" and isinstance(raw, tuple) and isinstance(raw[-1], int) and raw[-1] > 255:
         return 16  # the largest value, which Pillow brings to 255
     raw = raw if isinstance(raw, str) else raw[0] if isinstance(raw, tuple) and raw else ""
