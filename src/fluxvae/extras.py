@@ -20,12 +20,15 @@ def needs(extra: str, user: str) -> Iterator[None]:
 
     Raises:
         MissingExtraError: an import failed. Its cause is the import's own error, which the message quotes.
+        ImportError: what failed to be imported is a part of fluxvae itself, which no extra brings.
     """
     try:
         yield
     except FluxVAEError:
         raise
     except ImportError as error:
+        if (error.name or "").partition(".")[0] == "fluxvae":
+            raise
         raise MissingExtraError(
             f"{user}: needs the extra {extra!r} ({first_line(error)}); pip install 'fluxvae[{extra}]'"
         ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -176,8 +177,8 @@ def names_ignore_case(folder: Path) -> bool:
     It is tried with a name that is there: one in the folder, or else the folder's own, or its parent's, ...
     """
     folder = folder.resolve()
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    for there in (*inside, folder, *folder.parents):
+    inside = folder.iterdir() if folder.is_dir() else ()
+    for there in itertools.chain(inside, (folder, *folder.parents)):
         other = there.with_name(there.name.swapcase()) if there.name else there
         if there.exists() and other.name != there.name:
             return other.exists() and other.samefile(there)

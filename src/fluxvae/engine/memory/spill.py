@@ -54,5 +54,6 @@ class Spill:
             return HostMap(shape, dtype, self._device, self._copies)
         assert self.folder is not None
         # Python's own function knows each system's way to such a file. A buffer would only copy the rows once more.
-        kept = tempfile.TemporaryFile  # not for a ``with``: the map closes it
-        return SpilledMap(kept(buffering=0, prefix="fluxvae-", suffix=".spill", dir=self.folder), shape, dtype)
+        # The map closes it.
+        file = tempfile.TemporaryFile(buffering=0, prefix="fluxvae-", suffix=".spill", dir=self.folder)  # noqa: SIM115
+        return SpilledMap(file, shape, dtype)

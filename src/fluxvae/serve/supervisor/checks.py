@@ -33,6 +33,9 @@ _LATENT_BYTES, _UINT8_BYTES, _FLOAT_BYTES = 1, 3, 12
 _MODEL_ERROR = re.compile(r"TritonModelException: (\w+): (.+?)\s*$", flags=re.MULTILINE)
 
 
+_GATEWAY_PACKAGES = ("grpc", "httptools", "prometheus_client", "starlette", "tritonclient", "uvicorn")
+
+
 def check_packages() -> None:
     """Look for what the gateway imports, which is a process of its own and starts after Triton.
 
@@ -42,7 +45,7 @@ def check_packages() -> None:
         MissingExtraError: one of them is not installed.
     """
     with needs("serve", "fluxvae serve"):
-        for name in ("grpc", "httptools", "prometheus_client", "starlette", "tritonclient", "uvicorn"):
+        for name in _GATEWAY_PACKAGES:
             if importlib.util.find_spec(name) is None:
                 raise ModuleNotFoundError(f"No module named {name!r}")
 
