@@ -21,11 +21,17 @@ from hypothesis import strategies as st
 from engine_models import Shape, rms, true_decode
 from fluxvae.engine import bounded
 from fluxvae.engine.exact import ExactDecoder
-from fluxvae.engine.kernels.cuda import attention, passes, self_test
+from fluxvae.engine.kernels import Refill
+from fluxvae.engine.kernels.cuda import attention, folding, passes, self_test
+from fluxvae.engine.kernels.cuda import kernels as kernels_module
 from fluxvae.engine.kernels.cuda.kernels import CudaKernels
+from fluxvae.engine.kernels.cuda.moments import KEPT_BLOCKS, CardMoments
+from fluxvae.engine.kernels.direct import subpixel
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.memory.stores import MemoryMap
 from fluxvae.engine.records import Norm
-from fluxvae.engine.statistics import FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.sweep.windows import StoredRows
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.verify.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
 
@@ -63,13 +69,21 @@ def units(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found.double() - expected).abs() / scale).max()) / (2 if found.dtype == torch.bfloat16 else 1)
 
 
-def assert_moments(moments: torch.Tensor, block: torch.Tensor) -> None:
-    flat = block.double().view(-1, block.shape[-1])
-    mean = flat.mean(0)
-    m2 = (flat - mean).square().sum(0)
-    largest = flat.abs().amax(0).clamp(min=1)
-    assert float(((moments[0] - mean).abs() / largest).max()) <= CUDA_STATISTICS.bound
-    assert float(((moments[1] - m2).abs() / (m2 + 1e-3 * len(flat))).max()) <= CUDA_STATISTICS.bound
+def gathering(channels: int, blocks: int, pixels: int, phases: int = 1) -> CardMoments:
+    """Statistics whose scratch holds NaN, which would show if it were read before it is written."""
+    room = torch.full((CardMoments.scratch_bytes(channels, blocks, pixels, phases),), 255, dtype=torch.uint8)
+    return CardMoments(channels, blocks, pixels, phases, room)
+
+
+def assert_moments(found: CardMoments, *blocks: torch.Tensor) -> None:
+    assert found.counts == [block.numel() // block.shape[-1] for block in blocks]
+    for block, mean, m2 in zip(blocks, *found.stacked(), strict=True):
+        flat = block.double().view(-1, block.shape[-1])
+        true_mean = flat.mean(0)
+        true_m2 = (flat - true_mean).square().sum(0)
+        largest = flat.abs().amax(0).clamp(min=1)
+        assert float(((mean - true_mean).abs() / largest).max()) <= CUDA_STATISTICS.bound
+        assert float(((m2 - true_m2).abs() / (true_m2 + 1e-3 * len(flat))).max()) <= CUDA_STATISTICS.bound
 
 
 @settings(max_examples=15)
@@ -108,19 +122,37 @@ def test_finish(
     expected = (result.double() + bias.double() + (0 if added is None else added.double())) / factor
     out = added if added is not None and residual == "in place" else torch.empty_like(result)
     pixels = shape[0] * shape[1]
-    parts = torch.full((passes.parts_bytes(pixels, shape[2]) // 4,), torch.nan)
-    passes.finish(result, bias, added, factor, out, parts)
+    found = gathering(shape[2], 1, pixels)
+    passes.finish(result, bias, added, factor, out, found.place())
+    found.placed(pixels)
     assert units(out, expected) <= CUDA_PASS.bound
-    assert_moments(passes.combine(parts, pixels, shape[2]), out)
+    assert_moments(found, out)
 
 
 def test_statistics_of_many_programs() -> None:
     """More than one round of `_combine`, the last program's part not full."""
-    result = draw(0, torch.float32, 1, 34 * passes.parts_pixels(64) - 5, 64, shift=5.0)
+    result = draw(0, torch.float32, 1, 66 * passes.parts_pixels(64) - 5, 64, shift=5.0)
     out, pixels = torch.empty_like(result), result.shape[1]
-    parts = torch.full((passes.parts_bytes(pixels, 64) // 4,), torch.nan)
-    passes.finish(result, torch.zeros(64), None, 1.0, out, parts)
-    assert_moments(passes.combine(parts, pixels, 64), out)
+    found = gathering(64, 1, pixels)
+    passes.finish(result, torch.zeros(64), None, 1.0, out, found.place())
+    found.placed(pixels)
+    assert_moments(found, out)
+
+
+@pytest.mark.parametrize("blocks", [1, KEPT_BLOCKS - 1, KEPT_BLOCKS, KEPT_BLOCKS + 1, 2 * KEPT_BLOCKS + 3])
+def test_statistics_of_many_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block is smaller; one launch combines sixteen, and the rest when the last one is there."""
+    launched = []
+    combine = CardMoments._combine
+    monkeypatch.setattr(CardMoments, "_combine", lambda self: (launched.append(len(self._pixels)), combine(self)))
+    sizes = [40] * (blocks - 1) + [7]
+    made, found = [draw(index, torch.float32, size, 1, 24, shift=2.0) for index, size in enumerate(sizes)], None
+    found = gathering(24, blocks, 40)
+    for block in made:
+        passes.finish(block, torch.zeros(24), None, 1.0, block, found.place())
+        found.placed(len(block))
+    assert_moments(found, *made)
+    assert launched == [KEPT_BLOCKS] * (blocks // KEPT_BLOCKS) + [blocks % KEPT_BLOCKS] * (blocks % KEPT_BLOCKS > 0)
 
 
 @given(shape=maps, dtype=dtypes, seed=st.integers(0, 99))
@@ -130,14 +162,75 @@ def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) 
     bias, out = draw(seed, dtype, channels), torch.full((2 * n, 2 * width, channels), torch.nan, dtype=dtype)
     expected = torch.empty(n, 2, width, 2, channels, dtype=torch.float64)
     pixels = 2 * n * width
-    parts = torch.full((passes.parts_bytes(pixels, channels, 2) // 4,), torch.nan)
+    found = gathering(channels, 1, pixels, 2)
     for phase in range(2):
         result = draw(seed + 1 + phase, dtype, n, width + 1, 2 * channels)
-        passes.interleave(result, bias, phase, out, parts)
+        passes.interleave(result, bias, phase, out, found.place())
         expected[:, phase, :, 0] = result[:, :width, :channels].double() + bias.double()
         expected[:, phase, :, 1] = result[:, 1:, channels:].double() + bias.double()
+    found.placed(pixels)
     assert units(out, expected.view(out.shape)) <= CUDA_PASS.bound
-    assert_moments(passes.combine(parts, pixels, channels, 2), out)
+    assert_moments(found, out)
+
+
+@given(
+    rows=st.integers(2, 6),
+    width=st.integers(1, 40),
+    channels=st.one_of(st.sampled_from([96, 128, 130, 256]), st.integers(1, 50)),
+    dtype=dtypes,
+    first=st.booleans(),
+    affine=st.booleans(),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=10, deadline=None)
+def test_refill(
+    rows: int, width: int, channels: int, dtype: torch.dtype, first: bool, affine: bool, data: st.DataObject, seed: int
+) -> None:
+    """As `TorchKernels.refill`, from which copies and zeros must not differ by a bit: blocks in the middle and at the
+    end of a map, also where the last one has no fresh rows."""
+    begin = 1 if first else 2
+    stop = data.draw(st.integers(begin, rows + 2))
+    bottom = data.draw(st.sampled_from([None, stop])) if stop < rows + 2 else None
+    before, fresh = draw(seed, dtype, rows + 2, width, channels), draw(seed + 1, dtype, stop - begin, width, channels)
+    through = None
+    if affine:
+        through = Affine(*draw(seed + 2, torch.float32, 2, channels))
+    windows = before.clone(), before.clone()
+    work = torch.empty(8 * before.numel(), dtype=torch.uint8)
+    for kernels, window in zip((CudaKernels(CPU), TorchKernels(CPU)), windows, strict=True):
+        source = StoredRows(MemoryMap(fresh))
+        kernels.refill(Refill(window, first, (begin, stop), bottom, source, through, work))
+    ours, theirs = windows
+    prologue = slice(begin, stop)
+    if stop > begin:
+        assert units(ours[prologue], theirs[prologue].double()) <= (2 * CUDA_PASS.bound if affine else 0)
+    ours[prologue] = theirs[prologue] = 0
+    assert torch.equal(ours, theirs)
+
+
+@given(
+    cout=st.integers(1, 6),
+    cin=st.sampled_from([1, 7, 128, 130]),
+    stored=dtypes,
+    dtype=dtypes,
+    channels_last=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=15)
+def test_fold(cout: int, cin: int, stored: torch.dtype, dtype: torch.dtype, channels_last: bool, seed: int) -> None:
+    weight = draw(seed, stored, cout, cin, 3, 3)
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    kernels = [torch.empty(2 * cout, 2, 2, cin, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2)]
+    expected = [torch.empty_like(kernel) for kernel in kernels]
+    subpixel.sum_kernels(weight, expected, 16)
+    for phase, (kernel, true) in enumerate(zip(kernels, expected, strict=True)):
+        folding.fold(weight, phase, kernel)
+        if dtype == torch.bfloat16:  # which the interpreter rounds in another way
+            assert units(kernel, true.double()) <= 1
+        else:
+            assert torch.equal(kernel, true)
 
 
 @given(
@@ -156,24 +249,25 @@ def test_affine(blocks: int, width: int, groups: int, each: int, data: st.DataOb
     module = torch.nn.GroupNorm(groups, channels)
     torch.nn.init.normal_(module.weight)
     torch.nn.init.normal_(module.bias)
-    moments = Moments()
+    plain, ours = Moments(), gathering(channels, blocks, each)
     for n, mean, m2 in zip([each] * (blocks - 1) + [last], means, m2s, strict=True):
-        moments.add(Partial(n, mean, m2))
+        plain.add(Partial(n, mean, m2))
+        ours.add(Partial(n, mean, m2))
     norm = Norm("", channels, groups, 1e-6, True, module)
-    expected = moments.affine(norm, torch.float64, FiniteChecks(CPU))
-    found = CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+    expected = plain.affine(norm, torch.float64, FiniteChecks(CPU))
+    found = CudaKernels(CPU).affine(ours, norm, torch.float32, FiniteChecks(CPU))
     assert units(found.scale, expected.scale) <= 1
     assert units(found.shift, expected.shift) <= 1
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_affine_of_statistics_that_are_not_finite(value: float) -> None:
-    moments, norm = Moments(), Norm("its name", 8, 2, 1e-6, True, torch.nn.GroupNorm(2, 8))
+    found, norm = gathering(8, 1, 10), Norm("its name", 8, 2, 1e-6, True, torch.nn.GroupNorm(2, 8))
     m2 = torch.ones(8, dtype=torch.float64)
     m2[5] = value
-    moments.add(Partial(10, torch.ones(8), m2))
+    found.add(Partial(10, torch.ones(8), m2))
     with pytest.raises(NonFiniteMap, match="its name"):
-        CudaKernels(CPU).affine(moments, norm, torch.float32, FiniteChecks(CPU))
+        CudaKernels(CPU).affine(found, norm, torch.float32, FiniteChecks(CPU))
 
 
 @given(
@@ -257,12 +351,18 @@ def test_the_kernels_pass_their_self_test() -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("module", "broken"),
-    [(passes, name) for name in ("affine", "prologue", "finish", "interleave", "combine")] + [(attention, "attention")],
+    [
+        (kernels_module, "scale_and_shift"),
+        (CardMoments, "_combine"),
+        (folding, "fold"),
+        *((passes, name) for name in ("prologue", "refill", "finish", "interleave")),
+        (attention, "attention"),
+    ],
 )
 def test_kernels_that_fail_are_not_used_and_the_plan_says_so(
     module: ModuleType, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if broken != "affine":  # the interpreter takes seconds for the norms, which the self-test begins with
+    if broken != "scale_and_shift":  # the interpreter takes seconds for the norms, which the self-test begins with
         monkeypatch.setattr(CudaKernels, "affine", TorchKernels.affine)
     monkeypatch.setattr(module, broken, _fails)
     dtype = torch.float16 if broken == "attention" else torch.float32

@@ -17,6 +17,7 @@ from fluxvae.engine.kernels.cpu.vector_code import LANES
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, TILES
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.network import read_network
+from fluxvae.engine.statistics import Moments
 from fluxvae.verify.tolerances import WINOGRAD_ATTENTION
 from models import random_vae
 
@@ -151,7 +152,7 @@ def test_its_results_lie_in_the_workspace() -> None:
     work = torch.empty(kernels.workspace(call), dtype=torch.uint8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         queries = normed[: rows * 64].view_as(out)
-        kernels.attend(AttentionBlock(layer.projections, weights, queries, normed, out, work, True))
+        kernels.attend(AttentionBlock(layer.projections, weights, queries, normed, out, work, Moments()))
     most = max(event.cpu_memory_usage for event in profile.key_averages())
     assert 0 < most < out.nbytes / 8
 

@@ -44,7 +44,7 @@ from fluxvae.engine.kernels.cpu import (
 from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
 from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, halving, matmul, toom_cook
 from fluxvae.engine.records import Conv
-from fluxvae.engine.statistics import Affine, Partial
+from fluxvae.engine.statistics import Affine, Moments, Partial
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.verify.oracle import level_difference
 from fluxvae.verify.tolerances import (
@@ -85,6 +85,12 @@ def pad(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, 0, 1, 1))
 
 
+def only(moments: Moments) -> Partial:
+    """The statistics of the one block that there was."""
+    (means, m2s), (count,) = moments.stacked(), moments.counts
+    return Partial(count, means[0], m2s[0])
+
+
 def run_conv(
     conv: Conv, padded: torch.Tensor, residual: torch.Tensor | None = None, scale: float = 1.0
 ) -> tuple[torch.Tensor, Partial]:
@@ -92,27 +98,27 @@ def run_conv(
     out = torch.full((rows, width, conv.cout), torch.nan) if residual is None else residual.clone()
     work = workspace(conv, "conv3", rows, width)
     added = None if residual is None else out
-    partial = KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work, added, scale, True))
-    assert partial is not None
-    return out, partial
+    moments = Moments()
+    KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work, added, scale, moments))
+    return out, only(moments)
 
 
 def run_up(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
     rows, width = padded.shape[0] - 2, padded.shape[1]
     out = torch.full((2 * rows, 2 * width, conv.cout), torch.nan)
     work = workspace(conv, "up", rows, width)
-    partial = KERNELS.convolve(ConvBlock("up", padded, load(conv, "up"), out, work, statistics=True))
-    assert partial is not None
-    return out, partial
+    moments = Moments()
+    KERNELS.convolve(ConvBlock("up", padded, load(conv, "up"), out, work, statistics=moments))
+    return out, only(moments)
 
 
 def run_down(conv: Conv, padded: torch.Tensor) -> tuple[torch.Tensor, Partial]:
     rows, width = padded.shape[0] - 2, padded.shape[1]
     out = torch.full((rows // 2, width // 2, conv.cout), torch.nan)
     work = workspace(conv, "down", rows, width)
-    partial = KERNELS.convolve(ConvBlock("down", padded, load(conv, "down"), out, work, statistics=True))
-    assert partial is not None
-    return out, partial
+    moments = Moments()
+    KERNELS.convolve(ConvBlock("down", padded, load(conv, "down"), out, work, statistics=moments))
+    return out, only(moments)
 
 
 def direct(conv: Conv, rows: torch.Tensor, enlarge: bool = False, halve: bool = False) -> torch.Tensor:
@@ -255,8 +261,7 @@ LAST = conv_layer(48, 3)
 def run_last(padded: torch.Tensor, conv: Conv = LAST) -> torch.Tensor:
     out = torch.full((padded.shape[0] - 2, padded.shape[1], conv.cout), torch.nan)
     work = workspace(conv, "conv3", *out.shape[:2])
-    none = KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work))
-    assert none is None
+    KERNELS.convolve(ConvBlock("conv3", padded, load(conv, "conv3"), out, work))
     return out
 
 

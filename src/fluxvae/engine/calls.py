@@ -122,6 +122,9 @@ class Costs(Protocol):
     def workspace(self, call: Call) -> int:
         """Bytes of scratch in the arena while the call runs."""
 
+    def statistics(self, call: Call, blocks: int) -> tuple[int, int]:
+        """Bytes for the statistics of a map that so many blocks make: in the arena during its sweep, and beside it."""
+
 
 @dataclass(frozen=True)
 class Geometry:

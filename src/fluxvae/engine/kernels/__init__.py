@@ -10,15 +10,26 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluxvae.engine.calls import Costs, Kind
+from fluxvae.engine.calls import Call, Costs, Kind
 
 if TYPE_CHECKING:
     import torch
 
     from fluxvae.engine.records import Conv, Norm, Projections
-    from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
+    from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
 
-__all__ = ["AttentionBlock", "ConvBlock", "Kernels"]
+__all__ = ["AttentionBlock", "ConvBlock", "Kernels", "Refill", "Stream"]
+
+
+class Stream(Protocol):
+    """The rows of a map, each of them once and in order."""
+
+    @property
+    def views(self) -> bool:
+        """Whether `take` answers with views of where the rows are, and never writes to ``into``."""
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        """The next ``len(into)`` rows: a view of where they are, or ``into`` itself, filled."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,9 @@ class ConvBlock:
     """As large as ``out``, and possibly ``out`` itself. Only for ``"conv3"``."""
     scale: float = 1.0
     """What the sum is divided by. Only for ``"conv3"``."""
-    statistics: bool = False
-    """Whether the statistics of ``out`` are wanted. Not for ``"linear"``."""
+    statistics: Moments | None = None
+    """Where the statistics of ``out`` are added to, if they are wanted; `Kernels.moments` made it. Not for
+    ``"linear"``."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,29 @@ class AttentionBlock:
     """(n, W, C): the layer's input at the start, its result at the end."""
     work: torch.Tensor
     """Scratch, as `ConvBlock.work`."""
-    statistics: bool
-    """Whether the statistics of ``out`` are wanted."""
+    statistics: Moments | None
+    """As `ConvBlock.statistics`."""
+
+
+@dataclass(frozen=True)
+class Refill:
+    """How a sweep's window moves down to its next block of rows."""
+
+    window: torch.Tensor
+    """(rows + 2, W, C): a block and one row above and below it, which are zero outside the map. Before, it holds the
+    last block, if there was one."""
+    first: bool
+    """This is the map's first block. Otherwise the last two rows of the window become its first two."""
+    fresh: tuple[int, int]
+    """The rows of the window that are to be filled from the map, as (start, stop); they may be none."""
+    bottom: int | None
+    """The row of the window that lies below the map; None: there is none yet."""
+    source: Stream
+    """Gives the map's next rows."""
+    affine: Affine | None
+    """What the map's rows go through on their way, with SiLU after it; None: nothing."""
+    work: torch.Tensor
+    """Scratch, as `ConvBlock.work`."""
 
 
 class Kernels(Costs, Protocol):
@@ -103,8 +136,17 @@ class Kernels(Costs, Protocol):
         ``rows`` may be ``out`` itself. Without an affine: a copy.
         """
 
-    def convolve(self, block: ConvBlock) -> Partial | None:
-        """Compute the block, and give the statistics of its result where they are wanted."""
+    def refill(self, refill: Refill) -> None:
+        """Move a window down to its next block, whose rows go through `prologue` with SiLU."""
 
-    def attend(self, block: AttentionBlock) -> Partial | None:
-        """Compute the block, and give the statistics of its result where they are wanted."""
+    def moments(self, call: Call, blocks: int, room: torch.Tensor) -> Moments:
+        """What the statistics of a map are gathered in that ``blocks`` calls of this kind make.
+
+        ``room``: flat uint8 scratch of the arena's bytes in `Costs.statistics`, until all blocks are computed.
+        """
+
+    def convolve(self, block: ConvBlock) -> None:
+        """Compute the block, and add the statistics of its result where they are wanted."""
+
+    def attend(self, block: AttentionBlock) -> None:
+        """Compute the block, and add the statistics of its result where they are wanted."""

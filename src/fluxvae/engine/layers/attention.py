@@ -14,7 +14,6 @@ from fluxvae.engine.records import Norm, Projections
 from fluxvae.engine.sweep.carving import Held, Shape, State, held_in, moved, staging
 
 if TYPE_CHECKING:
-    from fluxvae.engine.statistics import Partial
     from fluxvae.engine.sweep.sweep import Current, Run
 
 __all__ = ["Attention"]
@@ -90,18 +89,13 @@ class Attention:
         buffer = normed.rows[:0] if carved.block is None else maps.scratch(carved.block)
         tokens = normed.rows.view(-1, carved.call.cin)
 
-        def blocks() -> Iterator[Partial | None]:
-            for start, stop in carved.spans():
-                out = store.read(start, stop, buffer[: stop - start])
-                queries = normed.rows[start:stop]
-                partial = kernels.attend(
-                    AttentionBlock(self.projections, weights, queries, tokens, out, work, statistics)
-                )
-                if carved.block is not None:
-                    store.write(start, out)
-                yield partial
-
-        moments = run.gather(blocks())
+        moments = run.moments(carved.call, carved.blocks) if statistics else None
+        for start, stop in carved.spans():
+            out, queries = store.read(start, stop, buffer[: stop - start]), normed.rows[start:stop]
+            kernels.attend(AttentionBlock(self.projections, weights, queries, tokens, out, work, moments))
+            if carved.block is not None:
+                store.write(start, out)
+            run.tick()
         maps.drop(normed, 1 - current.side)
         return replace(current, moments=moments)
 
@@ -116,6 +110,11 @@ class _Carved:
     block: Shape | None
     """A block of the input's rows, where they cannot be added to where they are."""
 
+    @property
+    def blocks(self) -> int:
+        """Into how many blocks the map's rows are cut."""
+        return -(-self.height // self.call.rows)
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """The rows of every block: its first, and the one behind its last."""
         for start in range(0, self.height, self.call.rows):
@@ -125,14 +124,16 @@ class _Carved:
         """Count both sweeps."""
         call, source = self.call, self.source
         normed = replace(source, place="memory")
-        maps, blocks = (source, normed), -(-self.height // call.rows)
+        maps, blocks = (source, normed), self.blocks
+        kept, beside = costs.statistics(call, blocks)
         rows = aligned(call.rows * math.prod(source.shape[1:]) * source.itemsize)
         near, far, spilled = held_in("memory", source), held_in("memory", normed), held_in("spill", source)
         scratch, staged = aligned(costs.workspace(call)), staging(costs, maps, rows)
         norm = Step("norm", near, far, spilled, scratch, staged, 0, moved((source, 1)), blocks)
         attend = Step(
             "attend", near, far, spilled,
-            scratch + aligned(costs.loaded(call)) + (0 if self.block is None else rows),
-            costs.overhead(call) + staged, costs.macs(replace(call, rows=self.height)), moved((source, 2)), blocks,
+            scratch + aligned(costs.loaded(call)) + (0 if self.block is None else rows) + aligned(kept),
+            costs.overhead(call) + beside + staged, costs.macs(replace(call, rows=self.height)),
+            moved((source, 2)), blocks,
         )  # fmt: skip
         return norm, attend

@@ -58,10 +58,12 @@ class ConvOut:
         return Sweep("conv_out", (source,), moved((source, 1)), stage, buffer=stage.output)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """Every block is looked at for NaN and Inf on its way into what is made."""
+        """What is made is looked at for NaN and Inf before the 1x1 convolution, and after it."""
         affines = {self.norm: run.affine(self.norm, current.moments)}
         sweep = self._sweep(run.geometry, current.size, current.state)
-        moments = run.sweep(sweep, current.store, run.result(self.name), affines, statistics=statistics)
+        result = run.result(self.name)
+        moments = run.sweep(sweep, current.store, result, affines, statistics=statistics)
+        result.close()
         if self.pointwise is not None:
             run.project_result(self.pointwise)
         return replace(current, moments=moments)

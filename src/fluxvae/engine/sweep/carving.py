@@ -126,6 +126,7 @@ class Sweep:
         stages = (*self.feeds, *self.residual_feeds, self.stage)
         calls = [stage.call for stage in self.all_stages()]
         largest = max(self._bytes(shape) for stage in stages for shape in (stage.input, stage.output))
+        kept, beside = costs.statistics(self.stage.call, self.stage.blocks) if self.stage.call.statistics else (0, 0)
         return Step(
             self.kind,
             near=held_in("memory", *self.maps[:1]),
@@ -133,8 +134,9 @@ class Sweep:
             spilled=held_in("spill", *self.maps),
             scratch=sum(map(self._bytes, self._shapes()))
             + sum(aligned(costs.loaded(call)) for call in calls)
-            + max(aligned(costs.workspace(call)) for call in calls),
-            overhead=max(costs.overhead(call) for call in calls) + staging(costs, self.maps, largest),
+            + max(aligned(costs.workspace(call)) for call in calls)
+            + aligned(kept),
+            overhead=max(costs.overhead(call) for call in calls) + beside + staging(costs, self.maps, largest),
             macs=sum(costs.macs(stage.whole) for stage in self.all_stages()),
             moved=self.moved,
             blocks=self.stage.blocks,

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fluxvae.engine.calls import Geometry
-from fluxvae.engine.kernels import ConvBlock, Kernels
+from fluxvae.engine.calls import Call, Geometry
+from fluxvae.engine.kernels import ConvBlock, Kernels, Stream
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
 from fluxvae.engine.records import Conv, Norm
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
-from fluxvae.engine.sweep.windows import Behind, ComputedRows, Ring, StoredRows, Stream, Window
+from fluxvae.engine.sweep.windows import Behind, ComputedRows, Ring, StoredRows, Window
 
 __all__ = ["Current", "Run"]
 
@@ -31,7 +31,7 @@ class Current:
     size: tuple[int, int]
     """The height and width of the map itself."""
     state: State
-    moments: Moments
+    moments: Moments | None
     """The statistics of the map itself, if the layer that made it was asked for them."""
 
 
@@ -55,15 +55,15 @@ class Run:
     def start(self) -> Current:
         """What is given, from which the first layer starts."""
         height, width = self.given.shape[1:]
-        return Current(Given(self.given), 0, (height, width), State("memory"), Moments())
+        return Current(Given(self.given), 0, (height, width), State("memory"), None)
 
     def projected(self, conv: Conv) -> Store:
         """What is given, through the 1x1 convolution that some decoders begin with."""
         return MemoryMap(self.kernels.pointwise(self.given.to(self.dtype), conv))
 
-    def result(self, name: str) -> Target:
+    def result(self, name: str) -> Made:
         """What is made as a map that is written by rows; ``name`` is the layer's, for the error about NaN or Inf."""
-        return _Made(self.made, self.checks, f"the output of {name} holds NaN or Inf")
+        return Made(self.made, self.checks, f"the output of {name} holds NaN or Inf")
 
     def project_result(self, conv: Conv) -> None:
         """Put what is made through the 1x1 convolution that some encoders end with."""
@@ -71,19 +71,15 @@ class Run:
         self.checks.require(rows, f"the output of {conv.name} holds NaN or Inf")
         self.made.copy_(rows.permute(2, 0, 1))
 
-    def affine(self, norm: Norm, moments: Moments) -> Affine:
+    def affine(self, norm: Norm, moments: Moments | None) -> Affine:
         """What ``norm`` does to the map with these statistics."""
+        assert moments is not None, f"nobody asked for the statistics of the input of {norm.name}"
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return self.kernels.affine(moments, norm, wide, self.checks)
 
-    def gather(self, partials: Iterable[Partial | None]) -> Moments:
-        """The statistics of a map whose blocks are computed as ``partials`` is gone through, with a tick after each."""
-        moments = Moments()
-        for partial in partials:
-            if partial is not None:
-                moments.add(partial)
-            self.tick()
-        return moments
+    def moments(self, call: Call, blocks: int) -> Moments:
+        """What the statistics of a map are gathered in that so many calls make, in this sweep's scratch."""
+        return self.kernels.moments(call, blocks, self.maps.workspace(self.kernels.statistics(call, blocks)[0]))
 
     def sweep(
         self,
@@ -95,7 +91,7 @@ class Run:
         residual: Store | None = None,
         scale: float = 1.0,
         statistics: bool = True,
-    ) -> Moments:
+    ) -> Moments | None:
         """Convolve a whole map as ``sweep`` describes it.
 
         Args:
@@ -107,7 +103,7 @@ class Run:
             statistics: whether those of the result are wanted.
 
         Returns:
-            The statistics of the result, or none.
+            The statistics of the result, if they are wanted.
         """
         self.maps.new_sweep()
         calls = [stage.call for stage in sweep.all_stages()]
@@ -123,19 +119,21 @@ class Run:
             assert added is not None
             added = self._computed(stage, added, affines, work)
         window = self._window(sweep.stage, rows, affines, work)
-        return self.gather(self._blocks(sweep, window, out, added, scale, statistics, work))
+        moments = self.moments(sweep.stage.call, sweep.stage.blocks) if statistics else None
+        self._compute(sweep, window, out, added, scale, moments, work)
+        return moments
 
-    def _blocks(
+    def _compute(
         self,
         sweep: Sweep,
         window: Window,
         out: Target | None,
         added: Stream | None,
         scale: float,
-        statistics: bool,
+        moments: Moments | None,
         work: torch.Tensor,
-    ) -> Iterator[Partial | None]:
-        """Compute the blocks of the sweep's result one after the other, and store each."""
+    ) -> None:
+        """Compute the blocks of the sweep's result one after the other, store each, and tick after it."""
         call = sweep.stage.call
         weights = self._load(sweep.stage)
         buffer = None if sweep.buffer is None else self.maps.scratch(sweep.buffer)
@@ -154,12 +152,10 @@ class Run:
                 if projection is not None:
                     assert staging is not None
                     residual = projection(residual, staging[: stop - start])
-            partial = self.kernels.convolve(
-                ConvBlock(call.kind, padded, weights, rows, work, residual, scale, statistics)
-            )
+            self.kernels.convolve(ConvBlock(call.kind, padded, weights, rows, work, residual, scale, moments))
             if out is not None and buffer is not None:
                 out.write(start, rows)
-            yield partial
+            self.tick()
 
     def _projection(self, stage: Stage, work: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The residual's 1x1 convolution, as a function of its rows and of the scratch that they must stand in."""
@@ -196,11 +192,21 @@ class Run:
         return self.kernels.load(stage.conv, stage.call.kind, self.dtype, room)
 
 
-class _Made:
-    """What is made as a target. Every block of rows is looked at for NaN and Inf on its way into it."""
+class Made:
+    """What is made as a target. It is looked at for NaN and Inf: every block at once on a CPU, the whole on a GPU.
+
+    A GPU would be asked four more questions for every block. Only where a block is rounded to a narrower dtype on its
+    way is it looked at there too, since it may be finite before that and not after it.
+    """
 
     def __init__(self, made: torch.Tensor, checks: FiniteChecks, otherwise: str) -> None:
         self._made, self._checks, self._otherwise = made, checks, otherwise
+        self._unseen = False
+
+    def close(self) -> None:
+        """Look at what was not looked at block by block; all blocks are written."""
+        if self._unseen:
+            self._checks.require(self._made, self._otherwise)
 
     def target(self, start: int, stop: int) -> torch.Tensor | None:
         """None, as it is not laid out channels last."""
@@ -208,5 +214,8 @@ class _Made:
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Write rows (n, W, C) into it (C, H, W), in its dtype."""
-        self._checks.require(rows, self._otherwise)
+        if self._checks.at_once or rows.dtype != self._made.dtype:
+            self._checks.require(rows, self._otherwise)
+        else:
+            self._unseen = True
         self._made[:, start : start + len(rows)].copy_(rows.permute(2, 0, 1))

@@ -9,22 +9,14 @@ whatever a sweep has read may be overwritten: that is what makes working in plac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
-from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.memory.stores import Store
+from fluxvae.engine.kernels import Kernels, Refill, Stream
+from fluxvae.engine.memory.stores import MemoryMap, Store
 from fluxvae.engine.statistics import Affine
 
-__all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Stream", "Window"]
-
-
-class Stream(Protocol):
-    """The rows of a map, each of them once and in order."""
-
-    def take(self, into: torch.Tensor) -> torch.Tensor:
-        """The next ``len(into)`` rows: a view of where they are, or ``into`` itself, filled."""
+__all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Window"]
 
 
 class StoredRows:
@@ -33,6 +25,7 @@ class StoredRows:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._at = 0
+        self.views = isinstance(store, MemoryMap)
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """Give the next rows, as `Stream.take` says."""
@@ -74,25 +67,19 @@ class Window:
         start, stop = self._next, min(self._next + self._rows, self._height)
         if start == stop:
             return None
-        if start == 0:
-            self._buffer[0].zero_()
-        else:  # row by row, because with blocks of one row the two ranges overlap
-            self._buffer[0].copy_(self._buffer[self._rows])
-            self._buffer[1].copy_(self._buffer[self._rows + 1])
-        need = min(stop + 1, self._stored)
-        if need > self._have:
-            fresh = self._buffer[1 + self._have - start : 1 + need - start]
-            self._kernels.prologue(self._source.take(fresh), self._affine, True, fresh, self._work)
-            self._have = need
-        if stop == self._stored:
-            self._buffer[stop - start + 1].zero_()
-        self._next = stop
+        need = max(min(stop + 1, self._stored), self._have)
+        fresh = (1 + self._have - start, 1 + need - start)
+        bottom = stop - start + 1 if stop == self._stored else None
+        self._kernels.refill(Refill(self._buffer, start == 0, fresh, bottom, self._source, self._affine, self._work))
+        self._next, self._have = stop, need
         self.span = (start, stop)
         return self._buffer[: stop - start + 2]
 
 
 class ComputedRows:
     """The rows of an operation's output, computed block by block when asked for."""
+
+    views = False
 
     def __init__(self, window: Window, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """``compute`` turns the window's padded block into output rows, which its next call may overwrite."""
@@ -116,6 +103,8 @@ class ComputedRows:
 
 class Ring:
     """Passes a stream on and keeps its last rows, for a second reader that follows behind."""
+
+    views = False
 
     def __init__(self, source: Stream, kept: torch.Tensor) -> None:
         """``kept`` (rows, width, channels) must hold the distance between the two readers."""
@@ -152,6 +141,8 @@ class Ring:
 
 class Behind:
     """The rows of a ring for its second reader, which follows behind."""
+
+    views = False
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring

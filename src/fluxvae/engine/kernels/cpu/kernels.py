@@ -49,7 +49,7 @@ from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters
-from fluxvae.engine.statistics import Affine, Partial, block_moments
+from fluxvae.engine.statistics import Affine, block_moments
 
 __all__ = ["WinogradKernels"]
 
@@ -126,24 +126,23 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         )  # fmt: skip
         threads.share(affine_rows, job, -(-pixels // run))
 
-    def convolve(self, block: ConvBlock) -> Partial | None:
+    def convolve(self, block: ConvBlock) -> None:
         """Compute the block by the kernel that the weights were loaded for.
 
         1x1 convolutions use our own products too, because MKL's depend on the number of threads where rows are few.
         """
         match block.weights:
             case Weights():
-                return winograd_layer.run(block)
+                winograd_layer.run(block)
             case LinearWeights():
                 linear(block.rows, block.weights, block.out)
-                return None
             case FewWeights():
-                if block.residual is not None or block.scale != 1.0 or block.statistics:
+                if block.residual is not None or block.scale != 1.0 or block.statistics is not None:
                     raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
                 few_outputs(block.rows, block.weights, block.out)
-                return None
-        with threads.pytorchs() if block.kind in ("conv3", "down") else nullcontext():
-            return super().convolve(block)
+            case _:
+                with threads.pytorchs() if block.kind in ("conv3", "down") else nullcontext():
+                    super().convolve(block)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The four projections. That of the keys is transposed, as `TorchKernels.attend` explains."""
@@ -154,10 +153,11 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         weights[1] = (weights[1][0].reshape(k.cout, k.cin).t(), None)
         return [linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
 
-    def attend(self, block: AttentionBlock) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> None:
         """Compute it as `TorchKernels.attend` does, by our own products and softmax."""
         if not isinstance(block.weights[0], LinearWeights):
-            return super().attend(block)
+            super().attend(block)
+            return
         q, k, v, o = block.weights
         layer, queries, tokens, out, work = block.projections, block.queries, block.tokens, block.out, block.work
         count, channels = queries.numel() // tokens.shape[1], tokens.shape[1]
@@ -175,4 +175,5 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             out.copy_(result)
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return block_moments(out, work) if block.statistics else None
+        if block.statistics is not None:
+            block.statistics.add(block_moments(out, work))

@@ -46,7 +46,7 @@ def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into
     return Weights(into, factor_bias, cin, cout, form)
 
 
-def run(block: ConvBlock) -> Partial | None:
+def run(block: ConvBlock) -> None:
     """Compute a block of a 3x3 convolution of whatever kind, and its statistics: see `ConvBlock`."""
     padded, weights, out, residual = block.rows, block.weights, block.out, block.residual
     work = block.work
@@ -75,8 +75,8 @@ def run(block: ConvBlock) -> Partial | None:
     stats = np.empty((3, cut.units, cout))
     counter = np.zeros(1, np.int64)
     threads.run(lambda worker: convolve(job, factor_bias, stats, counter, worker), workers)
-    if not block.statistics:
-        return None
+    if block.statistics is None:
+        return
     merged = torch.empty(3, cout, dtype=torch.float64, device="cpu")
     merge(stats, merged.numpy())
-    return Partial(out.shape[0] * out.shape[1], merged[1], merged[2])
+    block.statistics.add(Partial(out.shape[0] * out.shape[1], merged[1], merged[2]))

@@ -1,8 +1,9 @@
 """Kernels for an NVIDIA GPU: cuDNN's convolutions, and one pass over memory between two of them.
 
-Each block of rows goes through `prologue` (affine and SiLU), then through cuDNN, and then through one pass that adds
-bias and residual, puts an upsample's pixels in their places and gathers the block's statistics. Results stand in the
-arena, so that only cuDNN's own workspace is allocated beside it.
+A block of rows takes three launches: one moves the window down and puts the new rows through affine and SiLU, then
+cuDNN convolves, and one adds bias and residual, puts an upsample's pixels in their places and gathers the block's
+statistics, which are combined for many blocks at once (`moments`). Results stand in the arena, so that only cuDNN's own
+workspace is allocated beside it.
 
 Before the kernels are used in a precision, all of them are tried on the card (`self_test`). If they do not work there,
 `TorchKernels` serve instead, and `note` says so. `TorchKernels` also compute what these kernels do not cover: float64,
@@ -22,15 +23,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.calls import Call, aligned
-from fluxvae.engine.kernels import AttentionBlock, ConvBlock
-from fluxvae.engine.kernels.cuda import attention, passes, self_test
+from fluxvae.engine.calls import Call, Kind, aligned
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
+from fluxvae.engine.kernels.cuda import attention, folding, passes, self_test
 from fluxvae.engine.kernels.cuda.attention import cut_for
+from fluxvae.engine.kernels.cuda.moments import CardMoments, scale_and_shift
 from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES
 from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bound
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
-from fluxvae.engine.records import Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial
+from fluxvae.engine.records import Conv, Norm, Projections, parameters
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
 
 __all__ = ["CudaKernels"]
 
@@ -39,21 +41,19 @@ class CudaKernels(TorchKernels):
     """cuDNN and the Triton language. On a CPU only in that language's interpreter, for tests."""
 
     name = "cuda"
-    fuse_chunk = 128  # fewer launches, for 13 MB of float64 at 512 channels
 
     def __init__(self, device: torch.device, *, unseen: bool = False) -> None:
         """``unseen`` makes kernels that are used without a self-test, for the self-test itself."""
         super().__init__(device)
         self._onednn = False  # as on a GPU, also where the interpreter stands for one
-        self._unseen = unseen
+        self._working = {2: True, 4: True, 8: False} if unseen else {8: False}
 
     def _works(self, itemsize: int) -> bool:
         """Whether these kernels compute with values of so many bytes on this card."""
-        if itemsize > 4:
-            return False
-        return self._unseen or not self_test.fault(
-            self._device, itemsize, lambda: CudaKernels(self._device, unseen=True)
-        )
+        if itemsize not in self._working:  # asked several times for each block
+            fault = self_test.fault(self._device, itemsize, lambda: CudaKernels(self._device, unseen=True))
+            self._working[itemsize] = not fault
+        return self._working[itemsize]
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The dtype of the weights themselves."""
@@ -78,7 +78,7 @@ class CudaKernels(TorchKernels):
         return super().loaded(call)
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena: cuDNN's workspace, or what summing an upsample's kernels takes."""
+        """Bytes outside the arena: cuDNN's workspace, and PyTorch's results where it computes attention."""
         if not self._covers(call):
             return super().overhead(call)
         n, width, cin, cout, size = call.rows, call.width, call.cin, call.cout, call.itemsize
@@ -87,15 +87,14 @@ class CudaKernels(TorchKernels):
         if call.kind == "down":
             return workspace_bound((n + 1, width + 1, cin), (cout, 3, 3), size)
         if call.kind == "up":
-            summing = min(self.fuse_chunk, cout) * cin * 24 * 8
-            return max(summing, workspace_bound((n + 1, width, cin), (2 * cout, 2, 2), size))
+            return workspace_bound((n + 1, width, cin), (2 * cout, 2, 2), size)
         product = workspace_bound((n, width, cin), (cout, 1, 1), size)
         if call.kind == "linear" or cut_for(self._device, cin, size) is not None:
             return product
         return max(product, n * width * cin * (size + 4))  # PyTorch's result and its float32 accumulator
 
     def workspace(self, call: Call) -> int:
-        """Bytes of the arena during one call: cuDNN's result, and the statistics of every program."""
+        """Bytes of the arena during one call: cuDNN's result, and what stands in for statistics nobody wants."""
         if not self._covers(call) or call.kind == "linear":
             return super().workspace(call)
         pixels = call.rows * call.width
@@ -108,6 +107,15 @@ class CudaKernels(TorchKernels):
             return padded + aligned(pixels * call.cout * call.itemsize) + passes.parts_bytes(pixels, call.cout)
         results = (2 if call.kind == "attend" else 1) * aligned(pixels * call.cout * call.itemsize)
         return results + passes.parts_bytes(pixels, call.cout)
+
+    def statistics(self, call: Call, blocks: int) -> tuple[int, int]:
+        """What the programs of some blocks leave until they are combined, and the table of all blocks."""
+        if not self._covers(call):
+            return super().statistics(call, blocks)
+        return (
+            CardMoments.scratch_bytes(call.cout, blocks, *_phases(call)),
+            CardMoments.table_bytes(call.cout, blocks),
+        )
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
@@ -123,15 +131,29 @@ class CudaKernels(TorchKernels):
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
         """Compute `Moments.affine` in one launch instead of about thirty."""
-        counts = moments.counts
-        alike = all(count == counts[0] for count in counts[:-1])
         weight, bias = parameters(norm.module) if norm.learned else (None, None)
-        if weight is None or bias is None or dtype != torch.float32 or not alike or not self._works(weight.itemsize):
+        if weight is None or bias is None or not isinstance(moments, CardMoments):
             return super().affine(moments, norm, dtype, checks)
-        means, m2s = moments.stacked()
-        scale, shift = passes.affine(means, m2s, counts[0], counts[-1], norm.groups, norm.eps, weight, bias)
-        checks.require(scale, f"the input of {norm.name} holds NaN or Inf")
+        scale, shift, finite = scale_and_shift(moments, norm.groups, norm.eps, weight, bias)
+        checks.note(finite, f"the input of {norm.name} holds NaN or Inf")
         return Affine(scale, shift)
+
+    def moments(self, call: Call, blocks: int, room: torch.Tensor) -> Moments:
+        """Statistics that are combined for many blocks at once, where these kernels compute the call."""
+        if not self._covers(call):
+            return super().moments(call, blocks, room)
+        return CardMoments(call.cout, blocks, *_phases(call), room)
+
+    def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
+        """As `TorchKernels.load`; an upsample's kernels are summed in one launch each, and its bias is not doubled."""
+        if kind != "up" or not self._covers_channels(conv.cout, dtype):
+            return super().load(conv, kind, dtype, into)
+        weight, bias = parameters(conv.module)
+        shape = torch.Size((2 * conv.cout, conv.cin, 2, 2))
+        kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
+        for phase, kernel in enumerate(kernels):
+            folding.fold(weight, phase, kernel)
+        return kernels, None if bias is None else bias.to(dtype)
 
     def prologue(
         self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
@@ -142,18 +164,32 @@ class CudaKernels(TorchKernels):
         else:
             passes.prologue(rows, affine.scale, affine.shift, silu, out)
 
-    def convolve(self, block: ConvBlock) -> Partial | None:
+    def refill(self, refill: Refill) -> None:
+        """Halo, prologue and the zeros around the map in one launch, where the map's rows are to be read in place."""
+        window, (start, stop) = refill.window, refill.fresh
+        one = refill.source.views and (refill.first or len(window) > 3) and self._works(window.itemsize)
+        if not one:
+            super().refill(refill)
+            return
+        rows = refill.source.take(window[start:stop]) if stop > start else window[:0]
+        affine = refill.affine
+        scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
+        passes.refill(window, refill.first, refill.fresh, refill.bottom, rows, scale, shift)
+
+    def convolve(self, block: ConvBlock) -> None:
         """cuDNN convolves, then everything else is done in one pass over memory."""
         if not self._covers_channels(block.out.shape[-1], block.out.dtype):
-            return super().convolve(block)
+            super().convolve(block)
+            return
         if block.kind == "up":
-            return self._interleaved(block)
+            self._interleaved(block)
+            return
         weight, bias = block.weights
         if block.kind == "linear":  # by cuDNN too: cuBLAS would ask the process whether TF32 is allowed
             convolve(block.rows, weight[:, :, None, None], block.out)
             if bias is not None:
                 block.out.add_(bias)
-            return None
+            return
         rows, work, stride = block.rows, block.work, 1
         if block.kind == "down":
             count, width, channels = rows.shape
@@ -163,22 +199,20 @@ class CudaKernels(TorchKernels):
             rows, stride = padded, 2
         result, work = _carve(work, block.out)
         convolve(rows, weight, result, stride=stride)
-        return _finish(result, bias, block.residual, block.scale, block.out, block.statistics, work)
+        _finish(result, bias, block.residual, block.scale, block.out, block.statistics, work)
 
-    def _interleaved(self, block: ConvBlock) -> Partial | None:
+    def _interleaved(self, block: ConvBlock) -> None:
         """An upsample as `TorchKernels` has it; one pass puts both column phases of a row phase in their places."""
         kernels, bias = block.weights
         n, width, channels = block.rows.shape[0] - 2, block.rows.shape[1], block.out.shape[2]
         result, work = _carve(block.work, block.out, (n, width + 1, 2 * channels))
         pixels = 2 * n * width
-        parts = work[: passes.parts_bytes(pixels, channels, 2)].view(torch.float32)
-        bias = _bias(bias, block.out)[:channels]
+        parts = _place(block.statistics, work)
+        bias = _bias(bias, block.out)
         for phase, kernel in enumerate(kernels):
             convolve(block.rows[phase : phase + n + 1], kernel, result)
             passes.interleave(result, bias, phase, block.out, parts)
-        if not block.statistics:
-            return None
-        return Partial(2 * pixels, *passes.combine(parts, pixels, channels, 2))
+        _placed(block.statistics, pixels)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """As `TorchKernels`, with the keys' projection transposed, as `TorchKernels.attend` explains."""
@@ -194,12 +228,13 @@ class CudaKernels(TorchKernels):
                 copy.copy_(weight.t().clone())
         return [(copy, bias) for copy, (_, bias) in zip(copies, weights, strict=True)]
 
-    def attend(self, block: AttentionBlock) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> None:
         """Compute it as `TorchKernels.attend` does, within two results that stand in the arena."""
         layer, out = block.projections, block.out
         channels, dtype = out.shape[-1], out.dtype
         if not self._covers_channels(channels, dtype):
-            return super().attend(block)
+            super().attend(block)
+            return
         (wq, bq), (wk, _), (wv, bv), (wo, bo) = [(weight[:, :, None, None], bias) for weight, bias in block.weights]
         first, work = _carve(block.work, out)
         second, work = _carve(work, out)
@@ -218,7 +253,7 @@ class CudaKernels(TorchKernels):
         if bv is not None:
             second.add_(bv)
         convolve(second, wo, first)
-        return _finish(first, bo, out if layer.residual else None, layer.scale, out, block.statistics, work)
+        _finish(first, bo, out if layer.residual else None, layer.scale, out, block.statistics, work)
 
     # -- what goes where ---------------------------------------------------------------------------------------
 
@@ -244,10 +279,26 @@ def _bias(bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
 
 def _finish(
     result: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, scale: float, out: torch.Tensor,
-    statistics: bool, work: torch.Tensor,
-) -> Partial | None:  # fmt: skip
-    channels = out.shape[-1]
-    pixels = out.numel() // channels
-    parts = work[: passes.parts_bytes(pixels, channels)].view(torch.float32)
-    passes.finish(result, _bias(bias, out), residual, scale, out, parts)
-    return Partial(pixels, *passes.combine(parts, pixels, channels)) if statistics else None
+    statistics: Moments | None, work: torch.Tensor,
+) -> None:  # fmt: skip
+    passes.finish(result, _bias(bias, out), residual, scale, out, _place(statistics, work))
+    _placed(statistics, out.numel() // out.shape[-1])
+
+
+def _place(statistics: Moments | None, work: torch.Tensor) -> torch.Tensor:
+    """Where a pass leaves its statistics: in the workspace if nobody wants them."""
+    if statistics is None:
+        return work.view(torch.float32)
+    assert isinstance(statistics, CardMoments)  # `CudaKernels.moments` made it for this very call
+    return statistics.place()
+
+
+def _placed(statistics: Moments | None, pixels: int) -> None:
+    if isinstance(statistics, CardMoments):
+        statistics.placed(pixels)
+
+
+def _phases(call: Call) -> tuple[int, int]:
+    """The pixels of one phase of a block of results, and how many phases there are."""
+    pixels = call.out(call.rows) * call.out(call.width)
+    return (pixels // 2, 2) if call.kind == "up" else (pixels, 1)

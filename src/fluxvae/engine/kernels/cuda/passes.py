@@ -3,20 +3,23 @@
 Maps are channels last: (pixels, channels), contiguous. All arithmetic is float32, and every stored value is rounded
 once.
 
-Statistics are gathered in three steps, whose order depends on the number of pixels alone. A program takes the mean of
-each of its tiles, then the squared deviations from it, and merges its tiles in float32. It stores one mean and one sum
-of squared deviations. `_combine` combines those of all programs in float64.
+Statistics are gathered in an order that depends on the number of pixels alone. A program takes the mean of each of its
+tiles, then the squared deviations from it, and merges its tiles in float32. It stores one mean and one sum of squared
+deviations, which `moments` combines.
 
-Offsets have 64 bits, because a map of 16384x16384 latents has more than 2**31 values.
+Offsets have 64 bits, because a map of 16384x16384 latents has more than 2**31 values. The functions that launch call no
+helpers of the Triton language's: `triton.cdiv` alone would take a fifth of the host's time for a decode.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
-__all__ = ["affine", "combine", "finish", "interleave", "parts_bytes", "parts_pixels", "prologue"]
+__all__ = ["finish", "interleave", "parts_bytes", "parts_pixels", "power_of_two", "prologue", "refill"]
 
 _TILE_VALUES = 4096
 _TILES = 8
@@ -31,12 +34,43 @@ def _prologue(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (pixel[:, None] < pixels) & (channel[None, :] < channels)
     at = pixel[:, None] * channels + channel[None, :]
-    value = tl.load(src + at, mask=mask, other=0.0).to(tl.float32)
+    value = _scaled(tl.load(src + at, mask=mask, other=0.0), scale, shift, channel, channels, SILU)
+    tl.store(dst + at, value.to(dst.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled(value, scale, shift, channel, channels, SILU: tl.constexpr):
+    value = value.to(tl.float32)
     value = value * tl.load(scale + channel, mask=channel < channels, other=0.0)[None, :]
     value = value + tl.load(shift + channel, mask=channel < channels, other=0.0)[None, :]
     if SILU:
         value = value / (1.0 + tl.exp(-value))
-    tl.store(dst + at, value.to(dst.dtype.element_ty), mask=mask)
+    return value
+
+
+@triton.jit(do_not_specialize=["begin", "end", "top", "halo", "distance", "fresh", "stop", "bottom", "below"])
+def _refill(
+    src, window, scale, shift, begin, end, top, halo, distance, fresh, stop, bottom, below, channels,
+    AFFINE: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All numbers are pixels of the window. Those from ``halo`` on are moved up by ``distance`` first."""
+    pixel = begin + tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (pixel[:, None] < end) & (channel[None, :] < channels)
+    at = pixel[:, None] * channels + channel[None, :]
+    moved = inside & (pixel[:, None] >= halo)
+    old = tl.load(window + at, mask=moved, other=0.0)
+    # What is moved must be read before it is overwritten, also where another thread of this program overwrites it. No
+    # other program has to do with these pixels, and nobody else writes where they are moved to.
+    tl.debug_barrier()
+    tl.store(window + at - distance.to(tl.int64) * channels, old, mask=moved)
+    given = inside & (pixel[:, None] >= fresh) & (pixel[:, None] < stop)
+    value = tl.load(src + (pixel[:, None] - fresh) * channels + channel[None, :], mask=given, other=0.0)
+    if AFFINE:
+        value = _scaled(value, scale, shift, channel, channels, True).to(window.dtype.element_ty)
+    outside = (pixel[:, None] < top) | ((pixel[:, None] >= bottom) & (pixel[:, None] < below))
+    value = tl.where(given, value, 0.0)
+    tl.store(window + at, value.to(window.dtype.element_ty), mask=given | (inside & outside))
 
 
 @triton.jit(do_not_specialize=["pixels", "has_residual", "factor", "width", "phase"])
@@ -86,88 +120,6 @@ def _finish(
     tl.store(parts + at + channels, m2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["programs", "phases", "each", "pixels"])
-def _combine(
-    parts, moments, programs, phases, each, pixels, channels, PROGRAMS: tl.constexpr, BLOCK_C: tl.constexpr
-):  # fmt: skip
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < channels
-    total = tl.zeros((BLOCK_C,), tl.float64)
-    for start in range(0, programs * phases, PROGRAMS):
-        program = start + tl.arange(0, PROGRAMS)
-        mask = (program[:, None] < programs * phases) & inside[None, :]
-        n = tl.minimum(tl.maximum(pixels - (program % programs) * each, 0), each).to(tl.float64)
-        at = program.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
-        mean = tl.load(parts + at, mask=mask, other=0.0).to(tl.float64)
-        total += tl.sum(mean * n[:, None], 0)
-    centre = total / (pixels * phases).to(tl.float64)
-    m2 = tl.zeros((BLOCK_C,), tl.float64)
-    for start in range(0, programs * phases, PROGRAMS):
-        program = start + tl.arange(0, PROGRAMS)
-        mask = (program[:, None] < programs * phases) & inside[None, :]
-        n = tl.minimum(tl.maximum(pixels - (program % programs) * each, 0), each).to(tl.float64)
-        at = program.to(tl.int64)[:, None] * (2 * channels) + channel[None, :]
-        apart = tl.load(parts + at, mask=mask, other=0.0).to(tl.float64) - centre[None, :]
-        own = tl.load(parts + at + channels, mask=mask, other=0.0).to(tl.float64)
-        m2 += tl.sum(own + tl.where(mask, apart * apart, 0.0) * n[:, None], 0)
-    tl.store(moments + channel, centre, mask=inside)
-    tl.store(moments + channels + channel, m2, mask=inside)
-
-
-@triton.jit(do_not_specialize=["blocks", "each", "last", "eps"])
-def _affine(
-    means, m2s, weight, bias, scale, shift, blocks, each, last, eps, channels,
-    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One group of ``WIDTH`` channels: combine all blocks of each channel, then all channels of the group."""
-    own = tl.arange(0, BLOCK_C)
-    channel = tl.program_id(0) * WIDTH + own
-    inside = own < WIDTH
-    total = tl.zeros((BLOCK_C,), tl.float64)
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        n = tl.where(block == blocks - 1, last, each).to(tl.float64)
-        at = block.to(tl.int64)[:, None] * channels + channel[None, :]
-        mean = tl.load(means + at, mask=(block[:, None] < blocks) & inside[None, :], other=0.0)
-        total += tl.sum(mean * n[:, None], 0)
-    pixels = each.to(tl.float64) * (blocks - 1) + last.to(tl.float64)
-    centre = total / pixels
-    m2 = tl.zeros((BLOCK_C,), tl.float64)
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        mask = (block[:, None] < blocks) & inside[None, :]
-        n = tl.where(block == blocks - 1, last, each).to(tl.float64)
-        at = block.to(tl.int64)[:, None] * channels + channel[None, :]
-        apart = tl.load(means + at, mask=mask, other=0.0) - centre[None, :]
-        m2 += tl.sum(tl.load(m2s + at, mask=mask, other=0.0) + tl.where(mask, apart * apart, 0.0) * n[:, None], 0)
-    whole = tl.sum(tl.where(inside, centre, 0.0), 0) / WIDTH
-    apart = tl.where(inside, centre - whole, 0.0)
-    variance = (tl.sum(tl.where(inside, m2, 0.0), 0) / pixels + tl.sum(apart * apart, 0)) / WIDTH
-    factor = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float64) / tl.sqrt(variance + eps)
-    factor = tl.where(variance < float("inf"), factor, float("nan"))  # Inf would make it 0, which looks well
-    offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float64) - whole * factor
-    tl.store(scale + channel, factor.to(tl.float32), mask=inside)
-    tl.store(shift + channel, offset.to(tl.float32), mask=inside)
-
-
-def affine(
-    means: torch.Tensor, m2s: torch.Tensor, each: int, last: int, groups: int, eps: float, weight: torch.Tensor,
-    bias: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A GroupNorm as scale and shift, (C,) float32 each.
-
-    means, m2s: (blocks, C) float64, of blocks of ``each`` pixels, the last of ``last``; weight, bias: (C,).
-    """
-    blocks, channels = means.shape
-    scale, shift = torch.empty(2, channels, dtype=torch.float32, device=means.device)
-    width = channels // groups
-    _affine[(groups,)](
-        means, m2s, weight, bias, scale, shift, blocks, each, last, eps, channels,
-        WIDTH=width, BLOCKS=32, BLOCK_C=triton.next_power_of_2(width),
-    )  # fmt: skip
-    return scale, shift
-
-
 def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor) -> None:
     """Compute ``out = silu(rows * scale + shift)``, or without SiLU.
 
@@ -176,8 +128,32 @@ def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu:
     channels = rows.shape[-1]
     pixels = rows.numel() // channels
     tile, block = _cut(channels)
-    grid = (triton.cdiv(pixels, tile), triton.cdiv(channels, block))
+    grid = (-(-pixels // tile), -(-channels // block))
     _prologue[grid](rows, out, scale, shift, pixels, channels, SILU=silu, TILE=tile, BLOCK_C=block)
+
+
+def refill(
+    window: torch.Tensor, first: bool, fresh: tuple[int, int], bottom: int | None, rows: torch.Tensor,
+    scale: torch.Tensor | None, shift: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Move a window down to its next block, as `fluxvae.engine.kernels.Refill` says, in one launch.
+
+    Args:
+        window: (n + 2, W, C) contiguous, n at least 2 unless it is the first block.
+        rows: (fresh, W, C) contiguous, distinct from the window, in its dtype: the map's rows.
+        scale, shift: (C,) float32, or None where rows are copied as they are.
+    """
+    height, width, channels = window.shape
+    end = height * width
+    begin, top, halo = (0, width, end) if first else (2 * width, 0, end - 2 * width)
+    below = end if bottom is None else bottom * width
+    tile, block = _cut(channels)
+    affine = scale is not None
+    _refill[(-(-(end - begin) // tile), -(-channels // block))](
+        rows, window, scale if affine else rows, shift if affine else rows, begin, end, top, halo, end - 2 * width,
+        fresh[0] * width, fresh[1] * width, below, below + width, channels,
+        AFFINE=affine, TILE=tile, BLOCK_C=block,
+    )  # fmt: skip
 
 
 def parts_pixels(channels: int) -> int:
@@ -206,7 +182,7 @@ def finish(
     channels = out.shape[-1]
     pixels = out.numel() // channels
     tile, block = _cut(channels)
-    grid = (triton.cdiv(pixels, _TILES * tile), triton.cdiv(channels, block))
+    grid = (-(-pixels // (_TILES * tile)), -(-channels // block))
     _finish[grid](
         result, bias, out if residual is None else residual, out, parts, pixels, channels,
         int(residual is not None), factor, 1, 0, UP=False, TILES=_TILES, TILE=tile, BLOCK_C=block,
@@ -222,25 +198,20 @@ def interleave(result: torch.Tensor, bias: torch.Tensor, phase: int, out: torch.
     n, width, channels = result.shape[0], result.shape[1] - 1, out.shape[2]
     pixels = n * 2 * width
     tile, block = _cut(channels)
-    programs = triton.cdiv(pixels, _TILES * tile)
-    _finish[(programs, triton.cdiv(channels, block))](
-        result, bias, out, out, parts.view(2, programs, 2, channels)[phase], pixels, channels, 0, 1.0, width, phase,
+    programs = -(-pixels // (_TILES * tile))
+    _finish[(programs, -(-channels // block))](
+        result, bias, out, out, parts[phase * programs * 2 * channels :], pixels, channels, 0, 1.0, width, phase,
         UP=True, TILES=_TILES, TILE=tile, BLOCK_C=block,
     )  # fmt: skip
 
 
-def combine(parts: torch.Tensor, pixels: int, channels: int, phases: int = 1) -> torch.Tensor:
-    """(2, C) float64: the mean and the squared deviations of all pixels of all phases, from `finish`'s ``parts``."""
-    moments = torch.empty(2, channels, dtype=torch.float64, device=parts.device)
-    each = parts_pixels(channels)
-    block = 16
-    _combine[(triton.cdiv(channels, block),)](
-        parts, moments, triton.cdiv(pixels, each), phases, each, pixels, channels, PROGRAMS=32, BLOCK_C=block
-    )
-    return moments
-
-
+@lru_cache
 def _cut(channels: int) -> tuple[int, int]:
     """How many pixels and how many channels a tile has."""
-    block = min(128, max(16, triton.next_power_of_2(channels)))
+    block = min(128, max(16, power_of_two(channels)))
     return _TILE_VALUES // block, block
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from fluxvae.engine.calls import Call, Kind
-from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Kernels
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Kernels, Refill
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Linear, Norm, Projections
 from fluxvae.engine.statistics import FiniteChecks, Moments, Partial
@@ -82,15 +82,16 @@ def _compare(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> None
     """Raise ArithmeticError if a result is further from that in float64 than rounding can take it."""
     found = _walk(kernels, device, dtype, dtype)
     expected = _walk(TorchKernels(_CPU), _CPU, dtype, torch.float64)
-    for (name, values, partial), (_, true, _) in zip(found, expected, strict=True):
+    for (name, values, moments), (_, true, _) in zip(found, expected, strict=True):
         # Four units in the last place of the largest value. An error of logic would be far larger.
         allowed = max(4 * torch.finfo(values.dtype).eps * float(true.abs().max()), 1e-4)
         _agree(f"{name} in {_name(dtype)}", values, true, allowed)
-        if partial is not None:
+        if moments is not None:
             flat = values.double().cpu().view(-1, values.shape[-1])
             squares = (flat - flat.mean(0)).square().sum(0)
-            _agree(f"the mean of {name} in {_name(dtype)}", partial.mean, flat.mean(0), 1e-4)
-            _agree(f"the deviations of {name} in {_name(dtype)}", partial.m2, squares, 1e-4 * float(squares.max()))
+            (mean,), (m2,) = moments.stacked()
+            _agree(f"the mean of {name} in {_name(dtype)}", mean, flat.mean(0), 1e-4)
+            _agree(f"the deviations of {name} in {_name(dtype)}", m2, squares, 1e-4 * float(squares.max()))
 
 
 def _agree(what: str, found: torch.Tensor, expected: torch.Tensor, allowed: float) -> None:
@@ -101,7 +102,7 @@ def _agree(what: str, found: torch.Tensor, expected: torch.Tensor, allowed: floa
 
 def _walk(
     kernels: Kernels, device: torch.device, drawn: torch.dtype, dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor, Partial | None]]:
+) -> Iterator[tuple[str, torch.Tensor, Moments | None]]:
     """Use every kernel once, and yield each result with its name and its statistics.
 
     Every kernel starts from random values of its own, so that an error of one does not show in another. The values are
@@ -122,19 +123,23 @@ def _walk(
     def room(nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
+    def gathered(call: Call, blocks: int) -> Moments:
+        return kernels.moments(call, blocks, room(kernels.statistics(call, blocks)[0]))
+
     def convolved(kind: Kind, layer: Conv, residual: torch.Tensor | None, scale: float) -> ConvBlock:
         count = _ROWS - 3 if kind == "down" else _ROWS - 2
         call = Call(kind, layer.cin, layer.cout, count, _WIDTH, dtype.itemsize, False)
         rows = draw(count if kind == "linear" else count + 2, _WIDTH, layer.cin)
         out = torch.empty(call.out(count), call.out(_WIDTH), layer.cout, dtype=dtype, device=device)
         weights = kernels.load(layer, kind, dtype, room(kernels.loaded(call)))
-        return ConvBlock(kind, rows, weights, out, room(kernels.workspace(call)), residual, scale, kind != "linear")
+        moments = None if kind == "linear" else gathered(call, 1)
+        return ConvBlock(kind, rows, weights, out, room(kernels.workspace(call)), residual, scale, moments)
 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for channels in (128, 256, 512):  # groups of 4, 8 and 16 channels, which are compiled separately
         module = torch.nn.Module()
         module.weight, module.bias = draw(channels), draw(channels)
-        moments = Moments()
+        moments = gathered(Call("conv3", channels, channels, 5, 10, dtype.itemsize, False), 3)
         for count in (50, 50, 20):
             mean, m2 = draw(channels).double(), draw(channels).double().square() * count
             moments.add(Partial(count, mean, m2))
@@ -146,6 +151,11 @@ def _walk(
         rows, out = draw(_ROWS, _WIDTH, 512), torch.empty(_ROWS, _WIDTH, 512, dtype=dtype, device=device)
         kernels.prologue(rows, affine, silu, out, room(4 * rows.numel() * 8))
         yield "the norm", out, None
+    for first, through in ((True, affine), (False, affine), (False, None)):
+        window, fresh = draw(_ROWS, _WIDTH, 512), (1 if first else 2, _ROWS - 1)
+        source = _Rows(draw(fresh[1] - fresh[0], _WIDTH, 512))
+        kernels.refill(Refill(window, first, fresh, _ROWS - 1, source, through, room(8 * window.numel())))
+        yield "the next block", window, None
     for kind, layer, residual, scale in (
         ("conv3", conv(128, 128, 3), None, 1.0),
         ("conv3", conv(128, 256, 3), draw(_ROWS - 2, _WIDTH, 256), 2.0),
@@ -154,14 +164,28 @@ def _walk(
         ("linear", conv(128, 256, 1), None, 1.0),
     ):
         block = convolved(kind, layer, residual, scale)  # type: ignore[arg-type]
-        yield f"the convolution {kind!r}", block.out, kernels.convolve(block)
+        kernels.convolve(block)
+        yield f"the convolution {kind!r}", block.out, block.statistics
     q, k, v, o = (Linear("", 512, 512, 1, conv(512, 512, 1).module) for _ in range(4))
     projections = Projections(q, k, v, o, 512**-0.5, True, 1.0)
     call = Call("attend", 512, 512, 5, 14, dtype.itemsize, False, 150)
     tokens, queries, out = draw(150, 512), draw(5, 14, 512), draw(5, 14, 512)
     weights = kernels.load_attention(projections, dtype, room(kernels.loaded(call)))
-    work = room(kernels.workspace(call))
-    yield "attention", out, kernels.attend(AttentionBlock(projections, weights, queries, tokens, out, work, True))
+    work, moments = room(kernels.workspace(call)), gathered(call, 1)
+    kernels.attend(AttentionBlock(projections, weights, queries, tokens, out, work, moments))
+    yield "attention", out, moments
+
+
+class _Rows:
+    """The rows of a map that are read where they are."""
+
+    views = True
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+
+    def take(self, into: torch.Tensor) -> torch.Tensor:
+        return self._rows
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -124,6 +124,10 @@ class DirectCosts:
         """Whether blocks are convolved channels first."""
         return self._onednn and itemsize == 4 and not self.channels_last
 
+    def statistics(self, call: Call, blocks: int) -> tuple[int, int]:
+        """None: the few numbers that are kept of each block are combined before they are many (see `Moments`)."""
+        return 0, 0
+
     def workspace(self, call: Call) -> int:
         """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue.
 

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxvae.engine.calls import Kind, aligned
-from fluxvae.engine.kernels import AttentionBlock, ConvBlock
+from fluxvae.engine.calls import Call, Kind, aligned
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
 from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
 from fluxvae.engine.kernels.direct.costs import DirectCosts, padded_width
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Partial, block_moments
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, block_moments
 
 __all__ = ["TorchKernels"]
 
@@ -102,18 +102,40 @@ class TorchKernels(DirectCosts):
             F.silu(wide, inplace=True)
         out.copy_(wide)
 
-    def convolve(self, block: ConvBlock) -> Partial | None:
+    def refill(self, refill: Refill) -> None:
+        """Move the halo rows, put the fresh rows through the prologue, and write the zeros below the map."""
+        window = refill.window
+        rows = len(window) - 2
+        if refill.first:
+            window[0].zero_()
+        elif rows > 1:
+            window[:2].copy_(window[rows:])
+        else:  # one by one, because the two ranges overlap
+            window[0].copy_(window[1])
+            window[1].copy_(window[2])
+        fresh = window[slice(*refill.fresh)]
+        if len(fresh):
+            self.prologue(refill.source.take(fresh), refill.affine, True, fresh, refill.work)
+        if refill.bottom is not None:
+            window[refill.bottom].zero_()
+
+    def moments(self, call: Call, blocks: int, room: torch.Tensor) -> Moments:
+        """Statistics that are kept block by block; they take no room in the arena."""
+        return Moments()
+
+    def convolve(self, block: ConvBlock) -> None:
         """Compute the block by PyTorch's operations; the residual is added as the result is stored."""
         if block.kind == "linear":
             self._linear(block)
-            return None
+            return
         if block.kind == "up":
             self._upsample(block)
         elif block.kind == "down":
             self._downsample(block)
         else:
             self._conv3(block)
-        return block_moments(block.out, block.work) if block.statistics else None
+        if block.statistics is not None:
+            block.statistics.add(block_moments(block.out, block.work))
 
     def _conv3(self, block: ConvBlock) -> None:
         weight, bias = block.weights
@@ -175,7 +197,7 @@ class TorchKernels(DirectCosts):
         convs = (projections.q, projections.k, projections.v, projections.out)
         return [self.load(conv, "linear", dtype, part) for conv, part in zip(convs, into.chunk(4), strict=False)]
 
-    def attend(self, block: AttentionBlock) -> Partial | None:
+    def attend(self, block: AttentionBlock) -> None:
         """Attend with one head, for which the normalised map n serves as keys and values at once.
 
         Neither projection of n is ever stored. For the keys, q . (Wk n + bk) = (q Wk) . n + constant, and softmax does
@@ -203,7 +225,8 @@ class TorchKernels(DirectCosts):
             out.copy_(second.view_as(out))
         if layer.scale != 1.0:
             out.div_(layer.scale)
-        return block_moments(out, block.work) if block.statistics else None
+        if block.statistics is not None:
+            block.statistics.add(block_moments(out, block.work))
 
     def _conv(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
