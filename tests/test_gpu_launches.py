@@ -1,0 +1,53 @@
+"""How often one decode asks a GPU to start something, counted on a described card: see `fake_card`."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from fluxvae.engine.exact import ExactDecoder
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("PyTorch brings the Triton language on Linux only", allow_module_level=True)
+pytest.importorskip("triton.knobs", reason="the described card is one for triton 3.4 and later", exc_type=ImportError)
+
+from fake_card import fake_vae, faked_card
+
+MOST_LAUNCHES = 2_720
+"""At 1024x1024 in bfloat16, in 243 blocks of rows."""
+
+
+def test_a_decode_of_1024_makes_few_launches() -> None:
+    """Kernels of the Triton language, operations of PyTorch and convolutions of cuDNN, at full width and size."""
+    blocks = []
+    with faked_card(90) as launches:
+        decoder = ExactDecoder(fake_vae(torch.bfloat16))
+        raw = torch.empty(1, 16, 128, 128, dtype=torch.bfloat16, device="cuda")
+        plan = decoder.plan(128, 128)
+        assert plan.kernels == "cuda"
+        launches.clear()
+        image = decoder.decode(raw, progress=lambda done, total: blocks.append((done, total)))
+        assert (image.shape, image.device.type) == ((1, 3, 1024, 1024), "cuda")
+    assert blocks[-1] == (plan.total_blocks, plan.total_blocks)
+    print(f"{launches.total} launches, {plan.total_blocks} blocks: {launches.by_library()}")  # seen with pytest -s
+    print(dict(launches.counts.most_common()))
+    # What is known of each from the network alone, so that nothing has gone uncounted:
+    assert launches.counts["triton _attention"] == 1
+    assert launches.counts["cudnn"] == sum(launches.convolutions.values()) > plan.total_blocks
+    assert launches.total <= MOST_LAUNCHES
+
+
+def test_nothing_of_the_described_card_is_left_behind() -> None:
+    from triton.runtime import driver
+
+    before, available = driver._active, torch.cuda.get_device_properties
+    with faked_card(86):
+        assert torch.cuda.get_device_properties("cuda").name == "NVIDIA GeForce RTX 3090"
+        assert torch.empty(2, device="cuda").is_cuda
+    assert driver._active is before
+    assert torch.cuda.get_device_properties is available
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, AssertionError)):
+            torch.empty(2, device="cuda")
