@@ -52,6 +52,7 @@ class Half(Generic[Exact, Reference, Preview]):
         kernels: str,
         memory_limit: int | str | None,
         spill_dir: str | Path | None,
+        cuda_graphs: bool,
         tiling: bool,
         slicing: bool,
     ) -> None:
@@ -74,6 +75,7 @@ class Half(Generic[Exact, Reference, Preview]):
             "kernels": kernels,
             "memory_limit": memory_limit,
             "spill_dir": spill_dir,
+            "cuda_graphs": cuda_graphs,
             "tiling": tiling,
             "slicing": slicing,
         }
@@ -93,7 +95,9 @@ class Half(Generic[Exact, Reference, Preview]):
         exact, reference, preview = self.engines
         self.engine: Exact | Reference | Preview
         if engine == "exact":
-            self.engine = exact(vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir)
+            self.engine = exact(
+                vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir, cuda_graphs=cuda_graphs
+            )
         elif engine == "preview":
             self.engine = preview(vae, memory_limit=self.memory_limit)
         else:

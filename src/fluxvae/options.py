@@ -52,7 +52,7 @@ def resolve_engine(engine: str, vae: VAE) -> str:
 
 
 _OPTIONS_OF = {
-    "exact": {"kernels", "memory_limit", "spill_dir"},
+    "exact": {"kernels", "memory_limit", "spill_dir", "cuda_graphs"},
     "preview": {"memory_limit"},
     "diffusers": {"tiling", "slicing"},
 }

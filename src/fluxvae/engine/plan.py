@@ -64,6 +64,9 @@ class Plan:
     """What the planner weighed: an estimate in the planner's own nominal rates, good for comparing plans only."""
     geometry: Geometry = field(repr=False)
     spill_dir: str | None = None
+    graph_bytes: int | None = None
+    """What a CUDA graph of one image holds between two calls, which is part of `peak_bytes`; 0: there is no graph,
+    because maps are spilled. None: none was asked for."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -104,6 +107,10 @@ class Plan:
         limit = "none" if self.limit is None else f"{size_in_words(self.limit)} ({self.limit_source})"
         spill = f", {size_in_words(self.spill_bytes)} spilled to {self.spill_dir}" if self.spill_bytes else ""
         note = [f"note: {self.kernels_note}"] if self.kernels_note else []
+        if self.graph_bytes == 0:
+            note += ["CUDA graph: none, because maps are spilled; a larger memory_limit would allow one"]
+        elif self.graph_bytes is not None:
+            note += [f"CUDA graph: holds {size_in_words(self.graph_bytes)} between calls"]
         lines = [
             f"{self.batch} x {self.width}x{self.height}, kernels {self.kernels!r}, limit {limit}",
             f"peak {size_in_words(self.peak_bytes)} above the weights{spill}; work x{self.work_ratio:.2f}",
