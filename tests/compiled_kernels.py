@@ -5,6 +5,8 @@ The kernels are those that the engine itself asked for on a described card (`fak
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.backends.nvidia
+from triton import knobs
 
 from fake_card import MODELS, Card, Wanted, fake_vae, faked_card
 from fluxvae.engine.exact import ExactDecoder, ExactEncoder
@@ -34,7 +37,7 @@ class Resources(NamedTuple):
     registers: int
     """Of a thread."""
     spilled: int
-    """Bytes of a thread that are in memory because there are too few registers."""
+    """Bytes of a thread that are in memory because there are too few registers: stored or loaded, the larger."""
     tensor_memory: int
     """Columns of data-centre Blackwell's tensor memory, of 512."""
     instructions: tuple[str, ...]
@@ -65,7 +68,7 @@ def wanted(capability: int, dtypes: Iterable[torch.dtype], models: Iterable[str]
 def resources(kernel: Wanted) -> Resources:
     """Compile the kernel for its card by the language's compiler and ptxas, and read its resources from the result."""
     start = time.perf_counter()
-    made = kernel.compiled()
+    made, spilled = _compiled(kernel)
     seconds = time.perf_counter() - start
     usage = _usage(made.asm["cubin"])
     return Resources(
@@ -73,11 +76,21 @@ def resources(kernel: Wanted) -> Resources:
         kernel=kernel.label,
         shared=made.metadata.shared + usage["SHARED"],
         registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
+        spilled=spilled,
         tensor_memory=getattr(made.metadata, "tmem_size", 0) or 0,
         instructions=tuple(name for name in _TELLING if name in made.asm["ptx"]),
         seconds=seconds,
     )
+
+
+def _compiled(kernel: Wanted) -> tuple[Any, int]:
+    """The compiled kernel, and the bytes that ptxas says it spills; its stack may be for something else too."""
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        made = kernel.compiled()
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    assert found, log.getvalue()
+    return made, max(map(int, found.groups()))
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -86,7 +99,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        told: Any = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told.stdout + told.stderr)
-    assert found, told.stdout + told.stderr
+        told = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", told)
+    assert found, told
     return dict(zip(("REG", "STACK", "SHARED", "LOCAL"), map(int, found.groups()), strict=True))

@@ -247,7 +247,7 @@ _NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift
 
 
 def _on_card(values: Any) -> bool:
-    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in tree_leaves(values))
+    return any(isinstance(value, FakeTensor) and value.fake_device.type == "cuda" for value in tree_leaves(values))
 
 
 class _Counted(TorchDispatchMode):
