@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("PyTorch brings the Triton language on Linux only", allow_module_level=True)
 pytest.importorskip("triton.knobs", reason="the described card is one for triton 3.4 and later", exc_type=ImportError)
 
-from fake_card import fake_vae, faked_card
+from fake_card import by_library, fake_vae, faked_card
 
 MOST_LAUNCHES = 2_720
 """At 1024x1024 in bfloat16, in 243 blocks of rows."""
@@ -29,14 +29,18 @@ def test_a_decode_of_1024_makes_few_launches() -> None:
         assert plan.kernels == "cuda"
         launches.clear()
         image = decoder.decode(raw, progress=lambda done, total: blocks.append((done, total)))
+        counts, convolutions = launches.counts.copy(), launches.convolutions.copy()
         assert (image.shape, image.device.type) == ((1, 3, 1024, 1024), "cuda")
+        kernels = len(launches.wanted)
+        decoder.decode(raw[..., :8, :8].clone())
+        assert len(launches.wanted) == kernels, "a small image is computed by the same kernels"
     assert blocks[-1] == (plan.total_blocks, plan.total_blocks)
-    print(f"{launches.total} launches, {plan.total_blocks} blocks: {launches.by_library()}")  # seen with pytest -s
-    print(dict(launches.counts.most_common()))
+    print(f"{counts.total()} launches, {plan.total_blocks} blocks: {by_library(counts)}")  # seen with pytest -s
+    print(dict(counts.most_common()))
     # What is known of each from the network alone, so that nothing has gone uncounted:
-    assert launches.counts["triton _attention"] == 1
-    assert launches.counts["cudnn"] == sum(launches.convolutions.values()) > plan.total_blocks
-    assert launches.total <= MOST_LAUNCHES
+    assert counts["triton _attention"] == 1
+    assert counts["cudnn"] == convolutions.total() > plan.total_blocks
+    assert counts.total() <= MOST_LAUNCHES
 
 
 def test_nothing_of_the_described_card_is_left_behind() -> None:
