@@ -39,11 +39,7 @@ def available_memory(device: torch.device | str) -> FreeMemory:
         InvalidOptionError: this system does not tell, so a limit has to be given.
     """
     if str(device).startswith("cuda"):
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return FreeMemory(int(free + cached), "free memory")
+        return FreeMemory(_free_on_card(device), "free memory")
     found = free_memory()
     if found is None:
         raise InvalidOptionError(
@@ -51,6 +47,33 @@ def available_memory(device: torch.device | str) -> FreeMemory:
             "memory_limit='4GiB'"
         )
     return found
+
+
+def _free_on_card(device: torch.device | str) -> int:
+    """Bytes of a GPU that can be had in one piece: free on the card, or free once PyTorch's cache is emptied.
+
+    PyTorch gives back only those segments of its cache of which nothing is in use. ``inactive_split`` counts what is
+    free in the others. (It also counts as free what is unused in the pools of CUDA graphs, which is not given back. To
+    tell that apart would take PyTorch milliseconds.) `torch.cuda.set_per_process_memory_fraction` may allow less.
+    """
+    import torch
+
+    index = torch.device(device).index
+    if index is None:  # not every function that follows takes it so
+        index = torch.cuda.current_device()
+    free, total = torch.cuda.mem_get_info(index)
+    backend = torch.cuda.get_allocator_backend()
+    if backend == "pluggable":  # it has no statistics
+        return int(free)
+    stats = torch.cuda.memory_stats(index)
+    reserved, active, pieces = (
+        int(stats.get(f"{name}_bytes.all.current", 0)) for name in ("reserved", "active", "inactive_split")
+    )
+    whole = max(0, reserved - active - pieces)
+    if backend == "native":
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+        free = min(free, allowed - reserved)  # less than nothing where the cap came after what is reserved
+    return max(0, int(free + whole))
 
 
 def spill_folder(asked: str | os.PathLike[str] | None) -> Path | None:
