@@ -51,8 +51,8 @@ def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
 def usual_dtype(device: torch.device) -> torch.dtype:
     """The dtype that ``dtype="auto"`` stands for: bfloat16 on NVIDIA GPUs that have arithmetic for it, else float32.
 
-    It is never float16: FLUX's VAE overflows in it for some latents (InvokeAI's issue 7208), such a decode is done again
-    in float32, and so both its time and its last bits would depend on the picture. On AMD's GPUs bfloat16 works, but
+    It is never float16: FLUX's VAE overflows in it for some latents (InvokeAI's issue 7208). Such a decode is done
+    again in float32, so both its time and its last bits would depend on the picture. On AMD's GPUs bfloat16 works, but
     ComfyUI found large convolutions in it far slower than in float32 (``vae_dtype`` in its ``model_management.py``).
     ComfyUI decodes in float32 wherever this says float32.
     """
