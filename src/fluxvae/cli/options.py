@@ -86,8 +86,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help="The precision of the weights: auto, float32, bfloat16 or float16. The default is bfloat16 on "
-        "NVIDIA GPUs from compute capability 8.0 on, as pipelines use it, and elsewhere float32, which is more accurate "
-        "and as fast on a CPU.",
+        "NVIDIA GPUs from compute capability 8.0 on, as pipelines use it, and elsewhere float32, which is more "
+        "accurate, and as fast on a CPU.",
         metavar="NAME",
     ),
 ]
