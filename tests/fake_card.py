@@ -29,6 +29,7 @@ from family_models import SMALL_DECODER
 from fluxvae.engine import module_state, settings
 from fluxvae.engine.kernels import choose
 from fluxvae.engine.kernels.cuda import self_test
+from fluxvae.engine.memory import pool
 
 __all__ = [
     "CARDS",
@@ -177,11 +178,16 @@ def faked_card(capability: int) -> Iterator[Launches]:
             "mem_get_info": (card.total_memory * 9 // 10, card.total_memory),
             "memory_reserved": 0,
             "memory_allocated": 0,
+            "memory_stats": {},
+            "get_allocator_backend": "native",
+            "get_per_process_memory_fraction": 1.0,
+            "is_current_stream_capturing": False,
             "current_device": 0,
             "empty_cache": None,
             "synchronize": None,
         }.items():
             patch.setattr(torch.cuda, name, _always(answer))
+        patch.setattr(pool, "_has_pools", lambda: False)  # fake tensors are allocated nowhere
         patch.setattr(self_test, "on", lambda device: nullcontext())
         patch.setattr(self_test, "fault", lambda *arguments: "")
         # The engine takes dispatch modes away while it decodes, and fake tensors are one.

@@ -20,11 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from engine_models import Shape
-from fluxvae import Decoder
+from fluxvae import Decoder, devices
 from fluxvae.engine import graphs
 from fluxvae.engine.exact import ExactDecoder, ExactEncoder, OutOfMemoryWarning, PrecisionRetryWarning
 from fluxvae.engine.graphs import Graph
-from fluxvae.engine.kernels.direct import onednn
 from fluxvae.engine.memory.free import available_memory
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, NonFiniteOutputError
 
@@ -228,7 +227,7 @@ def test_nan_is_an_error_and_the_graph_serves_on(recorded: list[Recorder]) -> No
 def test_overflow_in_half_precision_is_decoded_again_in_float32(
     recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)  # whatever the processor
+    monkeypatch.setattr(devices, "computes_directly", lambda dtype, device: True)  # whatever the processor
     vae = SHAPE.vae(torch.float16)
     decoder = ExactDecoder(vae, kernels="torch", cuda_graphs=True)
     calm = latents(0, dtype=torch.float16)

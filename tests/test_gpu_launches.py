@@ -15,7 +15,7 @@ pytest.importorskip("triton.knobs", reason="the described card is one for triton
 
 from fake_card import by_library, fake_vae, faked_card
 
-MOST_LAUNCHES = 2_720
+MOST_LAUNCHES = 1_040
 """At 1024x1024 in bfloat16, in 243 blocks of rows."""
 
 

@@ -141,8 +141,8 @@ class Half(Generic[Exact, Reference, Preview]):
                 `AssumedFamilyWarning`, and a plan says so. For a folder it is used instead of what the config says.
             scaling_factor, shift_factor, batch_norm_eps: belong to the checkpoint's latents, and are used instead of
                 its family's or its config's. Both factors (for VAEs of SD's kind the first) settle a single file too.
-            device: ``"auto"`` is CUDA where there is a GPU, and the CPU elsewhere.
-            dtype: ``"auto"`` is bfloat16 on CUDA, and float32 on a CPU.
+            device: ``"auto"`` is the current GPU where there is one, and the CPU elsewhere.
+            dtype: ``"auto"`` is bfloat16 on NVIDIA GPUs from compute capability 8.0 on, and float32 elsewhere.
             options: as for the class itself.
 
         Raises:

@@ -15,7 +15,7 @@ import torch
 from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.graphs import Graphs, addresses, check_device
 from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.kernels.choose import check_kernels, make_kernels
 from fluxvae.engine.memory.free import available_memory, is_out_of_memory
 from fluxvae.engine.memory.pool import cache_advice
 from fluxvae.engine.memory.spill import Spill
@@ -95,8 +95,7 @@ class ExactEngine:
             raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
         self._vae = vae
         self.network = read_network(vae, self.way)
-        # Refuse kernels that this machine can never run. Where there is a GPU, the model may still move to it.
-        make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
+        check_kernels(kernels)
         self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
         self._cuda_graphs = cuda_graphs
         if cuda_graphs:
@@ -185,10 +184,11 @@ class ExactEngine:
                 try:
                     return self._attempt(given, kernels, spill, limit, source, clock)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
+                    if not is_out_of_memory(error, given.device):
                         raise
+                    said = _words(error)
                 # Not within the handler, since the error's traceback holds the maps whose room is needed now.
-                limit, source = self._less(given, kernels, spill, limit, source)
+                limit, source = self._less(given, kernels, spill, limit, source, said)
 
     def _attempt(
         self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, clock: Clock
@@ -241,8 +241,13 @@ class ExactEngine:
         planner = self._planner((given.shape[2], given.shape[3]), given.shape[0], dtype, given.dtype, kernels)
         return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
 
-    def _less(self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str) -> tuple[int, str]:
-        """A limit for the next attempt, when others have taken the memory or it lies in too many pieces."""
+    def _less(
+        self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, said: str
+    ) -> tuple[int, str]:
+        """A limit for the next attempt, when others have taken the memory or it lies in too many pieces.
+
+        ``said``: the error of the last attempt, in words.
+        """
         dtype = kernels.compute_dtype(given.dtype)
         tried = self._plan_of(given, kernels, spill, limit, source, dtype).peak_bytes
         self._graphs.clear()
@@ -254,13 +259,13 @@ class ExactEngine:
             raise UnavailableError(
                 f"memory: {given.device} ran out with the smallest plan for {self.way.given} {tuple(given.shape)}, "
                 f"{tried} bytes ({size_in_words(tried)}) above the weights; try again when more is free, or "
-                f"{self.way.name} a smaller size or batch{cache_advice(given.device)}"
+                f"{self.way.name} a smaller size or batch (the last error was {said}){cache_advice(given.device)}"
             )
         limit, source = max(tried * 3 // 4, smallest), "memory left"
         warnings.warn(
             f"{self.way.name}: {given.device} ran out of memory with a plan for {size_in_words(tried)}; "
             f"{self.way.doing} again within {size_in_words(limit)} (name a memory_limit that is there to avoid the "
-            f"first attempt){cache_advice(given.device)}",
+            f"first attempt; the error was {said}){cache_advice(given.device)}",
             OutOfMemoryWarning,
             stacklevel=4,
         )
@@ -311,7 +316,7 @@ class ExactEngine:
     ) -> Planner:
         """The planner of one size. Making it takes as long as a small decode, so the last ones are kept."""
         threads = torch.get_num_threads()
-        key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
+        key = size, batch, dtype, stored, kernels.channels_last, self._device, threads, kernels.name, kernels.note
         if key in self._planners:
             return self._planners[key]
         planner = make_planner(
@@ -364,6 +369,11 @@ class ExactEngine:
 
 
 _KEPT_PLANNERS = 32
+
+
+def _words(error: BaseException) -> str:
+    """The class and the first line of an error, which do not keep alive what its traceback does."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -57,6 +57,7 @@ class Graph:
         self._given, self._made = (torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (given, made))
         self._replay = record(lambda: runner.launch(self._given, self._made), given.device)
         self._answers = runner.checks.taken()
+        self._runner = runner  # whose arena would otherwise be told to be free
 
     def run(self, given: torch.Tensor, made: torch.Tensor) -> None:
         """Compute an image, as `Runner.run` does.
@@ -140,8 +141,7 @@ class Graphs:
             # Libraries load their code, and the Triton language compiles, as they are first used: before a recording.
             with closing(make_runner(False)) as runner:
                 runner.run(*first)
-            with closing(make_runner(True)) as runner:
-                graph = self._graphs[key] = Graph(runner, *first, plan.graph_bytes)
+            graph = self._graphs[key] = Graph(make_runner(True), *first, plan.graph_bytes)
         for given, made in images:
             graph.run(given, made)
             tick(plan.total_blocks // plan.batch)

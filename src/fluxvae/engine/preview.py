@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fluxvae.devices import computes_directly
 from fluxvae.engine.calls import RUNTIME_BYTES, Geometry, LayerPlan, Step
-from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.module_state import check_loaded

@@ -20,9 +20,9 @@ import torch
 __all__ = ["FIRST_WITH_POOLS", "ArenaPool", "cache_advice"]
 
 FIRST_WITH_POOLS = (2, 13)
-"""The first version of PyTorch whose pools are used. In 2.6 a pool also takes what other threads allocate meanwhile, its
-allocations do not empty PyTorch's cache when memory runs out, and to drop a pool while another thread captures a CUDA
-graph ends the process. docs/notebook.md has what was tried, and with which versions."""
+"""The first version of PyTorch whose pools are used. In 2.6 a pool also takes what other threads allocate meanwhile,
+its allocations do not empty PyTorch's cache when memory runs out, and to drop a pool while another thread captures a
+CUDA graph ends the process. docs/notebook.md has what was tried, and with which versions."""
 
 
 class ArenaPool:
@@ -34,7 +34,7 @@ class ArenaPool:
         self._pool: torch.cuda.MemPool | None = None
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """A block of ``nbytes``, flat uint8, with arbitrary contents. A pool gives its last block again if that is free.
+        """A block of ``nbytes``, flat uint8, with arbitrary contents: a pool's last one again, if that is free.
 
         While the current stream captures a CUDA graph, the block comes from the graph's own pool, as all that a capture
         allocates must.
