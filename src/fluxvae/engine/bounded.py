@@ -16,7 +16,6 @@ from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.kernels.choose import make_kernels
 from fluxvae.engine.memory.free import available_memory, is_out_of_memory
-from fluxvae.engine.memory.pool import cache_advice
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import read_network
 from fluxvae.engine.plan import Plan, size_in_words
@@ -240,13 +239,13 @@ class ExactEngine:
             raise UnavailableError(
                 f"memory: {given.device} ran out with the smallest plan for {self.way.given} {tuple(given.shape)}, "
                 f"{tried} bytes ({size_in_words(tried)}) above the weights; try again when more is free, or "
-                f"{self.way.name} a smaller size or batch{cache_advice(given.device)}"
+                f"{self.way.name} a smaller size or batch"
             )
         limit, source = max(tried * 3 // 4, smallest), "memory left"
         warnings.warn(
             f"{self.way.name}: {given.device} ran out of memory with a plan for {size_in_words(tried)}; "
             f"{self.way.doing} again within {size_in_words(limit)} (name a memory_limit that is there to avoid the "
-            f"first attempt){cache_advice(given.device)}",
+            "first attempt)",
             OutOfMemoryWarning,
             stacklevel=4,
         )

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxvae.errors import InvalidOptionError
 from fluxvae.system import FreeMemory, file_system, free_memory
@@ -58,8 +58,8 @@ def _free_on_card(device: torch.device | str) -> int:
     """
     import torch
 
-    index = torch.device(device).index
-    if index is None:  # not every function that follows takes it so
+    index: Any = torch.device(device).index
+    if index is None:  # it may be, whatever its type says, and not every function that follows takes it so
         index = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(index)
     backend = torch.cuda.get_allocator_backend()
