@@ -135,7 +135,7 @@ def test_the_arena_goes_back_to_the_card() -> None:
     torch.cuda.empty_cache()
     before, arena = torch.cuda.memory_reserved(), engine.plan(40, 36).arena_bytes
     kept = [engine.decode(raw) for _ in range(3)]
-    assert torch.cuda.memory_reserved() - before < arena // 2
+    assert torch.cuda.memory_reserved() - before < arena
     del kept
 
 
