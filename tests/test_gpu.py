@@ -168,6 +168,18 @@ def test_a_full_card_is_a_smaller_plan() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def test_the_arena_goes_back_to_the_card() -> None:
+    """Also where the caller keeps the image."""
+    vae, raw = on_gpu(FLUX, torch.bfloat16)
+    engine = ExactDecoder(vae)
+    engine.decode(raw)
+    torch.cuda.empty_cache()
+    before, arena = torch.cuda.memory_reserved(), engine.plan(40, 36).arena_bytes
+    kept = [engine.decode(raw) for _ in range(3)]
+    assert torch.cuda.memory_reserved() - before < arena
+    del kept
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bytes_are_those_of_the_same_values_on_a_cpu(dtype: torch.dtype) -> None:
     image = torch.randn(2, 3, 65, 70, generator=torch.Generator().manual_seed(0)).to(dtype)

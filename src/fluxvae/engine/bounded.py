@@ -17,7 +17,6 @@ from fluxvae.engine.graphs import Graphs, addresses, check_device
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.kernels.choose import check_kernels, make_kernels
 from fluxvae.engine.memory.free import available_memory, is_out_of_memory
-from fluxvae.engine.memory.pool import cache_advice
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import read_network
 from fluxvae.engine.plan import Plan, size_in_words
@@ -259,13 +258,13 @@ class ExactEngine:
             raise UnavailableError(
                 f"memory: {given.device} ran out with the smallest plan for {self.way.given} {tuple(given.shape)}, "
                 f"{tried} bytes ({size_in_words(tried)}) above the weights; try again when more is free, or "
-                f"{self.way.name} a smaller size or batch (the last error was {said}){cache_advice(given.device)}"
+                f"{self.way.name} a smaller size or batch (the last error was {said})"
             )
         limit, source = max(tried * 3 // 4, smallest), "memory left"
         warnings.warn(
             f"{self.way.name}: {given.device} ran out of memory with a plan for {size_in_words(tried)}; "
             f"{self.way.doing} again within {size_in_words(limit)} (name a memory_limit that is there to avoid the "
-            f"first attempt; the error was {said}){cache_advice(given.device)}",
+            f"first attempt; the error was {said})",
             OutOfMemoryWarning,
             stacklevel=4,
         )
