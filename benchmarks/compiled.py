@@ -25,7 +25,7 @@ import triton
 from compiled_kernels import resources, wanted
 from described_cudnn import ask, convolutions, version
 from fake_card import CARDS, MODELS
-from fluxvae.engine.kernels.direct.cudnn import workspace_bound
+from fluxvae.engine.kernels.direct.costs import workspace_bound
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("nvidia.cudnn", reason="this PyTorch is one without cuDNN")
 
 from described_cudnn import OLDEST, ask, convolutions, version
 from fake_card import CARDS, MODELS, Card, Convolution
-from fluxvae.engine.kernels.direct.cudnn import workspace_bound
+from fluxvae.engine.kernels.direct.costs import workspace_bound
 
 if version() < OLDEST:
     pytest.skip(f"cuDNN {version()} plans for the card that is there alone", allow_module_level=True)

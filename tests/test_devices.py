@@ -36,6 +36,8 @@ from fluxvae.engine.kernels.direct.costs import GPU_BLOCK_VALUES, DirectCosts, w
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.memory import free
 from fluxvae.engine.memory.free import is_out_of_memory
+from fluxvae.engine.network import read_network
+from fluxvae.engine.planner import make_planner
 from fluxvae.engine.records import Conv
 from fluxvae.engine.settings import set_aside
 from fluxvae.errors import InvalidOptionError, UnavailableError
@@ -371,6 +373,27 @@ def test_a_block_that_is_unfolded_is_in_the_plan(cards: Describe, monkeypatch: p
     call = Call("conv3", 64, 32, 10, 100, 4, False)
     values = 12 * 100 * 64 + 9 * 64 * 32 + 9 * 64 * 10 * 100 + 32 * 10 * 100
     assert TorchKernels(GPU).overhead(call) == 4 * values
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_all_of_the_arena_counts_from_the_start_on_a_gpu(
+    cards: Describe, itemsize: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one allocation there, of which no page is touched first, and it stands beside the largest workspace."""
+    cards((9, 0))
+    monkeypatch.setattr(gpu, "library_fault", lambda device, itemsize: "")
+    network = read_network(Shape(widths=(32, 64, 64)).vae())
+    planner = make_planner(
+        network, TorchKernels(GPU), (48, 48), batch=1, computed=itemsize, stored=itemsize, cast=False, on_cpu=False,
+        threads=1, block_values=1 << 15,
+    )  # fmt: skip
+    least, most = planner.smallest_limit(1 << 40), planner.plan(None).peak_bytes
+    assert least < most
+    for part in range(9):
+        limit = least + (most - least) * part // 8
+        plan = planner.plan(limit, spill_free=1 << 40)
+        held = plan.fixed_bytes + plan.arena_bytes + max(step.overhead for step in plan.steps)
+        assert held == plan.peak_bytes <= limit
 
 
 def test_a_plan_is_made_anew_when_the_switch_was_turned(monkeypatch: pytest.MonkeyPatch) -> None:

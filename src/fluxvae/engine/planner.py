@@ -35,11 +35,13 @@ class Planner:
         batch: int = 1,
         stored_itemsize: int | None = None,
         graphs: bool = False,
+        at_once: bool = False,
         macs_per_second: float = 1e11,
         spill_bytes_per_second: float = 1e9,
     ) -> None:
         self.network, self.geometry, self.costs, self.batch = network, geometry, costs, batch
         self._rates, self._graphs = (macs_per_second, spill_bytes_per_second), graphs
+        self._at_once = at_once
         self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
         self._sizes = network.sizes((geometry.height, geometry.width))
         self.fixed_bytes = self._fixed_bytes(stored_itemsize or geometry.itemsize)
@@ -138,7 +140,8 @@ class Planner:
 
     def _smallest(self, spill_free: int) -> _Layers:
         tries = (self._search(_by_arena, None, most, None, spill_free) for most in self._overheads(None))
-        return min((layers for layers in tries if layers is not None), key=peak_of)  # keeping every map is always a way
+        found = (layers for layers in tries if layers is not None)  # keeping every map is always a way
+        return min(found, key=partial(peak_of, at_once=self._at_once))
 
     def _overheads(self, floor: int | None) -> list[int]:
         """Every overhead that a layer can have, from ``floor`` up (by default what all layers can do with at least)."""
@@ -179,6 +182,7 @@ class Planner:
             seconds=self.batch * self._total_seconds(layers),
             geometry=self.geometry,
             spill_dir=spill_dir,
+            at_once=self._at_once,
         )
         if not self._graphs:
             return plan
@@ -201,7 +205,7 @@ class Planner:
                     largest, fits = cost.arena, True
                     for step in layer.steps:
                         largest = max(largest, step.arena)
-                        touched = 2 * largest if arena is None else min(arena, 2 * largest)
+                        touched = 2 * largest if arena is None else arena if self._at_once else min(arena, 2 * largest)
                         fits = fits and (
                             step.spilled <= spill_free
                             and (arena is None or step.arena <= arena)
@@ -283,7 +287,7 @@ def make_planner(
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values, costs.precise_row_multiple)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(
-        network, geometry, costs, batch=batch, stored_itemsize=stored, graphs=graphs,
+        network, geometry, costs, batch=batch, stored_itemsize=stored, graphs=graphs, at_once=not on_cpu,
         macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
     )  # fmt: skip
 
