@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.engine import bounded
+from fluxvae.engine import planned
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.verify.oracle import level_difference
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
@@ -180,7 +180,7 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
     """Return how much time of one decode with the Winograd kernels goes into each kind of call."""
     torch.set_num_threads(threads)
     spent: collections.Counter[str] = collections.Counter()
-    make = bounded.make_kernels
+    make = planned.make_kernels
 
     def timed(name: str, device: torch.device) -> Any:
         kernels = make(name, device)
@@ -188,7 +188,7 @@ def profile(model: str, size: int, threads: int) -> dict[str, Any]:
             setattr(kernels, method, _timed(getattr(kernels, method), method, spent))
         return kernels
 
-    bounded.make_kernels = timed  # type: ignore[assignment]
+    planned.make_kernels = timed  # type: ignore[assignment]
     engine, raw = ExactDecoder(full_vae(model), kernels="winograd"), raw_latents(model, size)
     engine.decode(raw[:, :, :2, :2])
     spent.clear()

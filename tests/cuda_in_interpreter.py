@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_models import Shape, rms, true_decode
-from fluxvae.engine import bounded
+from fluxvae.engine import planned
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import Refill
 from fluxvae.engine.kernels.cuda import attention, folding, passes, self_test
@@ -52,7 +52,7 @@ maps = st.tuples(
 @pytest.fixture(autouse=True)
 def cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`make_kernels` refuses them here, so the engine gets them in its place; small heads go to our attention too."""
-    monkeypatch.setattr(bounded, "make_kernels", lambda name, device: CudaKernels(device))
+    monkeypatch.setattr(planned, "make_kernels", lambda name, device: CudaKernels(device))
     monkeypatch.setattr(attention, "PYTORCH_HEAD", 0)
 
 

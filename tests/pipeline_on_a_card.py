@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from fluxvae.engine import bounded, runner
+from fluxvae.engine import planned, runner
 from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning
 from fluxvae.engine.kernels.direct import gpu
 from fluxvae.engine.memory.free import available_memory
@@ -54,7 +54,7 @@ def without_a_pool() -> None:
     """The arena as it was: from PyTorch's cache, and left there."""
     ArenaPool.take = ArenaPool._empty  # type: ignore[method-assign]
     ArenaPool.close = lambda self: None  # type: ignore[method-assign]
-    bounded.available_memory = as_it_was  # type: ignore[assignment]
+    planned.available_memory = as_it_was  # type: ignore[assignment]
 
 
 def counts() -> list[int]:

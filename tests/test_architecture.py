@@ -43,8 +43,9 @@ ENGINE = (
     ("module_state",),
     ("network",),
     ("planner", "reference", "runner"),
-    ("graphs",),
-    ("bounded", "preview"),
+    ("graphs", "preview"),
+    ("planned",),
+    ("bounded",),
     ("exact",),
 )
 """The same within the engine."""

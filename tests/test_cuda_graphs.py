@@ -75,7 +75,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("fluxvae.engine.bounded.check_device", lambda device: None)
+    monkeypatch.setattr("fluxvae.engine.planned.check_device", lambda device: None)
     return made
 
 
@@ -182,7 +182,7 @@ def test_what_is_held_counts_as_free_where_there_is_no_limit(monkeypatch: pytest
     decoder.decode(latents(0))
     held = decoder._graphs.held_bytes
     monkeypatch.setattr(
-        "fluxvae.engine.bounded.available_memory", lambda device: available_memory(CPU)._replace(nbytes=1000)
+        "fluxvae.engine.planned.available_memory", lambda device: available_memory(CPU)._replace(nbytes=1000)
     )
     assert decoder.limit()[0] == (1000 + held) * 9 // 10
 
@@ -287,7 +287,7 @@ def test_nothing_is_read_while_a_graph_is_recorded() -> None:
 
 
 def test_where_there_is_no_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxvae.engine.bounded.check_device", graphs.check_device)
+    monkeypatch.setattr("fluxvae.engine.planned.check_device", graphs.check_device)
     decoder = engine()  # a GPU is there, and the model may still move to it
     with pytest.raises(InvalidOptionError, match="cuda_graphs: got True with a model on cpu"):
         decoder.decode(latents(0))

@@ -26,7 +26,7 @@ import fluxvae
 from engine_models import Shape
 from fluxvae import Decoder, devices
 from fluxvae.batch import ray_job
-from fluxvae.engine import bounded
+from fluxvae.engine import planned
 from fluxvae.engine.calls import Call
 from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning
 from fluxvae.engine.kernels import ConvBlock, choose
@@ -400,7 +400,7 @@ def test_a_plan_is_made_anew_when_the_switch_was_turned(monkeypatch: pytest.Monk
     """What is planned with are the kernels that compute."""
     engine = ExactDecoder(Shape().vae(), kernels="torch")
     for why in ("", "cuDNN is off", ""):
-        monkeypatch.setattr(bounded, "make_kernels", lambda name, device, why=why: TorchKernels(device, instead=why))
+        monkeypatch.setattr(planned, "make_kernels", lambda name, device, why=why: TorchKernels(device, instead=why))
         assert engine.plan(6, 5).kernels_note == why
 
 

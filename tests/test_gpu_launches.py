@@ -90,7 +90,7 @@ def test_a_decode_can_be_recorded_as_a_graph(dtype: torch.dtype, monkeypatch: py
         return lambda: None
 
     monkeypatch.setattr(graphs, "record", record)
-    monkeypatch.setattr("fluxvae.engine.bounded.check_device", lambda device: None)
+    monkeypatch.setattr("fluxvae.engine.planned.check_device", lambda device: None)
     with faked_card(90) as launches:
         decoder = ExactDecoder(fake_vae(dtype), cuda_graphs=True)
         raw = torch.empty(3, 16, 64, 48, dtype=dtype, device="cuda")

@@ -13,7 +13,6 @@ from fluxvae.engine.exact import ExactDecoder
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
-from fluxvae.serve.model import memory
 from fluxvae.serve.model.decoding import Decoding
 from fluxvae.serve.model.jobs import Job
 from fluxvae.serve.model.memory import MemoryBudget, compute
@@ -120,8 +119,9 @@ def test_a_plan_cut_to_what_was_free_is_made_again(monkeypatch: pytest.MonkeyPat
     budget = MemoryBudget(decoding(decoder))
     first = budget.plan(SIZE, SIZE, 1)
     assert budget.plan(SIZE, SIZE, 1) is first
-    monkeypatch.setattr(memory, "available_memory", lambda device: FreeMemory(1000, "free memory"))
-    assert budget.plan(SIZE, SIZE, 1) is not first
+    free = FreeMemory(first.peak_bytes, "free memory")  # of which nine tenths are taken
+    monkeypatch.setattr("fluxvae.engine.planned.available_memory", lambda device: free)
+    assert budget.plan(SIZE, SIZE, 1).peak_bytes < first.peak_bytes
 
 
 class ScarceMemory:
@@ -167,7 +167,7 @@ def test_out_of_memory_on_every_plan_is_unavailable(rows: int, monkeypatch: pyte
 def test_scarce_free_memory_is_unavailable_a_set_limit_is_the_requests_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryLimitError, match="memory_limit: got 1000 bytes"):
         compute(decoding(limited(1000)), [job()], never)
-    monkeypatch.setattr("fluxvae.engine.bounded.available_memory", lambda device: FreeMemory(1000, "free memory"))
+    monkeypatch.setattr("fluxvae.engine.planned.available_memory", lambda device: FreeMemory(1000, "free memory"))
     with pytest.raises(UnavailableError, match="free memory: got 900 bytes.*try again"):
         compute(decoding(limited(None)), [job()], never)
 

@@ -1,40 +1,31 @@
-"""What both halves of the exact engine have in common: limits, plans, attempts, and what a failed one leads to."""
+"""What both halves of the exact engine do with a call: attempts, and what a failed one leads to."""
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
-from collections.abc import Hashable
 from contextlib import closing, suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from fluxvae.engine.clock import Cancel, Clock, Progress
-from fluxvae.engine.graphs import Graphs, addresses, check_device
+from fluxvae.engine.graphs import addresses
 from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.kernels.choose import check_kernels, make_kernels
-from fluxvae.engine.memory.free import available_memory, is_out_of_memory
+from fluxvae.engine.memory.free import is_out_of_memory
 from fluxvae.engine.memory.spill import Spill
-from fluxvae.engine.network import read_network
 from fluxvae.engine.plan import Plan, size_in_words
-from fluxvae.engine.planner import Planner, limit_of, make_planner
-from fluxvae.engine.records import parameters
+from fluxvae.engine.planned import PlannedEngine, dtype_name
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.statistics import NonFiniteMap
-from fluxvae.engine.way import DECODE, Way
-from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
-from fluxvae.system import FreeMemory
+from fluxvae.errors import MemoryLimitError, NonFiniteOutputError, UnavailableError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    pass
 
 __all__ = ["ExactEngine", "OutOfMemoryWarning", "PrecisionRetryWarning"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -46,7 +37,7 @@ class OutOfMemoryWarning(UserWarning):
     """Memory ran out although the limit allowed what was planned; it was done again by a smaller plan."""
 
 
-class ExactEngine:
+class ExactEngine(PlannedEngine):
     """One half of a VAE: the function that diffusers computes without tiles, in bounded memory.
 
     The same image has the same bits for any memory limit and in any batch: every image is computed alone, and every map
@@ -78,98 +69,6 @@ class ExactEngine:
     """
 
     name = "exact"
-    way: ClassVar[Way]
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        *,
-        kernels: str = "auto",
-        memory_limit: int | None = None,
-        spill_dir: str | Path | None = None,
-        cuda_graphs: bool = False,
-        block_values: int | None = None,
-    ) -> None:
-        if memory_limit is not None and memory_limit < 1:
-            raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
-        self._vae = vae
-        self.network = read_network(vae, self.way)
-        check_kernels(kernels)
-        self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
-        self._cuda_graphs = cuda_graphs
-        if cuda_graphs:
-            check_device(None)
-        self._block_values = block_values
-        if spill_dir is not None and self._device.type == "cpu":
-            Spill(self._device, spill_dir)
-        self._start_afresh()
-
-    def _start_afresh(self) -> None:
-        self._prepared = False
-        self._planners: dict[Hashable, Planner] = {}
-        self._graphs = Graphs()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Give a copy the model and the options; it works out for itself what follows from them."""
-        left_out = ("_prepared", "_planners", "_graphs", "_lock")
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start_afresh()
-
-    def look(self) -> None:
-        """Read the model anew: its modules may have been replaced, hooked or moved since the last call."""
-        network = read_network(self._vae, self.way)
-        if network != self.network:
-            self.network = network
-            self._planners = {}
-            self._graphs.clear()
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self._weight.device
-        return device
-
-    @property
-    def _weight(self) -> torch.Tensor:
-        return parameters(self.network.first.conv.module)[0]
-
-    def plan(self, height: int, width: int, batch: int = 1) -> Plan:
-        """Plan how ``batch`` images would be computed now.
-
-        Args:
-            height, width: the size of what is given: latents to be decoded, or pixels to be encoded.
-
-        Raises:
-            MemoryLimitError: the limit is below the smallest one that works, which the message names.
-        """
-        planner, spill = self._planner_for(height, width, batch)
-        limit, source = self.limit()
-        return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
-
-    def smallest_limit(self, height: int, width: int, batch: int = 1) -> int:
-        """The smallest ``memory_limit`` that does for this size, in bytes."""
-        planner, spill = self._planner_for(height, width, batch)
-        return planner.smallest_limit(spill.free())
-
-    def _planner_for(self, height: int, width: int, batch: int) -> tuple[Planner, Spill]:
-        least = self._least
-        if min(height, width) < least or batch < 1:
-            raise InvalidOptionError(
-                f"plan: got {self.way.given} {height}x{width}, batch {batch}; expected sizes from {least} on"
-            )
-        self.look()
-        device, dtype = self._device, self._weight.dtype
-        kernels = self._kernels(device)
-        planner = self._planner((height, width), batch, kernels.compute_dtype(dtype), dtype, kernels)
-        return planner, Spill(device, self._spill_dir)
-
-    @property
-    def _least(self) -> int:
-        """The least height and width of what is given: one latent, or the pixels of one."""
-        return 1 if self.way == DECODE else self.network.scale
 
     def _compute(self, given: torch.Tensor, progress: Progress | None, cancel: Cancel | None) -> torch.Tensor:
         """Compute a batch, as `exact.ExactDecoder.decode` and `exact.ExactEncoder.encode` say."""
@@ -208,7 +107,7 @@ class ExactEngine:
                 ) from error
             if computed not in _HALF:
                 raise NonFiniteOutputError(
-                    f"{way.name}: {error} in {_name(computed)}; the {way.given} or the weights are out of range"
+                    f"{way.name}: {error} in {dtype_name(computed)}; the {way.given} or the weights are out of range"
                 ) from error
             reason = str(error)
         else:
@@ -217,10 +116,10 @@ class ExactEngine:
             plan = self._plan_of(given, kernels, spill, limit, source, torch.float32)
         except MemoryLimitError as error:
             raise NonFiniteOutputError(
-                f"{way.name}: {reason} in {_name(dtype)}, and the memory limit leaves no room for float32: {error}"
+                f"{way.name}: {reason} in {dtype_name(dtype)}, and the memory limit leaves no room for float32: {error}"
             ) from error
         warnings.warn(
-            f"{way.name}: {reason} in {_name(dtype)}; {way.doing} again in float32 (load the model with "
+            f"{way.name}: {reason} in {dtype_name(dtype)}; {way.doing} again in float32 (load the model with "
             "dtype='float32' to avoid the first attempt)",
             PrecisionRetryWarning,
             stacklevel=4,
@@ -233,12 +132,6 @@ class ExactEngine:
                 f"{way.name}: {error} in float32 too; the {way.given} or the weights are out of range"
             ) from error
         return self._checked(made, torch.float32)
-
-    def _plan_of(
-        self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, dtype: torch.dtype
-    ) -> Plan:
-        planner = self._planner((given.shape[2], given.shape[3]), given.shape[0], dtype, given.dtype, kernels)
-        return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
 
     def _less(
         self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, said: str
@@ -310,70 +203,16 @@ class ExactEngine:
                 for one, result in images:
                     running.run(one, result)
 
-    def _planner(
-        self, size: tuple[int, int], batch: int, dtype: torch.dtype, stored: torch.dtype, kernels: Kernels
-    ) -> Planner:
-        """The planner of one size. Making it takes as long as a small decode, so the last ones are kept."""
-        threads = torch.get_num_threads()
-        key = size, batch, dtype, stored, kernels.channels_last, self._device, threads, kernels.name, kernels.note
-        if key in self._planners:
-            return self._planners[key]
-        planner = make_planner(
-            self.network, kernels, size, batch=batch, computed=dtype.itemsize, stored=stored.itemsize,
-            cast=dtype != stored, on_cpu=self._device.type == "cpu", threads=threads, block_values=self._block_values,
-            graphs=self._cuda_graphs and dtype == stored,
-        )  # fmt: skip
-        while len(self._planners) >= _KEPT_PLANNERS:
-            self._planners.pop(next(iter(self._planners)), None)
-        self._planners[key] = planner
-        return planner
-
-    def _kernels(self, device: torch.device) -> Kernels:
-        if self._cuda_graphs:
-            check_device(device)
-        kernels = make_kernels(self._kernels_name, device)
-        weight = parameters(self.network.last.conv.module)[0]
-        kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-        return kernels
-
-    def limit(self) -> tuple[int, str]:
-        """The bytes that a call may add above the weights now, those of CUDA graphs included; and what set them."""
-        return limit_of(self.memory_limit, self._free)
-
-    def _free(self) -> FreeMemory:
-        free = available_memory(self._device)
-        return free._replace(nbytes=free.nbytes + self._graphs.held_bytes)
-
-    def _check(self, given: torch.Tensor) -> None:
-        weight, channels, least = self._weight, self.network.in_channels, self._least
-        name = "raw" if self.way == DECODE else self.way.given
-        if given.ndim != 4 or given.shape[1] != channels or given.shape[0] < 1 or min(given.shape[2:]) < least:
-            raise InvalidOptionError(
-                f"{name}: got shape {tuple(given.shape)}, expected (batch, {channels}, height, width)"
-                + (f" of at least {least}x{least}" if least > 1 else "")
-            )
-        if given.dtype != weight.dtype or given.dtype not in _DTYPES or given.device != weight.device:
-            raise InvalidOptionError(
-                f"{name}: got {_name(given.dtype)} on {given.device}, expected {_name(weight.dtype)} on "
-                f"{weight.device}, as the VAE's weights are"
-            )
-
     def _checked(self, made: torch.Tensor, computed: torch.dtype) -> torch.Tensor:
         """The result, if it is finite: rounding finite blocks to a narrower dtype may have made some of it infinite."""
         if made.dtype != computed and not bool(torch.isfinite(made).all()):
             raise NonFiniteOutputError(
-                f"{self.way.name}: {self.way.made} overflow {_name(made.dtype)}; {self.way.name} with dtype='float32'"
+                f"{self.way.name}: {self.way.made} overflow {dtype_name(made.dtype)}; "
+                f"{self.way.name} with dtype='float32'"
             )
         return made
-
-
-_KEPT_PLANNERS = 32
 
 
 def _words(error: BaseException) -> str:
     """The class and the first line of an error, which do not keep alive what its traceback does."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
