@@ -16,8 +16,8 @@ before; beside a pipeline they are of the whole card. Errors are rms errors agai
 same weights and latents. Exits 1 where a part failed, a peak was above its limit, or something was not as it must be;
 a goal that is missed is no failure of the run.
 
-The rehearsal needs no card. It fakes `torch.cuda` where the parts call it, makes everything go wrong that may, and fails
-if a statement of `gpu_run` did not run.
+The rehearsal needs no card. It fakes `torch.cuda` where the parts call it, makes everything go wrong that may, and
+fails if a statement of `gpu_run` did not run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ HERE = Path(__file__).resolve()
 
 def start() -> int:
     """Run the command line, watched if it is a rehearsal or a child process of one."""
-    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "src")]
+    source = str(HERE.parents[1] / "src")
+    sys.path[:0] = [str(HERE.parent), source]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))  # for pytest
     from gpu_run import lines
 
     if "--rehearse" in sys.argv:

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Bench:
         return self._vaes[model, dtype]
 
     def _make(self, model: str, dtype: torch.dtype) -> Any:
-        return full_vae(model, dtype, str(self.device))
+        return full_vae(model, dtype, str(self.device))  # not rehearsed: full widths
 
     def ours(self, model: str = "flux", dtype: str = "bfloat16", **options: Any) -> ExactDecoder:
         """Our decoder, with the CUDA kernels or an error."""
@@ -141,7 +141,8 @@ class Bench:
             if batch > 1:
                 row["alike"] = torch.equal(image, image[:1].expand_as(image))
             if size <= TRUE_UP_TO and batch == 1:
-                row["rms_error"] = float((image.double() - self.true(model, size, dtype)).square().mean().sqrt())
+                with suppress(torch.OutOfMemoryError):  # float64 needs much, which says nothing about this decode
+                    row["rms_error"] = float((image.double() - self.true(model, size, dtype)).square().mean().sqrt())
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
             self.clean()  # and raise where the context is lost

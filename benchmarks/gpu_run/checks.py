@@ -32,6 +32,11 @@ def machine(bench: Bench) -> None:
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
+    with suppress(Exception):  # what tests of cuDNN's choices describe this card by
+        import cudnn
+
+        described = cudnn.create_device_properties(0).serialize()  # not rehearsed: cuDNN's own package
+        (bench.out / "cudnn_device.bin").write_bytes(bytes(described))  # not rehearsed: cuDNN's own package
     properties = torch.cuda.get_device_properties(0)
     bench.row(
         kind="machine",

@@ -1,7 +1,7 @@
 """Which statements of this package the rehearsal has run, in all of its processes, and which it has not.
 
 A module of the package is changed while it is imported: before every statement it says that it got there. That works in
-every Python and costs nothing elsewhere. A statement that cannot run without a card has the comment `MARK` and a reason.
+every Python and costs nothing elsewhere. A statement that cannot run without a card has the comment `MARK` and why.
 """
 
 from __future__ import annotations
@@ -81,10 +81,19 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _statements(tree: ast.AST) -> Iterator[tuple[list[ast.stmt], int, ast.stmt]]:
-    """Every statement with the list that it stands in and its place there, but no docstring and no future import."""
-    for node in ast.walk(tree):
+    """Every statement with the list that it stands in and its place there.
+
+    Left out are docstrings, future imports, and what a module does where it is run as a script, since that is where the
+    watching begins.
+    """
+    script = {id(one) for node in ast.walk(tree) if _is_script(node) for one in ast.walk(node)}
+    for node in (node for node in ast.walk(tree) if id(node) not in script):
         for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
             for place, one in enumerate(body if isinstance(body, list) else ()):
                 text = isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
                 if not text and not (isinstance(one, ast.ImportFrom) and one.module == "__future__"):
                     yield body, place, one
+
+
+def _is_script(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and ast.unparse(node.test.left) == "__name__"

@@ -47,6 +47,8 @@ def shown(event: Event) -> str:
     fields = {name: value for name, value in event.items() if name not in ("event", "part", "text")}
     if event["event"] == "begin":
         return f"== {event['part']} ({fields['left']:.0f} s left)"
-    values = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items())
+    values = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in fields.items()
+    )
     mark = {"row": "  ", "end": "--"}.get(event["event"], "!!")
     return f"{mark} {event['part']}: {'' if event['event'] == 'row' else event['event'] + ' '}{'  '.join(values)}"

@@ -6,33 +6,35 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpu_run import lines, supervise
+from gpu_run import lines, stand_ins, supervise
 from gpu_run.log import Log
 from gpu_run.parts import PARTS, SANITIZE, Part, named
 from gpu_run.report import report
+from gpu_run.sglang_files import FILES
+from gpu_run.verdicts import verdicts
 
 __all__ = ["main"]
 
 ROOT = Path(__file__).parents[2]
 REHEARSED = (
     *PARTS[:2],
-    Part("fault: raises", "rehearsal.raises", 0, 30),
+    Part("fault: raises", "faults.raises", 0, 30),
     Part("fault: rows", "rehearsal.rows_fail", 0, 30),
     *PARTS[2:8],
     Part("fault: loses the context", "rehearsal.loses", 0, 30),
-    *PARTS[8:10],
-    Part("fault: hangs", "rehearsal.hangs", 0, 0.5),
-    *(part._replace(fresh=False) for part in PARTS[10:-2]),
-    Part("fault: no time among others", "rehearsal.raises", 1e9, 1),
-    *(part._replace(fresh=False) for part in PARTS[-2:]),
+    Part("fault: hangs", "faults.hangs", 0, 0.5),
+    Part("fault: dies", "faults.dies", 0, 30),
+    PARTS[9],
+    PARTS[8],
+    *(part._replace(fresh=False) for part in PARTS[10:]),
+    Part("fault: no time among others", "faults.raises", 1e9, 1),
     SANITIZE[-1],
-    Part("fault: dies", "rehearsal.dies", 0, 30),
-    Part("fault: no time", "rehearsal.raises", 1e9, 1, (), True),
+    Part("fault: no time", "faults.raises", 1e9, 1, (), True),
 )
 """All parts, and in between what goes wrong. A process starts anew after the faults, so no part needs a fresh one."""
 FAILURES = {
@@ -55,7 +57,12 @@ def main(description: str, script: Path, arguments: list[str]) -> int:
     add = parser.add_argument
     add("parts", nargs="*", help="names of parts to run alone, such as 'decodes 1024' (default: all there is time for)")
     add("--seconds", type=float, default=470.0, help="how long the run may take (default: %(default)s)")
-    add("--out", type=Path, default=Path(os.environ.get("OUT", "out/gpu")), help="a folder (default: $OUT or %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT", "out/gpu")),
+        help="a folder (default: $OUT or %(default)s)",
+    )
     add("--sglang", type=Path, default=ROOT / ".gpu" / "sglang", help="SGLang's files (default: %(default)s)")
     add("--sanitize", action="store_true", help="run compute-sanitizer instead")
     add("--rehearse", action="store_true", help="run everything on a CPU, tiny, with everything that may go wrong")
@@ -80,10 +87,13 @@ def main(description: str, script: Path, arguments: list[str]) -> int:
     supervise.supervise(script, parts, log, deadline, settings)
     if options.rehearse and not options.parts:
         _supervision(out, log, deadline)
+        for arguments in (["--out", str(out)], ["no such part", "--out", str(out / "new")]):
+            with suppress(SystemExit):
+                main(description, script, arguments)
     made = report(Log(log.path).new(), out, options.rehearse)
     told = _told(Log(log.path).new(), out) if options.rehearse else made["failed"] + made["wrong"]
-    print(json.dumps(made, default=str))
-    return int(bool(told))
+    print(json.dumps(made, default=str))  # not rehearsed: after the count
+    return int(bool(told))  # not rehearsed: after the count
 
 
 def _child(given: dict[str, Any]) -> int:
@@ -97,13 +107,11 @@ def _child(given: dict[str, Any]) -> int:
 
 def _get_ready(settings: dict[str, Any], out: Path) -> None:
     """Make what a rehearsal has in the place of NVIDIA's programs and, where it is not there, of SGLang."""
-    from gpu_run import rehearsal
-
-    list(rehearsal.commands(out / "bin"))
+    stand_ins.commands(out / "bin")
     os.environ["PATH"] = f"{out / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    if not all((Path(settings["sglang"]) / name).exists() for name in rehearsal.sglang_path.FILES):
-        settings["sglang"] = str(out / "sglang")
-    rehearsal.without_sglang(out / "sglang")
+    stand_ins.without_sglang(out / "sglang")
+    there = all((Path(settings["sglang"]) / name).exists() for name in FILES)
+    settings["sglang"] = settings["sglang"] if there else str(out / "sglang")
 
 
 def _supervision(out: Path, log: Log, deadline: float) -> None:
@@ -118,19 +126,27 @@ def _supervision(out: Path, log: Log, deadline: float) -> None:
         script.write_text(code)
         supervise.supervise(script, (Part(name, "", 0, 1),), log, deadline, {})
     supervise.START = before
+    verdicts([])
 
 
 def _told(events: list[dict[str, Any]], out: Path) -> list[str]:
     """Print and return what a rehearsal shows to be wrong with this benchmark."""
-    told = []
     failed = {event["part"]: event["why"] for event in events if event["event"] == "failed"}
-    for part in sorted(failed.keys() | FAILURES.keys()):
-        if FAILURES.get(part, "nothing") not in failed.get(part, ""):
-            told.append(f"{part}: failed with {failed.get(part)!r}, expected {FAILURES.get(part)!r}")
+    told = [
+        f"{part}: failed with {failed.get(part)!r}, expected {FAILURES.get(part)!r}"
+        for part in sorted(failed.keys() | FAILURES.keys())
+        if FAILURES.get(part, "nothing") not in failed.get(part, "")
+    ]
     wrong = {event["part"] for event in events if event["event"] == "wrong"}
     told += [f"wrong in {sorted(wrong)}, expected in {sorted(WRONG)}"] if wrong != WRONG else []
     left, marked, count = lines.missed(Path(os.environ[lines.VARIABLE]))
-    told += [f"not rehearsed: {one}" for one in left]
-    print(f"\nThe rehearsal: {count} statements, {len(left)} did not run, {len(marked)} cannot run without a card")
-    print(*marked, *(told or ["all is as expected"]), sep="\n  ")
-    return told
+    return _counted(told, left, marked, count)  # not rehearsed: after the count
+
+
+def _counted(told: list[str], left: list[str], marked: list[str], count: int) -> list[str]:
+    """Print what was counted; no statement of this can be among it."""
+    told = told + [f"not rehearsed: {one}" for one in left]  # not rehearsed: after the count
+    print(f"\nThe rehearsal: {count} statements, {len(left)} did not run")  # not rehearsed: after the count
+    print("Without a card or a count:", *marked, sep="\n  ")  # not rehearsed: after the count
+    print("Found:", *(told or ["all is as expected"]), sep="\n  ")  # not rehearsed: after the count
+    return told  # not rehearsed: after the count

@@ -1,6 +1,6 @@
 """For compute-sanitizer: the kernels' self-test, and decodes with and without spilling, small.
 
-    compute-sanitizer --tool memcheck python benchmarks/gpu_run/memcheck.py
+compute-sanitizer --tool memcheck python benchmarks/gpu_run/memcheck.py
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(rehearsed: bool) -> None:
         from gpu_run import rehearsal
 
         rehearsal.fake_card()
-        device, cases, block = rehearsal.CPU, (((8, 8, 8, 8), 2, 3),), 1 << 8
+        device, cases, block = rehearsal.CPU, (((8, 8, 8, 8), 2, 3),), 1 << 12
     for widths, height, width in cases:
         for dtype in (torch.bfloat16, torch.float32):
             vae = small_vae(widths, dtype, groups=4 if rehearsed else 32)

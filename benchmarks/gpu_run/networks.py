@@ -25,6 +25,7 @@ def small_vae(widths: tuple[int, ...], dtype: torch.dtype, *, groups: int, model
     if model == "flux2":
         vae: Any = AutoencoderKLFlux2(**shape)
     else:
-        vae = AutoencoderKL(**shape, use_quant_conv=False, use_post_quant_conv=False)
+        scale = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+        vae = AutoencoderKL(**shape, **scale, use_quant_conv=False, use_post_quant_conv=False)
     vae.encoder = vae.quant_conv = None
     return torch.nn.Module.to(vae, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

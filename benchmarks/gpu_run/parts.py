@@ -67,5 +67,7 @@ def named(names: list[str], parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """
     unknown = sorted(set(names) - {part.name for part in parts})
     if unknown:
-        raise ValueError(f"got {', '.join(map(repr, unknown))}, expected {', '.join(repr(part.name) for part in parts)}")
+        raise ValueError(
+            f"got {', '.join(map(repr, unknown))}, expected {', '.join(repr(part.name) for part in parts)}"
+        )
     return tuple(part for part in parts if not names or part.name in names)

@@ -35,13 +35,15 @@ def compiled(bench: Bench, mode: str, size: int) -> None:
 
 def sglang(bench: Bench, model: str, size: int) -> None:
     """SGLang's path at its quality ``"high"``, on a copy of the network, since it changes modules in place."""
-    bench.measure("sglang", sglang_decode(bench, model), model=model, size=size, version=sglang_path.version(bench.sglang))
+    bench.measure(
+        "sglang", sglang_decode(bench, model), model=model, size=size, version=sglang_path.version(bench.sglang)
+    )
 
 
 def sglang_decode(bench: Bench, model: str) -> Decode:
     """A decode by SGLang's path of the same weights. See `sglang_path`."""
     path = sglang_path.load(bench.sglang)
-    vae = copy.deepcopy(bench.vae(model, layout=torch.contiguous_format))
+    vae = copy.deepcopy(bench.vae(model))
     parts = path.install(vae)
     bench.row(kind="sglang", model=model, **parts)
     return lambda raw: path.decode(vae, raw)
@@ -49,7 +51,9 @@ def sglang_decode(bench: Bench, model: str) -> Decode:
 
 def flux2(bench: Bench) -> None:
     """FLUX.2's decoder at 1024: diffusers, SGLang, ours; and the two of them at 2048."""
-    bench.measure("diffusers", diffusers_decode(bench.vae("flux2", layout=torch.contiguous_format)), model="flux2", size=1024)
+    bench.measure(
+        "diffusers", diffusers_decode(bench.vae("flux2", layout=torch.contiguous_format)), model="flux2", size=1024
+    )
     engine = bench.ours("flux2")
     bench.measure("fluxvae", engine.decode, model="flux2", size=1024, limit_name="none")
     sglang(bench, "flux2", 1024)
@@ -63,7 +67,8 @@ def tiled(bench: Bench) -> None:
     for size in (1024, 2048):
         vae = bench.vae()
         before = vae.tile_sample_min_size, vae.tile_latent_min_size
-        vae.tile_sample_min_size, vae.tile_latent_min_size = size // 2, bench.side(size) // 2
+        tile = max(bench.side(size) // 2, 4)
+        vae.tile_sample_min_size, vae.tile_latent_min_size = 8 * tile, tile
         try:
             bench.measure("diffusers tiled", diffusers_decode(vae, tiled=True), size=size)
         finally:

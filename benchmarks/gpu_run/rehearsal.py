@@ -9,16 +9,15 @@ that raises, one that hangs, one that kills its process, one that loses the CUDA
 from __future__ import annotations
 
 import inspect
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 from fluxvae.engine import bounded
 from fluxvae.engine.kernels.cuda import attention
@@ -30,9 +29,9 @@ from gpu_run.networks import small_vae
 __all__ = ["fake_card", "prepare"]
 
 CPU = torch.device("cpu")
-STATE: dict[str, Any] = {"part": lambda: "", "lost": False, "peak": 1 << 20}
-IN_THE_INTERPRETER = ("profile",)
-"""The parts whose decodes run on the CUDA kernels: the interpreter takes seconds for each."""
+STATE: dict[str, Any] = {"part": lambda: "", "lost": False, "peak": 1 << 20, "free": 1 << 33, "levels": 4}
+SHALLOW = ("profile",)
+"""The parts whose networks have two levels. Their launches are counted, and the interpreter takes seconds for each."""
 TEST = """
 import pytest
 @pytest.mark.gpu
@@ -53,9 +52,16 @@ def prepare(bench: Any) -> None:
     STATE["part"] = lambda: bench.part
     bench.device, bench.tests = CPU, bench.out / "test_rehearsed.py"
     bench.tests.write_text(TEST)
-    bench._make = lambda model, dtype: small_vae((8, 8, 8, 8), dtype, groups=4, model=model)
+    bench._make = lambda model, dtype: small_vae((8,) * _levels(), dtype, groups=4, model=model)
     ours = bench.ours
-    bench.ours = lambda *given, cuda_graphs=False, **more: ours(*given, **more)  # they are refused on a CPU
+
+    def engine(*given: Any, cuda_graphs: bool = False, **more: Any) -> Any:
+        if STATE["levels"] != _levels():
+            bench._vaes.clear()
+            STATE["levels"] = _levels()
+        return ours(*given, **more)  # graphs are refused on a CPU
+
+    bench.ours = engine
     load = sglang_path.load
     sglang_path.load = lambda folder: _computes_here(load(folder))  # type: ignore[assignment]
 
@@ -68,17 +74,16 @@ def fake_card() -> None:
     for name, fake in {
         "synchronize": _synchronize, "empty_cache": lambda: None, "reset_peak_memory_stats": lambda: None,
         "memory_allocated": lambda: 1 << 20, "max_memory_allocated": lambda: (1 << 20) + _peak(),
-        "memory_reserved": lambda: 1 << 22, "mem_get_info": lambda: (1 << 33, 1 << 34),
+        "memory_reserved": lambda: 1 << 22, "mem_get_info": _free,
         "get_device_properties": lambda: properties, "get_device_name": lambda: "a rehearsal on a CPU",
-        "get_device_capability": lambda: (9, 0), "get_device_module": lambda: None,
+        "get_device_capability": lambda: (9, 0),
     }.items():  # fmt: skip
-        owner = torch if name == "get_device_module" else torch.cuda
-        setattr(owner, name, _as_declared(getattr(owner, name), fake))
-    torch.get_device_module = lambda *given: SimpleNamespace(device=_Device)  # type: ignore[assignment]
+        setattr(torch.cuda, name, _as_declared(getattr(torch.cuda, name), fake))
     torch.cuda.Event = _Event  # type: ignore[assignment, misc]
     torch.compile = _compile(torch.compile)  # type: ignore[assignment]
     torch.profiler.profile = _Profile  # type: ignore[assignment, misc]
     bounded.make_kernels = _kernels
+    attention.PYTORCH_HEAD = 0  # so that narrow heads go to our attention too
     attend = attention.attention
 
     def attention_of_a_card(q: Any, kv: Any, scale: float, out: Any, cut: Any) -> None:
@@ -105,24 +110,35 @@ def _synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered (rehearsed)")
 
 
+def _free() -> tuple[int, int]:
+    """Free and total bytes of the card: more is taken after the first look, so that there is a third of something."""
+    free, STATE["free"] = STATE["free"], (1 << 33) - (1 << 27)
+    return free, 1 << 34
+
+
 def _peak() -> int:
     """What decodes take here: much in one part, so that a peak above its limit is rehearsed too."""
     return (1 << 40) if STATE["part"]() == "decodes 512" else int(STATE["peak"])
 
 
+def _levels() -> int:
+    return 2 if STATE["part"]() in SHALLOW else 4
+
+
 def _kernels(name: str, device: torch.device) -> TorchKernels:
-    return CudaKernels(device, unseen=True) if STATE["part"]() in IN_THE_INTERPRETER else TorchKernels(device)
+    """The CUDA kernels while launches are counted, which needs some; PyTorch's elsewhere."""
+    counted = InterpretedFunction.run.__module__ == "gpu_run.profiling"
+    return CudaKernels(device, unseen=True) if counted else TorchKernels(device)
 
 
-class _Device:
-    """``torch.cuda.device`` as a context."""
+class _Torch:
+    """``torch`` for SGLang's kernels, which ask it to make a card the current one."""
 
-    def __init__(self, device: torch.device) -> None:
-        assert device == CPU
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)  # not rehearsed: SGLang's own files
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
+    def get_device_module(self) -> Any:
+        return SimpleNamespace(device=lambda device: nullcontext())  # not rehearsed: SGLang's own files
 
 
 class _Event:
@@ -140,11 +156,13 @@ class _Event:
 
 
 def _compile(real: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` without the compiler, which would take a minute here."""
+    """``torch.compile`` without compiling, which would take a minute here."""
+    signature = inspect.signature(real)
 
-    def compile_(model: Any, *, mode: str, dynamic: bool) -> Any:
-        assert mode in torch._inductor.list_mode_options()
-        return real(model, backend="eager", dynamic=dynamic)
+    def compile_(model: Any, **named: Any) -> Any:
+        signature.bind(model, **named)
+        assert named["mode"] in torch._inductor.list_mode_options()
+        return model
 
     return compile_
 
@@ -170,7 +188,9 @@ class _Profile:
         ran = SimpleNamespace(elapsed_us=lambda: 40.0)
         cuda = torch.autograd.DeviceType.CUDA
         names = ("sm90_xmma_fprop", "_finish", "_refill", "_attention", "Memset (Device)")
-        fakes = [SimpleNamespace(device_type=cuda, name=name, time_range=ran, is_user_annotation=False) for name in names]
+        fakes = [
+            SimpleNamespace(device_type=cuda, name=name, time_range=ran, is_user_annotation=False) for name in names
+        ]
         implicit = SimpleNamespace(**vars(CONVOLUTION) | {"input_shapes": CONVOLUTION.input_shapes[:2]})
         return [*self._real.function_events, *fakes, CONVOLUTION, implicit]
 
@@ -179,29 +199,14 @@ def _computes_here(path: sglang_path.FastPath) -> sglang_path.FastPath:
     """SGLang's kernels ask whether a tensor is on a card; here they are told so where they could compute it."""
 
     def supported(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int) -> bool:
-        channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
-        return channels & (channels - 1) == 0
+        channels = x.shape[1] if x.dim() == 4 else x.shape[-1]  # not rehearsed: SGLang's own files
+        return channels & (channels - 1) == 0  # not rehearsed: SGLang's own files
 
-    path.kernels._twopass_supported = supported
+    path.kernels._twopass_supported, path.kernels.torch = supported, _Torch()
     return path
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------
-
-
-def raises(bench: Any) -> None:
-    """A part with a mistake."""
-    raise ValueError("rehearsed")
-
-
-def hangs(bench: Any) -> None:
-    """A kernel that never ends."""
-    threading.Event().wait()
-
-
-def dies(bench: Any) -> None:
-    """A process that the system kills, as it does where host memory runs out."""
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def loses(bench: Any) -> None:
@@ -229,44 +234,3 @@ def rows_fail(bench: Any) -> None:
             call()
         except (FileNotFoundError, RuntimeError) as error:
             bench.row(kind="expected", error=str(error))
-
-
-def without_sglang(folder: Path) -> None:
-    """Write a stand-in for SGLang's four files where a rehearsal has none: the same names, and diffusers' result."""
-    bodies = {
-        "flux2_vae_cuda_opt": _STAND_IN,
-        "fast_path_gate": "from contextlib import nullcontext\n\ndef use_vae_fast_path(vae, enabled):\n    return nullcontext()\n",
-        "group_norm_silu_twopass_triton": "__all__ = ['nothing']\nnothing = None\n",
-    }
-    for name in sglang_path.FILES:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(bodies.get(path.stem, ""))
-
-
-_STAND_IN = """
-import torch
-from sglang.kernels.ops.diffusion import nothing
-from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
-
-class FusedGroupNormSiLU(torch.nn.Identity): ...
-class FusedUpsample2xConv2d(torch.nn.Identity): ...
-
-def _install_decoder_fast_paths(vae, label):
-    init_logger(__name__).info(label)
-    vae.decoder.fused = torch.nn.ModuleList([FusedGroupNormSiLU(), FusedUpsample2xConv2d()])
-"""
-
-
-def commands(folder: Path) -> Iterator[Path]:
-    """Write stand-ins for the two programs of NVIDIA's that a part starts."""
-    programs = {
-        "nvidia-smi": "echo 'no card (rehearsed)'",
-        "compute-sanitizer": 'log=$4; shift 4; "$@"; code=$?; echo "========= ERROR SUMMARY: 0 errors" > "$log"; exit $code',
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, body in programs.items():
-        path = folder / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-        yield path

@@ -18,7 +18,9 @@ def report(events: list[Event], out: Path, rehearsed: bool) -> dict[str, Any]:
     """Print everything that is worth reading, write it to ``out / "gpu.json"``, and return it."""
     rows = [_plain(event) for event in events if event["event"] == "row"]
     failed = [f"{event['part']}: {event['why']}" for event in events if event["event"] == "failed"]
-    skipped = [f"{event['part']}: {event['what']}" if "what" in event else event["part"] for event in _of(events, "skipped")]
+    skipped = [
+        f"{event['part']}: {event['what']}" if "what" in event else event["part"] for event in _of(events, "skipped")
+    ]
     wrong = [f"{event['part']}: {event['what']}" for event in _of(events, "wrong")]
     found = verdicts(events)
     machine = next((row for row in rows if row["kind"] == "machine"), {})
@@ -51,7 +53,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         return (*first, row["failed"][:60], "", "", "", "", "")
     times = (f"{row[key]:.2f}" for key in ("ms", "ms_least", "ms_most"))
     work = f"{row['work']:.2f}" if "work" in row else ""
-    return (*first, *times, f"{row['peak_bytes'] / 1e6:.0f}", work, f"{row['rms_error']:.2e}" if "rms_error" in row else "")
+    return (
+        *first,
+        *times,
+        f"{row['peak_bytes'] / 1e6:.0f}",
+        work,
+        f"{row['rms_error']:.2e}" if "rms_error" in row else "",
+    )
 
 
 def _of(events: list[Event], kind: str) -> list[Event]:

@@ -20,17 +20,11 @@ from typing import Any
 
 import torch
 
+from gpu_run.sglang_files import FILES, GATE, KERNELS, OPERATIONS, OPTIMIZATIONS
+
 __all__ = ["FILES", "FastPath", "load", "version"]
 
-_VAES = "sglang.multimodal_gen.runtime.models.vaes"
-_OPS = "sglang.kernels.ops.diffusion"
-_KERNELS = f"{_OPS}.norm.group_norm_silu_twopass_triton"
 _LOGGING = "sglang.multimodal_gen.runtime.utils.logging_utils"
-FILES = tuple(
-    f"{name.replace('.', '/')}.py"
-    for name in (f"{_VAES}.flux2_vae_cuda_opt", f"{_VAES}.conv_fold", f"{_VAES}.fast_path_gate", _KERNELS)
-)
-"""The files of the wheel that are needed, by their paths in it."""
 
 
 class FastPath:
@@ -77,11 +71,11 @@ def load(folder: Path) -> FastPath:
     quiet = ModuleType(_LOGGING)
     quiet.init_logger = logging.getLogger  # type: ignore[attr-defined]
     sys.modules.setdefault(_LOGGING, quiet)
-    kernels = importlib.import_module(_KERNELS)
+    kernels = importlib.import_module(KERNELS)
     for name in kernels.__all__:
-        setattr(sys.modules[_OPS], name, getattr(kernels, name))
-    optimizations = importlib.import_module(f"{_VAES}.flux2_vae_cuda_opt")
-    return FastPath(optimizations, importlib.import_module(f"{_VAES}.fast_path_gate"), kernels)
+        setattr(sys.modules[OPERATIONS], name, getattr(kernels, name))
+    optimizations = importlib.import_module(OPTIMIZATIONS)
+    return FastPath(optimizations, importlib.import_module(GATE), kernels)
 
 
 def version(folder: Path) -> str:

@@ -81,7 +81,7 @@ def _run(script: Path, group: list[Part], log: Log, deadline: float, settings: d
             os.killpg(child.pid, signal.SIGKILL)
         code = child.wait()
     look()
-    # A process that has not got to a part takes its first one with it, since the next process would not get there either.
+    # A process that gets to no part takes its first one with it: the next process would not get there either.
     for name in [name for name in begun if name not in over] or ([] if over else [group[0].name]):
         log.write("failed", name, why=why or f"its process ended with {_in_words(code)}")
         over.add(name)

@@ -105,7 +105,9 @@ def _against_eager(rows: list[Event]) -> tuple[str, str]:
     eager = _best(rows, 1024, "flux", lambda row: row["engine"] in ("diffusers", "diffusers channels_last"))
     if ours is None or eager is None:
         return NOT_MEASURED, f"ours {_ms(ours)}, diffusers {_ms(eager)}"
-    detail = f"{ours['ms']:.2f} ms, {eager['engine']} {eager['ms']:.2f} ms: {eager['ms'] / ours['ms']:.2f} times as fast"
+    detail = (
+        f"{ours['ms']:.2f} ms, {eager['engine']} {eager['ms']:.2f} ms: {eager['ms'] / ours['ms']:.2f} times as fast"
+    )
     return _by(eager["ms"] / ours["ms"], 3.0, detail)
 
 
@@ -138,7 +140,11 @@ def _error(rows: list[Event]) -> tuple[str, str]:
 
 def _whole_card(rows: list[Event]) -> tuple[str, str]:
     of = {(row["what"], row["size"]): row["above_loaded_bytes"] for row in rows if "above_loaded_bytes" in row}
-    pairs = [(size, of["diffusers", size], of.get(("installed within a third", size))) for what, size in of if what == "diffusers"]
+    pairs = [
+        (size, of["diffusers", size], of.get(("installed within a third", size)))
+        for what, size in of
+        if what == "diffusers"
+    ]
     told = [f"{size}: {before / 1e9:.2f} GB, installed {after / 1e9:.2f} GB" for size, before, after in pairs if after]
     if not told:
         return NOT_MEASURED, "no pipeline"
