@@ -139,17 +139,18 @@ def test_statistics_of_many_programs() -> None:
     assert_moments(found, out)
 
 
-@pytest.mark.parametrize("blocks", [1, KEPT_BLOCKS - 1, KEPT_BLOCKS, KEPT_BLOCKS + 1, 2 * KEPT_BLOCKS + 3])
+@pytest.mark.parametrize("blocks", [1, KEPT_BLOCKS, KEPT_BLOCKS + 3])
 def test_statistics_of_many_blocks(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block is smaller; one launch combines sixteen, and the rest when the last one is there."""
     launched = []
     combine = CardMoments._combine
     monkeypatch.setattr(CardMoments, "_combine", lambda self: (launched.append(len(self._pixels)), combine(self)))
-    sizes = [40] * (blocks - 1) + [7]
-    made, found = [draw(index, torch.float32, size, 1, 24, shift=2.0) for index, size in enumerate(sizes)], None
-    found = gathering(24, blocks, 40)
+    each = passes.parts_pixels(128)
+    sizes = [each + 30] * (blocks - 1) + [each + 7]  # two programs each
+    made = [draw(index, torch.float32, size, 1, 128, shift=2.0) for index, size in enumerate(sizes)]
+    found = gathering(128, blocks, each + 30)
     for block in made:
-        passes.finish(block, torch.zeros(24), None, 1.0, block, found.place())
+        passes.finish(block, torch.zeros(128), None, 1.0, block, found.place())
         found.placed(len(block))
     assert_moments(found, *made)
     assert launched == [KEPT_BLOCKS] * (blocks // KEPT_BLOCKS) + [blocks % KEPT_BLOCKS] * (blocks % KEPT_BLOCKS > 0)
@@ -198,7 +199,8 @@ def test_refill(
         through = Affine(*draw(seed + 2, torch.float32, 2, channels))
     windows = before.clone(), before.clone()
     work = torch.empty(8 * before.numel(), dtype=torch.uint8)
-    for kernels, window in zip((CudaKernels(CPU), TorchKernels(CPU)), windows, strict=True):
+    # Unseen, or kernels that their self-test finds wrong would be compared with those that serve instead.
+    for kernels, window in zip((CudaKernels(CPU, unseen=True), TorchKernels(CPU)), windows, strict=True):
         source = StoredRows(MemoryMap(fresh))
         kernels.refill(Refill(window, first, (begin, stop), bottom, source, through, work))
     ours, theirs = windows

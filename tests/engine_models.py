@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 from hypothesis import strategies as st
 
+from fluxvae.devices import computes_directly
 from fluxvae.engine.kernels.cpu import vector_code
-from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.verify.tolerances import ENGINE_ERROR_RATIO
 
 

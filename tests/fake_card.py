@@ -18,18 +18,31 @@ import pytest
 import torch
 import triton
 import triton.compiler
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from family_models import SMALL_DECODER
 from fluxvae.engine import module_state, settings
 from fluxvae.engine.kernels import choose
 from fluxvae.engine.kernels.cuda import self_test
+from fluxvae.engine.memory import pool
 
-__all__ = ["CARDS", "Card", "Convolution", "Launches", "Wanted", "card_of", "fake_vae", "faked_card"]
+__all__ = [
+    "CARDS",
+    "MODELS",
+    "Card",
+    "Convolution",
+    "Launches",
+    "Wanted",
+    "by_library",
+    "card_of",
+    "fake_vae",
+    "faked_card",
+]
 
 
 class Card(NamedTuple):
@@ -98,11 +111,22 @@ class Wanted:
     @property
     def label(self) -> str:
         """The name and the constants, for tables."""
-        names = self.source.fn.arg_names
-        constants = {names[path[0]]: value for path, value in self.source.constants.items()}
         pointers = {kind for kind in map(str, self.source.signature.values()) if kind.startswith("*")}
-        values = ",".join(f"{name}={value}" for name, value in constants.items())
+        values = ",".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.name}[{values}] {'/'.join(sorted(kind[1:] for kind in pointers))}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernel was specialised by, by the names of its parameters."""
+        names = self.source.fn.arg_names
+        return {names[path[0]]: value for path, value in self.source.constants.items()}
+
+    def changed(self, constants: dict[str, Any], **options: Any) -> Wanted:
+        """The same launch with other constants and options."""
+        source, names = self.source, self.source.fn.arg_names
+        merged = {path: constants.get(names[path[0]], value) for path, value in source.constants.items()}
+        made = type(source)(source.fn, source.signature, merged, source.attrs)
+        return Wanted(made, self.options | options, self.card)
 
     def compiled(self) -> Any:
         """The kernel as machine code for the card, by the language's own compiler and ptxas."""
@@ -124,15 +148,13 @@ class Launches:
         self.counts.clear()
         self.convolutions.clear()
 
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
 
-    def by_library(self) -> dict[str, int]:
-        together: Counter[str] = Counter()
-        for name, count in self.counts.items():
-            together[name.split()[0]] += count
-        return dict(together)
+def by_library(counts: Counter[str]) -> dict[str, int]:
+    """How many launches are the Triton language's, PyTorch's and cuDNN's."""
+    together: Counter[str] = Counter()
+    for name, count in counts.items():
+        together[name.split()[0]] += count
+    return dict(together)
 
 
 @contextmanager
@@ -156,11 +178,16 @@ def faked_card(capability: int) -> Iterator[Launches]:
             "mem_get_info": (card.total_memory * 9 // 10, card.total_memory),
             "memory_reserved": 0,
             "memory_allocated": 0,
+            "memory_stats": {},
+            "get_allocator_backend": "native",
+            "get_per_process_memory_fraction": 1.0,
+            "is_current_stream_capturing": False,
             "current_device": 0,
             "empty_cache": None,
             "synchronize": None,
         }.items():
             patch.setattr(torch.cuda, name, _always(answer))
+        patch.setattr(pool, "_has_pools", lambda: False)  # fake tensors are allocated nowhere
         patch.setattr(self_test, "on", lambda device: nullcontext())
         patch.setattr(self_test, "fault", lambda *arguments: "")
         # The engine takes dispatch modes away while it decodes, and fake tensors are one.
@@ -175,24 +202,28 @@ def faked_card(capability: int) -> Iterator[Launches]:
         yield launches
 
 
-def fake_vae(dtype: torch.dtype, make: Callable[[], AutoencoderKL] | None = None) -> AutoencoderKL:
-    """FLUX.1's VAE at its full widths, or what ``make`` makes, on the faked card."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a fake model cannot be cast
+MODELS = ("FLUX.1", "FLUX.2", "FLUX.2-small-decoder")
+"""What `fake_vae` makes: every architecture whose kernels are to be compiled."""
+
+
+def fake_vae(dtype: torch.dtype, model: str = "FLUX.1") -> AutoencoderKL:
+    """A VAE with both halves at its full widths, on the faked card. It is made in ``dtype``, as it cannot be cast."""
+    widths, before = (128, 256, 512, 512), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"):
-            return (make or _flux1)().eval().requires_grad_(False)
+            if model == "FLUX.1":
+                vae = AutoencoderKL(
+                    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                    block_out_channels=widths, layers_per_block=2, latent_channels=16, use_quant_conv=False,
+                    use_post_quant_conv=False,
+                )  # fmt: skip
+            else:
+                narrow = {"FLUX.2": None, "FLUX.2-small-decoder": SMALL_DECODER}[model]
+                vae = AutoencoderKLFlux2(block_out_channels=widths, decoder_block_out_channels=narrow)
     finally:
         torch.set_default_dtype(before)
-
-
-def _flux1() -> AutoencoderKL:
-    widths = (128, 256, 512, 512)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=widths, layers_per_block=2, latent_channels=16, norm_num_groups=32, use_quant_conv=False,
-        use_post_quant_conv=False,
-    )  # fmt: skip
+    return vae.eval().requires_grad_(False)
 
 
 def _always(answer: Any) -> Callable[..., Any]:
@@ -222,7 +253,7 @@ _NOTHING = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "lift
 
 
 def _on_card(values: Any) -> bool:
-    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in tree_leaves(values))
+    return any(isinstance(value, FakeTensor) and value.fake_device.type == "cuda" for value in tree_leaves(values))
 
 
 class _Counted(TorchDispatchMode):

@@ -18,7 +18,7 @@ MODULES = {
 }
 FOLDERS = ("src", "comfyui", "tests", "benchmarks", "tools", "examples", "deploy", "docs", "triton_models")
 LEVELS = (
-    ("arrays", "errors", "system"),
+    ("arrays", "devices", "errors", "system"),
     ("claims", "extras", "forked", "latents", "options", "photographs", "pictures", "pixels"),
     ("engine",),
     ("checkpoints",),
@@ -43,6 +43,7 @@ ENGINE = (
     ("module_state",),
     ("network",),
     ("planner", "reference", "runner"),
+    ("graphs",),
     ("bounded", "preview"),
     ("exact",),
 )

@@ -1,4 +1,7 @@
-"""The CUDA kernels, tested without a GPU: run in the Triton language's interpreter, and compiled for several cards."""
+"""The CUDA kernels, tested without a GPU: run in the Triton language's interpreter.
+
+`test_compiled_resources` compiles them for several cards, `test_gpu_launches` counts their launches.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +29,7 @@ HERE = Path(__file__).parent
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("PyTorch brings the Triton language on Linux only", allow_module_level=True)
-import triton  # noqa: E402  # where it is there, it must be importable
-
-by_our_call = pytest.mark.skipif(
-    int(triton.__version__.split(".")[1]) < 3 and triton.__version__.startswith("3."),
-    reason="the way to compile without launching is that of triton 3.3 and later",
-)
+import triton  # noqa: E402, F401  # where it is there, it must be importable
 
 
 @pytest.mark.timeout(600)
@@ -45,91 +41,6 @@ def test_in_the_interpreter() -> None:
     assert child.returncode == 0, child.stdout + child.stderr
     assert re.search(r"\d\d passed", child.stdout), child.stdout
     assert "TRITON_INTERPRET" not in os.environ
-
-
-CARDS = {
-    80: (163 << 10, 0),
-    86: (99 << 10, 2),
-    89: (99 << 10, 2),
-    90: (227 << 10, 0),
-    100: (227 << 10, 1),
-    120: (99 << 10, 2),
-}
-"""By compute capability: the shared memory of a block, and which of the cuts a card with so much gets. They are those
-of an A100, an RTX 3090, an RTX 4090, an H100, a B200 and an RTX 5090."""
-
-
-@by_our_call
-@pytest.mark.parametrize("capability", CARDS)
-def test_attention_compiles_for_cards_that_are_not_here(
-    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole way to machine code by the compiler's own ptxas, in the cut that each card gets."""
-    from fluxvae.engine.kernels.cuda import attention
-
-    shared, index = CARDS[capability]
-    card = SimpleNamespace(major=capability // 10, shared_memory_per_block_optin=shared)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    cut = attention.cut_for(torch.device("cuda"), 512, 2)
-    assert cut == list(attention.CUTS)[index]
-    assert cut is not None
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    queries, tokens, warps, stages = cut
-    signature = {
-        "query": "*bf16",
-        "token": "*bf16",
-        "dst": "*bf16",
-        "queries": "i32",
-        "tokens": "i32",
-        "factor": "fp32",
-    }
-    constants = {"DIM": 512, "QUERIES": queries, "TOKENS": tokens, "BLOCK_D": 512, "WIDE": False}
-    kernel = compiled(
-        attention._attention, signature, constants, (0, 1, 2), capability, num_warps=warps, num_stages=stages
-    )
-    assert kernel.metadata.shared == attention.CUTS[cut][attention.family_of(capability // 10)] <= shared
-    if capability == 90:
-        assert "wgmma" in kernel.asm["ptx"], "Hopper's own tensor core instructions"
-
-
-@by_our_call
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_passes_compile_to_wide_loads(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fluxvae.engine.kernels.cuda import passes
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    floats = dict.fromkeys(["result", "bias", "residual", "dst"], f"*{dtype}")
-    integers = dict.fromkeys(["pixels", "channels", "has_residual"], "i32")
-    signature = floats | {"parts": "*fp32"} | integers | {"factor": "fp32", "width": "i32", "phase": "i32"}
-    for up in (False, True):
-        constants = {"UP": up, "TILES": 8, "TILE": 32, "BLOCK_C": 128}
-        kernel = compiled(passes._finish, signature, constants, (0, 1, 2, 3, 4, 6), 90)
-        assert "ld.global.v4" in kernel.asm["ptx"]
-    signature = {"src": f"*{dtype}", "dst": f"*{dtype}", "scale": "*fp32", "shift": "*fp32", "pixels": "i32"}
-    constants = {"SILU": True, "TILE": 32, "BLOCK_C": 128}
-    kernel = compiled(passes._prologue, signature | {"channels": "i32"}, constants, (0, 1, 2, 3, 5), 90)
-    assert "ld.global.v4" in kernel.asm["ptx"]
-    numbers = dict.fromkeys(["programs", "phases", "each", "pixels", "channels"], "i32")
-    signature = {"parts": "*fp32", "moments": "*fp64"} | numbers
-    kernel = compiled(passes._combine, signature, {"PROGRAMS": 32, "BLOCK_C": 16}, (0, 1, 6), 90)
-    assert "add.f64" in kernel.asm["ptx"] or "add.rn.f64" in kernel.asm["ptx"]
-    pointers = {"means": "*fp64", "m2s": "*fp64", "weight": f"*{dtype}", "bias": f"*{dtype}", "scale": "*fp32"}
-    numbers = {"shift": "*fp32", "blocks": "i32", "each": "i32", "last": "i32", "eps": "fp32", "channels": "i32"}
-    constants = {"WIDTH": 4, "BLOCKS": 32, "BLOCK_C": 4}
-    compiled(passes._affine, pointers | numbers, constants, (0, 1, 2, 3, 4, 5, 10), 90)
-
-
-def compiled(
-    function: Any, signature: dict[str, str], constants: dict[str, Any], aligned: tuple[int, ...], capability: int,
-    **options: int,
-) -> Any:  # fmt: skip
-    """``aligned``: arguments that are multiples of 16, as the language finds out for itself when it launches."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    known = {(index,): [["tt.divisibility", 16]] for index in aligned}
-    source = ASTSource(function, signature | dict.fromkeys(constants, "constexpr"), constants, known)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 # -- which kernels where ---------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine_models import Shape, needs_vector_code, one_thread, rms, shapes, true_encode
+from fluxvae import devices
 from fluxvae.engine.exact import ExactEncoder, PrecisionRetryWarning
-from fluxvae.engine.kernels.direct import onednn
 from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.verify.tolerances import (
@@ -67,7 +67,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_error_is_no_larger_than_that_of_diffusers(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of mean and log variance, over architectures and sizes; each kind alone may lie a little above by chance."""
-    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)
+    monkeypatch.setattr(devices, "computes_directly", lambda dtype, device: True)
     torch_dtype = getattr(torch, dtype)
     # Where diffusers' maps become a pixel wide, oneDNN's bfloat16 convolution writes garbage (`padded_width`).
     cases = [case for case in CASES if case.width > 1 or dtype == "float32"]
@@ -162,7 +162,7 @@ def test_winograds_bits_for_any_limit_batch_and_number_of_threads(quant: bool) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_maps_that_become_a_pixel_wide(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)
+    monkeypatch.setattr(devices, "computes_directly", lambda dtype, device: True)
     shape = Shape(widths=(16, 32, 32), height=30, width=1)
     vae, pixels = network(shape, dtype), shape.pixels(dtype)
     truth = true_encode(vae, pixels)
@@ -244,7 +244,7 @@ def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() ->
 
 
 def test_overflow_in_half_precision_is_encoded_again_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)
+    monkeypatch.setattr(devices, "computes_directly", lambda dtype, device: True)
     shape = Shape(height=3, width=3)
     vae = network(shape)
     with torch.no_grad():  # too large for half precision; the norm behind it scales it back

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine_models import Shape, error_ratio, one_thread, rms, shapes, true_decode
+from fluxvae import devices
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactDecoder, PrecisionRetryWarning
 from fluxvae.engine.kernels.direct import onednn
@@ -245,14 +246,14 @@ def test_a_limit_below_the_smallest_is_refused_and_the_smallest_named_works() ->
 @pytest.fixture
 def half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed as such, whatever the processor."""
-    monkeypatch.setattr(onednn, "computes_directly", lambda dtype, device: True)
+    monkeypatch.setattr(devices, "computes_directly", lambda dtype, device: True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cpu_without_arithmetic_for_a_dtype_computes_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onednn, "computes_directly", lambda asked, device: asked != dtype)
+    monkeypatch.setattr(devices, "computes_directly", lambda asked, device: asked != dtype)
     shape = Shape()
     vae, raw = shape.vae(dtype), shape.latents(dtype)
     image = direct(vae).decode(raw)

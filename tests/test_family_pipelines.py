@@ -33,7 +33,7 @@ from family_models import (
     z_image_pipeline,
 )
 from fluxvae import Decoder, InvalidOptionError
-from fluxvae.engine.kernels.direct.onednn import computes_directly
+from fluxvae.devices import computes_directly
 from fluxvae.engine.preview import ApproximateWarning
 from fluxvae.pictures import postprocess
 from models import flux_pipeline, random_vae, run_pipeline

@@ -15,7 +15,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fluxvae import Decoder, SizeFlooredWarning
-from fluxvae.engine.kernels.direct.onednn import computes_directly
+from fluxvae.devices import computes_directly
 from models import flux_pipeline, random_vae, run_pipeline
 
 DTYPES = [torch.float32, torch.bfloat16]

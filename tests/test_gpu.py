@@ -7,6 +7,7 @@ is what measures times.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from diffusers import AutoencoderKL
 
 from engine_models import Shape, rms, true_decode
 from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning, PrecisionRetryWarning
-from fluxvae.errors import MemoryLimitError, NonFiniteOutputError
+from fluxvae.errors import NonFiniteOutputError, UnavailableError
 from fluxvae.pictures import postprocess
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0),
+        reason="needs an NVIDIA GPU of compute capability 8.0 or later",
+    ),
 ]
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -80,14 +84,45 @@ def test_same_bits_for_any_limit_and_batch_and_no_peak_above_it(dtype: torch.dty
         assert "spill" in rungs
 
 
-def test_the_process_keeps_its_settings() -> None:
+def test_the_process_keeps_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are PyTorch's defaults during a decode, and what the process has set before and after it."""
     vae, raw = on_gpu(Shape(), torch.float32)
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
-    seen = []
-    ExactDecoder(vae).decode(raw, progress=lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    assert set(seen) == {before[0]}, "during a decode too: other threads compute with them"
-    after = (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic)
-    assert after == before
+    cudnn, seen = torch.backends.cudnn, set()
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(cudnn, name, True)
+    ExactDecoder(vae).decode(raw, progress=lambda *_: seen.add((cudnn.benchmark, cudnn.deterministic)))
+    assert seen == {(False, False)}
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, True)
+
+
+def test_autocast_changes_no_bit() -> None:
+    vae, raw = on_gpu(Shape(), torch.float32)
+    for kernels in ("cuda", "torch"):
+        image = ExactDecoder(vae, kernels=kernels).decode(raw)
+        with torch.autocast("cuda", torch.bfloat16):
+            again = ExactDecoder(vae, kernels=kernels).decode(raw)
+        assert torch.equal(again, image)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_cudnn_the_image_is_right_and_the_peak_as_planned(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, raw = on_gpu(FLUX, dtype)
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    engine = ExactDecoder(vae)
+    plan = engine.plan(40, 36)
+    assert plan.kernels == "torch"
+    assert "cuDNN is switched off" in plan.kernels_note
+    engine.memory_limit = plan.peak_bytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    image = engine.decode(raw)
+    assert torch.cuda.max_memory_allocated() - before <= plan.peak_bytes
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    truth = true_decode(vae, raw)
+    assert rms(image.double() - truth) <= 2 * rms(ExactDecoder(vae, kernels="torch").decode(raw).double() - truth)
 
 
 def test_nan_and_overflow_are_never_a_picture() -> None:
@@ -107,24 +142,42 @@ def test_nan_and_overflow_are_never_a_picture() -> None:
 
 def test_a_full_card_is_a_smaller_plan() -> None:
     """PyTorch's own cap on this process stands for other processes."""
-    vae, raw = on_gpu(FLUX, torch.bfloat16)
+    shape = replace(FLUX, height=80, width=72)  # so large that 20 MB, which PyTorch may round up, decide nothing
+    vae, raw = on_gpu(shape, torch.bfloat16)
     engine = ExactDecoder(vae, block_values=1 << 20)
-    image, most = engine.decode(raw), engine.plan(40, 36).peak_bytes
-    least = engine.smallest_limit(40, 36)
-    engine.memory_limit = most
+    image, first = engine.decode(raw), engine.plan(80, 72)
+    engine.memory_limit = first.peak_bytes * 3 // 4
+    second, least = engine.plan(80, 72), engine.smallest_limit(80, 72)
+    enough = second.arena_bytes + max(step.overhead for step in second.steps)
+    assert enough + (40 << 20) < first.arena_bytes
+    engine.memory_limit = first.peak_bytes
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     try:
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (least + most) // 2) / total)
+        room = torch.cuda.memory_reserved() + (enough + first.arena_bytes) // 2
+        torch.cuda.set_per_process_memory_fraction(room / total)
         with pytest.warns(OutOfMemoryWarning):
             assert torch.equal(engine.decode(raw), image)
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + least // 8) / total)
-        with warnings.catch_warnings(), pytest.raises(MemoryLimitError, match="memory left"):  # noqa: PT012
+        words = r"ran out with the smallest plan .* \(the last error was OutOfMemoryError: "
+        with warnings.catch_warnings(), pytest.raises(UnavailableError, match=words):  # noqa: PT012
             warnings.simplefilter("ignore")
             engine.decode(raw)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_arena_goes_back_to_the_card() -> None:
+    """Also where the caller keeps the image."""
+    vae, raw = on_gpu(FLUX, torch.bfloat16)
+    engine = ExactDecoder(vae)
+    engine.decode(raw)
+    torch.cuda.empty_cache()
+    before, arena = torch.cuda.memory_reserved(), engine.plan(40, 36).arena_bytes
+    kept = [engine.decode(raw) for _ in range(3)]
+    assert torch.cuda.memory_reserved() - before < arena
+    del kept
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ import torch
 from engine_models import needs_vector_code
 from family_models import flux2_vae, tiny_vae
 from fluxvae import Decoder, FluxVAEError, InvalidLatentsError, InvalidOptionError, MemoryLimitError, plans
-from fluxvae.engine.kernels.direct.onednn import computes_directly
+from fluxvae.devices import computes_directly
 from fluxvae.engine.plan import Plan
 from fluxvae.plans import plan_decode
 from models import random_vae

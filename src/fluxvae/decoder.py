@@ -47,6 +47,9 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         memory_limit: how much memory the exact or the preview engine may add above the loaded weights, in bytes or as
             a text such as ``"2GiB"`` or ``"0.7GB"``. None: what is free when a decode starts, less a margin.
         spill_dir: a folder on a disk, where the exact engine keeps what the limit leaves no room for.
+        cuda_graphs: on a GPU, record what the exact engine asks of it as a CUDA graph for each size, and decode later
+            images by that, with the same bits and little of the CPU's time. A graph holds the memory of a whole decode
+            between calls, which counts against the limit.
         tiling, slicing: diffusers' own, for the reference engine. Tiling blends overlapping tiles, so its image is not
             the untiled one: it shows seams and shifts colours.
 
@@ -68,12 +71,13 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         kernels: str = "auto",
         memory_limit: int | str | None = None,
         spill_dir: str | Path | None = None,
+        cuda_graphs: bool = False,
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
         super().__init__(
             vae, device=device, dtype=dtype, engine=engine, kernels=kernels, memory_limit=memory_limit,
-            spill_dir=spill_dir, tiling=tiling, slicing=slicing,
+            spill_dir=spill_dir, cuda_graphs=cuda_graphs, tiling=tiling, slicing=slicing,
         )  # fmt: skip
         self._rescale_dtype = None
         if rescale_dtype != "auto":

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         help="the precision: auto, float32, bfloat16 or float16; the "
-        "default is float32 on a CPU and bfloat16 on a GPU (%(default)s)",
+        "default is bfloat16 on NVIDIA GPUs from compute capability 8.0 on, else float32 (%(default)s)",
     )
     return parser
 

@@ -46,6 +46,9 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
             a text such as ``"2GiB"`` or ``"0.7GB"``; the pixels that the pictures become count, the pictures do not.
             None: what is free when a call starts, less a margin.
         spill_dir: a folder on a disk, where the exact engine keeps what the limit leaves no room for.
+        cuda_graphs: on a GPU, record what the exact engine asks of it as a CUDA graph for each size, and encode later
+            images by that, with the same bits and little of the CPU's time. A graph holds the memory of a whole encode
+            between calls, which counts against the limit.
         tiling, slicing: diffusers' own, for the reference engine. Tiling changes the latents: with 512-pixel tiles by
             about a sixth of their size for a photograph of 1024 pixels.
 
@@ -66,12 +69,13 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         kernels: str = "auto",
         memory_limit: int | str | None = None,
         spill_dir: str | Path | None = None,
+        cuda_graphs: bool = False,
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
         super().__init__(
             vae, device=device, dtype=dtype, engine=engine, kernels=kernels, memory_limit=memory_limit,
-            spill_dir=spill_dir, tiling=tiling, slicing=slicing,
+            spill_dir=spill_dir, cuda_graphs=cuda_graphs, tiling=tiling, slicing=slicing,
         )  # fmt: skip
 
     def encode(

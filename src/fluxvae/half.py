@@ -52,6 +52,7 @@ class Half(Generic[Exact, Reference, Preview]):
         kernels: str,
         memory_limit: int | str | None,
         spill_dir: str | Path | None,
+        cuda_graphs: bool,
         tiling: bool,
         slicing: bool,
     ) -> None:
@@ -74,6 +75,7 @@ class Half(Generic[Exact, Reference, Preview]):
             "kernels": kernels,
             "memory_limit": memory_limit,
             "spill_dir": spill_dir,
+            "cuda_graphs": cuda_graphs,
             "tiling": tiling,
             "slicing": slicing,
         }
@@ -93,7 +95,9 @@ class Half(Generic[Exact, Reference, Preview]):
         exact, reference, preview = self.engines
         self.engine: Exact | Reference | Preview
         if engine == "exact":
-            self.engine = exact(vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir)
+            self.engine = exact(
+                vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir, cuda_graphs=cuda_graphs
+            )
         elif engine == "preview":
             self.engine = preview(vae, memory_limit=self.memory_limit)
         else:
@@ -137,8 +141,8 @@ class Half(Generic[Exact, Reference, Preview]):
                 `AssumedFamilyWarning`, and a plan says so. For a folder it is used instead of what the config says.
             scaling_factor, shift_factor, batch_norm_eps: belong to the checkpoint's latents, and are used instead of
                 its family's or its config's. Both factors (for VAEs of SD's kind the first) settle a single file too.
-            device: ``"auto"`` is CUDA where there is a GPU, and the CPU elsewhere.
-            dtype: ``"auto"`` is bfloat16 on CUDA, and float32 on a CPU.
+            device: ``"auto"`` is the current GPU where there is one, and the CPU elsewhere.
+            dtype: ``"auto"`` is bfloat16 on NVIDIA GPUs from compute capability 8.0 on, and float32 elsewhere.
             options: as for the class itself.
 
         Raises:

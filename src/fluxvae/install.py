@@ -137,6 +137,7 @@ def install(
     memory_limit: int | str | None = None,
     spill_dir: str | Path | None = None,
     kernels: str = "auto",
+    cuda_graphs: bool = False,
 ) -> Installed:
     """Make ``vae.decode`` and ``vae.encode`` exact and bounded in memory, in place, whatever pipeline holds the VAE.
 
@@ -149,7 +150,8 @@ def install(
         memory_limit: the bytes that a call may add above the loaded weights, as a number or as a text such as
             ``"4GiB"``. None allows what is free.
         spill_dir: the folder for feature maps that memory has no room for.
-        kernels: as for `fluxvae.Decoder`.
+        kernels, cuda_graphs: as for `fluxvae.Decoder`. Graphs are of no use to a pipeline that moves its VAE between
+            images, as those with offloading do: a moved model is recorded anew.
 
     Returns:
         A handle whose ``remove()`` undoes it.
@@ -173,7 +175,9 @@ def install(
         )
     limit = None if memory_limit is None else parse_memory_limit(memory_limit)
     halves = [way for way in (DECODE, ENCODE) if getattr(vae, way.network, None) is not None]
-    options: dict[str, Any] = {"kernels": kernels, "memory_limit": limit, "spill_dir": spill_dir}
+    options: dict[str, Any] = {
+        "kernels": kernels, "memory_limit": limit, "spill_dir": spill_dir, "cuda_graphs": cuda_graphs,
+    }  # fmt: skip
     decoder = ExactDecoder(vae, **options) if halves != [ENCODE] else None  # which refuses what has neither half
     encoder = ExactEncoder(vae, **options) if ENCODE in halves else None
     return Installed(vae, decoder, encoder)

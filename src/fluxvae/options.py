@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from fluxvae.devices import EXACT, usual_dtype
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["VAE", "check_engine_options", "is_a", "resolve_device", "resolve_dtype", "resolve_engine"]
+__all__ = [
+    "VAE",
+    "check_engine_options",
+    "is_a",
+    "name_of_usual_dtype",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_engine",
+]
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and making a plan does not need it
     from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
@@ -52,7 +61,7 @@ def resolve_engine(engine: str, vae: VAE) -> str:
 
 
 _OPTIONS_OF = {
-    "exact": {"kernels", "memory_limit", "spill_dir"},
+    "exact": {"kernels", "memory_limit", "spill_dir", "cuda_graphs"},
     "preview": {"memory_limit"},
     "diffusers": {"tiling", "slicing"},
 }
@@ -88,7 +97,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InvalidOptionError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if found.type not in ("cpu", "cuda"):
+    if found.type not in EXACT:
         raise InvalidOptionError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise InvalidOptionError(
@@ -100,7 +109,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device, name: str = "dtype") -> torch.dtype:
-    """Return the dtype that is meant; ``"auto"`` is bfloat16 on a GPU and float32 on a CPU.
+    """Return the dtype that is meant; ``"auto"`` is what `usual_dtype` says of the device.
 
     Args:
         name: the option that the dtype comes from, for the message.
@@ -109,8 +118,13 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device, name: str = "d
         InvalidOptionError: it is not float32, bfloat16 or float16.
     """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return usual_dtype(device)
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in _DTYPES.values():
         raise InvalidOptionError(f"{name}: got {dtype!r}, expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return found
+
+
+def name_of_usual_dtype(device: str) -> str:
+    """What ``dtype="auto"`` stands for on a device of the machine that this runs on, such as ``"bfloat16"``."""
+    return str(resolve_dtype("auto", resolve_device(device))).removeprefix("torch.")

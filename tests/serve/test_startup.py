@@ -36,6 +36,7 @@ def test_every_parameter_is_honoured() -> None:
             "dtype": "bfloat16",
             "engine": "diffusers",
             "memory_limit": "2GiB",
+            "cuda_graphs": "true",
             "max_pixels": "1024",
             "threads": "3",
         }
@@ -47,6 +48,7 @@ def test_every_parameter_is_honoured() -> None:
         "dtype": "bfloat16",
         "engine": "diffusers",
         "memory_limit": "2GiB",
+        "cuda_graphs": True,
     }
 
 
@@ -93,6 +95,7 @@ def test_the_device_is_the_one_triton_gave_unless_told_otherwise(kind: str, devi
     [
         ({"chekpoint": "demo"}, r"unknown parameter 'chekpoint', expected one of checkpoint, vae_class, "),
         ({"approximate": "yes"}, r"approximate: got 'yes', expected true or false"),
+        ({"cuda_graphs": "1"}, r"cuda_graphs: got '1', expected true or false"),
         ({"threads": "two"}, r"threads: got 'two', expected a whole number above 0"),
         ({"threads": "0"}, r"threads: got '0'"),
         ({"max_pixels": "-1"}, r"max_pixels: got '-1'"),

@@ -33,7 +33,8 @@ class JobOptions:
     device: str = "auto"
     """Where to compute, such as ``"cpu"`` or ``"cuda:1"``. ``"auto"`` is CUDA where there is a GPU, else the CPU."""
     dtype: str = "auto"
-    """The dtype to compute in, such as ``"float32"``. ``"auto"`` is bfloat16 on CUDA and float32 on a CPU."""
+    """The dtype to compute in, such as ``"float32"``. ``"auto"`` is bfloat16 on NVIDIA GPUs from compute capability 8.0
+    on, and float32 elsewhere."""
     memory_limit: int | str | None = None
     """How much memory the computation may add above the weights, in bytes or as text such as ``"2GiB"``. None: what is
     free when it begins, less a margin. What waits to be computed or written comes on top (docs/batch.md)."""

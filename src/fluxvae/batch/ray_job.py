@@ -35,6 +35,7 @@ from fluxvae.batch.store import open_store
 from fluxvae.batch.worker import Worker, checkpoint_sha256, load, look
 from fluxvae.errors import InvalidOptionError, UnavailableError
 from fluxvae.extras import needs
+from fluxvae.options import name_of_usual_dtype
 from fluxvae.photographs import ignore_warnings
 
 __all__ = ["decode_files_on_ray", "encode_files_on_ray"]
@@ -121,7 +122,7 @@ def _run(
         shape = _shape(ray, job, workers, threads)
         here = load(job, device="cpu", dtype="float32")
         device = "cuda" if shape.gpu else "cpu"
-        dtype = job.dtype if job.dtype != "auto" else ("bfloat16" if shape.gpu else "float32")
+        dtype = job.dtype if job.dtype != "auto" else _usual_dtype(ray, device)
         job_id = secrets.token_hex(4)
         store = open_store(job.out, job_id)
         record = record_of(job, checkpoint_sha256(job), here, dtype)
@@ -140,6 +141,16 @@ def _run(
     finally:
         if not connected:
             ray.shutdown()
+
+
+def _usual_dtype(ray: Any, device: str) -> str:
+    """Return what ``dtype="auto"`` is where the job's items will be done, which one of the cluster's nodes is asked.
+
+    All actors are told the same, so that one job has one dtype, also where its GPUs are of several kinds.
+    """
+    if device == "cpu":
+        return name_of_usual_dtype(device)
+    return str(ray.get(ray.remote(num_gpus=1)(name_of_usual_dtype).remote(device)))
 
 
 def _import_ray() -> Any:

@@ -85,8 +85,9 @@ MemoryLimit = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="The precision of the weights: auto, float32, bfloat16 or float16. The default is float32 on a CPU, "
-        "which is as fast there and more accurate, and bfloat16 on a GPU, as pipelines use it.",
+        help="The precision of the weights: auto, float32, bfloat16 or float16. The default is bfloat16 on "
+        "NVIDIA GPUs from compute capability 8.0 on, as pipelines use it, and elsewhere float32, which is more "
+        "accurate, and as fast on a CPU.",
         metavar="NAME",
     ),
 ]

@@ -77,8 +77,8 @@ def serve(
     dtype: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="The precision of the weights: float32, bfloat16 or float16. Left out, it is float32 on a CPU and "
-            "bfloat16 on a GPU.",
+            help="The precision of the weights: float32, bfloat16 or float16. Left out, it is bfloat16 on NVIDIA "
+            "GPUs from compute capability 8.0 on, and float32 elsewhere.",
             metavar="NAME",
         ),
     ] = None,

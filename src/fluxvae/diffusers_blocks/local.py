@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fluxvae.diffusers_blocks.step import VaeStep
-from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.kernels.choose import check_kernels
 from fluxvae.engine.layers.reading import unwrapped
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.plan import parse_memory_limit
@@ -64,7 +64,7 @@ class LocalVaeStep(VaeStep):
         limit = None if memory_limit is None else parse_memory_limit(memory_limit)
         self._options = {"kernels": kernels, "memory_limit": limit, "spill_dir": spill_dir}
         check_engine_options(engine, self._options)
-        make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
+        check_kernels(kernels)
         if spill_dir is not None:
             Spill(torch.device("cpu"), spill_dir)
         for name, called in (("progress", progress), ("cancel", cancel)):

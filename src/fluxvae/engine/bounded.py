@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 import warnings
 from collections.abc import Hashable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from fluxvae.engine.clock import Cancel, Clock, Progress
+from fluxvae.engine.graphs import Graphs, addresses, check_device
 from fluxvae.engine.kernels import Kernels
-from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.kernels.choose import check_kernels, make_kernels
 from fluxvae.engine.memory.free import available_memory, is_out_of_memory
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import read_network
@@ -26,6 +27,7 @@ from fluxvae.engine.settings import set_aside
 from fluxvae.engine.statistics import NonFiniteMap
 from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError, MemoryLimitError, NonFiniteOutputError, UnavailableError
+from fluxvae.system import FreeMemory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,6 +64,11 @@ class ExactEngine:
             free when the call starts.
         spill_dir: the folder for feature maps that memory has no room for. None stands for the first of the temporary
             folder, ``/var/tmp`` and the working folder that is not itself memory. A GPU's maps go to host memory.
+        cuda_graphs: keep what an image asks of a GPU as a CUDA graph, for each size and plan, and compute later images
+            by it, with the same bits. That takes little of the CPU's time. In exchange the memory of a whole decode
+            stays allocated between calls, which counts against the limit: `Plan.graph_bytes`. The graphs that were used
+            least recently are dropped where the limit has no room for another. Plans that spill have no graph. A model
+            that is moved between calls, as pipelines with offloading do, is recorded anew each time.
         block_values: how many values a block of rows has, for tests. Unlike a limit, it changes an image's last bits.
 
     Raises:
@@ -80,15 +87,18 @@ class ExactEngine:
         kernels: str = "auto",
         memory_limit: int | None = None,
         spill_dir: str | Path | None = None,
+        cuda_graphs: bool = False,
         block_values: int | None = None,
     ) -> None:
         if memory_limit is not None and memory_limit < 1:
             raise InvalidOptionError(f"memory_limit: got {memory_limit}, expected a positive number of bytes")
         self._vae = vae
         self.network = read_network(vae, self.way)
-        # Refuse kernels that this machine can never run. Where there is a GPU, the model may still move to it.
-        make_kernels(kernels, torch.device("cuda" if kernels == "cuda" and torch.cuda.is_available() else "cpu"))
+        check_kernels(kernels)
         self._kernels_name, self.memory_limit, self._spill_dir = kernels, memory_limit, spill_dir
+        self._cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            check_device(None)
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
             Spill(self._device, spill_dir)
@@ -97,11 +107,12 @@ class ExactEngine:
     def _start_afresh(self) -> None:
         self._prepared = False
         self._planners: dict[Hashable, Planner] = {}
+        self._graphs = Graphs()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give a copy the model and the options; it works out for itself what follows from them."""
-        left_out = ("_prepared", "_planners", "_lock")
+        left_out = ("_prepared", "_planners", "_graphs", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -114,6 +125,7 @@ class ExactEngine:
         if network != self.network:
             self.network = network
             self._planners = {}
+            self._graphs.clear()
 
     @property
     def _device(self) -> torch.device:
@@ -134,7 +146,7 @@ class ExactEngine:
             MemoryLimitError: the limit is below the smallest one that works, which the message names.
         """
         planner, spill = self._planner_for(height, width, batch)
-        limit, source = self._limit(self._device)
+        limit, source = self.limit()
         return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
 
     def smallest_limit(self, height: int, width: int, batch: int = 1) -> int:
@@ -165,16 +177,17 @@ class ExactEngine:
         self._check(given)
         with self._lock, set_aside(given.device):
             kernels, spill = self._kernels(given.device), Spill(given.device, self._spill_dir)
-            limit, source = self._limit(given.device)
+            limit, source = self.limit()
             clock = Clock(self.way, progress, cancel)
             while True:
                 try:
                     return self._attempt(given, kernels, spill, limit, source, clock)
                 except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
+                    if not is_out_of_memory(error, given.device):
                         raise
+                    said = _words(error)
                 # Not within the handler, since the error's traceback holds the maps whose room is needed now.
-                limit, source = self._less(given, kernels, spill, limit, source)
+                limit, source = self._less(given, kernels, spill, limit, source, said)
 
     def _attempt(
         self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, clock: Clock
@@ -186,7 +199,7 @@ class ExactEngine:
         made = torch.empty((given.shape[0], self.network.out_channels, *size), dtype=dtype, device=given.device)
         clock.attempt(plan.total_blocks)
         try:
-            self._run(plan, kernels, spill, given, made, computed, clock)
+            self._run(plan, kernels, spill, given, made, computed, clock, limit)
         except NonFiniteMap as error:
             if not bool(torch.isfinite(given).all()):
                 raise NonFiniteOutputError(
@@ -214,7 +227,7 @@ class ExactEngine:
         )
         clock.attempt(plan.total_blocks)
         try:
-            self._run(plan, kernels, spill, given, made, torch.float32, clock)
+            self._run(plan, kernels, spill, given, made, torch.float32, clock, limit)
         except NonFiniteMap as error:
             raise NonFiniteOutputError(
                 f"{way.name}: {error} in float32 too; the {way.given} or the weights are out of range"
@@ -227,10 +240,16 @@ class ExactEngine:
         planner = self._planner((given.shape[2], given.shape[3]), given.shape[0], dtype, given.dtype, kernels)
         return planner.plan(limit, source=source, spill_free=spill.free(), spill_dir=spill.describe())
 
-    def _less(self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str) -> tuple[int, str]:
-        """A limit for the next attempt, when others have taken the memory or it lies in too many pieces."""
+    def _less(
+        self, given: torch.Tensor, kernels: Kernels, spill: Spill, limit: int, source: str, said: str
+    ) -> tuple[int, str]:
+        """A limit for the next attempt, when others have taken the memory or it lies in too many pieces.
+
+        ``said``: the error of the last attempt, in words.
+        """
         dtype = kernels.compute_dtype(given.dtype)
         tried = self._plan_of(given, kernels, spill, limit, source, dtype).peak_bytes
+        self._graphs.clear()
         if given.device.type == "cuda":
             torch.cuda.empty_cache()
         planner = self._planner((given.shape[2], given.shape[3]), given.shape[0], dtype, given.dtype, kernels)
@@ -239,13 +258,13 @@ class ExactEngine:
             raise UnavailableError(
                 f"memory: {given.device} ran out with the smallest plan for {self.way.given} {tuple(given.shape)}, "
                 f"{tried} bytes ({size_in_words(tried)}) above the weights; try again when more is free, or "
-                f"{self.way.name} a smaller size or batch"
+                f"{self.way.name} a smaller size or batch (the last error was {said})"
             )
         limit, source = max(tried * 3 // 4, smallest), "memory left"
         warnings.warn(
             f"{self.way.name}: {given.device} ran out of memory with a plan for {size_in_words(tried)}; "
             f"{self.way.doing} again within {size_in_words(limit)} (name a memory_limit that is there to avoid the "
-            "first attempt)",
+            f"first attempt; the error was {said})",
             OutOfMemoryWarning,
             stacklevel=4,
         )
@@ -265,36 +284,44 @@ class ExactEngine:
         self._kernels(self._device).prepare()
         if not self._prepared:
             side = 4 * self._least
-            with contextlib.suppress(MemoryLimitError):  # a limit that small is refused when there is something to do
+            with suppress(MemoryLimitError):  # a limit that small is refused when there is something to do
                 self._compute(self._weight.new_zeros(1, self.network.in_channels, side, side), None, None)
             self._prepared = True
         return time.perf_counter() - start
 
     def _run(
         self, plan: Plan, kernels: Kernels, spill: Spill, given: torch.Tensor, made: torch.Tensor,
-        dtype: torch.dtype, clock: Clock,
+        dtype: torch.dtype, clock: Clock, limit: int,
     ) -> None:  # fmt: skip
         clock.begin()
         kernels.prepare()
-        runner = Runner(self.network, plan, kernels, spill, given.device, dtype, clock.tick)
-        try:
-            with kernels.session():
-                for one, result in zip(given, made, strict=True):
-                    runner.run(one, result)
-        finally:
-            runner.close()
+        images = list(zip(given, made, strict=True))
+
+        def runner(recorded: bool = False) -> Runner:
+            tick = (lambda: None) if recorded else clock.tick
+            return Runner(self.network, plan, kernels, spill, given.device, dtype, tick, recorded=recorded)
+
+        with kernels.session():
+            if plan.graph_bytes:
+                key = (plan.layers, plan.geometry, dtype, given.device, kernels.channels_last, addresses(self.network))
+                self._graphs.run(key, plan, images, runner, limit=limit, tick=clock.tick)
+                return
+            with closing(runner()) as running:
+                for one, result in images:
+                    running.run(one, result)
 
     def _planner(
         self, size: tuple[int, int], batch: int, dtype: torch.dtype, stored: torch.dtype, kernels: Kernels
     ) -> Planner:
         """The planner of one size. Making it takes as long as a small decode, so the last ones are kept."""
         threads = torch.get_num_threads()
-        key = size, batch, dtype, stored, kernels.channels_last, self._device.type, threads
+        key = size, batch, dtype, stored, kernels.channels_last, self._device, threads, kernels.name, kernels.note
         if key in self._planners:
             return self._planners[key]
         planner = make_planner(
             self.network, kernels, size, batch=batch, computed=dtype.itemsize, stored=stored.itemsize,
             cast=dtype != stored, on_cpu=self._device.type == "cpu", threads=threads, block_values=self._block_values,
+            graphs=self._cuda_graphs and dtype == stored,
         )  # fmt: skip
         while len(self._planners) >= _KEPT_PLANNERS:
             self._planners.pop(next(iter(self._planners)), None)
@@ -302,13 +329,20 @@ class ExactEngine:
         return planner
 
     def _kernels(self, device: torch.device) -> Kernels:
+        if self._cuda_graphs:
+            check_device(device)
         kernels = make_kernels(self._kernels_name, device)
         weight = parameters(self.network.last.conv.module)[0]
         kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return kernels
 
-    def _limit(self, device: torch.device) -> tuple[int, str]:
-        return limit_of(self.memory_limit, lambda: available_memory(device))
+    def limit(self) -> tuple[int, str]:
+        """The bytes that a call may add above the weights now, those of CUDA graphs included; and what set them."""
+        return limit_of(self.memory_limit, self._free)
+
+    def _free(self) -> FreeMemory:
+        free = available_memory(self._device)
+        return free._replace(nbytes=free.nbytes + self._graphs.held_bytes)
 
     def _check(self, given: torch.Tensor) -> None:
         weight, channels, least = self._weight, self.network.in_channels, self._least
@@ -334,6 +368,11 @@ class ExactEngine:
 
 
 _KEPT_PLANNERS = 32
+
+
+def _words(error: BaseException) -> str:
+    """The class and the first line of an error, which do not keep alive what its traceback does."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _name(dtype: torch.dtype) -> str:

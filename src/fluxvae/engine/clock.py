@@ -35,9 +35,9 @@ class Clock:
         """Begin an attempt of ``total`` blocks. What an earlier attempt has done stays counted, and the total grows."""
         self._total = self._done + total
 
-    def tick(self) -> None:
-        """Count a block that is done, report it, and ask whether to stop."""
-        self._done += 1
+    def tick(self, blocks: int = 1) -> None:
+        """Count a block that is done, or several, report it, and ask whether to stop."""
+        self._done += blocks
         if self._progress is not None:
             self._progress(self._done, self._total)
         if self._done < self._total:

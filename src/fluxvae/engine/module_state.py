@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fluxvae.devices import EXACT
 from fluxvae.engine.layers.reading import OWN, is_of, unwrapped
 from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError
@@ -65,8 +66,9 @@ def check_modules(vae: torch.nn.Module, way: Way = DECODE) -> None:
     """Refuse whatever makes the half of this VAE that goes ``way`` compute something else than its weights say.
 
     Raises:
-        InvalidOptionError: a hook, a replaced method, an attention of another kind, a tensor that is no plain one or
-            that is of another dtype or device than the rest; it names what was found, where, and what to do.
+        InvalidOptionError: a hook, a replaced method, an attention of another kind, a tensor that is no plain one,
+            that is of another dtype or device than the rest, or that is on a device for which the engine has no
+            kernels (``mps``, ``xpu`` and others); it names what was found, where, and what to do.
     """
     for root in (way.name, f"_{way.name}"):
         if (found := _replaced(vae, root)) and getattr(found, "__module__", "") != "fluxvae.install":
@@ -169,6 +171,12 @@ def _check_tensors(vae: Any, way: Way) -> None:
     for name, tensor in _tensors(vae, way):
         if tensor.is_meta:
             check_loaded(vae, way)  # says why, where it can be told
+        if tensor.device.type not in EXACT:
+            _refuse(
+                f"{name} is on {tensor.device}, and the exact engine computes on a CPU and on NVIDIA's and AMD's GPUs",
+                f"Move the VAE to the CPU (vae.to('cpu')), {_INSTEAD}",
+                instead=False,
+            )
         if type(tensor) not in _PLAIN:
             _refuse(f"{name} is a {type(tensor).__name__}, quantised or sharded", "Load plain weights")
         if tensor.layout != torch.strided:

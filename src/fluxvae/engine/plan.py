@@ -23,14 +23,19 @@ from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 __all__ = ["Plan", "check_size", "parse_memory_limit", "peak_of", "size_in_words"]
 
 
-def peak_of(layers: tuple[LayerPlan, ...]) -> int:
+def peak_of(layers: tuple[LayerPlan, ...], *, at_once: bool = False) -> int:
     """The most bytes that one image's sweeps hold at once when they run in this order.
 
     The arena is one allocation, whose pages count from when they are first touched. Those are, from the left, as many
     as the left maps and the scratch beside them have reached so far, and from the right as many as the right maps have;
     together never more than the whole.
+
+    Args:
+        at_once: all of the arena counts from the start, as memory of a GPU does.
     """
     whole = max(step.arena for layer in layers for step in layer.steps)
+    if at_once:
+        return whole + max(step.overhead for layer in layers for step in layer.steps)
     reach, peak, side = [0, 0], 0, 0
     for layer in layers:
         for step in layer.steps:
@@ -64,6 +69,11 @@ class Plan:
     """What the planner weighed: an estimate in the planner's own nominal rates, good for comparing plans only."""
     geometry: Geometry = field(repr=False)
     spill_dir: str | None = None
+    at_once: bool = False
+    """Whether all of the arena counts from the start, as memory of a GPU does: see `peak_of`."""
+    graph_bytes: int | None = None
+    """What a CUDA graph of one image holds between two calls, which is part of `peak_bytes`; 0: there is no graph,
+    because maps are spilled. None: none was asked for."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -78,7 +88,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """The predicted peak of memory above the loaded weights, in bytes."""
-        return self.fixed_bytes + peak_of(self.layers)
+        return self.fixed_bytes + peak_of(self.layers, at_once=self.at_once)
 
     @property
     def spill_bytes(self) -> int:
@@ -104,6 +114,10 @@ class Plan:
         limit = "none" if self.limit is None else f"{size_in_words(self.limit)} ({self.limit_source})"
         spill = f", {size_in_words(self.spill_bytes)} spilled to {self.spill_dir}" if self.spill_bytes else ""
         note = [f"note: {self.kernels_note}"] if self.kernels_note else []
+        if self.graph_bytes == 0:
+            note += ["CUDA graph: none, because maps are spilled; a larger memory_limit would allow one"]
+        elif self.graph_bytes is not None:
+            note += [f"CUDA graph: holds {size_in_words(self.graph_bytes)} between calls"]
         lines = [
             f"{self.batch} x {self.width}x{self.height}, kernels {self.kernels!r}, limit {limit}",
             f"peak {size_in_words(self.peak_bytes)} above the weights{spill}; work x{self.work_ratio:.2f}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
@@ -33,11 +34,14 @@ class Planner:
         *,
         batch: int = 1,
         stored_itemsize: int | None = None,
+        graphs: bool = False,
+        at_once: bool = False,
         macs_per_second: float = 1e11,
         spill_bytes_per_second: float = 1e9,
     ) -> None:
         self.network, self.geometry, self.costs, self.batch = network, geometry, costs, batch
-        self._rates = macs_per_second, spill_bytes_per_second
+        self._rates, self._graphs = (macs_per_second, spill_bytes_per_second), graphs
+        self._at_once = at_once
         self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
         self._sizes = network.sizes((geometry.height, geometry.width))
         self.fixed_bytes = self._fixed_bytes(stored_itemsize or geometry.itemsize)
@@ -48,7 +52,8 @@ class Planner:
         given = network.in_channels * math.prod(self._sizes[0])
         made = network.out_channels * math.prod(self._sizes[-1])
         # A decode's latents are its caller's. The pixels of an encode were made of the caller's pictures for it.
-        held = self.batch * (made if network.way == DECODE else made + given) * stored
+        self._own_bytes = self.batch * (made if network.way == DECODE else made + given) * stored
+        held = self._own_bytes + self._graphs * (given + made) * stored  # a graph has one of each of its own
         # A 1x1 convolution of the latents holds its result in both memory formats, and its input where that is cast.
         for side, conv in ((given, network.first.pointwise), (made, network.last.pointwise)):
             held += 0 if conv is None else (2 + self.geometry.cast) * side * itemsize
@@ -135,7 +140,8 @@ class Planner:
 
     def _smallest(self, spill_free: int) -> _Layers:
         tries = (self._search(_by_arena, None, most, None, spill_free) for most in self._overheads(None))
-        return min((layers for layers in tries if layers is not None), key=peak_of)  # keeping every map is always a way
+        found = (layers for layers in tries if layers is not None)  # keeping every map is always a way
+        return min(found, key=partial(peak_of, at_once=self._at_once))
 
     def _overheads(self, floor: int | None) -> list[int]:
         """Every overhead that a layer can have, from ``floor`` up (by default what all layers can do with at least)."""
@@ -162,7 +168,7 @@ class Planner:
         base = sum(step.macs for layer in fastest for step in layer.steps)
         macs = sum(step.macs for layer in layers for step in layer.steps)
         height, width = self.network.picture(self._sizes[0])
-        return Plan(
+        plan = Plan(
             height=height,
             width=width,
             batch=self.batch,
@@ -176,7 +182,12 @@ class Planner:
             seconds=self.batch * self._total_seconds(layers),
             geometry=self.geometry,
             spill_dir=spill_dir,
+            at_once=self._at_once,
         )
+        if not self._graphs:
+            return plan
+        # Only what the call gives and takes is not the graph's.
+        return replace(plan, graph_bytes=0 if plan.spill_bytes else plan.peak_bytes - self._own_bytes)
 
     def _search(
         self, weigh: _Weigh, arena: int | None, overhead: int | None, allowed: int | None, spill_free: int
@@ -194,7 +205,7 @@ class Planner:
                     largest, fits = cost.arena, True
                     for step in layer.steps:
                         largest = max(largest, step.arena)
-                        touched = 2 * largest if arena is None else min(arena, 2 * largest)
+                        touched = 2 * largest if arena is None else arena if self._at_once else min(arena, 2 * largest)
                         fits = fits and (
                             step.spilled <= spill_free
                             and (arena is None or step.arena <= arena)
@@ -259,6 +270,7 @@ def make_planner(
     on_cpu: bool,
     threads: int,
     block_values: int | None = None,
+    graphs: bool = False,
 ) -> Planner:
     """The planner of one size.
 
@@ -268,13 +280,14 @@ def make_planner(
         cast: whether the two are different dtypes.
         threads: how many threads an operation on a CPU has.
         block_values: values of a block of rows; None takes what the kernels or the size ask for.
+        graphs: whether each image is computed by a CUDA graph.
     """
     pixels = math.prod(network.picture(size))
     values = block_values or costs.block_values or default_block_values(network.full_channels, pixels)
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values, costs.precise_row_multiple)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(
-        network, geometry, costs, batch=batch, stored_itemsize=stored,
+        network, geometry, costs, batch=batch, stored_itemsize=stored, graphs=graphs, at_once=not on_cpu,
         macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
     )  # fmt: skip
 

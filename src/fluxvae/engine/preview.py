@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fluxvae.devices import computes_directly
 from fluxvae.engine.calls import RUNTIME_BYTES, Geometry, LayerPlan, Step
-from fluxvae.engine.kernels.direct.onednn import computes_directly
 from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.module_state import check_loaded
@@ -93,6 +93,10 @@ class PreviewEngine:
         """Do nothing, as there is nothing to compile; 0 seconds."""
         return 0.0
 
+    def limit(self) -> tuple[int, str]:
+        """The bytes that a call may add above the weights now, and what set them."""
+        return limit_of(self.memory_limit, lambda: available_memory(self._vae.device))
+
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
         """Plan what a call would take. The plan says that the result is approximate.
 
@@ -138,7 +142,7 @@ class PreviewEngine:
             for module, scale_of in self._convolutions(config["upsampling_scaling_factor"], scale)
         )
         step = Step(self.way.name, 0, 0, 0, live + 2 * one, 0, macs, 0, 1)
-        limit, source = limit_of(self.memory_limit, lambda: available_memory(self._vae.device))
+        limit, source = self.limit()
         return Plan(
             height=height,
             width=width,

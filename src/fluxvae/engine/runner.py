@@ -30,15 +30,22 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         tick: Callable[[], None],
+        *,
+        recorded: bool = False,
     ) -> None:
-        """Prepare to run ``plan``; ``tick`` is called after every block of rows and may raise to stop."""
+        """Prepare to run ``plan``.
+
+        Args:
+            tick: called after every block of rows; it may raise to stop.
+            recorded: what is asked of the device is only recorded, so that nothing can be known of it meanwhile.
+        """
         self._network, self._plan, self._kernels = network, plan, kernels
         self._dtype, self._tick = dtype, tick
         # A small decode has little to give back to the system, and giving it back would be much of its time. A small
         # encode has: what its first convolution takes would stay beside all that follows.
         trims = device.type == "cpu" and (plan.peak_bytes > 32 << 20 or network.way == ENCODE)
         self._maps = Maps(plan.arena_bytes, spill, device, dtype, trims=trims)
-        self._checks = FiniteChecks(device)
+        self.checks = FiniteChecks(device, at_once=False if recorded else None)
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
@@ -54,7 +61,12 @@ class Runner:
         Raises:
             NonFiniteMap: a map or the result holds NaN or Inf.
         """
-        run = Run(self._kernels, self._maps, self._checks, self._plan.geometry, self._dtype, given, made, self._tick)
+        self.launch(given, made)
+        self.checks.settle()
+
+    def launch(self, given: torch.Tensor, made: torch.Tensor) -> None:
+        """Ask for all that `run` computes, without waiting for a GPU. `checks` has what is still to be asked."""
+        run = Run(self._kernels, self._maps, self.checks, self._plan.geometry, self._dtype, given, made, self._tick)
         self._maps.begin()
         current = run.start()
         layers = self._network.layers
@@ -62,4 +74,3 @@ class Runner:
             statistics = index + 1 < len(layers) and layers[index + 1].wants_statistics
             current = layer.run(run, current, planned, statistics=statistics)
         self._maps.drop(current.store, current.side)
-        self._checks.settle()

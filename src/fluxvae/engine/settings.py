@@ -3,7 +3,8 @@
 PyTorch keeps several switches that change what an operation computes or where its result lies. Whoever calls `decode`
 may have set them for a model of their own, so every engine decodes with PyTorch's defaults instead and puts the
 caller's settings back afterwards. The default dtype is not among them: it belongs to the whole process, other threads
-make tensors meanwhile, and every call here names its dtype.
+make tensors meanwhile, and every call here names its dtype. Nor is ``torch.backends.cudnn.enabled``, by which a user
+says that cuDNN does not work on a machine: another kernel set serves then, and the plan says so.
 """
 
 from __future__ import annotations
@@ -113,7 +114,6 @@ def _switches() -> list[_Switch]:
         *_switch("mkldnn_enabled", True),
         *_switch("mkldnn_deterministic", False),
         *_switch("nnpack_enabled", True),
-        *_switch("cudnn_enabled", True),
         *_switch("cudnn_benchmark", False),
         *_switch("cudnn_deterministic", False),
         *_switch("flash_sdp_enabled", True, "_set_sdp_use_flash"),
@@ -210,8 +210,8 @@ def set_aside(device: torch.device) -> Iterator[None]:
 
     In the calling thread: autocast, gradients, inference mode, the default device, modes that see every call. In the
     whole process, so that other threads see the defaults meanwhile too: deterministic algorithms, float32 precisions
-    (matmul precision, TF32), reduced precision of sums, whether oneDNN, NNPACK and cuDNN and which kinds of attention
-    are used. The last decode that ends puts these back, except for one that was set anew meanwhile. It can be nested.
+    (matmul precision, TF32), reduced precision of sums, whether oneDNN and NNPACK and which kinds of attention are
+    used. The last decode that ends puts these back, except for one that was set anew meanwhile. It can be nested.
 
     Raises:
         InvalidOptionError: as `check_environment`.

@@ -15,7 +15,16 @@ import torch
 
 from fluxvae.engine.records import Norm, parameters
 
-__all__ = ["MOST_BLOCKS", "Affine", "FiniteChecks", "Moments", "NonFiniteMap", "Partial", "block_moments"]
+__all__ = [
+    "MOST_BLOCKS",
+    "Affine",
+    "FiniteChecks",
+    "Moments",
+    "NonFiniteMap",
+    "Partial",
+    "block_moments",
+    "raise_first",
+]
 
 MOST_BLOCKS = 64
 """Blocks whose statistics are kept apart on a CPU before they are combined. On a GPU all are kept apart, because there
@@ -33,9 +42,9 @@ class FiniteChecks:
     would then wait for the CPU. So on a GPU the answers stay on the device until `settle`, after the last block.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.at_once = device.type == "cpu"
-        """Whether the answer to a question is known when it was asked."""
+    def __init__(self, device: torch.device, *, at_once: bool | None = None) -> None:
+        """``at_once``: whether the answer to a question is known when it was asked; by default, on a CPU alone."""
+        self.at_once = device.type == "cpu" if at_once is None else at_once
         self._answers: list[tuple[torch.Tensor, str]] = []
 
     def require(self, values: torch.Tensor, otherwise: str) -> None:
@@ -54,8 +63,12 @@ class FiniteChecks:
 
     def settle(self) -> None:
         """Raise NonFiniteMap with the first message of those that were not finite, and forget all of them."""
+        raise_first(self.taken())
+
+    def taken(self) -> list[tuple[torch.Tensor, str]]:
+        """The answers so far, for `raise_first`; they are forgotten here."""
         answers, self._answers = self._answers, []
-        raise_first(answers)
+        return answers
 
 
 def raise_first(answers: list[tuple[torch.Tensor, str]]) -> None:

@@ -16,10 +16,10 @@ __all__ = ["Arena"]
 class Arena:
     """One block of memory: a map at the left end, scratch in the middle, a map at the right end."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, block: torch.Tensor) -> None:
+        """Lay the arena's ``nbytes`` in ``block``, which is flat uint8 and at least `ALIGN` bytes longer."""
         # PyTorch aligns to 64 bytes. Ours is coarser, so that equal blocks are equally aligned in every plan.
-        flat = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device)
-        self._flat = flat[-flat.data_ptr() % ALIGN :][:nbytes]
+        self._flat = block[-block.data_ptr() % ALIGN :][:nbytes]
         self._maps = [0, 0]
         self._cursor = 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fluxvae.engine.calls import Place
+from fluxvae.engine.calls import ALIGN, Place
 from fluxvae.engine.memory.arena import Arena
 from fluxvae.engine.memory.heap import trim_heap
+from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.memory.stores import MemoryMap, Store
 
@@ -27,20 +28,21 @@ class Maps:
             trims: whether the C library's heap gives back what it holds free between two sweeps.
         """
         self._bytes, self._spill, self._trims = arena_bytes, spill, trims
-        self._device, self._dtype = device, dtype
-        self._arena = Arena(0, device)
+        self._dtype, self._pool = dtype, ArenaPool(device)
+        self._arena = _nothing()
         self._open: list[Store] = []
 
     def begin(self) -> None:
         """Make a fresh arena for an image, so that what the last image's sweeps touched is not resident any more."""
-        self._arena = Arena(0, self._device)
-        self._arena = Arena(self._bytes, self._device)
+        self._arena = _nothing()
+        self._arena = Arena(self._bytes, self._pool.take(self._bytes + ALIGN))
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
         while self._open:
             self._open.pop().close()
-        self._arena = Arena(0, self._device)
+        self._arena = _nothing()  # before its pool, which gives back only what nobody refers to
+        self._pool.close()
         self._trim()
 
     def in_memory(self, side: int, shape: tuple[int, int, int]) -> MemoryMap:
@@ -87,3 +89,8 @@ class Maps:
     def workspace(self, nbytes: int) -> torch.Tensor:
         """Flat uint8 scratch for the kernels, valid until `new_sweep`."""
         return self._arena.scratch((nbytes,), torch.uint8)
+
+
+def _nothing() -> Arena:
+    """An arena without memory, for the time between two images."""
+    return Arena(0, torch.empty(0, dtype=torch.uint8, device="cpu"))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fluxvae.engine.bounded import ExactEngine
-from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.plan import Plan
 from fluxvae.engine.preview import PreviewEngine
 from fluxvae.errors import MemoryLimitError, UnavailableError
@@ -96,7 +95,9 @@ class MemoryBudget:
     def _limit(self) -> int:
         if self._half.memory_limit is not None:
             return self._half.memory_limit
-        return available_memory(self._half.device).nbytes * 9 // 10  # nine tenths of what is free, as in the engine
+        engine = self._half.engine
+        assert isinstance(engine, (ExactEngine, PreviewEngine))  # or there is no plan to compare with
+        return engine.limit()[0]
 
 
 def compute(work: Work, jobs: Sequence[AnyJob], cancel: Callable[[], bool]) -> torch.Tensor:

@@ -47,6 +47,7 @@ class Settings:
     dtype: str | None = None
     engine: str | None = None
     memory_limit: str | None = None
+    cuda_graphs: bool | None = None
     max_pixels: int = 4096 * 4096
     """The largest number of pixels that all images of one request, or of one decode, may have together."""
     threads: int | None = None
@@ -93,7 +94,7 @@ class Settings:
                 f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
                 "repository that does not hold this one"
             )
-        for name in ("approximate", "encodes"):
+        for name in ("approximate", "encodes", "cuda_graphs"):
             if name in values:
                 values[name] = _flag(name, values[name])
         for name in ("max_pixels", "threads"):
@@ -107,7 +108,7 @@ class Settings:
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments for ``from_pretrained``: the settings that are set."""
-        names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit")
+        names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit", "cuda_graphs")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self, half: Decoder | Encoder) -> None:

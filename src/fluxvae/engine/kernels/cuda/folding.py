@@ -27,18 +27,22 @@ def _fold(
     inside = channel < cin
     at = weight + cout.to(tl.int64) * out_step + channel.to(tl.int64) * in_step
     to = dst + tl.program_id(0).to(tl.int64) * (4 * cin) + channel
-    for row in tl.static_range(2):
-        # The taps above and below: one of them alone, and the other two together.
-        first: tl.constexpr = 0 if row == 0 else (2 if PHASE == 1 else 1)
-        pair: tl.constexpr = (row == 0) == (PHASE == 1)
-        left = _taps(at + first * row_step, row_step, inside, pair)
-        middle = _taps(at + first * row_step + column_step, row_step, inside, pair)
-        right = _taps(at + first * row_step + 2 * column_step, row_step, inside, pair)
-        near = tl.where(phase == 0, left, left + middle)
-        far = tl.where(phase == 0, middle + right, right)
-        # By way of float32, as PyTorch rounds float64 to half precision.
-        tl.store(to + (2 * row) * cin, near.to(tl.float32).to(dst.dtype.element_ty), mask=inside)
-        tl.store(to + (2 * row + 1) * cin, far.to(tl.float32).to(dst.dtype.element_ty), mask=inside)
+    # Of the three taps, the one above alone and the two below together, or the other way round.
+    _fold_row(at, to, cin, row_step, column_step, phase, inside, PHASE == 1)
+    _fold_row(at + (1 + PHASE) * row_step, to + 2 * cin, cin, row_step, column_step, phase, inside, PHASE == 0)
+
+
+@triton.jit
+def _fold_row(at, to, cin, row_step, column_step, phase, inside, PAIR: tl.constexpr):
+    """One row of the kernel, of the tap at ``at`` and, for a pair, of the one below it."""
+    left = _taps(at, row_step, inside, PAIR)
+    middle = _taps(at + column_step, row_step, inside, PAIR)
+    right = _taps(at + 2 * column_step, row_step, inside, PAIR)
+    near = tl.where(phase == 0, left, left + middle)
+    far = tl.where(phase == 0, middle + right, right)
+    # By way of float32, as PyTorch rounds float64 to half precision.
+    tl.store(to, near.to(tl.float32).to(to.dtype.element_ty), mask=inside)
+    tl.store(to + cin, far.to(tl.float32).to(to.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -28,8 +28,8 @@ from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
 from fluxvae.engine.kernels.cuda import attention, folding, passes, self_test
 from fluxvae.engine.kernels.cuda.attention import cut_for
 from fluxvae.engine.kernels.cuda.moments import CardMoments, scale_and_shift
-from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES
-from fluxvae.engine.kernels.direct.cudnn import convolve, workspace_bound
+from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES, workspace_bound
+from fluxvae.engine.kernels.direct.cudnn import convolve
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
 from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
@@ -63,6 +63,10 @@ class CudaKernels(TorchKernels):
     def note(self) -> str:
         """What was found not to work on this card and is done by PyTorch instead; usually nothing."""
         return self_test.note(self._device)
+
+    def unfolds(self, itemsize: int) -> bool:
+        """As `TorchKernels`; where these kernels work, cuDNN does."""
+        return not self._works(itemsize) and super().unfolds(itemsize)
 
     def runtime_bytes(self, itemsize: int) -> int:
         """As `DirectCosts`, but without cuBLAS's workspace where cuDNN computes every product."""

@@ -19,8 +19,11 @@ import torch
 from fluxvae.engine.calls import Call, Kind
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Kernels, Refill
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
+from fluxvae.engine.memory.free import is_out_of_memory
 from fluxvae.engine.records import Conv, Linear, Norm, Projections
+from fluxvae.engine.settings import set_aside
 from fluxvae.engine.statistics import FiniteChecks, Moments, Partial
+from fluxvae.errors import UnavailableError
 
 __all__ = ["fault", "note", "on"]
 
@@ -48,7 +51,7 @@ def fault(device: torch.device, itemsize: int, make: Callable[[], Kernels]) -> s
         key = str(device), itemsize
         if key not in _faults:
             start = time.perf_counter()
-            with on(device):
+            with set_aside(device), on(device):
                 _faults[key] = _tried(device, itemsize, make)
             seconds = time.perf_counter() - start
             if seconds > 1:
@@ -69,9 +72,11 @@ def _tried(device: torch.device, itemsize: int, make: Callable[[], Kernels]) -> 
     try:
         for dtype in _DTYPES[itemsize]:
             _compare(device, dtype, make())
-    except torch.OutOfMemoryError:
-        raise  # it says nothing about the kernels
     except Exception as error:
+        if is_out_of_memory(error, device):  # it says nothing about the kernels
+            raise UnavailableError(
+                f"memory: {device} ran out while the CUDA kernels were tried ({error}); try again when more is free"
+            ) from error
         _log.warning("the CUDA kernels are not used on this card", exc_info=True)
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

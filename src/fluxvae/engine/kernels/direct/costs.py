@@ -5,11 +5,15 @@ from __future__ import annotations
 from fluxvae.engine import torch_library
 from fluxvae.engine.calls import Call, aligned
 
-__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts", "padded_width"]
+__all__ = ["GPU_BLOCK_VALUES", "ROUNDING_BYTES", "DirectCosts", "padded_width", "workspace_bound"]
 
 GPU_BLOCK_VALUES = 1 << 23
 """Values of a block of rows on a GPU: 16 MB in half precision. Larger blocks take fewer launches, and smaller ones
 leave more of a tight limit to the maps. docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
+UNFOLDED_BLOCK_VALUES = 1 << 20
+"""The same where convolutions unfold a block to nine times its size (`DirectCosts.unfolds`)."""
+HALF_BYTES = 24 << 20
+"""More bytes than any workspace of cuDNN's takes in half precision."""
 CUBLAS_BYTES = 32 << 20
 """Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
 ROUNDING_BYTES = 4 << 20
@@ -24,6 +28,23 @@ def padded_width(width: int) -> int:
     (PyTorch 2.13) writes garbage.
     """
     return max(width + 1, 5)
+
+
+def workspace_bound(shape: tuple[int, int, int], kernel: tuple[int, int, int], itemsize: int) -> int:
+    """Bytes that cuDNN allocates during one `convolve`, at most.
+
+    It depends on the algorithm that cuDNN picks. cuDNN 9 was asked, for described cards, about 2,600 convolutions of
+    blocks of rows: in half precision none takes more than 22 MB, in float32 none more than its input, its result and
+    four times its weights, and 1 MiB.
+
+    Args:
+        shape: (n, W, cin) of the rows.
+        kernel: (cout, kh, kw).
+    """
+    (n, width, cin), (cout, height, across) = shape, kernel
+    values = n * width * cin + n * (width + 1) * cout + 4 * cout * height * across * cin
+    bound = values * itemsize + (1 << 20)
+    return min(bound, HALF_BYTES) if itemsize == 2 else bound
 
 
 def _attention_pieces(queries: int, keys: int, channels: int) -> int:
@@ -53,6 +74,7 @@ class DirectCosts:
         self._note = instead
         self._device_type = device_type
         self._onednn = device_type == "cpu" and torch_library.has_onednn()
+        self._transposes = False
         self.channels_last = False
 
     @property
@@ -64,6 +86,10 @@ class DirectCosts:
     def block_values(self) -> int | None:
         """Values of a block of rows: more on a GPU, where fewer launches matter more than a core's cache."""
         return None if self._device_type == "cpu" else GPU_BLOCK_VALUES
+
+    def unfolds(self, itemsize: int) -> bool:
+        """Whether a GPU's convolutions do without cuDNN: PyTorch's own, which unfold the block and multiply."""
+        return False
 
     @property
     def stages_spills(self) -> bool:
@@ -98,27 +124,50 @@ class DirectCosts:
         return taps * call.cin * call.cout * call.itemsize
 
     def overhead(self, call: Call) -> int:
-        """Bytes outside the arena during one call, for PyTorch's result and oneDNN's reordered weights."""
+        """Bytes outside the arena during one call: PyTorch's result, and what the convolution takes beside it.
+
+        On a CPU that is oneDNN's reordered weights, and on a GPU cuDNN's workspace or an unfolded block.
+        """
         pixels = call.rows * call.width
         if call.kind == "conv3":
-            return self._conv_bytes(call, call.rows + 2, pixels * call.cout, 9 * call.cin * call.cout)
+            return self._conv_bytes(call, (call.rows + 2, call.width), pixels, (call.cout, 3, 3))
         if call.kind == "up":
             summing = self.fuse_chunk * call.cin * 16 * 8
-            phases = call.rows * (call.width + 1) * 2 * call.cout
-            return max(self._conv_bytes(call, call.rows + 1, phases, 8 * call.cin * call.cout), summing)
+            phases = call.rows * (call.width + 1)
+            size = call.rows + 1, call.width
+            return max(self._conv_bytes(call, size, phases, (2 * call.cout, 2, 2)), summing)
         if call.kind == "down":
             pixels = call.out(call.rows) * max(call.out(call.width), 2)
-            return self._conv_bytes(call, call.rows + 1, pixels * call.cout, 9 * call.cin * call.cout)
+            size = call.rows + 1, call.width if self._device_type == "cpu" else padded_width(call.width)
+            return self._conv_bytes(call, size, pixels, (call.cout, 3, 3))
         if call.kind == "linear":
             return 0
         packed = 2 * call.tokens * call.cin * call.itemsize if call.itemsize == 2 else 0
         pieces = _attention_pieces(pixels, call.tokens, call.cin) if self._device_type == "cpu" else 0
         return pixels * call.cin * call.itemsize + packed + pieces
 
-    def _conv_bytes(self, call: Call, rows: int, out: int, weights: int) -> int:
-        """Bytes of the result and the reordered weights and, channels first, of the input in oneDNN's own order."""
-        blocked = rows * call.width * _blocked(call.cin) if self._first(call.itemsize) else 0
-        return (blocked + out + weights) * call.itemsize
+    def _conv_bytes(self, call: Call, size: tuple[int, int], pixels: int, kernel: tuple[int, int, int]) -> int:
+        """Bytes that one convolution allocates, its result among them.
+
+        On a CPU these are the reordered weights and, channels first, the input in oneDNN's own order. A GPU without its
+        library takes the block, the weights and the result channels first, and the block unfolded, in which every pixel
+        of the result has its whole neighbourhood (``slow_conv2d_forward`` in ATen's ``ConvolutionMM2d.cu``). MIOpen
+        too takes all three channels first.
+
+        Args:
+            size: rows and columns of what is convolved.
+            pixels: of the result.
+            kernel: (cout, kh, kw).
+        """
+        (rows, width), (cout, height, across) = size, kernel
+        given, made, weights = rows * width * call.cin, pixels * cout, cout * height * across * call.cin
+        if self._device_type == "cpu":
+            blocked = rows * width * _blocked(call.cin) if self._first(call.itemsize) else 0
+            return (blocked + made + weights) * call.itemsize
+        if self.unfolds(call.itemsize):
+            return (given + weights + height * across * call.cin * pixels + made) * call.itemsize
+        turned = (given + weights) * call.itemsize if self._transposes else 0
+        return made * call.itemsize + turned + workspace_bound((rows, width, call.cin), kernel, call.itemsize)
 
     def _first(self, itemsize: int) -> bool:
         """Whether blocks are convolved channels first."""

@@ -1,4 +1,6 @@
-"""cuDNN's convolution of a block of rows, with every setting that PyTorch keeps per process given explicitly.
+"""cuDNN's convolution of a block of rows, for the CUDA kernels: it writes its result where it is told to.
+
+Every setting that PyTorch keeps per process is given explicitly.
 
 ``torch.backends.cudnn`` has one `allow_tf32`, `benchmark` and `deterministic` for all threads, and a pipeline in
 another thread may want others. The operator behind `F.conv2d` takes them as arguments, so nothing is set and nothing
@@ -11,10 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["available", "convolve", "workspace_bound"]
-
-HALF_BYTES = 24 << 20
-"""More bytes than any workspace takes in half precision."""
+__all__ = ["available", "convolve"]
 
 
 def available(device: torch.device) -> bool:
@@ -47,23 +46,6 @@ def convolve(
         return made.squeeze(0).permute(1, 2, 0)
     torch.ops.aten.cudnn_convolution.out(image, weight, *settings, out=_image(out))
     return out
-
-
-def workspace_bound(shape: tuple[int, int, int], kernel: tuple[int, int, int], itemsize: int) -> int:
-    """Bytes that cuDNN allocates during one `convolve`, at most.
-
-    It depends on the algorithm that cuDNN picks. cuDNN 9 was asked, for described cards, about 2,600 convolutions of
-    blocks of rows: in half precision none takes more than 22 MB, in float32 none more than its input, its result and
-    four times its weights, and 1 MiB.
-
-    Args:
-        shape: (n, W, cin) of the rows.
-        kernel: (cout, kh, kw).
-    """
-    (n, width, cin), (cout, height, across) = shape, kernel
-    values = n * width * cin + n * (width + 1) * cout + 4 * cout * height * across * cin
-    bound = values * itemsize + (1 << 20)
-    return min(bound, HALF_BYTES) if itemsize == 2 else bound
 
 
 def _image(rows: torch.Tensor) -> torch.Tensor:

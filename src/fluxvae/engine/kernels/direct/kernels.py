@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fluxvae import devices
 from fluxvae.engine.calls import Call, Kind, aligned
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
-from fluxvae.engine.kernels.direct import cudnn, onednn, subpixel
-from fluxvae.engine.kernels.direct.costs import DirectCosts, padded_width
+from fluxvae.engine.kernels.direct import gpu, onednn, subpixel
+from fluxvae.engine.kernels.direct.costs import UNFOLDED_BLOCK_VALUES, DirectCosts, padded_width
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
 from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, block_moments
@@ -37,35 +38,63 @@ class TorchKernels(DirectCosts):
         """``instead``: why these kernels serve where faster ones were meant to, which plans print."""
         super().__init__(device.type, instead=instead)
         self._device = device
+        self._transposes = devices.is_amd(device)
+        # Asked once, so that a call is computed as it was planned, whatever another thread sets meanwhile.
+        self._missing = None if device.type == "cpu" else gpu.library_missing()
+
+    @property
+    def note(self) -> str:
+        """What is computed otherwise than one would expect, and why; usually nothing."""
+        notes = [self._note] if self._note else []
+        if (reason := devices.no_bfloat16(self._device)) is not None:
+            notes.append(f"bfloat16 is computed in float32, because {reason}")
+        if self._missing is not None:
+            notes.append(f"convolutions are slow, because {self._missing}")
+        return "; ".join(notes)
+
+    @property
+    def block_values(self) -> int | None:
+        """As `DirectCosts`, but less where every block is unfolded."""
+        return super().block_values if self._missing is None else UNFOLDED_BLOCK_VALUES
+
+    def unfolds(self, itemsize: int) -> bool:
+        """Whether a GPU convolves without its library: there is none, or it is switched off, or it fails its trial."""
+        if self._device.type == "cpu":
+            return False
+        return self._missing is not None or bool(gpu.library_fault(self._device, itemsize))
 
     # -- what the sweeps ask -----------------------------------------------------------------------------------
 
     def compute_dtype(self, stored: torch.dtype) -> torch.dtype:
-        """The dtype of the weights, or float32 for half precision where a CPU has no arithmetic for it.
+        """The dtype of the weights, or float32 for half precision where the device has no arithmetic for it.
 
-        There PyTorch's convolution would unfold every block to nine times its size and take a hundred times as long.
+        There PyTorch's convolution would unfold every block to nine times its size and, on a CPU, take a hundred times
+        as long.
         """
-        return stored if onednn.computes_directly(stored, self._device) else torch.float32
+        return stored if devices.computes_directly(stored, self._device) else torch.float32
 
     def prepare(self) -> float:
         """Do nothing, as there is nothing to compile."""
         return 0.0
 
     def session(self) -> AbstractContextManager[None]:
-        """A context that changes nothing, as PyTorch's own threads serve."""
-        return nullcontext()
+        """A context in which a GPU is the current one: PyTorch asks that one what its library can compute.
+
+        On a CPU it changes nothing, as PyTorch's own threads serve.
+        """
+        return nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device)
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
         """The scale and shift, computed by PyTorch's operations in float64."""
         return moments.affine(norm, dtype, checks)
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
-        """Compute it channels first as diffusers does, except where cuDNN computes it."""
+        """Compute it channels first as diffusers does, except on a GPU."""
         weight, bias = parameters(conv.module)
         weight, bias = weight.to(latents.dtype), None if bias is None else bias.to(latents.dtype)
-        if cudnn.available(latents.device):
-            rows = cudnn.convolve(latents.permute(1, 2, 0).contiguous(), weight)
-            return (rows if bias is None else rows.add_(bias)).contiguous()
+        if self._device.type != "cpu":
+            rows = latents.permute(1, 2, 0).contiguous()
+            return _pixels(self._convolution(_image(rows), weight, bias)).contiguous()
         return F.conv2d(latents[None], weight, bias)[0].permute(1, 2, 0).contiguous()
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
@@ -170,13 +199,7 @@ class TorchKernels(DirectCosts):
         image = self._padded(block.work, (rows - 1, padded_width(width), channels), block.rows.dtype)
         image[..., :width].copy_(_image(block.rows[1:]))
         image[..., width:].zero_()
-        if cudnn.available(image.device):
-            result = cudnn.convolve(_pixels(image), weight, stride=2)
-            result = result if bias is None else result.add_(bias)
-        elif self._onednn:
-            result = _pixels(onednn.convolve(image, weight, bias, stride=2))
-        else:
-            result = _pixels(F.conv2d(image, weight, bias, stride=2))
+        result = _pixels(self._convolution(image, weight, bias, stride=2))
         block.out.copy_(result[:, : width // 2])
 
     def _padded(self, work: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -232,15 +255,18 @@ class TorchKernels(DirectCosts):
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: torch.Tensor
     ) -> torch.Tensor:
         """Convolve rows, with zeros left and right of them and none above or below."""
-        if cudnn.available(rows.device):
-            result = cudnn.convolve(rows, weight)
-            return result if bias is None else result.add_(bias)
         image = _image(rows)
-        if not self._onednn:
-            return _pixels(F.conv2d(image, weight, bias, padding=(0, 1)))
-        if rows.dtype == torch.float32 and not self.channels_last:
+        if self._first(rows.dtype.itemsize):
             image = _carve(work, image.shape, rows.dtype).copy_(image)
-        return _pixels(onednn.convolve(image, weight, bias))
+        return _pixels(self._convolution(image, weight, bias))
+
+    def _convolution(
+        self, image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, stride: int = 1
+    ) -> torch.Tensor:
+        """Convolve (1, C, n, W), with zeros left and right if the stride is 1, by what serves on this device."""
+        if self._onednn:
+            return onednn.convolve(image, weight, bias, stride=stride)
+        return gpu.convolve(image, weight, bias, stride=stride, library=not self.unfolds(image.dtype.itemsize))
 
     def _weight(self, into: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """The start of ``into`` as a (cout, cin, h, w) weight in the layout `_conv` wants."""
@@ -267,8 +293,11 @@ def _project(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def _image(rows: torch.Tensor) -> torch.Tensor:
-    """(n, W, C) rows as the (1, C, n, W) channels-last image they already are."""
-    return rows.permute(2, 0, 1).unsqueeze(0)
+    """(n, W, C) rows as the (1, C, n, W) channels-last image they already are.
+
+    The stride of the batch decides whether PyTorch sees channels last. On a CPU it does not matter, and may not change.
+    """
+    return rows.permute(2, 0, 1).unsqueeze(0) if rows.device.type == "cpu" else rows.unsqueeze(0).permute(0, 3, 1, 2)
 
 
 def _pixels(image: torch.Tensor) -> torch.Tensor:

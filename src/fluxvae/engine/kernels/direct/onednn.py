@@ -1,4 +1,4 @@
-"""oneDNN's convolution of a block on a CPU: what it has code for, and the memory that it leaves behind."""
+"""oneDNN's convolution of a block on a CPU, and the memory that it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,27 +7,13 @@ import torch.nn.functional as F
 
 from fluxvae.engine.memory.heap import trim_heap
 
-__all__ = ["computes_directly", "convolve"]
+__all__ = ["convolve"]
 
 HEAP_BYTES = 1 << 20
 """Before a convolution on a CPU that takes more bytes than this, weights included, the heap is trimmed. PyTorch asks
 for aligned memory, and glibc before 2.38 often cannot put an aligned block where one of the same size was freed. What
 one call took then stayed resident beside what the next one took, 13 MB at the most. Trimming takes 22 % of a decode's
 time, and 10 % in bfloat16."""
-
-_ONEDNN_HAS = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
-
-
-def computes_directly(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has fast convolutions of this dtype there; on a CPU, whether oneDNN has code for it.
-
-    float16 needs AVX512-FP16 or AMX, and bfloat16 AVX-512. Without them, a convolution takes over a hundred times as
-    long.
-    """
-    if device.type != "cpu" or dtype not in _ONEDNN_HAS:
-        return True
-    supported = getattr(torch.ops.mkldnn, _ONEDNN_HAS[dtype], None)
-    return supported is not None and bool(supported())
 
 
 def convolve(image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, stride: int = 1) -> torch.Tensor:
