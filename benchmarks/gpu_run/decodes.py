@@ -95,8 +95,8 @@ def graphs(bench: Bench) -> None:
         before = torch.cuda.memory_reserved()
         plan = engine.plan(bench.side(size), bench.side(size))
         bench.measure(
-            "fluxvae graphs", engine.decode, size=size, planned_bytes=plan.peak_bytes, note=plan.kernels_note,
-            reserved_before_bytes=before, seconds=1.0,
+            "fluxvae graphs", engine.decode, size=size, planned_bytes=plan.peak_bytes, graph_bytes=plan.graph_bytes,
+            note=plan.kernels_note, reserved_before_bytes=before, seconds=1.0,
         )  # fmt: skip
         bench.row(kind="graphs", size=size, reserved_bytes=torch.cuda.memory_reserved(), text=str(plan))
 

@@ -12,11 +12,11 @@ from fluxvae.engine.calls import Geometry
 from fluxvae.engine.kernels.cuda import attention as attention_kernel
 from fluxvae.engine.kernels.cuda import passes as kernel_passes
 from fluxvae.engine.kernels.direct import cudnn
-from fluxvae.engine.kernels.direct.costs import DirectCosts
+from fluxvae.engine.kernels.direct.costs import DirectCosts, workspace_bound
 from fluxvae.engine.network import Network
 from fluxvae.engine.sweep.carving import State
 from gpu_run.bench import Bench
-from gpu_run.timing import Row, timed
+from gpu_run.timing import Row, peak_of, timed
 
 __all__ = ["attention", "convolutions", "passes", "rates", "rates_and_floor"]
 
@@ -88,7 +88,8 @@ def convolutions(bench: Bench) -> None:
             image = x.unsqueeze(0).permute(0, 3, 1, 2)
             with torch.backends.cudnn.flags(enabled=True, benchmark=True):
                 row["benchmarked_ms"] = _ms(lambda i=image, w=weight: F.conv2d(i, w, padding=(0, 1)), 0.2)
-            bench.row(**row, workspace_bound=cudnn.workspace_bound((rows + 2, width, cin), (cout, 3, 3), 2))
+            _, row["workspace_bytes"] = peak_of(lambda x=x, w=weight, o=out: cudnn.convolve(x, w, o))  # type: ignore[misc]
+            bench.row(**row, workspace_bound=workspace_bound((rows + 2, width, cin), (cout, 3, 3), 2))
 
 
 def passes(bench: Bench) -> None:
