@@ -67,6 +67,7 @@ TOGETHER = ("tests/serve/", "tests/test_docs.py")
 """Where tests share Triton servers, so that one process should run them all: each server is started once then."""
 LONG = (
     "tests/test_cuda_kernels.py",
+    "tests/test_gpu_benchmark.py",
     "tests/test_plan.py",
     "tests/batch/test_kill.py",
     "tests/test_family_engine.py",

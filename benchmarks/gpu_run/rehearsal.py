@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from fluxvae.engine import bounded
+from fluxvae.engine import planned
 from fluxvae.engine.kernels.cuda import attention
 from fluxvae.engine.kernels.cuda.kernels import CudaKernels
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
@@ -82,7 +82,7 @@ def fake_card() -> None:
     torch.cuda.Event = _Event  # type: ignore[assignment, misc]
     torch.compile = _compile(torch.compile)  # type: ignore[assignment]
     torch.profiler.profile = _Profile  # type: ignore[assignment, misc]
-    bounded.make_kernels, bounded.check_kernels = _kernels, lambda name: None
+    planned.make_kernels, planned.check_kernels = _kernels, lambda name: None
     attention.PYTORCH_HEAD = 0  # so that narrow heads go to our attention too
     attend = attention.attention
 

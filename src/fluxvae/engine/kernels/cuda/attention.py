@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxvae.engine.kernels.cuda import CONTRACTION
+
 __all__ = ["CUTS", "LARGEST_HEAD", "PYTORCH_HEAD", "SMALLEST", "Cut", "attention", "cut_for", "family_of"]
 
 
@@ -114,5 +116,5 @@ def attention(queries: torch.Tensor, tokens: torch.Tensor, scale: float, out: to
     _attention[(triton.cdiv(count, cut.queries),)](
         queries, tokens, out, count, len(tokens), scale * math.log2(math.e),
         DIM=dim, QUERIES=cut.queries, TOKENS=cut.tokens, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        WIDE=not queries.is_cuda, num_warps=cut.warps, num_stages=cut.stages,
+        WIDE=not queries.is_cuda, num_warps=cut.warps, num_stages=cut.stages, **CONTRACTION,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxvae.engine.kernels.cuda import CONTRACTION
+
 __all__ = ["fold"]
 
 _CHANNELS = 128
@@ -63,4 +65,6 @@ def fold(weight: torch.Tensor, phase: int, kernel: torch.Tensor) -> None:
         kernel: (2 * cout, cin, 2, 2), channels last: its two column phases one after the other.
     """
     cout, cin = weight.shape[:2]
-    _fold[(2 * cout, -(-cin // _CHANNELS))](weight, kernel, cout, cin, *weight.stride(), PHASE=phase, BLOCK_C=_CHANNELS)
+    _fold[(2 * cout, -(-cin // _CHANNELS))](
+        weight, kernel, cout, cin, *weight.stride(), PHASE=phase, BLOCK_C=_CHANNELS, **CONTRACTION
+    )

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxvae.engine.kernels.cuda import CONTRACTION
 from fluxvae.engine.kernels.cuda.passes import parts_bytes, parts_pixels, power_of_two
 from fluxvae.engine.statistics import Moments, Partial
 
@@ -147,7 +148,7 @@ class CardMoments(Moments):
         start, self._pixels = len(self._counts) - len(waiting), []
         _combine[(-(-channels // _CHANNELS), len(waiting))](
             self._parts, self._table[start:], len(waiting), self._phases, parts_pixels(channels), waiting[0],
-            waiting[-1], self._slot, channels, PROGRAMS=64, BLOCK_C=_CHANNELS,
+            waiting[-1], self._slot, channels, PROGRAMS=64, BLOCK_C=_CHANNELS, **CONTRACTION,
         )  # fmt: skip
 
     def add(self, partial: Partial) -> None:
@@ -180,6 +181,6 @@ def scale_and_shift(
     width = channels // groups
     _affine[(groups,)](
         table, weight, bias, affine, finite, blocks, counts[0], counts[-1], eps, channels,
-        WIDTH=width, BLOCKS=32, BLOCK_C=power_of_two(width),
+        WIDTH=width, BLOCKS=32, BLOCK_C=power_of_two(width), **CONTRACTION,
     )  # fmt: skip
     return affine[0], affine[1], finite.view(torch.bool)

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxvae.engine.kernels.cuda import CONTRACTION
+
 __all__ = ["finish", "interleave", "parts_bytes", "parts_pixels", "power_of_two", "prologue", "refill"]
 
 _TILE_VALUES = 4096
@@ -129,7 +131,7 @@ def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu:
     pixels = rows.numel() // channels
     tile, block = _cut(channels)
     grid = (-(-pixels // tile), -(-channels // block))
-    _prologue[grid](rows, out, scale, shift, pixels, channels, SILU=silu, TILE=tile, BLOCK_C=block)
+    _prologue[grid](rows, out, scale, shift, pixels, channels, SILU=silu, TILE=tile, BLOCK_C=block, **CONTRACTION)
 
 
 def refill(
@@ -152,7 +154,7 @@ def refill(
     _refill[(-(-(end - begin) // tile), -(-channels // block))](
         rows, window, scale if affine else rows, shift if affine else rows, begin, end, top, halo, end - 2 * width,
         fresh[0] * width, fresh[1] * width, below, below + width, channels,
-        AFFINE=affine, TILE=tile, BLOCK_C=block,
+        AFFINE=affine, TILE=tile, BLOCK_C=block, **CONTRACTION,
     )  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def finish(
     grid = (-(-pixels // (_TILES * tile)), -(-channels // block))
     _finish[grid](
         result, bias, out if residual is None else residual, out, parts, pixels, channels,
-        int(residual is not None), factor, 1, 0, UP=False, TILES=_TILES, TILE=tile, BLOCK_C=block,
+        int(residual is not None), factor, 1, 0, UP=False, TILES=_TILES, TILE=tile, BLOCK_C=block, **CONTRACTION,
     )  # fmt: skip
 
 
@@ -201,7 +203,7 @@ def interleave(result: torch.Tensor, bias: torch.Tensor, phase: int, out: torch.
     programs = -(-pixels // (_TILES * tile))
     _finish[(programs, -(-channels // block))](
         result, bias, out, out, parts[phase * programs * 2 * channels :], pixels, channels, 0, 1.0, width, phase,
-        UP=True, TILES=_TILES, TILE=tile, BLOCK_C=block,
+        UP=True, TILES=_TILES, TILE=tile, BLOCK_C=block, **CONTRACTION,
     )  # fmt: skip
 
 
