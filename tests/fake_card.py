@@ -267,12 +267,24 @@ class _Counted(TorchDispatchMode):
         kwargs, (library, _, name) = kwargs or {}, func.name().split(".")[0].partition("::")
         if name == "cudnn_convolution":
             return self._convolve(*args, **kwargs)
+        if name == "_convolution":  # PyTorch takes cuDNN for it, and adds the bias by itself
+            return self._convolve_and_add(*args, **kwargs)
         if name == "_local_scalar_dense":
             return True
         result = func(*args, **kwargs)
         if library == "aten" and not func.is_view and name not in _NOTHING and _on_card((args, kwargs, result)):
             self._launches.counts[f"torch {name}"] += 1
         return result
+
+    def _convolve_and_add(
+        self, image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Any, padding: Any,
+        dilation: Any, transposed: bool, output_padding: Any, groups: int, benchmark: bool, deterministic: bool,
+        library: bool, allow_tf32: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        assert (transposed, tuple(output_padding), library) == (False, (0, 0), True)
+        if bias is not None:
+            self._launches.counts["torch add_"] += 1
+        return self._convolve(image, weight, padding, stride, dilation, groups, benchmark, deterministic, allow_tf32)
 
     def _convolve(
         self, image: torch.Tensor, weight: torch.Tensor, padding: Any, stride: Any, dilation: Any, groups: int,

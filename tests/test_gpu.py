@@ -6,6 +6,7 @@ is what measures times.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from dataclasses import replace
 
@@ -184,3 +185,54 @@ def test_the_arena_goes_back_to_the_card() -> None:
 def test_bytes_are_those_of_the_same_values_on_a_cpu(dtype: torch.dtype) -> None:
     image = torch.randn(2, 3, 65, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert np.array_equal(postprocess(image.cuda(), "uint8"), postprocess(image, "uint8"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_has_the_same_bits_and_holds_what_its_plan_says(dtype: torch.dtype) -> None:
+    vae, one = on_gpu(FLUX, dtype)
+    raws = [one, one.flip(2), torch.cat([one.flip(3), one])]
+    expected = [ExactDecoder(vae).decode(raw) for raw in raws]
+    decoder = ExactDecoder(vae, cuda_graphs=True)
+    decoder.prepare()
+    decoder._graphs.clear()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        for raw, image in zip(raws, expected, strict=True):
+            assert torch.equal(decoder.decode(raw), image)
+    assert len(decoder._graphs._graphs) == 1
+    torch.cuda.empty_cache()
+    held = decoder.plan(40, 36).graph_bytes
+    assert held
+    assert torch.cuda.memory_reserved() - before <= held
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(1.5)
+    assert torch.equal(decoder.decode(one), ExactDecoder(vae).decode(one)), "weights are read anew"
+    with pytest.raises(NonFiniteOutputError):
+        decoder.decode(one * torch.nan)
+    assert torch.equal(decoder.decode(one), ExactDecoder(vae).decode(one))
+
+
+def test_a_graph_is_recorded_beside_other_threads() -> None:
+    """They allocate, compute and wait for the card meanwhile, which a recording in another mode would not survive."""
+    vae, raw = on_gpu(FLUX, torch.bfloat16)
+    expected, stop, failed = ExactDecoder(vae).decode(raw), threading.Event(), []
+
+    def busy() -> None:
+        try:
+            while not stop.is_set():
+                float(torch.ones(1 << 20, device="cuda").sum())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(3):
+            decoder = ExactDecoder(vae, cuda_graphs=True)
+            assert torch.equal(decoder.decode(raw), expected)
+            assert torch.equal(decoder.decode(raw), expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
