@@ -312,6 +312,7 @@ def test_want_of_memory_is_no_fault_of_the_library(monkeypatch: pytest.MonkeyPat
     assert gpu.library_fault(CPU, 4) == "", "it is tried again"
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="PyTorch 2.6 convolves no tensors without values")
 @pytest.mark.parametrize("kind", ["conv3", "up", "down", "pointwise"])
 def test_pytorchs_kernels_do_not_call_the_cuda_kernels_operator(
     cards: Describe, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -554,8 +555,10 @@ def test_a_real_fault_ends_and_names_what_was_said(short: bool, monkeypatch: pyt
     words = (
         r"ran out with the smallest plan .* \(the last error was RuntimeError: GET was unable" if short else "^GET was"
     )
-    with warnings.catch_warnings(record=True, action="always") as told, pytest.raises(wanted, match=words):
-        engine.decode(raw)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(wanted, match=words):
+            engine.decode(raw)
     retries = [str(one.message) for one in told if one.category is OutOfMemoryWarning]
     assert bool(retries) == short
     assert all("the error was RuntimeError: GET was unable" in one for one in retries)

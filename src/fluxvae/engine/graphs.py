@@ -95,8 +95,8 @@ class Graphs:
 
     @property
     def held_bytes(self) -> int:
-        """What all of them hold."""
-        return sum(graph.held_bytes for graph in self._graphs.values())
+        """What all of them hold. It may be asked while another thread decodes."""
+        return sum(graph.held_bytes for graph in list(self._graphs.values()))
 
     def find(self, key: Hashable) -> Graph | None:
         """The graph of this key, which is the most recently used one now."""

@@ -99,8 +99,8 @@ def _affine(
     scale = factor.to(tl.float32)
     tl.store(affine + channel, scale, mask=inside)
     tl.store(affine + channels + channel, offset.to(tl.float32), mask=inside)
-    well = tl.where(inside & ~(tl.abs(scale) < float("inf")), 0, 1)  # also where it is NaN
-    tl.store(finite + group, tl.min(well, 0).to(tl.int8))
+    well = tl.where(tl.abs(scale) < float("inf"), 1, 0)  # not where it is NaN
+    tl.store(finite + group, tl.min(tl.where(inside, well, 1), 0).to(tl.int8))
 
 
 class CardMoments(Moments):
