@@ -183,12 +183,12 @@ def faked_card(capability: int) -> Iterator[Launches]:
             "get_per_process_memory_fraction": 1.0,
             "is_current_stream_capturing": False,
             "current_device": 0,
+            "device": nullcontext(),
             "empty_cache": None,
             "synchronize": None,
         }.items():
             patch.setattr(torch.cuda, name, _always(answer))
         patch.setattr(pool, "_has_pools", lambda: False)  # fake tensors are allocated nowhere
-        patch.setattr(self_test, "on", lambda device: nullcontext())
         patch.setattr(self_test, "fault", lambda *arguments: "")
         # The engine takes dispatch modes away while it decodes, and fake tensors are one.
         patch.setattr(settings, "_disable_current_modes", nullcontext)

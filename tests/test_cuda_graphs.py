@@ -66,7 +66,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     """The recorders that stood in for graphs, one for each recording."""
     made: list[Recorder] = []
 
-    def record(launch: Callable[[], None], device: torch.device) -> Recorder:
+    def record(launch: Callable[[], None]) -> Recorder:
         recorder = Recorder()
         with recorder:
             launch()
@@ -167,6 +167,18 @@ def test_the_least_recently_used_goes_first_where_the_limit_has_no_room() -> Non
         seen.append(widths())
         assert decoder._graphs.held_bytes <= decoder.memory_limit
     assert seen == [[5], [5, 6], [6, 5], [5, 7]]
+
+
+def test_preparing_keeps_none_of_its_own_and_all_others(recorded: list[Recorder]) -> None:
+    decoder = engine()
+    decoder.prepare()
+    assert len(recorded) == 1
+    assert decoder._graphs.held_bytes == 0
+    decoder, raw = engine(), latents(0)
+    decoder.decode(raw)
+    decoder.prepare()
+    decoder.decode(raw)
+    assert len(recorded) == 2
 
 
 def test_no_more_than_eight_are_kept() -> None:

@@ -83,7 +83,7 @@ def test_a_decode_can_be_recorded_as_a_graph(dtype: torch.dtype, monkeypatch: py
     """With all the CUDA kernels at full widths; `test_cuda_graphs` has the bits, with PyTorch's kernels."""
     recorded: list[int] = []
 
-    def record(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def record(launch: Callable[[], None]) -> Callable[[], None]:
         before = launches.counts.total()
         with _Recorded():
             launch()

@@ -179,6 +179,7 @@ class ExactEngine(PlannedEngine):
             side = 4 * self._least
             with suppress(MemoryLimitError):  # a limit that small is refused when there is something to do
                 self._compute(self._weight.new_zeros(1, self.network.in_channels, side, side), None, None)
+            self._graphs.clear()  # nobody will decode anything of that size
             self._prepared = True
         return time.perf_counter() - start
 
@@ -195,6 +196,7 @@ class ExactEngine(PlannedEngine):
             return Runner(self.network, plan, kernels, spill, given.device, dtype, tick, recorded=recorded)
 
         with kernels.session():
+            self._prepared = True  # whatever is computed loads the libraries' code
             if plan.graph_bytes:
                 key = (plan.layers, plan.geometry, dtype, given.device, kernels.channels_last, addresses(self.network))
                 self._graphs.run(key, plan, images, runner, limit=limit, tick=clock.tick)

@@ -55,7 +55,7 @@ class Graph:
         """
         self.held_bytes = held_bytes
         self._given, self._made = (torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in (given, made))
-        self._replay = record(lambda: runner.launch(self._given, self._made), given.device)
+        self._replay = record(lambda: runner.launch(self._given, self._made))
         self._answers = runner.checks.taken()
         self._runner = runner  # whose arena would otherwise be told to be free
 
@@ -71,20 +71,15 @@ class Graph:
         raise_first(self._answers)
 
 
-def record(launch: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What ``launch`` asks of the device, as a function that asks for all of it again.
+def record(launch: Callable[[], None]) -> Callable[[], None]:
+    """What ``launch`` asks of the current device (see `Kernels.session`), as a function that asks for all of it again.
 
     Other threads may go on using the device meanwhile. Whatever would have to wait for it makes ``launch`` fail.
     """
     graph = torch.cuda.CUDAGraph()
-
-    def replay() -> None:
-        with torch.cuda.device(device):
-            graph.replay()
-
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         launch()
-    return replay
+    return graph.replay
 
 
 class Graphs:

@@ -80,7 +80,7 @@ class TorchKernels(DirectCosts):
     def session(self) -> AbstractContextManager[None]:
         """A context in which a GPU is the current one: PyTorch asks that one what its library can compute.
 
-        On a CPU it changes nothing, as PyTorch's own threads serve.
+        It is also where the Triton language launches. On a CPU it changes nothing, as PyTorch's own threads serve.
         """
         return nullcontext() if self._device.type == "cpu" else torch.cuda.device(self._device)
 
