@@ -31,6 +31,7 @@ from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.choose import make_kernels, no_winograd
 from fluxvae.engine.kernels.cpu import (
     attention,
+    counters,
     few_outputs,
     pixel_loops,
     row_tasks,
@@ -40,6 +41,7 @@ from fluxvae.engine.kernels.cpu import (
     winograd_loops,
     winograd_matrices,
     winograd_tasks,
+    winograd_weights,
 )
 from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
 from fluxvae.engine.kernels.cpu.winograd_matrices import POINTS, halving, matmul, toom_cook
@@ -379,7 +381,7 @@ def test_workspace_is_enough_for_the_last_block(cin: int, cout: int, rows: int, 
         work, form = KERNELS.workspace(call), winograd_cut.form_of(call.kind, precise)
         for fewer in {2, rows // 4 * 2, call.rows - 2, call.rows} - {0}:
             cut = winograd_cut.cut_tasks(form, cin, cout, fewer, call.width)
-            assert winograd_cut.scratch_bytes(form, cut.run, cin, cut.panels) <= work
+            assert cut.scratch_bytes(form, cut.workers) <= work
 
 
 # -- the same bits -------------------------------------------------------------------------------------------------
@@ -531,6 +533,21 @@ def test_what_numba_was_told(variable: str, value: object, words: str, monkeypat
     assert (plan.kernels, words in plan.kernels_note) == ("torch", True)
 
 
+@pytest.mark.parametrize(
+    ("told", "registers"),
+    [("-avx512f", (8, 16)), ("+fma, -avx512f,+avx512f", (16, 32)), ("-avx512f,-avx2", (4, 32)), (None, None)],
+)
+def test_vectors_are_as_wide_as_numba_may_use(
+    told: str | None, registers: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numba compiles for what it is told, and vectors that are wider would be taken apart."""
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", told)
+    monkeypatch.setattr(vector_code.llvm, "get_host_cpu_features", lambda: {"avx2": True, "fma": True})
+    assert vector_code._registers() == (registers or (8, 16))
+    if told == "-avx512f,-avx2" and platform.machine() != "aarch64":
+        assert vector_code.supported() == "this processor has no AVX2 with fused multiply-add"
+
+
 def test_they_are_what_a_cpu_decodes_with() -> None:
     vae = random_vae()
     plan = ExactDecoder(vae).plan(4, 4)
@@ -541,9 +558,9 @@ def test_they_are_what_a_cpu_decodes_with() -> None:
 def test_numbas_cache_knows_the_vector_code() -> None:
     # Numba recompiles when the file of a function changes, not when what it calls does.
     digest = hashlib.sha256()
-    for module in (vector_code, pixel_loops, winograd_loops, winograd_matrices):
+    for module in (vector_code, counters, pixel_loops, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
-    for module in (winograd_tasks, row_tasks, few_outputs, attention):
+    for module in (winograd_tasks, winograd_weights, row_tasks, few_outputs, attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (
             f"write {digest.hexdigest()[:16]!r} into {module.__name__}.VECTOR_CODE: caches of compiled code then expire"
         )
@@ -552,20 +569,23 @@ def test_numbas_cache_knows_the_vector_code() -> None:
 def addresses_taken(function: Any) -> dict[str, bool]:
     """The arrays that compiled code makes and takes the address of: whether each is held until the function returns.
 
+    A part of another array is not made here: whoever has the whole holds its memory.
     Numba drops an array after the last use of its name, and its address is no use of it: memory that is freed while it
     is worked in belongs to whichever thread asks next.
     """
     function_ir = run_frontend(function)
     PostProcessor(function_ir).run(emit_dels=True)
-    made, dropped = set(), {}
+    made, parts, dropped = set(), set(), {}
     for block in function_ir.blocks.values():
         for line in block.body:
+            if isinstance(line, ir.Assign) and getattr(line.value, "op", "") in ("getitem", "static_getitem"):
+                parts.add(line.target.name)
             if isinstance(line, ir.Assign) and isinstance(line.value, ir.Expr) and line.value.op == "getattr":
                 if line.value.attr == "ctypes":
                     made.add(line.value.value.name)
             elif isinstance(line, ir.Del):
                 dropped[line.value] = isinstance(block.terminator, ir.Return)
-    return {name: dropped[name] for name in made - set(function_ir.arg_names)}
+    return {name: dropped[name] for name in made - parts - set(function_ir.arg_names)}
 
 
 def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
@@ -578,11 +598,14 @@ def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
 
     assert addresses_taken(careless) == {"scratch": False}, "it would notice"
     held = {}
-    for module in (winograd_tasks, row_tasks, few_outputs, attention):
+    for module in (winograd_tasks, winograd_weights, row_tasks, few_outputs, attention):
         for name, function in vars(module).items():
             if hasattr(function, "py_func"):
                 held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}
-    assert held.keys() >= {"convolve: patch", "convolve: terms", "linear_rows: gathered", "linear_rows: multiplied"}
+    assert held.keys() >= {
+        "_transform: patches", "_transform: table", "_transform_back: terms", "_transform_back: shares",
+        "linear_rows: gathered", "linear_rows: multiplied",
+    }  # fmt: skip
     assert all(held.values()), held
 
 

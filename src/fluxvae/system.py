@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import itertools
 import os
@@ -23,6 +24,7 @@ __all__ = [
     "after_fork",
     "file_system",
     "free_memory",
+    "give_way",
     "hold",
     "names_ignore_case",
     "peak_of_memory",
@@ -245,6 +247,15 @@ def _hold_by_locking(path: Path) -> Iterator[None]:
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def give_way() -> int:
+    """The address of a C function without arguments that lets another thread have the core; 0: this system has none."""
+    for library, name in ((None, "sched_yield"), ("kernel32", "SwitchToThread")):
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
+    return 0
 
 
 def after_fork(call: Callable[[], object]) -> None:

@@ -163,7 +163,7 @@ class Run:
 
         def project(rows: torch.Tensor, staging: torch.Tensor) -> torch.Tensor:
             if rows is not staging:
-                staging.copy_(rows)
+                self.kernels.prologue(rows, None, False, staging, work)
             projected = block[: len(staging)]
             self.kernels.convolve(ConvBlock(stage.call.kind, staging, weights, projected, work))
             return projected

@@ -10,12 +10,9 @@ from fluxvae.engine.kernels.cpu.vector_code import LANES
 from fluxvae.engine.kernels.cpu.winograd_cut import (
     cut_tasks,
     form_of,
-    longest_run,
-    rounded,
-    scratch_bytes,
     transformed_bytes,
 )
-from fluxvae.engine.kernels.cpu.winograd_loops import NR
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
 from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, STEPS
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 
@@ -60,8 +57,8 @@ class WinogradCosts(DirectCosts):
             return super().overhead(call)
         form = form_of(call.kind, call.precise)
         cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
-        small = POSITIONS[form] * call.cin * 4 + 5 * call.cout * 4
-        return max(9 * call.cin * call.cout * 4 * call.cast, cut.units * call.cout * 24 + cut.workers * small)
+        patches = cut.workers * THIRD * POSITIONS[form] * call.cin * 4
+        return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + patches)
 
     def workspace(self, call: Call) -> int:
         """Bytes of the arena: each thread's transformed tiles and products, or attention's results, sums and scores."""
@@ -74,9 +71,7 @@ class WinogradCosts(DirectCosts):
             return super().workspace(call)
         form = form_of(call.kind, call.precise)
         cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
-        # The last block of a map has fewer tiles, which may make longer runs and wider slices, so count the longest.
-        run = min(rounded(longest_run(call.cin)), rounded(cut.tiles))
-        return cut.workers * scratch_bytes(form, run, call.cin, -(-call.cout // NR))
+        return cut.scratch_bytes(form, cut.workers)
 
 
 def _applies(call: Call) -> bool:

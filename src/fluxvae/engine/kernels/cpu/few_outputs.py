@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.counters import fetch_add
 from fluxvae.engine.kernels.cpu.vector_code import (
     F32,
     I32,
@@ -23,7 +24,6 @@ from fluxvae.engine.kernels.cpu.vector_code import (
     VECTOR_BYTES,
     Code,
     compiled,
-    fetch_add,
     vector_function,
 )
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OUTPUTS", "FewJob", "FewWeights", "few_outputs", "few_outputs_rows", "few_outputs_weights"]
 
-VECTOR_CODE = "81423cbeaaf58af1"
+VECTOR_CODE = "54e2178df5507118"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 OUTPUTS = 3
 PIXELS = 6 if REGISTERS == 32 else 3
@@ -114,7 +114,7 @@ def few_outputs_rows(job: FewJob, counter: Any) -> None:
     pixel = job.cin * 4
     row, blocks, tap = job.width * pixel, job.cin // LANES, pixel * OUTPUTS
     while True:
-        y = fetch_add(counter.ctypes.data)
+        y = fetch_add(counter.ctypes.data, 1)
         if y >= job.rows:
             return
         src, dst = job.src + y * row, job.dst + y * job.width * OUTPUTS * 4

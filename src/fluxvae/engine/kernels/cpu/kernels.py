@@ -46,7 +46,8 @@ from fluxvae.engine.kernels.cpu.row_tasks import (
 )
 from fluxvae.engine.kernels.cpu.winograd_cut import form_of, transformed_bytes
 from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
-from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, Shared, convolve, merge
+from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters
 from fluxvae.engine.statistics import Affine, block_moments
@@ -76,13 +77,18 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             return 0.0
         start = time.perf_counter()
         done = np.ones(1, np.int64)  # a counter past the last task: there is nothing to do
-        convolve(ConvJob(*[1] * len(ConvJob._fields)), np.empty((2, 1), np.float32), np.empty((3, 1, 1)), done, 0)
-        merge(np.zeros((3, 1, 1)), np.zeros((3, 1)))
+        nothing = Shared(
+            np.zeros((2, 1), np.float32), np.zeros((1, 1, 1, 1)), np.ones(1, np.int64), np.zeros((1, 1), np.int64),
+            np.full((1, 7, 8), 1 << 20),  # past the last tasks, and all of them done
+        )  # fmt: skip
+        convolve(ConvJob(*[1] * len(ConvJob._fields)), nothing, 0)
+        merge(nothing, np.zeros((2, 1)))
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
         attention_tasks(AttentionJob(*[1] * len(AttentionJob._fields)), done, 0)
         few_outputs_rows(FewJob(*[1] * len(FewJob._fields)), done)
+        threads.run(lambda worker: None, 2)  # compiles how threads wait
         _prepared = True
         seconds = time.perf_counter() - start
         if seconds > 1:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.counters import fetch_add
 from fluxvae.engine.kernels.cpu.pixel_loops import add_bias, affine, affine_silu, copy, gather_tiles
-from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
-from fluxvae.engine.kernels.cpu.winograd_cut import MOST_RUN, rounded
+from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
+from fluxvae.engine.kernels.cpu.winograd_cut import rounded
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD, TILES, products_1, products_2, products_3
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "81423cbeaaf58af1"
+VECTOR_CODE = "54e2178df5507118"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
@@ -60,7 +61,7 @@ def affine_rows(job: RowsJob, counter: Any) -> None:
     """Compute runs of pixels, taken from the counter one by one until none is left."""
     vectors = job.channels // LANES
     while True:
-        first = fetch_add(counter.ctypes.data) * job.run
+        first = fetch_add(counter.ctypes.data, 1) * job.run
         if first >= job.pixels:
             return
         count = min(job.run, job.pixels - first)
@@ -71,6 +72,10 @@ def affine_rows(job: RowsJob, counter: Any) -> None:
             affine_silu(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
         else:
             affine(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+
+
+MOST_RUN = 48
+"""How many rows a task of a linear layer has at most."""
 
 
 class LinearJob(NamedTuple):
@@ -93,29 +98,33 @@ class LinearJob(NamedTuple):
 def linear_rows(job: LinearJob, counter: Any) -> None:
     """Compute runs of rows, taken from the counter one by one until none is left."""
     blocks, panels = job.cin // LANES, (job.cout + NR - 1) // NR
-    lane_bytes, block_bytes, panel_out = 4 * LANES, job.run * LANES * 4, job.run * NR * 4
+    group, panel_out = job.cin * THIRD * 4, job.run * NR * 4
     gathered = np.empty(job.run * job.cin, np.float32)
     multiplied = np.empty(job.run * panels * NR, np.float32)
     left_at, out_at = gathered.ctypes.data, multiplied.ctypes.data
     while True:
-        task = fetch_add(counter.ctypes.data)
+        task = fetch_add(counter.ctypes.data, 1)
         if task >= job.tasks:
             gathered[0] = multiplied[0] = 0.0  # Numba frees an array after its last use, and sees no use of its address
             return
         first = task * job.run
         count = min(job.run, job.rows - first)
-        gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, block_bytes, count, blocks)
+        gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, group, count, blocks)
         for panel in range(panels):
             weights = job.weights + panel * job.cin * NR * 4
             done = 0
             while done < count:
-                left, out, rest = left_at + done * lane_bytes, out_at + panel * panel_out + done * NR * 4, count - done
+                left, out, rest = (
+                    left_at + done // THIRD * group,
+                    out_at + panel * panel_out + done * NR * 4,
+                    count - done,
+                )
                 if rest > 2 * THIRD:
-                    products_3(left, block_bytes, weights, blocks, out, weights, 0)
+                    products_3(left, group, weights, blocks, out, weights, 0)
                 elif rest > THIRD:
-                    products_2(left, block_bytes, weights, blocks, out, weights, 0)
+                    products_2(left, group, weights, blocks, out, weights, 0)
                 else:
-                    products_1(left, block_bytes, weights, blocks, out, weights, 0)
+                    products_1(left, group, weights, blocks, out, weights, 0)
                 done += TILES
         for row in range(count):
             target = job.dst + (first + row) * job.cout * 4

@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 
 __all__ = [
     "F32",
+    "F64",
+    "I64",
     "LANES",
     "REGISTERS",
     "VECTOR",
@@ -29,7 +31,6 @@ __all__ = [
     "WIDE",
     "Code",
     "compiled",
-    "fetch_add",
     "supported",
     "vector_function",
 ]
@@ -37,25 +38,33 @@ __all__ = [
 Matrix = Sequence[Sequence[Fraction]]
 
 
+def _has(feature: str) -> bool:
+    """Whether compiled code may use this feature of the processor: it has it, and Numba was not told otherwise."""
+    told: Any = config  # its attributes are made from the environment, so a type checker does not know them
+    own = [one for one in (told.CPU_FEATURES or "").split(",") if one.strip()[1:] == feature]
+    return not own[-1].strip().startswith("-") if own else bool(llvm.get_host_cpu_features().get(feature))
+
+
 def _registers() -> tuple[int, int]:
-    """(float32 lanes of a vector register, how many registers there are) on this machine."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    """(float32 lanes of a vector register, how many registers there are) that compiled code may use."""
+    if _has("avx512f"):
         return 16, 32
-    if features.get("avx2") and features.get("fma"):
+    if _has("avx2") and _has("fma"):
         return 8, 16
     return 4, 32  # Arm's NEON; others are refused by `supported`
 
 
 LANES, REGISTERS = _registers()
 
-F32 = ir.FloatType()
+F32, F64 = ir.FloatType(), ir.DoubleType()
 VECTOR = ir.VectorType(F32, LANES)
-WIDE = ir.VectorType(ir.DoubleType(), LANES)
+WIDE = ir.VectorType(F64, LANES)
 VECTOR_I = ir.VectorType(ir.IntType(32), LANES)
 I64 = ir.IntType(64)
 I32 = ir.IntType(32)
 VECTOR_BYTES = 4 * LANES
+LINE = 64
+"""The bytes of a cache line."""
 
 
 def supported() -> str | None:
@@ -63,10 +72,9 @@ def supported() -> str | None:
     told: Any = config  # its attributes are made from the environment, so a type checker does not know them
     if told.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set, so that Numba compiles nothing"
-    features = llvm.get_host_cpu_features()
     if platform.machine().lower() in ("aarch64", "arm64"):
         return None
-    if not (features.get("avx2") and features.get("fma")):
+    if not (_has("avx2") and _has("fma")):
         return "this processor has no AVX2 with fused multiply-add"
     if told.CPU_NAME == "generic" and "+fma" not in (told.CPU_FEATURES or ""):
         # Each multiply-add would be a call of the C library, which takes 40 times as long for the same bits.
@@ -95,14 +103,30 @@ class Code:
     def store(self, value: ir.Value, address: ir.Value) -> None:
         self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=4)
 
-    def prefetch(self, address: ir.Value) -> None:
-        """Ask for a cache line to be brought into the L2 cache. Any address will do, for it never faults."""
+    def stream(self, value: ir.Value, address: ir.Value) -> None:
+        """Store a whole cache line past the caches, at a multiple of its size.
+
+        Where many lines are written before the first of them is read, that takes half the time: a store through the
+        caches reads each line from memory before. `fence` must follow before another thread reads them. Where a vector
+        is less than a line, this is an ordinary store.
+        """
+        if VECTOR_BYTES != LINE:
+            self.store(value, address)
+            return
+        made = self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=VECTOR_BYTES)
+        made.set_metadata("nontemporal", self.function.module.add_metadata([ir.Constant(I32, 1)]))
+
+    def prefetch(self, address: ir.Value, *, write: bool = False) -> None:
+        """Ask for a cache line to be brought into the L2 cache, or made ready to be written to.
+
+        Any address will do, for it never faults.
+        """
         module = self.function.module
         function = module.globals.get("llvm.prefetch.p0")
         if function is None:
             kinds = [ir.IntType(8).as_pointer(), I32, I32, I32]
             function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), "llvm.prefetch.p0")
-        flags = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, L2, data
+        flags = [ir.Constant(I32, value) for value in (int(write), 2, 1)]  # L2, data
         self.b.call(function, [self.b.inttoptr(address, ir.IntType(8).as_pointer()), *flags])
 
     def const(self, value: float, kind: ir.Type = VECTOR) -> ir.Constant:
@@ -117,9 +141,11 @@ class Code:
         return vector
 
     def splat(self, scalar: ir.Value) -> ir.Value:
-        vector = self.b.insert_element(ir.Constant(VECTOR, ir.Undefined), scalar, ir.Constant(I32, 0))
+        """A vector of ``scalar``, of either width."""
+        kind = ir.VectorType(scalar.type, LANES)
+        vector = self.b.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(I32, 0))
         zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-        return self.b.shuffle_vector(vector, ir.Constant(VECTOR, ir.Undefined), zeros)
+        return self.b.shuffle_vector(vector, ir.Constant(kind, ir.Undefined), zeros)
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         return self.intrinsic("llvm.fma", x, y, z)
@@ -255,19 +281,6 @@ def vector_function(name: str, count: int, emit: Callable[..., None]) -> Any:
     scope = {"types": types, "define": define}
     exec(source, scope)  # Numba reads an intrinsic's arity from its Python signature
     return intrinsic(scope[name])
-
-
-def _fetch_add(typing: Any, address: Any) -> Any:
-    """The counter at ``address`` (int64), which is one more afterwards; atomic."""
-
-    def define(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "seq_cst")
-
-    return types.int64(types.int64), define
-
-
-fetch_add: Any = intrinsic(_fetch_add)
 
 
 def compiled(function: Callable[..., Any]) -> Any:

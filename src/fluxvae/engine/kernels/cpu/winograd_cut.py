@@ -6,30 +6,25 @@ from typing import NamedTuple
 
 from fluxvae.engine.calls import Kind, length_out
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.vector_code import LINE
 from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
-from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, STEPS, UP
+from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, SPAN, STEPS, UP
 
 __all__ = [
-    "MOST_RUN",
     "Cut",
     "cut_tasks",
     "form_of",
-    "longest_run",
     "position_bytes",
     "rounded",
-    "scratch_bytes",
     "transformed_bytes",
 ]
 
-LINE = 64
-"""The bytes of a cache line."""
-LEAST_RUN, MOST_RUN = 24, 48
-"""How many tiles a task has. Every task reads all of its weights, which argues against few; and the transformed tiles
-of many would not stay in the L2 cache."""
-LEAST_SLICE = 128
-"""How many output channels a task has at least. More slices of fewer channels would transform their tiles too often."""
-SLICE_COST = 0.06
-"""By which part of its time a task takes longer, about, for each further slice."""
+ALONE = 128
+"""The most channels with which a unit of tiles is one thread's alone. The unit's transformed tiles and their products
+stay in that thread's L2 cache, which is worth more than reading the weights once for all threads, since there are few
+of them: 4 MB at 128 channels, 17 MB at 256."""
+UNIT = 32
+"""How many tiles a unit has at most: 1.1 MB of transformed tiles at 128 channels."""
 
 
 class Cut(NamedTuple):
@@ -37,19 +32,22 @@ class Cut(NamedTuple):
 
     across: int
     tiles: int
-    run: int
-    """How many tiles the longest run has."""
-    units: int
-    """How many runs of tiles there are. They are as equally long as whole blocks of products allow, so that no thread
-    idles while another one finishes."""
-    slices: int
-    """How many tasks each unit is split into. No sum depends on this, so it may depend on the number of threads."""
     panels: int
-    """How many panels of NR output channels a slice has."""
-    position_in: int
-    position_out: int
+    """How many panels of NR output channels there are."""
+    spans: int
+    """How many tasks the last step has, and how many statistics are combined."""
+    units: int
+    """How many parts of the tiles one thread each computes alone; 0: all threads compute all of them together."""
+    place: int
+    """The bytes of a place for one position of the transformed tiles or of the products."""
     workers: int
     """How many threads find work."""
+
+    def scratch_bytes(self, form: int, workers: int) -> int:
+        """The bytes of scratch with which so many threads can compute it."""
+        if self.units:
+            return workers * (POSITIONS[form] + 1) * self.place
+        return (POSITIONS[form] + workers) * self.place
 
 
 def position_bytes(cin: int, cout: int) -> int:
@@ -74,37 +72,19 @@ def cut_tasks(form: int, cin: int, cout: int, rows: int, width: int) -> Cut:
     kind: Kind = "up" if form == UP else "down" if form == DOWN else "conv3"
     across = -(-length_out(kind, width) // STEPS[form])
     tiles = across * -(-length_out(kind, rows) // STEPS[form])
-    thirds = -(-tiles // THIRD)
-    units = -(-thirds * THIRD // longest_run(cin))
-    run = -(-thirds // units) * THIRD
-    workers, total = threads.count(), -(-cout // NR)
-
-    def cost(slices: int) -> float:
-        return -(-units * slices // workers) / slices * (1 + SLICE_COST * slices)
-
-    slices = min(
-        (k for k in range(1, total + 1) if total % k == 0 and total // k * NR >= min(LEAST_SLICE, cout)), key=cost
-    )
-    panels = total // slices
-    return Cut(
-        across, tiles, run, units, slices, panels,
-        _odd_lines(run * cin * 4), _odd_lines(run * panels * NR * 4), min(workers, units * slices),
-    )  # fmt: skip
-
-
-def longest_run(cin: int) -> int:
-    """How many tiles a task has at most."""
-    return min(max(cin // 8, LEAST_RUN), MOST_RUN)
+    panels = -(-cout // NR)
+    channels = max(cin, panels * NR)
+    workers, spans, units, longest = threads.count(), -(-tiles // SPAN), 0, tiles
+    if channels <= ALONE:
+        units = min(-(-tiles // (UNIT * workers)) * workers, spans)  # equally many for every thread
+        longest = min(tiles, UNIT)
+    place = _odd_lines(rounded(longest) * channels * 4)
+    return Cut(across, tiles, panels, spans, units, place, min(workers, units or POSITIONS[form]))
 
 
 def rounded(tiles: int) -> int:
-    """Round a number of tiles up to whole blocks of products."""
+    """Round a number of tiles up to whole groups."""
     return -(-tiles // THIRD) * THIRD
-
-
-def scratch_bytes(form: int, run: int, cin: int, panels: int) -> int:
-    """Bytes of scratch that a thread needs, for its transformed tiles and their products."""
-    return POSITIONS[form] * (_odd_lines(run * cin * 4) + _odd_lines(run * panels * NR * 4))
 
 
 def _odd_lines(nbytes: int) -> int:

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
+from fluxvae import system
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
-from fluxvae.engine.kernels.cpu.vector_code import LANES
-from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes, scratch_bytes
-from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, WeightsJob, convolve, merge, transform_weights
+from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE
+from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
+from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
+from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, ConvJob, Shared, convolve, merge
+from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.statistics import Partial
 
 __all__ = ["Weights", "run", "transformed"]
@@ -24,7 +27,7 @@ class Weights(NamedTuple):
 
     transformed: torch.Tensor
     factor_bias: Array
-    """(2, cout) float32: ones, and the bias. `run` divides both by a block's scale."""
+    """(2, cout rounded up to whole panels) float32: ones, and the bias. `run` divides both by a block's scale."""
     cin: int
     cout: int
     form: int
@@ -41,8 +44,8 @@ def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into
         cin=cin, cout=cout, position=position_bytes(cin, cout), form=form,
     )  # fmt: skip
     threads.share(transform_weights, job, cout // LANES)
-    factor_bias = np.ones((2, cout), np.float32)
-    factor_bias[1] = 0 if bias is None else bias.detach().float().numpy()
+    factor_bias = np.ones((2, -(-cout // NR) * NR), np.float32)
+    factor_bias[1, :cout] = 0 if bias is None else bias.detach().float().numpy()
     return Weights(into, factor_bias, cin, cout, form)
 
 
@@ -54,29 +57,36 @@ def run(block: ConvBlock) -> None:
     cin, cout, form = weights.cin, weights.cout, weights.form
     cut = cut_tasks(form, cin, cout, rows, width)
     row = out.shape[1] * cout * 4
-    # Threads that were added since the work was planned have no scratch.
-    scratch = scratch_bytes(form, cut.run, cin, cut.panels)
-    workers = min(cut.workers, work.numel() // scratch)
+    workers = cut.workers
+    while workers and cut.scratch_bytes(form, workers) > work.numel():
+        workers -= 1  # threads that were added since the work was planned have no place of their own
     if workers < 1:
-        raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {scratch}: the plan was wrong")
+        needed = cut.scratch_bytes(form, 1)
+        raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {needed}: the plan was wrong")
+    if (work.data_ptr() | out.data_ptr()) % LINE:
+        raise RuntimeError("the workspace or the output does not begin at a cache line, as stores past the caches need")
     job = ConvJob(
         src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
         cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=out.shape[0], columns=out.shape[1],
         cout=cout, form=form, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
-        weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout),
-        panels=cut.panels, slices=cut.slices,
-        tiles_across=cut.across, tiles=cut.tiles, run=cut.run, units=cut.units, tasks=cut.units * cut.slices,
-        position_in=cut.position_in, position_out=cut.position_out, scratch=work.data_ptr(),
-        scratch_bytes=scratch,
+        weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout), panels=cut.panels,
+        tiles_across=cut.across, tiles=cut.tiles, units=cut.units,
+        piece=max(1, cut.tiles // (4 * THIRD * workers)),  # a few for each thread, so that none waits for long
+        place=cut.place, scratch=work.data_ptr(), give_way=system.give_way(),
     )  # fmt: skip
     factor_bias = weights.factor_bias
     if block.scale != 1.0:
         factor_bias = (factor_bias / block.scale).astype(np.float32)
-    stats = np.empty((3, cut.units, cout))
-    counter = np.zeros(1, np.int64)
-    threads.run(lambda worker: convolve(job, factor_bias, stats, counter, worker), workers)
+    shared = Shared(
+        factor_bias=factor_bias,
+        stats=np.zeros((cut.spans, cut.panels, 2, NR)),
+        counts=np.empty(cut.spans, np.int64),
+        places=np.empty((workers, POSITIONS[form]), np.int64),
+        counters=np.zeros((max(cut.units, 1), 7, 8), np.int64),
+    )
+    threads.run(lambda worker: convolve(job, shared, worker), workers)
     if block.statistics is None:
         return
-    merged = torch.empty(3, cout, dtype=torch.float64, device="cpu")
-    merge(stats, merged.numpy())
-    block.statistics.add(Partial(out.shape[0] * out.shape[1], merged[1], merged[2]))
+    merged = torch.empty(2, cout, dtype=torch.float64, device="cpu")
+    merge(shared, merged.numpy())
+    block.statistics.add(Partial(out.shape[0] * out.shape[1], merged[0], merged[1]))

@@ -6,7 +6,7 @@ cut into tiles, tasks and threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +14,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels.cpu.vector_code import (
     F32,
+    F64,
+    I64,
     LANES,
     REGISTERS,
     VECTOR,
@@ -39,42 +41,48 @@ TILES = 12 if REGISTERS == 32 else 6
 """How many tiles one register block of products has. It takes 24 (or 12) registers for the sums and leaves the rest to
 the operands. The end of a run takes one third or two thirds of a block."""
 THIRD = TILES // 3
-"""How many tiles the smallest block of products has. The lengths of all runs but the last are multiples of this."""
+"""How many tiles the smallest block of products has, and a group of transformed tiles."""
+GROUP_BYTES = THIRD * VECTOR_BYTES
+"""The bytes of one group's tiles for LANES channels; those of the next channels follow."""
 
 
 # -- the products --------------------------------------------------------------------------------------------------
 
 
 def _products(tiles: int) -> Any:
-    """``products(a, a_block, b, blocks, c, ahead, pace)``: (tiles x K) times (K x NR), K = blocks * LANES, into ``c``.
+    """``products(a, group, b, blocks, c, ahead, pace)``: (tiles x K) times (K x NR), K = blocks * LANES, into ``c``.
 
-    ``a``: one float32 matrix per LANES of K, (tiles, LANES) each, ``a_block`` bytes apart. ``b``: (K, NR) contiguous.
-    ``c``: (tiles, NR) contiguous. Each value is a sum of chains of CHAIN fused multiply-adds,
-    over K in ascending order. Meanwhile ``pace`` bytes per k are fetched from ``ahead`` into L2.
+    ``a``: groups of THIRD tiles, ``group`` bytes apart, each of them one float32 matrix (THIRD, LANES) after the other
+    for every LANES of K. ``b``: (K, NR) contiguous. ``c``: (tiles, NR) contiguous. Each value is a sum of chains of
+    CHAIN fused multiply-adds, over K in ascending order. Meanwhile ``pace`` bytes per k are fetched from ``ahead`` into
+    L2.
     """
 
     def emit(
-        x: Code, a: ir.Value, a_block: ir.Value, b: ir.Value, blocks: ir.Value, c: ir.Value, ahead: ir.Value,
+        x: Code, a: ir.Value, group: ir.Value, b: ir.Value, blocks: ir.Value, c: ir.Value, ahead: ir.Value,
         pace: ir.Value,
     ) -> None:  # fmt: skip
         sums = x.locals(tiles * 2)
+        groups = [x.b.mul(group, x.i(g)) for g in range(tiles // THIRD)]
 
         def chain(index: ir.Value) -> None:
             first = x.b.mul(index, x.i(CHAIN // LANES))
-            left, right = x.at(a, x.b.mul(first, a_block)), x.at(b, x.b.mul(first, x.i(LANES * NR * 4)))
+            left, right = x.at(a, x.b.mul(first, x.i(GROUP_BYTES))), x.at(b, x.b.mul(first, x.i(LANES * NR * 4)))
             for slot in sums:
                 x.b.store(x.const(0.0), slot)
 
             def block(index: ir.Value) -> None:
                 distant = x.at(ahead, x.b.mul(x.b.mul(x.b.add(first, index), x.i(LANES)), pace))
-                corner, panel = x.at(left, x.b.mul(index, a_block)), x.at(right, x.b.mul(index, x.i(LANES * NR * 4)))
+                corner = x.at(left, x.b.mul(index, x.i(GROUP_BYTES)))
+                panel = x.at(right, x.b.mul(index, x.i(LANES * NR * 4)))
 
                 def step(k: ir.Value) -> None:
                     row, column = x.at(panel, x.b.mul(k, x.i(NR * 4))), x.at(corner, x.b.mul(k, x.i(4)))
                     vectors = [x.load(x.at(row, w * VECTOR_BYTES)) for w in range(2)]
                     x.prefetch(x.at(distant, x.b.mul(k, pace)))
                     for t in range(tiles):
-                        scalar = x.splat(x.load(x.at(column, t * VECTOR_BYTES), F32))
+                        where = x.at(column, groups[t // THIRD], t % THIRD * VECTOR_BYTES)
+                        scalar = x.splat(x.load(where, F32))
                         for w in range(2):
                             slot = sums[2 * t + w]
                             x.b.store(x.fma(scalar, vectors[w], x.b.load(slot)), slot)
@@ -104,110 +112,167 @@ products_3, products_2, products_1 = _products(TILES), _products(2 * THIRD), _pr
 # -- the transforms ------------------------------------------------------------------------------------------------
 
 
-def _input_transform(bt: Matrix, pixels: Sequence[int]) -> Any:
-    """``input_transform(src, row, column, dst, position, block, blocks)``: one tile, all its channels.
+def _input_transform(bt: Matrix, pixels: Sequence[int], reach: int) -> Any:
+    """``input_transform(table, tiles, dst, position, blocks, past)``: at most THIRD tiles, all their channels.
 
-    Reads pixels, ``row`` and ``column`` bytes apart, of blocks * LANES channels, in both directions the ones that
-    ``pixels`` lists (one entry per input of the tile); writes BT d B, position (i, j) at dst + (n i + j) * position, a
-    block of LANES channels every ``block`` bytes.
+    ``table``: three int64 for each tile: the address of its first pixel, and how many bytes its pixels lie apart, down
+    and across. Reads pixels of blocks * LANES channels, in both directions the ones that ``pixels`` lists (one entry
+    per input of the tile); writes BT d B, position (i, j) at dst + (n i + j) * position, laid out as a group of
+    `products`.
+
+    ``past``: whether they are written past the caches (`Code.stream`), 0 or not.
+
+    The tiles of a group go through each step together, so that what lies side by side is written together. The pixels
+    of the next group, which begins THIRD * ``reach`` pixels further right, are fetched meanwhile.
     """
     n, read = len(bt), max(pixels) + 1
 
     def emit(
-        x: Code, src: ir.Value, row: ir.Value, column: ir.Value, dst: ir.Value, position: ir.Value, block: ir.Value,
-        blocks: ir.Value,
-    ) -> None:  # fmt: skip
-        half = x.array(n * read)
-        rows = [x.b.mul(row, x.i(i)) for i in range(read)]
+        x: Code, table: ir.Value, tiles: ir.Value, dst: ir.Value, position: ir.Value, blocks: ir.Value, past: ir.Value
+    ) -> None:
+        half = x.array(THIRD * n * read)
         positions = [x.b.mul(position, x.i(j)) for j in range(n)]
 
         def transform(values: list[ir.Value]) -> list[ir.Value]:
             return x.rows_in_pairs(bt, [values[k] for k in pixels])
 
         def channels(index: ir.Value) -> None:
-            source = x.at(src, x.b.mul(index, x.i(VECTOR_BYTES)))
-            target = x.at(dst, x.b.mul(index, block))
+            target = x.at(dst, x.b.mul(index, x.i(GROUP_BYTES)))
 
-            def columns(j: ir.Value) -> None:
-                top = x.at(source, x.b.mul(j, column))
-                for i, value in enumerate(transform([x.load(x.at(top, rows[i])) for i in range(read)])):
-                    x.b.store(value, x.b.gep(half, [x.b.add(j, x.i(read * i))]))
+            def down(t: ir.Value) -> None:
+                src, row, column = (x.load(x.at(table, x.b.mul(t, x.i(24)), 8 * k), I64) for k in range(3))
+                source = x.at(src, x.b.mul(index, x.i(VECTOR_BYTES)))
+                rows = [x.b.mul(row, x.i(i)) for i in range(read)]
+                own = x.b.mul(t, x.i(n * read))
+                next_group = x.b.mul(column, x.i(THIRD * reach))
 
-            def across(i: ir.Value) -> None:
-                first = x.b.mul(i, x.i(read))
-                left = x.at(target, x.b.mul(x.b.mul(i, x.i(n)), position))
-                values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(read)]
-                for j, value in enumerate(transform(values)):
-                    x.store(value, x.at(left, positions[j]))
+                def columns(j: ir.Value) -> None:
+                    top = x.at(source, x.b.mul(j, column))
+                    values = []
+                    for i in range(read):
+                        values.append(x.load(x.at(top, rows[i])))
+                        x.prefetch(x.at(top, rows[i], next_group))
+                    for i, value in enumerate(transform(values)):
+                        x.b.store(value, x.b.gep(half, [x.b.add(own, x.b.add(j, x.i(read * i)))]))
 
-            x.loop(x.i(read), columns)
-            x.loop(x.i(n), across)
+                x.loop(x.i(read), columns)
+
+            def across(stored: Callable[[ir.Value, ir.Value], None]) -> Callable[[ir.Value], None]:
+                def row(i: ir.Value) -> None:
+                    left = x.at(target, x.b.mul(x.b.mul(i, x.i(n)), position))
+
+                    def tile(t: ir.Value) -> None:
+                        first = x.b.add(x.b.mul(t, x.i(n * read)), x.b.mul(i, x.i(read)))
+                        values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(read)]
+                        own = x.at(left, x.b.mul(t, x.i(VECTOR_BYTES)))
+                        for j, value in enumerate(transform(values)):
+                            stored(value, x.at(own, positions[j]))
+
+                    x.loop(tiles, tile)
+
+                return row
+
+            def cached(value: ir.Value, where: ir.Value) -> None:
+                x.store(value, where)
+                x.prefetch(x.at(where, GROUP_BYTES), write=True)
+
+            x.loop(tiles, down)
+            with x.b.if_else(x.b.icmp_signed("!=", past, x.i(0))) as (streamed, kept):
+                with streamed:
+                    x.loop(x.i(n), across(x.stream))
+                with kept:
+                    x.loop(x.i(n), across(cached))
 
         x.loop(blocks, channels)
 
-    return vector_function(f"fluxvae_input_transform_{read}", 7, emit)
+    return vector_function(f"fluxvae_input_transform_{n}_{read}", 6, emit)
 
 
 def _output_transform(at: Matrix, residual: bool) -> Any:
-    """``output_transform(src, position, panel, dst, row, column, rows, columns, extra, terms, terms_step, vectors)``.
+    """``f(places, offset, dst, row, column, rows, columns, extra, terms, terms_step, stats, shares, first, vectors)``.
 
-    One tile, ``vectors`` * LANES channels: y = (AT m A + residual) * factor + bias, and its statistics.
+    One tile, ``vectors`` * LANES channels, at most NR: y = (AT m A + residual) * factor + bias, and its statistics.
 
-    ``src``: position (i, j) at src + (n i + j) * position, two vectors side by side, then ``panel`` bytes on.
+    ``places``: the addresses of the positions, int64, (i, j) at n i + j; ``offset`` is that of the tile in each.
     ``dst``: pixels ``row`` and ``column`` bytes apart, of which the first ``rows`` x ``columns`` are written.
     ``extra``: the residual, laid out as ``dst`` (its address minus dst's; unused without one).
-    ``terms``: five float32 rows ``terms_step`` bytes apart: factor, bias, and, updated, shift, sum of (y - shift) and
-    sum of (y - shift)**2.
+    ``terms``: three float32 rows ``terms_step`` bytes apart: factor, bias, and a shift near the mean so far, which is
+    updated; where ``first`` is not 0 the tile's first pixel is taken instead.
+    ``stats``: two float64 rows of NR: the mean so far and the squared deviations so far, updated. ``shares``: three
+    float64: 1 / pixels of this tile, their share of all so far, and that share times the pixels before.
+
+    float32 sums around a nearby shift, joined in float64 (Chan, Golub and LeVeque 1979), lose nothing to cancellation:
+    what a far shift costs a tile is small against what the distance itself adds to the squared deviations.
     """
     m, n = len(at), len(at[0])
 
     def emit(
-        x: Code, src: ir.Value, position: ir.Value, panel: ir.Value, dst: ir.Value, row: ir.Value, column: ir.Value,
-        rows: ir.Value, columns: ir.Value, extra: ir.Value, terms: ir.Value, terms_step: ir.Value, vectors: ir.Value,
+        x: Code, places: ir.Value, offset: ir.Value, dst: ir.Value, row: ir.Value, column: ir.Value, rows: ir.Value,
+        columns: ir.Value, extra: ir.Value, terms: ir.Value, terms_step: ir.Value, stats: ir.Value, shares: ir.Value,
+        first: ir.Value, vectors: ir.Value,
     ) -> None:  # fmt: skip
         half = x.array(m * n)
-        positions = [x.b.mul(position, x.i(n * i)) for i in range(n)]
-        total, squares = x.locals(2)
-        terms_at = [x.b.mul(terms_step, x.i(k)) for k in range(5)]
+        total, squares, shift = x.locals(3)
+        terms_at = [x.b.mul(terms_step, x.i(k)) for k in range(3)]
+        inverse, share, weight = (x.splat(x.load(x.at(shares, 8 * k), F64)) for k in range(3))
+        fresh = x.b.icmp_signed("!=", first, x.i(0))
 
         def channels(index: ir.Value) -> None:
-            pair, odd = x.b.lshr(index, x.i(1)), x.b.and_(index, x.i(1))
-            source = x.at(src, x.b.mul(pair, panel), x.b.mul(odd, x.i(VECTOR_BYTES)))
-            offset = x.b.mul(index, x.i(VECTOR_BYTES))
-            target, own = x.at(dst, offset), x.at(terms, offset)
-            factor, bias, shift = (x.load(x.at(own, terms_at[k])) for k in range(3))
-            x.b.store(x.load(x.at(own, terms_at[3])), total)
-            x.b.store(x.load(x.at(own, terms_at[4])), squares)
+            side = x.b.mul(index, x.i(VECTOR_BYTES))
+            inside = x.at(offset, side)
+            target, own = x.at(dst, side), x.at(terms, side)
+            factor, bias, before = (x.load(x.at(own, terms_at[k])) for k in range(3))
+            x.b.store(before, shift)
+            x.b.store(x.const(0.0), total)
+            x.b.store(x.const(0.0), squares)
 
             def down(j: ir.Value) -> None:
-                top = x.at(source, x.b.mul(j, position))
-                values = [x.load(x.at(top, positions[i])) for i in range(n)]
+                left = x.at(places, x.b.mul(j, x.i(8)))
+                values = []
+                for i in range(n):
+                    where = x.at(x.load(x.at(left, 8 * n * i), I64), inside)
+                    values.append(x.load(where))
+                    x.prefetch(x.at(where, NR * 4))
                 for i, value in enumerate(x.columns_in_pairs(at, values)):
                     x.b.store(value, x.b.gep(half, [x.b.add(j, x.i(n * i))]))
 
             def across(i: ir.Value) -> None:
-                first = x.b.mul(i, x.i(n))
-                values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(n)]
+                begin = x.b.mul(i, x.i(n))
+                values = [x.b.load(x.b.gep(half, [x.b.add(begin, x.i(j))])) for j in range(n)]
                 pixel = x.at(target, x.b.mul(i, row))
                 for j, value in enumerate(x.columns_in_pairs(at, values)):
                     with x.b.if_then(x.b.icmp_signed("<", x.i(j), columns), likely=True):
                         if residual:
                             value = x.b.fadd(value, x.load(x.at(pixel, extra)))
                         value = x.fma(value, factor, bias)
-                        x.store(value, pixel)
-                        apart = x.b.fsub(value, shift)
+                        x.stream(value, pixel)
+                        if j == 0:
+                            taken = x.b.and_(fresh, x.b.icmp_signed("==", i, x.i(0)))
+                            x.b.store(x.b.select(taken, value, x.b.load(shift)), shift)
+                        apart = x.b.fsub(value, x.b.load(shift))
                         x.b.store(x.b.fadd(x.b.load(total), apart), total)
                         x.b.store(x.fma(apart, apart, x.b.load(squares)), squares)
                     pixel = x.at(pixel, column)
 
             x.loop(x.i(n), down)
             x.loop(rows, across)
-            x.store(x.b.load(total), x.at(own, terms_at[3]))
-            x.store(x.b.load(squares), x.at(own, terms_at[4]))
+            means = x.at(stats, x.b.mul(index, x.i(2 * VECTOR_BYTES)))
+            m2s = x.at(means, NR * 8)
+            mean, m2 = x.load(means, WIDE), x.load(m2s, WIDE)
+            sums, of_squares = x.b.fpext(x.b.load(total), WIDE), x.b.fpext(x.b.load(squares), WIDE)
+            mine = x.b.fmul(sums, inverse)
+            apart = x.b.fsub(x.b.fadd(x.b.fpext(x.b.load(shift), WIDE), mine), mean)
+            own_m2 = x.b.fsub(of_squares, x.b.fmul(sums, mine))
+            own_m2 = x.b.select(x.b.fcmp_unordered("<", own_m2, x.const(0.0, WIDE)), x.const(0.0, WIDE), own_m2)
+            mean = x.fma(apart, share, mean)
+            m2 = x.b.fadd(m2, x.fma(x.b.fmul(apart, apart), weight, own_m2))
+            x.store(mean, means)
+            x.store(m2, m2s)
+            x.store(x.b.fptrunc(mean, VECTOR), x.at(own, terms_at[2]))
 
         x.loop(vectors, channels)
 
-    return vector_function(f"fluxvae_output_transform_{m}_{residual:d}", 12, emit)
+    return vector_function(f"fluxvae_output_transform_{m}_{residual:d}", 14, emit)
 
 
 def _kernel_transform(g: Matrix) -> Any:
@@ -235,7 +300,7 @@ def _kernel_transform(g: Matrix) -> Any:
             values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(3)]
             target = x.at(dst, x.b.mul(x.b.mul(i, x.i(n)), position))
             for coefficients in g:
-                x.store(x.b.fptrunc(x.combine(coefficients, values), VECTOR), target)
+                x.stream(x.b.fptrunc(x.combine(coefficients, values), VECTOR), target)
                 target = x.at(target, position)
 
         x.loop(x.i(3), down)
@@ -245,17 +310,17 @@ def _kernel_transform(g: Matrix) -> Any:
 
 
 _F63 = toom_cook(6, 3)
-input_transform = _input_transform(_F63.bt, PIXELS)
-input_transform_up = _input_transform(_F63.bt, PIXELS_UP)
+input_transform = _input_transform(_F63.bt, PIXELS, 6)
+input_transform_up = _input_transform(_F63.bt, PIXELS_UP, 3)
 output_transform = _output_transform(_F63.at, residual=False)
 output_transform_residual = _output_transform(_F63.at, residual=True)
 kernel_transform = _kernel_transform(_F63.g)
 _F43 = toom_cook(4, 3, PRECISE_POINTS)
-input_transform_precise = _input_transform(_F43.bt, range(6))
+input_transform_precise = _input_transform(_F43.bt, range(6), 4)
 output_transform_precise = _output_transform(_F43.at, residual=False)
 output_transform_precise_residual = _output_transform(_F43.at, residual=True)
 kernel_transform_precise = _kernel_transform(_F43.g)
 _HALVING = halving(3)
-input_transform_down = _input_transform(_HALVING.bt, range(7))
+input_transform_down = _input_transform(_HALVING.bt, range(7), 6)
 output_transform_down = _output_transform(_HALVING.at, residual=False)
 kernel_transform_down = _kernel_transform(_HALVING.g)

@@ -1,8 +1,13 @@
 """The work of one Winograd convolution as tasks that threads take from a counter. Compiled by Numba, without the GIL.
 
-A task is a run of tiles and a slice of output channels, taken by one thread from input to output: transform the tiles,
-multiply position by position, transform back with bias, residual and statistics. Its products stay in that thread's
-cache, and no thread waits for another. Which thread does a task changes nothing in its result.
+All threads work on a block in three steps, each of which waits for the one before: they transform groups of tiles,
+then multiply position by position, then transform groups of tiles back with bias, residual and statistics. So the
+weights of a position are read once for the whole block, by one thread. Which thread does a task changes nothing in its
+result.
+
+The products of a position go where the transformed tiles of an earlier one were: every thread owns one place more than
+there are positions, and takes in exchange the place of the position that it has finished. That halves the memory, and
+what is written to is in the thread's cache.
 
 Addresses and strides are in bytes.
 """
@@ -13,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluxvae.engine.kernels.cpu.counters import fence, fetch_add, wait_until
 from fluxvae.engine.kernels.cpu.pixel_loops import copy
-from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled, fetch_add
+from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_loops import (
     NR,
     THIRD,
@@ -23,9 +29,6 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
     input_transform_down,
     input_transform_precise,
     input_transform_up,
-    kernel_transform,
-    kernel_transform_down,
-    kernel_transform_precise,
     output_transform,
     output_transform_down,
     output_transform_precise,
@@ -36,9 +39,9 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
     products_3,
 )
 
-__all__ = ["ConvJob", "WeightsJob", "convolve", "merge", "transform_weights"]
+__all__ = ["ConvJob", "Shared", "convolve", "merge"]
 
-VECTOR_CODE = "81423cbeaaf58af1"
+VECTOR_CODE = "54e2178df5507118"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3
@@ -52,6 +55,10 @@ REACHES = (6, 3, 6, 4)
 """How many inputs there are from the beginning of a tile to that of the next."""
 POSITIONS = (64, 64, 49, 36)
 """How many products a tile has for each pair of an input and an output channel."""
+
+
+SPAN = 4
+"""How many tiles one task of the last step has. Their statistics are gathered together."""
 
 
 class ConvJob(NamedTuple):
@@ -80,218 +87,228 @@ class ConvJob(NamedTuple):
     position_weights: int
     """The bytes of one position's weights, padding included."""
     panels: int
-    """How many panels of NR output channels one slice has."""
-    slices: int
+    """How many panels of NR output channels there are."""
     tiles_across: int
     tiles: int
-    run: int
-    """How many tiles a task has at most. Tasks have equally many THIRDs of a register block, or one more."""
     units: int
-    """How many runs of tiles there are."""
-    tasks: int
-    position_in: int
-    """The bytes between two positions of the transformed tiles."""
-    position_out: int
-    """The bytes between two positions of the products."""
+    """How many units the tiles are split into, each of which one thread computes alone; 0: all compute all of them."""
+    piece: int
+    """How many groups of THIRD tiles one task of the first step has."""
+    place: int
+    """The bytes of a place, which holds one position of the transformed tiles, or of the products."""
+    give_way: int
+    """`system.give_way`."""
     scratch: int
-    scratch_bytes: int
-    """The bytes of scratch that each thread has."""
+    """The address of the places: as many as there are positions and threads together, or where there are units, for
+    each thread one more than there are positions."""
+
+
+class Shared(NamedTuple):
+    """The arrays that all threads of one call work in."""
+
+    factor_bias: Any
+    """(2, panels * NR) float32. Outputs are multiplied by the first row, then the second is added."""
+    stats: Any
+    """(spans, panels, 2, NR) float64 of zeros, filled with the mean and the squared deviations of each SPAN tiles."""
+    counts: Any
+    """(spans,) int64, filled with the pixels of each."""
+    places: Any
+    """(threads, positions) int64, filled with the addresses of a unit's products; without units, the first row is."""
+    counters: Any
+    """(units or 1, 7, 8) int64 of zeros: the numbers of the next tasks and of those done for each step, and of units,
+    each in a cache line of its own."""
 
 
 @compiled
-def add_tile(stats: Any, terms: Any, before: int, pixels: int) -> int:
-    """Join a tile's sums, which lie around a shift, to the statistics so far; their mean is the next tile's shift.
-
-    float32 sums around a nearby shift, joined in float64 (Chan, Golub and LeVeque 1979), lose nothing to cancellation:
-    what a far shift costs a tile is small against what the distance itself adds to the squared deviations.
-    """
-    after = before + pixels
-    share, weight, inverse = pixels / after, before * pixels / after, 1.0 / pixels
-    for c in range(stats.shape[1]):
-        total = np.float64(terms[3, c])
-        apart = terms[2, c] + total * inverse - stats[0, c]
-        stats[0, c] += apart * share
-        stats[1, c] += max(terms[4, c] - total * total * inverse, 0.0) + apart * apart * weight
-        terms[2, c] = stats[0, c]
-    return after
+def convolve(job: ConvJob, shared: Shared, worker: int) -> None:
+    """Take part in a block's three steps until they are done; ``worker`` is the number of this thread."""
+    positions = POSITIONS[job.form]
+    if job.units == 0:
+        free = job.scratch + (positions + worker) * job.place
+        places, counters = shared.places[0], shared.counters[0]
+        _transform(job, 0, job.tiles, job.scratch, counters)
+        _multiply(job, 0, job.tiles, job.scratch, free, places, counters)
+        _transform_back(job, shared, 0, job.tiles, places, counters)
+        return
+    scratch = job.scratch + worker * (positions + 1) * job.place
+    free = scratch + positions * job.place
+    spans = (job.tiles + SPAN - 1) // SPAN
+    while True:
+        unit = fetch_add(shared.counters[0, 6].ctypes.data, 1)
+        if unit >= job.units:
+            return
+        first = spans * unit // job.units * SPAN
+        last = min(spans * (unit + 1) // job.units * SPAN, job.tiles)
+        places, counters = shared.places[worker], shared.counters[unit]
+        _transform(job, first, last, scratch, counters)
+        _multiply(job, first, last, scratch, free, places, counters)
+        _transform_back(job, shared, first, last, places, counters)
 
 
 @compiled
-def convolve(job: ConvJob, factor_bias: Any, stats: Any, counter: Any, worker: int) -> None:
-    """Take tasks until none is left.
-
-    Args:
-        factor_bias: (2, cout) float32. Outputs are multiplied by the first row, then the second is added.
-        stats: (3, units, cout) float64, which is filled with each unit's count, mean and sum of squared deviations.
-        counter: (1,) int64, which starts at 0.
-        worker: the number of this thread, which says what part of the scratch is its own.
-    """
-    lane_bytes = 4 * LANES
-    transformed = job.scratch + worker * job.scratch_bytes
-    positions, size, step, reach = POSITIONS[job.form], SIZES[job.form], STEPS[job.form], REACHES[job.form]
+def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any) -> None:
+    """The first step: transform groups of tiles."""
+    size, reach = SIZES[job.form], REACHES[job.form]
     skipped = 1 if job.form == DOWN else 0  # the halo above the block and left of the map, which stride 2 does not see
-    multiplied = transformed + positions * job.position_in
     blocks = job.cin // LANES
-    thirds = (job.tiles + THIRD - 1) // THIRD
-    whole, longer = thirds // job.units, thirds % job.units
-    block_bytes = job.run * lane_bytes
-    panel_out = job.run * NR * 4
-    panel_weights = job.cin * NR * 4
-    slice_width = job.panels * NR
-    patch = np.empty(positions * job.cin, np.float32)
-    terms = np.empty((5, slice_width), np.float32)
-    terms_step = slice_width * 4
-    patch_at = patch.ctypes.data
-    terms_at = terms.ctypes.data
+    past = 1 if job.units == 0 else 0  # the tiles of a whole block would push one another out of the caches
+    patches = np.empty(THIRD * size * size * job.cin, np.float32)
+    table = np.empty((THIRD, 3), np.int64)
+    patch_bytes = size * size * job.cin * 4
+    patches_at, table_at = patches.ctypes.data, table.ctypes.data
+    groups = (last - first + THIRD - 1) // THIRD
+    tasks = (groups + job.piece - 1) // job.piece
     while True:
-        task = fetch_add(counter.ctypes.data)
-        if task >= job.tasks:
-            patch[0] = 0.0  # Numba frees an array after its last use, and does not see uses of its address
-            return
-        part = task % job.slices
-        unit = task // job.slices
-        first = (unit * whole + min(unit, longer)) * THIRD
-        count = min((whole + (unit < longer)) * THIRD, job.tiles - first)
-
-        for t in range(count):
-            tile = first + t
-            top = tile // job.tiles_across * reach + skipped
-            left = tile % job.tiles_across * reach - 1 + skipped
-            target = transformed + t * lane_bytes
-            src, row, column = job.src + top * job.src_row + left * job.src_column, job.src_row, job.src_column
-            if top + size > job.src_rows or left < 0 or left + size > job.src_columns:
-                for i in range(size):
-                    for j in range(size):
-                        inside = top + i < job.src_rows and left + j >= 0 and left + j < job.src_columns
-                        pixel = src + i * job.src_row + j * job.src_column
-                        copy(pixel if inside else 0, patch_at + (i * size + j) * job.cin * 4, blocks)
-                src, row, column = patch_at, size * job.cin * 4, job.cin * 4
+        task = fetch_add(counters[0].ctypes.data, 1)
+        if task >= tasks:
+            break
+        for group in range(task * job.piece, min((task + 1) * job.piece, groups)):
+            count = min(THIRD, last - first - group * THIRD)
+            for t in range(count):
+                tile = first + group * THIRD + t
+                top = tile // job.tiles_across * reach + skipped
+                left = tile % job.tiles_across * reach - 1 + skipped
+                src = job.src + top * job.src_row + left * job.src_column
+                table[t, 0], table[t, 1], table[t, 2] = src, job.src_row, job.src_column
+                if top + size > job.src_rows or left < 0 or left + size > job.src_columns:
+                    patch = patches_at + t * patch_bytes
+                    for i in range(size):
+                        for j in range(size):
+                            inside = top + i < job.src_rows and left + j >= 0 and left + j < job.src_columns
+                            pixel = src + i * job.src_row + j * job.src_column
+                            copy(pixel if inside else 0, patch + (i * size + j) * job.cin * 4, blocks)
+                    table[t, 0], table[t, 1], table[t, 2] = patch, size * job.cin * 4, job.cin * 4
+            target = scratch + group * THIRD * job.cin * 4
             if job.form == PLAIN:
-                input_transform(src, row, column, target, job.position_in, block_bytes, blocks)
+                input_transform(table_at, count, target, job.place, blocks, past)
             elif job.form == PRECISE:
-                input_transform_precise(src, row, column, target, job.position_in, block_bytes, blocks)
+                input_transform_precise(table_at, count, target, job.place, blocks, past)
             elif job.form == DOWN:
-                input_transform_down(src, row, column, target, job.position_in, block_bytes, blocks)
+                input_transform_down(table_at, count, target, job.place, blocks, past)
             else:
-                input_transform_up(src, row, column, target, job.position_in, block_bytes, blocks)
-
-        first_weights = job.weights + part * job.panels * panel_weights
-        pace = NR * 4 // (-(-count // TILES))
-        for position in range(positions):
-            for panel in range(job.panels):
-                weights = first_weights + position * job.position_weights + panel * panel_weights
-                next_weights = weights + panel_weights
-                left_at = transformed + position * job.position_in
-                out_at = multiplied + position * job.position_out + panel * panel_out
-                done = 0
-                while done < count:
-                    left_row, out_row = left_at + done * lane_bytes, out_at + done * NR * 4
-                    ahead = next_weights + done // TILES * pace * job.cin
-                    rest = count - done
-                    if rest > 2 * THIRD:
-                        products_3(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
-                    elif rest > THIRD:
-                        products_2(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
-                    else:
-                        products_1(left_row, block_bytes, weights, blocks, out_row, ahead, pace)
-                    done += TILES
-
-        channel = part * slice_width
-        width = min(slice_width, job.cout - channel)
-        for c in range(width):
-            terms[0, c] = factor_bias[0, channel + c]
-            terms[1, c] = factor_bias[1, channel + c]
-            terms[2:5, c] = 0.0
-        stats[:, unit, channel : channel + width] = 0.0
-        pixels = 0
-        for t in range(-1, count):  # at -1 the first tile's first pixel, which becomes the statistics' first shift
-            tile = first + max(t, 0)
-            y = tile // job.tiles_across * step
-            x = tile % job.tiles_across * step
-            target = job.dst + y * job.dst_row + x * job.dst_column + channel * 4
-            source = multiplied + max(t, 0) * NR * 4
-            rows, columns = min(step, job.rows - y), min(step, job.columns - x)
-            residual = job.residual
-            if t < 0:
-                rows, columns = 1, 1
-                residual += target - (terms_at + 2 * terms_step)
-                target = terms_at + 2 * terms_step
-            if job.form == DOWN:
-                output_transform_down(
-                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
-                    0, terms_at, terms_step, width // LANES,
-                )  # fmt: skip
-            elif job.form == PRECISE and job.residual == -1:
-                output_transform_precise(
-                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
-                    0, terms_at, terms_step, width // LANES,
-                )  # fmt: skip
-            elif job.form == PRECISE:
-                output_transform_precise_residual(
-                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
-                    residual, terms_at, terms_step, width // LANES,
-                )  # fmt: skip
-            elif job.residual == -1:
-                output_transform(
-                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
-                    0, terms_at, terms_step, width // LANES,
-                )  # fmt: skip
-            else:
-                output_transform_residual(
-                    source, job.position_out, panel_out, target, job.dst_row, job.dst_column, rows, columns,
-                    residual, terms_at, terms_step, width // LANES,
-                )  # fmt: skip
-            if t >= 0:
-                pixels = add_tile(stats[1:, unit, channel : channel + width], terms, pixels, rows * columns)
-                stats[0, unit, channel : channel + width] = pixels
-            terms[3:5, :] = 0.0
+                input_transform_up(table_at, count, target, job.place, blocks, past)
+        fence()
+        fetch_add(counters[1].ctypes.data, 1)
+    # Numba frees an array after its last use, and does not see uses of its address.
+    patches[0] = 0.0
+    table[0, 0] = 0
+    wait_until(counters[1].ctypes.data, tasks, job.give_way)
 
 
 @compiled
-def merge(stats: Any, out: Any) -> None:
-    """Combine the tasks' statistics (3, n, C) in their order into (3, C) (Chan, Golub and LeVeque 1979)."""
-    out[:] = stats[:, 0]
-    for k in range(1, stats.shape[1]):
-        for c in range(stats.shape[2]):
-            count = out[0, c] + stats[0, k, c]
-            apart = stats[1, k, c] - out[1, c]
-            out[1, c] += apart * stats[0, k, c] / count
-            out[2, c] += stats[2, k, c] + apart * apart * out[0, c] * stats[0, k, c] / count
-            out[0, c] = count
-
-
-class WeightsJob(NamedTuple):
-    """The job of transforming one layer's weights."""
-
-    src: int
-    """The address of the weights (cout, cin, 3, 3), float32, which lie as the four strides that follow say."""
-    kernel: int
-    channel: int
-    row: int
-    column: int
-    dst: int
-    """The address of the result, laid out as `ConvJob.weights`. Columns beyond cout hold arbitrary values."""
-    cin: int
-    cout: int
-    position: int
-    """The bytes of one position's weights, as in `ConvJob.position_weights`."""
-    form: int
-    """As in `ConvJob`."""
-
-
-@compiled
-def transform_weights(job: WeightsJob, counter: Any) -> None:
-    """Transform half panels, taken from the counter one by one until none is left."""
+def _multiply(job: ConvJob, first: int, last: int, scratch: int, free: int, places: Any, counters: Any) -> None:
+    """The second step: multiply the tiles of one position by its weights."""
+    positions, tiles = POSITIONS[job.form], last - first
+    group_bytes, panel_weights = THIRD * job.cin * 4, job.cin * NR * 4
+    panel_out = (tiles + THIRD - 1) // THIRD * THIRD * NR * 4
+    blocks = job.cin // LANES
+    pace = NR * 4 // (-(-tiles // TILES)) + 1
     while True:
-        half = fetch_add(counter.ctypes.data)
-        if half * LANES >= job.cout:
-            return
-        for channel in range(job.cin):
-            src = job.src + half * LANES * job.kernel + channel * job.channel
-            target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
-            if job.form == DOWN:
-                kernel_transform_down(src, job.kernel, job.row, job.column, target, job.position)
-            elif job.form == PRECISE:
-                kernel_transform_precise(src, job.kernel, job.row, job.column, target, job.position)
-            else:
-                kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
+        position = fetch_add(counters[2].ctypes.data, 1)
+        if position >= positions:
+            break
+        transformed = scratch + position * job.place
+        for panel in range(job.panels):
+            weights = job.weights + position * job.position_weights + panel * panel_weights
+            next_weights = weights + panel_weights
+            done = 0
+            while done < tiles:
+                left, out = transformed + done // THIRD * group_bytes, free + panel * panel_out + done * NR * 4
+                ahead = next_weights + done // TILES * pace * job.cin
+                rest = tiles - done
+                if rest > 2 * THIRD:
+                    products_3(left, group_bytes, weights, blocks, out, ahead, pace)
+                elif rest > THIRD:
+                    products_2(left, group_bytes, weights, blocks, out, ahead, pace)
+                else:
+                    products_1(left, group_bytes, weights, blocks, out, ahead, pace)
+                done += TILES
+        places[position] = free
+        free = transformed
+        fetch_add(counters[3].ctypes.data, 1)
+    wait_until(counters[3].ctypes.data, positions, job.give_way)
+
+
+@compiled
+def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places: Any, counters: Any) -> None:
+    """The third step: transform groups of tiles back, with bias, residual and statistics."""
+    step = STEPS[job.form]
+    panel_out = (last - first + THIRD - 1) // THIRD * THIRD * NR * 4
+    terms = np.empty((3, NR), np.float32)
+    shares = np.empty(3, np.float64)
+    terms_at, shares_at = terms.ctypes.data, shares.ctypes.data
+    places_at = places.ctypes.data
+    spans = (last - first + SPAN - 1) // SPAN
+    while True:
+        task = fetch_add(counters[4].ctypes.data, 1)
+        if task >= spans:
+            break
+        span = first // SPAN + task
+        for panel in range(job.panels):
+            channel = panel * NR
+            vectors = min(NR, job.cout - channel) // LANES
+            terms[:2] = shared.factor_bias[:, channel : channel + NR]
+            stats_at = shared.stats[span, panel].ctypes.data
+            before = 0
+            for tile in range(span * SPAN, min((span + 1) * SPAN, last)):
+                y = tile // job.tiles_across * step
+                x = tile % job.tiles_across * step
+                target = job.dst + y * job.dst_row + x * job.dst_column + channel * 4
+                offset = panel * panel_out + (tile - first) * NR * 4
+                rows, columns = min(step, job.rows - y), min(step, job.columns - x)
+                pixels = rows * columns
+                shares[0] = 1.0 / pixels
+                shares[1] = pixels / (before + pixels)
+                shares[2] = shares[1] * before
+                if job.form == DOWN:
+                    output_transform_down(
+                        places_at, offset, target, job.dst_row, job.dst_column, rows, columns, 0, terms_at, NR * 4,
+                        stats_at, shares_at, before == 0, vectors,
+                    )  # fmt: skip
+                elif job.form == PRECISE and job.residual == -1:
+                    output_transform_precise(
+                        places_at, offset, target, job.dst_row, job.dst_column, rows, columns, 0, terms_at, NR * 4,
+                        stats_at, shares_at, before == 0, vectors,
+                    )  # fmt: skip
+                elif job.form == PRECISE:
+                    output_transform_precise_residual(
+                        places_at, offset, target, job.dst_row, job.dst_column, rows, columns, job.residual, terms_at,
+                        NR * 4, stats_at, shares_at, before == 0, vectors,
+                    )  # fmt: skip
+                elif job.residual == -1:
+                    output_transform(
+                        places_at, offset, target, job.dst_row, job.dst_column, rows, columns, 0, terms_at, NR * 4,
+                        stats_at, shares_at, before == 0, vectors,
+                    )  # fmt: skip
+                else:
+                    output_transform_residual(
+                        places_at, offset, target, job.dst_row, job.dst_column, rows, columns, job.residual, terms_at,
+                        NR * 4, stats_at, shares_at, before == 0, vectors,
+                    )  # fmt: skip
+                before += pixels
+            shared.counts[span] = before
+        fence()
+        fetch_add(counters[5].ctypes.data, 1)
+    terms[0, 0] = 0.0
+    shares[0] = 0.0
+    wait_until(counters[5].ctypes.data, spans, job.give_way)
+
+
+@compiled
+def merge(shared: Shared, out: Any) -> None:
+    """Combine the spans' statistics,  in their order into (2, cout): mean and deviations.
+
+    Source: Chan, Golub and LeVeque 1979.
+    """
+    out[:] = 0.0
+    before = 0
+    stats = shared.stats
+    for span in range(len(shared.counts)):
+        count = shared.counts[span]
+        share = count / (before + count)
+        weight = share * before
+        before += count
+        for c in range(out.shape[1]):
+            apart = stats[span, c // NR, 0, c % NR] - out[0, c]
+            out[0, c] += apart * share
+            out[1, c] += stats[span, c // NR, 1, c % NR] + apart * apart * weight

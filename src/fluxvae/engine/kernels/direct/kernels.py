@@ -138,7 +138,7 @@ class TorchKernels(DirectCosts):
         if refill.first:
             window[0].zero_()
         elif rows > 1:
-            window[:2].copy_(window[rows:])
+            self.prologue(window[rows:], None, False, window[:2], refill.work)  # a copy, by the threads that it uses
         else:  # one by one, because the two ranges overlap
             window[0].copy_(window[1])
             window[1].copy_(window[2])

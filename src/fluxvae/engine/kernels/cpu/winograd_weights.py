@@ -1,0 +1,61 @@
+"""Transforms one layer's weights for the Winograd kernels, as tasks that threads take from a counter.
+
+Compiled by Numba, without the GIL. Addresses and strides are in bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fluxvae.engine.kernels.cpu.counters import fence, fetch_add
+from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
+from fluxvae.engine.kernels.cpu.winograd_loops import (
+    NR,
+    kernel_transform,
+    kernel_transform_down,
+    kernel_transform_precise,
+)
+from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
+
+__all__ = ["WeightsJob", "transform_weights"]
+
+VECTOR_CODE = "54e2178df5507118"
+"""The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
+
+
+class WeightsJob(NamedTuple):
+    """The job of transforming one layer's weights."""
+
+    src: int
+    """The address of the weights (cout, cin, 3, 3), float32, which lie as the four strides that follow say."""
+    kernel: int
+    channel: int
+    row: int
+    column: int
+    dst: int
+    """The address of the result, laid out as `ConvJob.weights`. Columns beyond cout hold arbitrary values."""
+    cin: int
+    cout: int
+    position: int
+    """The bytes of one position's weights, as in `ConvJob.position_weights`."""
+    form: int
+    """As in `ConvJob`."""
+
+
+@compiled
+def transform_weights(job: WeightsJob, counter: Any) -> None:
+    """Transform half panels, taken from the counter one by one until none is left."""
+    while True:
+        half = fetch_add(counter.ctypes.data, 1)
+        if half * LANES >= job.cout:
+            fence()
+            return
+        for channel in range(job.cin):
+            src = job.src + half * LANES * job.kernel + channel * job.channel
+            target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
+            if job.form == DOWN:
+                kernel_transform_down(src, job.kernel, job.row, job.column, target, job.position)
+            elif job.form == PRECISE:
+                kernel_transform_precise(src, job.kernel, job.row, job.column, target, job.position)
+            else:
+                kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
