@@ -3,8 +3,7 @@
     uv run --group bench benchmarks/cpu.py                                  # all engines, 512 and 1024
     uv run --group bench benchmarks/cpu.py --sizes 512 --only fluxvae diffusers-f32 openvino-f32
     uv run --group bench benchmarks/cpu.py --model flux2 --sizes 512        # or flux2-small: FLUX.2's decoders
-    uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1 and 2 threads
-    uv run --group bench benchmarks/cpu.py --profile      # ours: each kernel's share
+    uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1, 2, 4 ... threads
 
 Every engine runs in a process of its own, so that its peak memory and its threads are its own. Building, converting and
 compiling a model is timed separately. The first decode gives the peak of memory above the loaded model, and the median
@@ -17,7 +16,6 @@ many levels at most. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import statistics
 import subprocess
@@ -33,7 +31,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.engine import planned
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.verify.oracle import level_difference
 from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
@@ -176,43 +173,6 @@ def run_one(name: str, model: str, size: int, threads: int, repeats: int, work: 
     return row
 
 
-def profile(model: str, size: int, threads: int) -> dict[str, Any]:
-    """Return how much time of one decode with the Winograd kernels goes into each kind of call."""
-    torch.set_num_threads(threads)
-    spent: collections.Counter[str] = collections.Counter()
-    make = planned.make_kernels
-
-    def timed(name: str, device: torch.device) -> Any:
-        kernels = make(name, device)
-        for method in ("load", "prologue", "convolve", "attend"):
-            setattr(kernels, method, _timed(getattr(kernels, method), method, spent))
-        return kernels
-
-    planned.make_kernels = timed  # type: ignore[assignment]
-    engine, raw = ExactDecoder(full_vae(model), kernels="winograd"), raw_latents(model, size)
-    engine.decode(raw[:, :, :2, :2])
-    spent.clear()
-    start = time.perf_counter()
-    engine.decode(raw)
-    total = time.perf_counter() - start
-    spent["everything else"] = total - sum(spent.values())
-    return {"size": size, "seconds": total, "shares": dict(spent.most_common())}
-
-
-def _timed(call: Callable[..., Any], method: str, spent: collections.Counter[str]) -> Callable[..., Any]:
-    def wrapped(*args: Any) -> Any:
-        name = method
-        if method == "convolve":
-            (block,) = args
-            name = f"{block.kind} {block.rows.shape[2]}->{block.out.shape[2]}, {block.out.shape[1]} wide"
-        start = time.perf_counter()
-        result = call(*args)
-        spent[name] += time.perf_counter() - start
-        return result
-
-    return wrapped
-
-
 def child(*options: object) -> dict[str, Any]:
     """Run this file in a process of its own, and return its last line, which is JSON; or that it failed."""
     command = [sys.executable, __file__, "--child", *map(str, options)]
@@ -244,13 +204,21 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def doubled(most: int) -> list[int]:
+    """Numbers of threads to try: 1, 2, 4 and so on up to ``most``, and that itself."""
+    return sorted({2**k for k in range(most.bit_length())} | {most})
+
+
 def scaling_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("size", "threads", "seconds", "seconds per megapixel", "peak above the model")
+    """One line for each size and number of threads; the efficiency is the share of each thread's time that counts."""
+    table = Table("size", "threads", "seconds", "times faster", "efficiency", "seconds per megapixel", "peak")
     for row in rows:
+        alone = next(one["seconds"] for one in rows if one["size"] == row["size"] and one["threads"] == 1)
+        row["efficiency"] = round(alone / row["seconds"] / row["threads"], 3)
         row["seconds_per_megapixel"] = round(row["seconds"] / (row["size"] ** 2 / 1e6), 2)
         table.add_row(
-            str(row["size"]), str(row["threads"]), f"{row['seconds']:.2f}", f"{row['seconds_per_megapixel']:.2f}",
-            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            str(row["size"]), str(row["threads"]), f"{row['seconds']:.2f}", f"{alone / row['seconds']:.2f}",
+            f"{row['efficiency']:.0%}", f"{row['seconds_per_megapixel']:.2f}", f"{row['peak_bytes'] / 1e9:.2f} GB",
         )  # fmt: skip
     return table
 
@@ -311,10 +279,7 @@ def main() -> int:
     parser.add_argument(
         "--scaling",
         action="store_true",
-        help="measure how ours alone grows instead: 256 to 2048 pixels, with 1 thread and with --threads",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="measure each kernel's share of the time instead, in ours alone"
+        help="measure how ours alone grows instead: 256 to 2048 pixels, with 1, 2, 4, ... and --threads threads",
     )
     parser.add_argument("--plot", type=Path, help="draw the results into this file, an SVG or a PNG")
     parser.add_argument(
@@ -331,37 +296,25 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.child:
         name, size, threads, repeats, compare = args.child
-        result = (
-            profile(args.model, int(size), int(threads))
-            if name == "profile"
-            else run_one(name, args.model, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
-        )
+        result = run_one(name, args.model, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
         print(json.dumps(result))
         return 0
     console, common = Console(width=140), ("--work", args.work, "--model", args.model)
-    if args.profile:
-        rows = [child("profile", size, args.threads, 1, 0, *common) for size in args.sizes]
-        for row in rows:
-            table = Table(f"{row['size']}x{row['size']}", "seconds", "share")
-            for what, seconds in row["shares"].items():
-                table.add_row(what, f"{seconds:.3f}", f"{seconds / row['seconds']:.1%}")
-            console.print(table)
-    else:
-        runs = [(name, size, args.threads) for size in args.sizes for name in args.only]
-        if args.scaling:
-            runs = [("fluxvae", size, threads) for size in (256, 512, 1024, 2048) for threads in {1, args.threads}]
-        elif not args.no_errors:
-            for size in args.sizes:
-                reference(args.model, size, args.work)
-        rows = []
-        for name, size, threads in runs:
-            print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads ...", file=sys.stderr, flush=True)
-            compare = int(not (args.no_errors or args.scaling))
-            row = child(name, size, threads, args.repeats, compare, *common)
-            rows.append({"engine": name, "size": size, "threads": threads, **row})
-        console.print(scaling_table(rows) if args.scaling else compare_table(rows))
-        if args.plot:
-            plot(earlier_rows(args.earlier) + rows, args.plot)
+    runs = [(name, size, args.threads) for size in args.sizes for name in args.only]
+    if args.scaling:
+        runs = [("fluxvae", size, threads) for size in (256, 512, 1024, 2048) for threads in doubled(args.threads)]
+    elif not args.no_errors:
+        for size in args.sizes:
+            reference(args.model, size, args.work)
+    rows = []
+    for name, size, threads in runs:
+        print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads ...", file=sys.stderr, flush=True)
+        compare = int(not (args.no_errors or args.scaling))
+        row = child(name, size, threads, args.repeats, compare, *common)
+        rows.append({"engine": name, "size": size, "threads": threads, **row})
+    console.print(scaling_table(rows) if args.scaling else compare_table(rows))
+    if args.plot:
+        plot(earlier_rows(args.earlier) + rows, args.plot)
     print(json.dumps({"benchmark": "cpu", **machine(), "model": args.model, "rows": rows}))
     return 0
 
