@@ -33,8 +33,8 @@ from fluxvae.engine.calls import Call
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, NR, TILES, products_3
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
-from fluxvae.engine.kernels.cpu.winograd_loops import GROUP_BYTES, NR, TILES, products_3
 from measure import MODELS, full_vae, machine, raw_latents
 
 K = 128

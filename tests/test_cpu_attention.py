@@ -13,8 +13,8 @@ from fluxvae.engine.calls import Call
 from fluxvae.engine.kernels import AttentionBlock
 from fluxvae.engine.kernels.cpu.attention import KEYS, PANELS, attention, attention_bytes, padded_queries
 from fluxvae.engine.kernels.cpu.kernels import WinogradKernels
+from fluxvae.engine.kernels.cpu.products import NR, TILES
 from fluxvae.engine.kernels.cpu.vector_code import LANES
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, TILES
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.network import read_network
 from fluxvae.engine.statistics import Moments
@@ -163,5 +163,5 @@ def test_its_workspace_grows_with_the_threads_that_find_work_and_with_nothing_el
         torch.set_num_threads(threads)
         needed[threads] = [attention_bytes(count, 512) for count in (1, 2 * PANELS * NR, 2048)]
     one = needed[1][0]
-    assert one < 0.4e6
+    assert one < 0.7e6
     assert needed == {1: [one] * 3, 2: [one, 2 * one, 2 * one], 8: [one, 2 * one, 8 * one]}

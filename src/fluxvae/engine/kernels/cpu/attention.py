@@ -19,24 +19,27 @@ from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.counters import fetch_add
+from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES
 from fluxvae.engine.kernels.cpu.vector_code import F32, LANES, VECTOR_BYTES, Code, compiled, vector_function
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD, TILES
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "54e2178df5507118"
+VECTOR_CODE = "882932c0cb6ef684"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 4
-"""How many panels of queries a task has. With more panels the map is read less often, but they do not all stay in the
-L2 cache: four were measured to be as fast as two, and one to be a tenth slower."""
+"""How many panels of queries a task has: the more, the less often the map is read. That counts where memory is slow: on
+a Xeon whose L3 cache gives 20 GB/s, 4 panels with 256 keys reach 0.86 of the products' peak, and 2 with 384 keys 0.75.
+On an EPYC (Zen 5) they are equally fast."""
 KEYS = 256
-"""How many keys are gone through before the sums are corrected for a new maximum. The products of so many keys are
-added in one chain, and the rounding error of a chain grows with the square root of its length."""
+"""How many keys are gone through before the sums are corrected for a new maximum; with all panels' queries and sums
+they have to stay in the L2 cache. The products of so many keys are added in one chain, and the rounding error of a
+chain grows with the square root of its length, but so does that of adding the chains with their number: 96 keys doubled
+the errors at 131,072 tokens."""
 CHAIN = 64
-"""How many products of a score are added one after the other, for the reason that `winograd_loops.CHAIN` gives."""
+"""How many products of a score are added one after the other, for the reason that `products.CHAIN` gives."""
 ROW = NR * 4
 """The bytes of one row of a panel, which has NR queries."""
 
@@ -257,7 +260,7 @@ def padded_queries(count: int) -> int:
 
 
 def attention_bytes(count: int, channels: int) -> int:
-    """Bytes of `attention`'s workspace for so many queries; at 512 channels 0.36 MB for each thread that finds work."""
+    """Bytes of `attention`'s workspace for so many queries; at 512 channels 0.66 MB for each thread that finds work."""
     return _workers(padded_queries(count) // NR) * _scratch_bytes(channels)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fluxvae.engine.calls import Call
 from fluxvae.engine.kernels.cpu.attention import attention_bytes, padded_queries
 from fluxvae.engine.kernels.cpu.few_outputs import OUTPUTS
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.row_tasks import panel_bytes
 from fluxvae.engine.kernels.cpu.vector_code import LANES
 from fluxvae.engine.kernels.cpu.winograd_cut import (
@@ -12,7 +13,6 @@ from fluxvae.engine.kernels.cpu.winograd_cut import (
     form_of,
     transformed_bytes,
 )
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
 from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, STEPS
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 

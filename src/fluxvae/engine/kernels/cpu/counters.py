@@ -120,7 +120,8 @@ fence: Any = intrinsic(_fence)
 @compiled
 def advance(counters: Any, index: int, by: int) -> int:
     """Add to counter ``index`` of (n, 8) int64, the first of its row; what it was before."""
-    return fetch_add(counters[index].ctypes.data, by)
+    before: int = fetch_add(counters[index].ctypes.data, by)
+    return before
 
 
 @compiled
@@ -132,4 +133,5 @@ def wait(counters: Any, index: int, count: int, give_way: int) -> None:
 @compiled
 def changed(counters: Any, seen: int, looks: int) -> int:
     """The first counter as soon as it is not ``seen``, or after so many looks."""
-    return wait_for_change(counters[0].ctypes.data, seen, looks)
+    now: int = wait_for_change(counters[0].ctypes.data, seen, looks)
+    return now

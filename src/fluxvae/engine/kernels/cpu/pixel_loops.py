@@ -6,8 +6,8 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
+from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import VECTOR_BYTES, Code, vector_function
-from fluxvae.engine.kernels.cpu.winograd_loops import GROUP_BYTES, THIRD
 
 AHEAD = 2048
 """How many bytes ahead the pixels of `affine` are fetched. The map comes from memory, and without this the pass would

@@ -12,9 +12,9 @@ import numpy as np
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.counters import fetch_add
 from fluxvae.engine.kernels.cpu.pixel_loops import add_bias, affine, affine_silu, copy, gather_tiles
+from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_cut import rounded
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD, TILES, products_1, products_2, products_3
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "54e2178df5507118"
+VECTOR_CODE = "882932c0cb6ef684"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from fluxvae.engine.calls import Kind, length_out
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LINE
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
 from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, SPAN, STEPS, UP
 
 __all__ = [

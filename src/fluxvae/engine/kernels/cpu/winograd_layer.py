@@ -10,9 +10,9 @@ import torch
 from fluxvae import system
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
-from fluxvae.engine.kernels.cpu.winograd_loops import NR, THIRD
 from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, ConvJob, Shared, convolve, merge
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.statistics import Partial

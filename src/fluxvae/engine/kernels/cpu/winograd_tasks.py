@@ -20,11 +20,9 @@ import numpy as np
 
 from fluxvae.engine.kernels.cpu.counters import fence, fetch_add, wait_until
 from fluxvae.engine.kernels.cpu.pixel_loops import copy
+from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_loops import (
-    NR,
-    THIRD,
-    TILES,
     input_transform,
     input_transform_down,
     input_transform_precise,
@@ -34,14 +32,11 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
     output_transform_precise,
     output_transform_precise_residual,
     output_transform_residual,
-    products_1,
-    products_2,
-    products_3,
 )
 
 __all__ = ["ConvJob", "Shared", "convolve", "merge"]
 
-VECTOR_CODE = "54e2178df5507118"
+VECTOR_CODE = "882932c0cb6ef684"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3
@@ -55,8 +50,6 @@ REACHES = (6, 3, 6, 4)
 """How many inputs there are from the beginning of a tile to that of the next."""
 POSITIONS = (64, 64, 49, 36)
 """How many products a tile has for each pair of an input and an output channel."""
-
-
 SPAN = 4
 """How many tiles one task of the last step has. Their statistics are gathered together."""
 
@@ -296,7 +289,7 @@ def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places:
 
 @compiled
 def merge(shared: Shared, out: Any) -> None:
-    """Combine the spans' statistics,  in their order into (2, cout): mean and deviations.
+    """Combine the spans' statistics in their order into (2, cout): mean and deviations.
 
     Source: Chan, Golub and LeVeque 1979.
     """

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fluxvae.engine.kernels.cpu.counters import fence, fetch_add
+from fluxvae.engine.kernels.cpu.products import NR
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_loops import (
-    NR,
     kernel_transform,
     kernel_transform_down,
     kernel_transform_precise,
@@ -19,7 +19,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
 
 __all__ = ["WeightsJob", "transform_weights"]
 
-VECTOR_CODE = "54e2178df5507118"
+VECTOR_CODE = "882932c0cb6ef684"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
