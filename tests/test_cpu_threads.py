@@ -76,12 +76,12 @@ def test_who_comes_late_finds_nothing_to_do() -> None:
     assert came == [1]
 
 
-@pytest.mark.parametrize("give_way", [0, system.give_way()])
-def test_waiting_ends_when_the_counter_is_there(give_way: int) -> None:
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_waiting_ends_when_the_counter_is_there(gives_way: bool) -> None:
     shared, seen = np.zeros((2, 8), np.int64), threading.Event()
 
     def wait() -> None:
-        counters.wait(shared, 1, 3, give_way)
+        counters.wait(shared, 1, 3, system.give_way() if gives_way else 0)
         seen.set()
 
     waiting = threading.Thread(target=wait)

@@ -1,9 +1,9 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications, by Winograd's F(6, 3) in float32, channels last.
 
-`products`, `winograd_loops` and `pixel_loops` have the inner loops, `winograd_tasks` and `winograd_weights` the order of
-work, `winograd_layer` the weights and the job of one convolution, and `threads` the threads. `row_tasks` has linear
-layers and passes over pixels, `attention` attention, and `few_outputs` the last layer. What is not in float32, or has no
-whole vectors of channels, goes to the direct kernels.
+`products`, `winograd_loops` and `pixel_loops` have the inner loops, `winograd_tasks` and `winograd_weights` the order
+of work, `winograd_layer` the weights and the job of one convolution, and `threads` the threads. `row_tasks` has linear
+layers and passes over pixels, `attention` attention, and `few_outputs` the last layer. What is not in float32, or has
+no whole vectors of channels, goes to the direct kernels.
 """
 
 from __future__ import annotations
