@@ -6,11 +6,12 @@
     uv run --group bench benchmarks/cpu.py --scaling      # ours: 256 to 2048 pixels, 1, 2, 4 ... threads
 
 Every engine runs in a process of its own, so that its peak memory and its threads are its own. Building, converting and
-compiling a model is timed separately. The first decode gives the peak of memory above the loaded model, and the median
-of ``--repeats`` decodes gives the time. CPU seconds, summed over all threads, tell more than wall time where other
-processes are running; with one thread none of them is spent waiting. Errors are measured against a float64 decode by
-diffusers, which takes minutes and is kept in ``--work``: the largest error, the share of bytes that change, and by how
-many levels at most. The last line is JSON.
+compiling a model is timed separately. The first decode gives the peak of memory above the loaded model. Then the
+engines decode in turn, ``--repeats`` times, since a machine's speed may swing by a third within minutes: the medians of
+the seconds, and of the ratios within each round, are what counts. CPU seconds, summed over all threads, tell more than
+wall time where other processes are running; with one thread none of them is spent waiting. Errors are measured against
+a float64 decode by diffusers, which takes minutes and is kept in ``--work``: the largest error, the share of bytes that
+change, and by how many levels at most. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latent
 Decode = Callable[[torch.Tensor], torch.Tensor]
 Build = Callable[[str, torch.Tensor], Decode]
 """Builds an engine from the model's name and raw latents of the size that it will decode."""
-TIMEOUT = 3600
-"""How long one engine may take at one size, in seconds."""
 
 
 class _Decoder(torch.nn.Module):
@@ -141,65 +140,121 @@ def to_uint8(image: torch.Tensor) -> Any:
     return ((image.double() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def run_one(name: str, model: str, size: int, threads: int, repeats: int, work: Path, compare: bool) -> dict[str, Any]:
-    """Measure one engine at one size in this process, and return its row of the table."""
+def serve(name: str, model: str, size: int, threads: int, work: Path, compare: bool) -> None:
+    """Build one engine in this process, and decode once for every line that comes; each answer is a line of JSON.
+
+    The first answer is about the first decode, which warms up: its peak, and its errors where ``compare`` is set.
+    """
     torch.set_num_threads(threads)
     raw = raw_latents(model, size)
     with torch.inference_mode():
         start = time.perf_counter()
         decode = ENGINES[name][1](model, raw)
         build = time.perf_counter() - start
-        before = time.process_time()
         first = measure(lambda: decode(raw))
-        seconds, processor = [first.seconds], [time.process_time() - before]
-        for _ in range(repeats - 1):
+        found: dict[str, Any] = {"build_seconds": round(build, 2), "peak_bytes": first.peak_bytes}
+        if compare:
+            expected, image = reference(model, size, work), first.result.double()
+            error = image - expected
+            difference = level_difference(to_uint8(image), to_uint8(expected))
+            found |= {
+                "max_error": float(error.abs().max()), "rms_error": float(error.square().mean().sqrt()),
+                "changed": difference.changed, "levels": difference.largest,
+            }  # fmt: skip
+        del first
+        print(json.dumps(found), flush=True)
+        for _ in sys.stdin:
             start, before = time.perf_counter(), time.process_time()
             decode(raw)
-            seconds.append(time.perf_counter() - start)
-            processor.append(time.process_time() - before)
-    row = {
-        "engine": name, "size": size, "threads": threads, "seconds": round(statistics.median(seconds), 3),
-        "spread": [round(min(seconds), 3), round(max(seconds), 3)], "cpu_seconds": round(min(processor), 3),
-        "build_seconds": round(build, 2), "peak_bytes": first.peak_bytes,
-    }  # fmt: skip
-    if compare:
-        expected, image = reference(model, size, work), first.result.double()
-        error = image - expected
-        difference = level_difference(to_uint8(image), to_uint8(expected))
-        row |= {
-            "max_error": float(error.abs().max()), "rms_error": float(error.square().mean().sqrt()),
-            "changed": difference.changed, "levels": difference.largest,
-        }  # fmt: skip
-    return row
+            seconds, processor = time.perf_counter() - start, time.process_time() - before
+            print(json.dumps({"seconds": round(seconds, 3), "cpu_seconds": round(processor, 3)}), flush=True)
 
 
-def child(*options: object) -> dict[str, Any]:
-    """Run this file in a process of its own, and return its last line, which is JSON; or that it failed."""
-    command = [sys.executable, __file__, "--child", *map(str, options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT)
-    if done.returncode:
-        return {"failed": done.returncode}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+class Child:
+    """One engine in a process of its own, so that its peak memory and its threads are its own."""
+
+    def __init__(self, *options: object) -> None:
+        command = [sys.executable, __file__, "--child", *map(str, options)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def answer(self) -> dict[str, Any]:
+        """The next answer; that the process failed, if it has ended."""
+        assert self._process.stdout is not None
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):  # what libraries print is not an answer
+                result: dict[str, Any] = json.loads(line)
+                return result
+        return {"failed": self._process.wait()}
+
+    def decode(self) -> dict[str, Any]:
+        """Decode once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("decode\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def in_turn(names: list[str], size: int, threads: int, repeats: int, compare: bool, common: list[Any]) -> list[Any]:
+    """Build the engines one after the other, then have them decode in turn; one row for each.
+
+    The speed of a machine may swing by a third within minutes. Engines that take turns have the same minutes.
+    """
+    rows, children = [], {}
+    for name in names:
+        print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads: building ...", file=sys.stderr, flush=True)
+        child = Child(name, size, threads, int(compare), *common)
+        row = {"engine": name, "size": size, "threads": threads, **child.answer()}
+        rows.append(row)
+        if "failed" not in row:
+            children[name] = child
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in children}
+    for number in range(repeats):
+        print(f"round {number + 1} of {repeats} ...", file=sys.stderr, flush=True)
+        for name, child in children.items():
+            rounds[name].append(child.decode())
+    for row in rows:
+        if row["engine"] not in children:
+            continue
+        children[row["engine"]].close()
+        own = rounds[row["engine"]]
+        failed = [one["failed"] for one in own if "failed" in one]
+        if failed:
+            row["failed"] = failed[0]
+            continue
+        row["rounds"] = [one["seconds"] for one in own]
+        for what in ("seconds", "cpu_seconds"):
+            row[what] = round(statistics.median(one[what] for one in own), 3)
+    return rows
 
 
 def compare_table(rows: list[dict[str, Any]]) -> Table:
+    """One line for each engine; "times faster" is the median of the rounds' ratios to the faster float32 peer."""
     table = Table(
-        "size", "engine", "seconds", "spread", "times faster", "CPU seconds", "peak", "max error", "changed", "by",
+        "size", "engine", "seconds", "spread", "times faster", "spread", "CPU seconds", "peak", "max error", "changed",
+        "by",
     )  # fmt: skip
     for row in rows:
         if "failed" in row:
             table.add_row(str(row["size"]), ENGINES[row["engine"]][0], f"failed ({row['failed']})")
             continue
         peers = [r for r in rows if r["size"] == row["size"] and r["engine"] in FLOAT32 and "seconds" in r]
-        best = min((r["seconds"] for r in peers), default=None)
-        row["ratio"] = None if best is None else round(best / row["seconds"], 2)
+        ratios: list[float] = []
+        if peers:
+            best = min(peers, key=lambda peer: peer["seconds"])
+            ratios = [theirs / ours for theirs, ours in zip(best["rounds"], row["rounds"], strict=True)]
+        row["ratio"] = round(statistics.median(ratios), 2) if ratios else None
         error = [f"{row['max_error']:.1e}", f"{row['changed']:.4%}", str(row["levels"])] if "changed" in row else []
         table.add_row(
             str(row["size"]), ENGINES[row["engine"]][0], f"{row['seconds']:.2f}",
-            "{:.2f} to {:.2f}".format(*row["spread"]),
-            "" if best is None else f"{row['ratio']:.2f}", f"{row['cpu_seconds']:.2f}",
-            f"{row['peak_bytes'] / 1e9:.2f} GB", *error,
+            f"{min(row['rounds']):.2f} to {max(row['rounds']):.2f}",
+            f"{row['ratio']:.2f}" if ratios else "", f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "",
+            f"{row['cpu_seconds']:.2f}", f"{row['peak_bytes'] / 1e9:.2f} GB", *error,
         )  # fmt: skip
     return table
 
@@ -291,27 +346,27 @@ def main() -> int:
         default=Path("out/benchmark-cpu"),
         help="the folder that keeps the float64 decodes, so that they are computed once (default: %(default)s)",
     )
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.child:
-        name, size, threads, repeats, compare = args.child
-        result = run_one(name, args.model, int(size), int(threads), int(repeats), args.work, bool(int(compare)))
-        print(json.dumps(result))
+        name, size, threads, compare = args.child
+        serve(name, args.model, int(size), int(threads), args.work, bool(int(compare)))
         return 0
-    console, common = Console(width=140), ("--work", args.work, "--model", args.model)
-    runs = [(name, size, args.threads) for size in args.sizes for name in args.only]
+    console, common = Console(width=150), ["--work", args.work, "--model", args.model]
     if args.scaling:
-        runs = [("fluxvae", size, threads) for size in (256, 512, 1024, 2048) for threads in doubled(args.threads)]
-    elif not args.no_errors:
-        for size in args.sizes:
-            reference(args.model, size, args.work)
-    rows = []
-    for name, size, threads in runs:
-        print(f"{ENGINES[name][0]}, {size} pixels, {threads} threads ...", file=sys.stderr, flush=True)
-        compare = int(not (args.no_errors or args.scaling))
-        row = child(name, size, threads, args.repeats, compare, *common)
-        rows.append({"engine": name, "size": size, "threads": threads, **row})
+        rows = [
+            *(row for size in (256, 512, 1024, 2048) for threads in doubled(args.threads)
+              for row in in_turn(["fluxvae"], size, threads, args.repeats, False, common))
+        ]  # fmt: skip
+    else:
+        if not args.no_errors:
+            for size in args.sizes:
+                reference(args.model, size, args.work)
+        rows = [
+            *(row for size in args.sizes
+              for row in in_turn(args.only, size, args.threads, args.repeats, not args.no_errors, common))
+        ]  # fmt: skip
     console.print(scaling_table(rows) if args.scaling else compare_table(rows))
     if args.plot:
         plot(earlier_rows(args.earlier) + rows, args.plot)
