@@ -60,6 +60,7 @@ def test_what_the_caller_raises_is_raised_when_its_helpers_are_done() -> None:
         barrier.wait()
         if worker == 0:
             raise KeyError("of the caller")
+        counters.changed(np.zeros((1, 8), np.int64), 0, 1_000_000)  # works for some tens of milliseconds
         done.set()
 
     with pytest.raises(KeyError, match="of the caller"):

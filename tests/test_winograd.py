@@ -402,6 +402,17 @@ def test_threads_change_nothing(run: Any, precise: bool) -> None:
         assert torch.equal(partial.m2, results[0][1].m2)
 
 
+@pytest.mark.parametrize("run", [run_conv, run_up])
+def test_threads_wait_for_one_another_between_the_steps(run: Any) -> None:
+    """Without that, products would be made of tiles, and pixels of products, that are not there yet."""
+    conv, padded = conv_layer(160, 160), pad(torch.randn(24, 64, 160))
+    torch.set_num_threads(1)
+    expected, _ = run(conv, padded)
+    torch.set_num_threads(3)
+    for _ in range(30):
+        assert torch.equal(run(conv, padded)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("run", "step", "grown", "precise"),
     [(run_conv, 6, 1, False), (run_conv, 4, 1, True), (run_up, 3, 2, False), (run_down, 6, 0.5, False)],
