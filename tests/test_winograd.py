@@ -374,6 +374,19 @@ def test_what_is_not_finite_shows_in_the_statistics(bad: float) -> None:
     assert all(not torch.isfinite(partial.m2).any() for partial in partials)
 
 
+def test_memory_that_begins_within_a_cache_line_is_refused_where_whole_lines_are_stored() -> None:
+    conv, padded = conv_layer(16, 16), pad(torch.randn(6, 5, 16))
+    memory = torch.empty(6 * 5 * 16 + 8)
+    out = memory[8:].view(6, 5, 16)
+    block = ConvBlock("conv3", padded, load(conv, "conv3"), out, workspace(conv, "conv3", 6, 5))
+    if vector_code.VECTOR_BYTES == vector_code.LINE:
+        with pytest.raises(RuntimeError, match="begin at a cache line"):
+            KERNELS.convolve(block)
+    else:
+        KERNELS.convolve(block)
+        assert torch.equal(out, run_conv(conv, padded)[0])
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([32, 128, 256, 512]), st.sampled_from([32, 96, 512]), st.integers(1, 60), st.integers(1, 300))
 def test_workspace_is_enough_for_the_last_block(cin: int, cout: int, rows: int, width: int) -> None:

@@ -11,7 +11,7 @@ from fluxvae import system
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
-from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE
+from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE, VECTOR_BYTES
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
 from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, ConvJob, Shared, convolve, merge
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
@@ -43,6 +43,7 @@ def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into
         src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
         cin=cin, cout=cout, position=position_bytes(cin, cout), form=form,
     )  # fmt: skip
+    _check_aligned(into)
     threads.share(transform_weights, job, cout // LANES)
     factor_bias = np.ones((2, -(-cout // NR) * NR), np.float32)
     factor_bias[1, :cout] = 0 if bias is None else bias.detach().float().numpy()
@@ -63,8 +64,7 @@ def run(block: ConvBlock) -> None:
     if workers < 1:
         needed = cut.scratch_bytes(form, 1)
         raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {needed}: the plan was wrong")
-    if (work.data_ptr() | out.data_ptr()) % LINE:
-        raise RuntimeError("the workspace or the output does not begin at a cache line, as stores past the caches need")
+    _check_aligned(work, out)
     job = ConvJob(
         src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
         cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=out.shape[0], columns=out.shape[1],
@@ -90,3 +90,9 @@ def run(block: ConvBlock) -> None:
     merged = torch.empty(2, cout, dtype=torch.float64, device="cpu")
     merge(shared, merged.numpy())
     block.statistics.add(Partial(out.shape[0] * out.shape[1], merged[0], merged[1]))
+
+
+def _check_aligned(*written: torch.Tensor) -> None:
+    """Raise RuntimeError where `Code.stream`, which stores whole cache lines where a vector is one, would crash."""
+    if VECTOR_BYTES == LINE and any(tensor.data_ptr() % LINE for tensor in written):
+        raise RuntimeError("got memory that does not begin at a cache line, which stores past the caches need")
