@@ -31,6 +31,7 @@ def meet(workers: int) -> list[int]:
 def test_every_worker_takes_part() -> None:
     for workers in (1, 2, 5, 3):
         assert meet(workers) == list(range(workers))
+    assert threads._team._work is None, "what is done is not kept"
 
 
 def test_threads_that_sleep_are_woken() -> None:

@@ -88,6 +88,7 @@ def run(function: Callable[[int], None], workers: int) -> None:
         function(0)
     finally:
         work.close()
+        _team.forget(work)
 
 
 def share(function: Any, job: Any, tasks: int) -> None:
@@ -144,6 +145,11 @@ class _Team:
         if self._asleep:
             with self._awake:
                 self._awake.notify_all()
+
+    def forget(self, work: _Work) -> None:
+        """Keep nothing of a work that is done."""
+        if self._work is work:
+            self._work = None
 
     def _grow(self, helpers: int) -> None:
         with self._lock:
