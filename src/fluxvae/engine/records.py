@@ -85,9 +85,9 @@ class PixelNorm:
     name: str
     channels: int
     eps: float
-    weight: str
-    """The name of the module's parameter that is the weight, which has `channels` values in whatever shape."""
+    biased: bool
     module: nn.Module
+    """The module with ``gamma`` and, if it is ``biased``, ``bias``, each of which has ``channels`` values."""
 
 
 AnyNorm: TypeAlias = "Norm | PixelNorm"
@@ -118,9 +118,8 @@ def parameters(record: Conv | AnyNorm) -> tuple[torch.Tensor, torch.Tensor | Non
     """
     module = record.module
     if isinstance(record, PixelNorm):
-        bias = getattr(module, "bias", None)
-        bias = bias.detach().view(-1) if hasattr(bias, "detach") else None
-        return cast("torch.Tensor", getattr(module, record.weight)).detach().view(-1), bias
+        scale, shift = cast("torch.Tensor", module.gamma).detach(), cast("torch.Tensor", module.bias)
+        return scale.view(-1), shift.detach().view(-1) if record.biased else None
     weight, bias = cast("torch.Tensor", module.weight).detach(), cast("torch.Tensor | None", module.bias)
     bias = None if bias is None else bias.detach()
     if isinstance(record, Conv):

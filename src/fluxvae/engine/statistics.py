@@ -10,6 +10,7 @@ The kernels for an NVIDIA GPU have a way of their own, which takes fewer launche
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -23,6 +24,7 @@ __all__ = [
     "NonFiniteMap",
     "Partial",
     "PixelScale",
+    "Scaling",
     "block_moments",
     "pixel_scale",
     "raise_first",
@@ -108,6 +110,10 @@ class PixelScale:
     shift: torch.Tensor
     """(C,), in the dtype of ``scale``."""
     eps: float
+
+
+Scaling: TypeAlias = "Affine | PixelScale"
+"""What a norm does to the rows of a map."""
 
 
 def pixel_scale(norm: PixelNorm, dtype: torch.dtype) -> PixelScale:

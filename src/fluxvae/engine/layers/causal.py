@@ -49,7 +49,7 @@ def norm(name: str, module: Any) -> PixelNorm:
     channels = module.gamma.numel()
     if not module.channel_first or module.scale != channels**0.5:
         reading.refuse(name, module, "an RMS norm over channels, which come first")
-    return PixelNorm(name, channels, NORMALIZE_EPS, "gamma", module)
+    return PixelNorm(name, channels, NORMALIZE_EPS, hasattr(module.bias, "shape"), module)
 
 
 def resnet(name: str, module: Any) -> Resnet:

@@ -13,7 +13,7 @@ from fluxvae.engine.kernels import ConvBlock, Kernels, Stream
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
 from fluxvae.engine.records import AnyNorm, Conv, PixelNorm
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, pixel_scale
+from fluxvae.engine.statistics import FiniteChecks, Moments, Scaling, pixel_scale
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
 from fluxvae.engine.sweep.windows import Behind, ComputedRows, Copy, Ring, StoredRows, Window
 
@@ -71,7 +71,7 @@ class Run:
         self.checks.require(rows, f"the output of {conv.name} holds NaN or Inf")
         self.made.copy_(rows.permute(2, 0, 1))
 
-    def norm(self, norm: AnyNorm, moments: Moments | None) -> Affine | PixelScale:
+    def norm(self, norm: AnyNorm, moments: Moments | None) -> Scaling:
         """What ``norm`` does to the map with these statistics, which only a norm of the whole map needs."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if isinstance(norm, PixelNorm):
@@ -88,7 +88,7 @@ class Run:
         sweep: Sweep,
         store: Store,
         out: Target | None,
-        norms: Mapping[AnyNorm, Affine | PixelScale],
+        norms: Mapping[AnyNorm, Scaling],
         *,
         residual: Store | None = None,
         scale: float = 1.0,
@@ -172,7 +172,7 @@ class Run:
 
         return project
 
-    def _computed(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Affine | PixelScale], work: torch.Tensor) -> Stream:
+    def _computed(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Stream:
         """The rows of a convolution whose result is not stored."""
         window = self._window(stage, source, norms, work)
         weights, block = self._load(stage), self.maps.scratch(stage.output)
@@ -184,7 +184,7 @@ class Run:
 
         return ComputedRows(window, compute, self._copier(work))
 
-    def _window(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Affine | PixelScale], work: torch.Tensor) -> Window:
+    def _window(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Window:
         norm = None if stage.norm is None else norms[stage.norm]
         return Window(self.kernels, source, norm, self.maps.scratch(stage.input), stage.height, stage.stored, work)
 

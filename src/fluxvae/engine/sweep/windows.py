@@ -15,7 +15,7 @@ import torch
 
 from fluxvae.engine.kernels import Kernels, Refill, Stream
 from fluxvae.engine.memory.stores import MemoryMap, Store
-from fluxvae.engine.statistics import Affine, PixelScale
+from fluxvae.engine.statistics import Scaling
 
 __all__ = ["Behind", "ComputedRows", "Copy", "Ring", "StoredRows", "Window"]
 
@@ -44,7 +44,7 @@ class Window:
         self,
         kernels: Kernels,
         source: Stream,
-        norm: Affine | PixelScale | None,
+        norm: Scaling | None,
         buffer: torch.Tensor,
         height: int,
         stored: int,

@@ -50,7 +50,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, Shared, convolve,
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters
-from fluxvae.engine.statistics import Affine, PixelScale, block_moments
+from fluxvae.engine.statistics import PixelScale, Scaling, block_moments
 
 __all__ = ["WinogradKernels"]
 
@@ -114,12 +114,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         return transformed(form, *parameters(conv), into)
 
     def prologue(
-        self,
-        rows: torch.Tensor,
-        norm: Affine | PixelScale | None,
-        silu: bool,
-        out: torch.Tensor,
-        work: torch.Tensor,
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Compute it in one pass by our threads, because PyTorch's would still be spinning when ours start."""
         channels = rows.shape[-1]

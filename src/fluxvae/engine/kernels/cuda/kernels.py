@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES, workspace_bound
 from fluxvae.engine.kernels.direct.cudnn import convolve
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, Scaling
 
 __all__ = ["CudaKernels"]
 
@@ -155,12 +155,7 @@ class CudaKernels(TorchKernels):
         return kernels, None if bias is None else bias.to(dtype)
 
     def prologue(
-        self,
-        rows: torch.Tensor,
-        norm: Affine | PixelScale | None,
-        silu: bool,
-        out: torch.Tensor,
-        work: torch.Tensor,
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Norm and SiLU in one pass over memory, rounded once."""
         if norm is None or not self._works(out.itemsize):
@@ -277,7 +272,7 @@ def _carve(
     return work[:nbytes].view(out.dtype).view(shape), work[aligned(nbytes) :]
 
 
-def _least(norm: Affine | PixelScale | None) -> float | None:
+def _least(norm: Scaling | None) -> float | None:
     """The least length of a pixel, where the norm is one of pixels."""
     return norm.eps if isinstance(norm, PixelScale) else None
 

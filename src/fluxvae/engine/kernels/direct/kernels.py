@@ -26,7 +26,7 @@ from fluxvae.engine.kernels.direct import gpu, onednn, subpixel
 from fluxvae.engine.kernels.direct.costs import UNFOLDED_BLOCK_VALUES, DirectCosts, padded_width
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, block_moments
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, Scaling, block_moments
 
 __all__ = ["TorchKernels"]
 
@@ -112,12 +112,7 @@ class TorchKernels(DirectCosts):
         return self._weight(into, weight.shape, dtype).copy_(weight), bias
 
     def prologue(
-        self,
-        rows: torch.Tensor,
-        norm: Affine | PixelScale | None,
-        silu: bool,
-        out: torch.Tensor,
-        work: torch.Tensor,
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Compute norm and SiLU in float32 at least, and round once."""
         if norm is None:
