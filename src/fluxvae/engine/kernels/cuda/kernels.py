@@ -161,7 +161,7 @@ class CudaKernels(TorchKernels):
         if norm is None or not self._works(out.itemsize):
             super().prologue(rows, norm, silu, out, work)
         else:
-            passes.prologue(rows, norm.scale, norm.shift, _least(norm), silu, out)
+            passes.prologue(rows, norm.scale, norm.shift, silu, out, _least(norm))
 
     def refill(self, refill: Refill) -> None:
         """Halo, prologue and the zeros around the map in one launch, where the map's rows are to be read in place."""

@@ -129,8 +129,9 @@ def _finish(
 
 
 def prologue(
-    rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, least: float | None, silu: bool, out: torch.Tensor
-) -> None:
+    rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor,
+    least: float | None = None,
+) -> None:  # fmt: skip
     """Compute ``out = silu(rows * scale + shift)``, or without SiLU.
 
     rows, out: (..., C) contiguous, possibly the same. scale, shift: (C,) float32. least: None, or the least length of a
@@ -148,7 +149,7 @@ def prologue(
 
 def refill(
     window: torch.Tensor, first: bool, fresh: tuple[int, int], bottom: int | None, rows: torch.Tensor,
-    scale: torch.Tensor | None, shift: torch.Tensor | None, least: float | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, least: float | None = None,
 ) -> None:  # fmt: skip
     """Move a window down to its next block, as `fluxvae.engine.kernels.Refill` says, in one launch.
 
