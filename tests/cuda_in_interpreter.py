@@ -8,6 +8,7 @@ tolerance.
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 from types import ModuleType
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_models import Shape, rms, true_decode
+from family_models import qwen_image_vae
 from fluxvae.engine import planned
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import Refill
@@ -30,7 +32,7 @@ from fluxvae.engine.kernels.direct import subpixel
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.memory.stores import MemoryMap
 from fluxvae.engine.records import Norm
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, NonFiniteMap, Partial
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, NonFiniteMap, Partial, PixelScale
 from fluxvae.engine.sweep.windows import StoredRows
 from fluxvae.errors import NonFiniteOutputError
 from fluxvae.verify.tolerances import CUDA_ATTENTION, CUDA_PASS, CUDA_STATISTICS, ENGINE_ERROR_RATIO
@@ -87,14 +89,25 @@ def assert_moments(found: CardMoments, *blocks: torch.Tensor) -> None:
 
 
 @settings(max_examples=15)
-@given(shape=maps, dtype=dtypes, silu=st.booleans(), in_place=st.booleans(), seed=st.integers(0, 99))
-def test_prologue(shape: tuple[int, int, int], dtype: torch.dtype, silu: bool, in_place: bool, seed: int) -> None:
+@given(
+    shape=maps,
+    dtype=dtypes,
+    by_pixel=st.booleans(),
+    silu=st.booleans(),
+    in_place=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_prologue(
+    shape: tuple[int, int, int], dtype: torch.dtype, by_pixel: bool, silu: bool, in_place: bool, seed: int
+) -> None:
+    """``by_pixel``: through a norm of each pixel, one of which is zero."""
     rows = draw(seed, dtype, *shape)
+    rows[0, 0] = 0
     scale, shift = draw(seed + 1, torch.float32, 2, shape[2])
-    expected = rows.double() * scale + shift
+    expected = (F.normalize(rows.double(), dim=-1) if by_pixel else rows.double()) * scale + shift
     expected = F.silu(expected) if silu else expected
     out = rows if in_place else torch.empty_like(rows)
-    passes.prologue(rows, scale, shift, silu, out)
+    passes.prologue(rows, scale, shift, silu, out, 1e-12 if by_pixel else None)
     assert units(out, expected) <= CUDA_PASS.bound
 
 
@@ -180,25 +193,27 @@ def test_interleave(shape: tuple[int, int, int], dtype: torch.dtype, seed: int) 
     channels=st.one_of(st.sampled_from([96, 128, 130, 256]), st.integers(1, 50)),
     dtype=dtypes,
     first=st.booleans(),
-    affine=st.booleans(),
+    norm=st.sampled_from([None, "of the map", "of each pixel"]),
     data=st.data(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=10, deadline=None)
 def test_refill(
-    rows: int, width: int, channels: int, dtype: torch.dtype, first: bool, affine: bool, data: st.DataObject, seed: int
-) -> None:
+    rows: int, width: int, channels: int, dtype: torch.dtype, first: bool, norm: str | None, data: st.DataObject,
+    seed: int,
+) -> None:  # fmt: skip
     """As `TorchKernels.refill`, from which copies and zeros must not differ by a bit: blocks in the middle and at the
     end of a map, also where the last one has no fresh rows."""
     begin = 1 if first else 2
     stop = data.draw(st.integers(begin, rows + 2))
     bottom = data.draw(st.sampled_from([None, stop])) if stop < rows + 2 else None
     before, fresh = draw(seed, dtype, rows + 2, width, channels), draw(seed + 1, dtype, stop - begin, width, channels)
-    through = None
-    if affine:
-        through = Affine(*draw(seed + 2, torch.float32, 2, channels))
+    through: Affine | PixelScale | None = None
+    if norm is not None:
+        scale, shift = draw(seed + 2, torch.float32, 2, channels)
+        through = Affine(scale, shift) if norm == "of the map" else PixelScale(scale, shift, 1e-12)
     windows = before.clone(), before.clone()
-    work = torch.empty(8 * before.numel(), dtype=torch.uint8)
+    work = torch.empty(12 * before.numel() + 256, dtype=torch.uint8)
     # Unseen, or kernels that their self-test finds wrong would be compared with those that serve instead.
     for kernels, window in zip((CudaKernels(CPU, unseen=True), TorchKernels(CPU)), windows, strict=True):
         source = StoredRows(MemoryMap(fresh))
@@ -206,7 +221,7 @@ def test_refill(
     ours, theirs = windows
     prologue = slice(begin, stop)
     if stop > begin:
-        assert units(ours[prologue], theirs[prologue].double()) <= (2 * CUDA_PASS.bound if affine else 0)
+        assert units(ours[prologue], theirs[prologue].double()) <= (2 * CUDA_PASS.bound if norm else 0)
     ours[prologue] = theirs[prologue] = 0
     assert torch.equal(ours, theirs)
 
@@ -314,6 +329,21 @@ def test_a_whole_decode(dtype: torch.dtype) -> None:
     assert tight.plan(5, 3).kernels == "cuda"
     if dtype == torch.float32:
         assert set(tight.plan(5, 3).rungs) != set(free.plan(5, 3).rungs)
+    assert torch.equal(tight.decode(raw[1:])[0], image[1]), "the same bits for any limit and batch"
+
+
+def test_a_whole_decode_of_a_causal_network() -> None:
+    """Norms of each pixel, last taps, projections that are parts of one module, and an odd number of channels."""
+    vae = qwen_image_vae(base_dim=12, dim_mult=(1, 2), dtype=torch.float16)
+    raw = draw(0, torch.float16, 2, 16, 5, 3)
+    free = engine(vae)
+    image, wide = free.decode(raw), torch.nn.Module.to(copy.deepcopy(vae), torch.float32)
+    with torch.no_grad():
+        truth = wide.decode(raw.float().unsqueeze(2)).sample.squeeze(2)
+        theirs = rms(vae.decode(raw.unsqueeze(2)).sample.squeeze(2).float() - truth)
+    assert rms(image.float() - truth) <= 1.5 * ENGINE_ERROR_RATIO["float16"].bound * theirs
+    tight = engine(vae, memory_limit=free.smallest_limit(5, 3))
+    assert tight.plan(5, 3).kernels == "cuda"
     assert torch.equal(tight.decode(raw[1:])[0], image[1]), "the same bits for any limit and batch"
 
 

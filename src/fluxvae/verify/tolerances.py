@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "CAUSAL_ERROR_RATIO",
     "COMFYUI_LATENTS",
     "CUDA_ATTENTION",
     "CUDA_PASS",
@@ -73,6 +74,16 @@ ENGINE_ERROR_RATIO = {
 ENCODER_ERROR_RATIO = {
     "float32": Tolerance(1.0, 0.87, "the same of an encoder's mean, and of its log variance"),
     "bfloat16": Tolerance(1.0, 0.89, "the same in bfloat16"),
+}
+
+CAUSAL_ERROR_RATIO = {
+    "float32": Tolerance(
+        1.2,
+        1.12,
+        "the same of either half of a narrow causal network, which diffusers convolves in three dimensions: with 16 "
+        "channels PyTorch rounds that to three quarters of the error; with 96 the ratio is 0.91",
+    ),
+    "bfloat16": Tolerance(1.0, 0.9, "the same in bfloat16"),
 }
 
 THERE_AND_BACK = Tolerance(
