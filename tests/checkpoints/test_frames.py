@@ -88,6 +88,7 @@ def test_single_files(tmp_path: Path, layout: str, prefix: str) -> None:
         found = open_checkpoint(path)
         assert (found.model, found.layout, found.prefix) == ("AutoencoderKLQwenImage", layout, prefix)
         assert (found.family, found.told_by, found.assumed) == ("qwen-image", "the shapes of its tensors", "")
+        assert found.sizes == ([16, 32, 64, 64], channels - 2)
         same(path, vae)
         built = load_vae(path).config
         for name, value in vae.config.items():
@@ -112,6 +113,7 @@ def test_wan_by_its_shapes(tmp_path: Path) -> None:
         differ = (vae.config.decoder_base_dim, vae.config.out_channels) != (None, 3)
         found = open_checkpoint(path)
         assert found.model == ("AutoencoderKLWan" if differ else "AutoencoderKLQwenImage")
+        assert found.sizes[0] == [(vae.config.decoder_base_dim or 16) * factor for factor in vae.config.dim_mult]
         assert found.family == "qwen-image"
         same(path, vae)
 

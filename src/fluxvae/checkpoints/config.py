@@ -12,7 +12,7 @@ from fluxvae.checkpoints.families import FAMILIES, Family
 from fluxvae.checkpoints.layouts import MOST_LEVELS, Vae
 from fluxvae.errors import CheckpointError
 
-__all__ = ["config_of_shapes", "describe", "fits"]
+__all__ = ["PICTURES", "config_of_shapes", "describe", "fits", "sizes"]
 
 _MOST_BLOCKS = 16
 """The largest number of residual blocks a level may have. No autoencoder has nearly as many: more means damage."""
@@ -120,6 +120,20 @@ def fits(config: Mapping[str, Any], vae: Vae) -> bool:
     return all(its.get(name) == theirs[name] for name in names)
 
 
+def sizes(config: Mapping[str, Any]) -> tuple[list[int], int | None]:
+    """Return the sizes of a network by its config, in whatever words its class has for them.
+
+    Returns:
+        The widths of the decoder's levels, full resolution first; and how many residual blocks each level has in the
+        encoder (one more in the decoder), None where that differs between levels.
+    """
+    its = {**DEFAULTS[config["_class_name"]], **config}
+    if "dim_mult" in its:
+        base = its.get("decoder_base_dim") or its["base_dim"]
+        return [base * factor for factor in its["dim_mult"]], its["num_res_blocks"]
+    return list(its.get("decoder_block_out_channels") or its["block_out_channels"]), its.get("layers_per_block")
+
+
 def _network(shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[int, tuple[int, ...], int]:
     """Return the latent channels, the levels' widths (full resolution first), and the residual blocks per level."""
     levels: dict[int, set[int]] = {}
@@ -198,13 +212,10 @@ def _sizes_of_frames(config: Mapping[str, Any]) -> tuple[Any, ...] | None:
     if kind not in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):
         return None
     its = {**DEFAULTS[kind], **config}
-    base = its.get("decoder_base_dim") or its["base_dim"]
     try:
-        widths = [base * factor for factor in its["dim_mult"]]
-    except TypeError:
+        return its["z_dim"], *sizes(config), its.get("out_channels", its.get("input_channels"))
+    except TypeError:  # a value that should be a list is none
         return None
-    channels = its.get("out_channels", its.get("input_channels"))
-    return its["z_dim"], widths, its["num_res_blocks"], channels
 
 
 def _widths(shapes: Mapping[str, tuple[int, ...]], blocks: list[str]) -> tuple[int, ...]:
