@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, AutoencoderKLWan
 
-__all__ = ["bfl_state_dict", "flux2_bfl_state_dict", "old_names", "sd_vae", "to_fp8"]
+__all__ = ["bfl_state_dict", "flux2_bfl_state_dict", "old_names", "sd_vae", "to_fp8", "wan_state_dict"]
 
 
 def bfl_state_dict(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
@@ -42,6 +42,38 @@ def flux2_bfl_state_dict(vae: AutoencoderKLFlux2) -> dict[str, torch.Tensor]:
     for key, tensor in bfl_state_dict(vae).items():
         start = next((start for start in inside if key.startswith(start)), "")
         result[inside.get(start, "") + key.removeprefix(start)] = tensor
+    return result
+
+
+def wan_state_dict(vae: AutoencoderKLQwenImage | AutoencoderKLWan) -> dict[str, torch.Tensor]:
+    """``vae``'s weights under Wan's key names, written from Wan's module layout (``wan/modules/vae.py``).
+
+    Its stacks are lists of layers: a residual block is RMS norm, SiLU, convolution, RMS norm, SiLU, dropout,
+    convolution, and a decoder's level is its residual blocks and then the resampling.
+    """
+    layers = vae.config.num_res_blocks + 2
+    rules = [
+        (r"^quant_conv\.", "conv1."),
+        (r"^post_quant_conv\.", "conv2."),
+        (r"\.conv_in\.", ".conv1."),
+        (r"\.norm_out\.", ".head.0."),
+        (r"\.conv_out\.", ".head.2."),
+        (r"\.norm1\.", ".residual.0."),
+        (r"(_blocks\.\d+|resnets\.\d+)\.conv1\.", r"\1.residual.2."),
+        (r"\.norm2\.", ".residual.3."),
+        (r"\.conv2\.", ".residual.6."),
+        (r"\.conv_shortcut\.", ".shortcut."),
+        (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+        (r"\.mid_block\.resnets\.(\d)\.", lambda m: f".middle.{2 * int(m[1])}."),
+        (r"\.down_blocks\.", ".downsamples."),
+        (r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.", lambda m: f".upsamples.{int(m[1]) * layers + int(m[2])}."),
+        (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f".upsamples.{int(m[1]) * layers + layers - 1}."),
+    ]
+    result = {}
+    for key, tensor in vae.state_dict().items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        result[key] = tensor.clone()
     return result
 
 

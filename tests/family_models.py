@@ -71,7 +71,7 @@ def qwen_image_vae(
 ) -> AutoencoderKLQwenImage:
     """Qwen-Image's VAE, narrow: 16 latent channels with a mean and a deviation, 8x; of 4 ``channels``, Layered's."""
     torch.manual_seed(seed)
-    sizes = {"base_dim": base_dim, "dim_mult": list(dim_mult), "num_res_blocks": num_res_blocks}
+    sizes = _frame_sizes(base_dim, dim_mult, num_res_blocks)
     return _frame_vae(AutoencoderKLQwenImage(**sizes, input_channels=channels), dtype, encoder)
 
 
@@ -79,6 +79,7 @@ def wan_vae(
     seed: int = 0,
     *,
     channels: int = 3,
+    out_channels: int | None = None,
     base_dim: int = 16,
     decoder_base_dim: int | None = None,
     dim_mult: tuple[int, ...] = (1, 2, 4, 4),
@@ -88,9 +89,23 @@ def wan_vae(
 ) -> AutoencoderKLWan:
     """Wan 2.1's VAE, narrow: the same network as Qwen-Image's, in its own class."""
     torch.manual_seed(seed)
-    sizes = {"base_dim": base_dim, "dim_mult": list(dim_mult), "num_res_blocks": num_res_blocks}
-    vae = AutoencoderKLWan(**sizes, decoder_base_dim=decoder_base_dim, in_channels=channels, out_channels=channels)
+    vae = AutoencoderKLWan(
+        **_frame_sizes(base_dim, dim_mult, num_res_blocks),
+        decoder_base_dim=decoder_base_dim,
+        in_channels=channels,
+        out_channels=out_channels or channels,
+        scale_factor_spatial=2 ** (len(dim_mult) - 1),
+    )
     return _frame_vae(vae, dtype, encoder)
+
+
+def _frame_sizes(base_dim: int, dim_mult: tuple[int, ...], num_res_blocks: int) -> dict[str, Any]:
+    return {
+        "base_dim": base_dim,
+        "dim_mult": list(dim_mult),
+        "num_res_blocks": num_res_blocks,
+        "temperal_downsample": [False, True, True][: len(dim_mult) - 1],
+    }
 
 
 def _frame_vae(vae: Any, dtype: torch.dtype, encoder: bool) -> Any:

@@ -136,9 +136,10 @@ class Half(Generic[Exact, Reference, Preview]):
             variant: ``"fp16"`` or ``"bf16"``, of the folder or repository. If it is left out, the weights without a
                 variant are meant, or the only ones that are there.
             family: whose VAE a single file holds: ``"flux1"``, ``"sd3"``, ``"sd"``, ``"sdxl"``, ``"playground-v2.5"``,
-                ``"sd-x4-upscaler"``, ``"flux2"`` or ``"ernie"``. No tensor tells FLUX.1's from SD3's, SD's from SDXL's
-                or FLUX.2's from ERNIE's. If it is left out, the first of such a pair is assumed with an
-                `AssumedFamilyWarning`, and a plan says so. For a folder it is used instead of what the config says.
+                ``"sd-x4-upscaler"``, ``"flux2"``, ``"ernie"`` or ``"qwen-image"`` (Wan 2.1's too). No tensor
+                tells FLUX.1's from SD3's, SD's from SDXL's or FLUX.2's from ERNIE's. If it is left out, the first of
+                such a pair is assumed with an `AssumedFamilyWarning`, and a plan says so. For a folder it is used
+                instead of what the config says.
             scaling_factor, shift_factor, batch_norm_eps: belong to the checkpoint's latents, and are used instead of
                 its family's or its config's. Both factors (for VAEs of SD's kind the first) settle a single file too.
             device: ``"auto"`` is the current GPU where there is one, and the CPU elsewhere.

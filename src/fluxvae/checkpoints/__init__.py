@@ -6,7 +6,8 @@ A source passes through these modules, each of which turns one thing into the ne
                  and hub.py is the only part that may use a network
     files.py     files -> names, shapes and dtypes of tensors, and the tensors that are asked for; safetensors_file.py
                  and torch_file.py read the two kinds of file
-    layouts.py   names of tensors (BFL's, old ones, behind prefixes) -> diffusers' names
+    layouts.py   names of tensors (BFL's, old ones, behind prefixes) -> diffusers' names; wan.py has Wan's names, and
+                 strangers.py names the VAEs that are not decoded here
     fp8.py       scaled 8-bit weights -> the weights they stand for
     config.py    the shapes of the tensors -> the config of the VAE; defaults.py completes a config
     families.py  which model's VAE it is, which decides what no tensor says: above all the factors of its latents

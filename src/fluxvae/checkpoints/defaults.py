@@ -2,13 +2,16 @@
 
 A decoder can be planned without diffusers only if every setting of its config is understood here. `complete` fills in
 the defaults and says whether that is so. The defaults come from diffusers 0.42.1:
-``autoencoders/autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_tiny.py``.
+``autoencoders/autoencoder_kl.py``, ``autoencoder_kl_flux2.py``, ``autoencoder_kl_qwenimage.py``,
+``autoencoder_kl_wan.py``, ``autoencoder_tiny.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from fluxvae.checkpoints.families import FAMILIES
 
 __all__ = ["DEFAULTS", "complete"]
 
@@ -32,6 +35,17 @@ _KL: dict[str, Any] = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
+_FRAMES: dict[str, Any] = {
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": list(FAMILIES["qwen-image"].latents_mean or ()),
+    "latents_std": list(FAMILIES["qwen-image"].latents_std or ()),
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": _KL,
     "AutoencoderKLFlux2": {
@@ -47,6 +61,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_norm_eps": 1e-4,
         "batch_norm_momentum": 0.1,
         "patch_size": (2, 2),
+    },
+    "AutoencoderKLQwenImage": {**_FRAMES, "input_channels": 3},
+    "AutoencoderKLWan": {
+        **_FRAMES,
+        "decoder_base_dim": None,
+        "is_residual": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "patch_size": None,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 8,
     },
     "AutoencoderTiny": {
         "in_channels": 3,
@@ -138,4 +163,32 @@ def _tiny_is_known(config: dict[str, Any]) -> bool:
     )
 
 
-_KNOWN = {"AutoencoderKL": _is_known, "AutoencoderKLFlux2": _is_known, "AutoencoderTiny": _tiny_is_known}
+def _frames_are_known(config: dict[str, Any]) -> bool:
+    counts = [config[name] for name in ("input_channels", "in_channels", "out_channels") if name in config]
+    timed, levels = config["temperal_downsample"], len(config["dim_mult"])
+    return (
+        _counts(config["dim_mult"])
+        and all(_count(config[name]) for name in ("base_dim", "z_dim", "num_res_blocks"))
+        and (config.get("decoder_base_dim") is None or _count(config["decoder_base_dim"]))
+        and all(map(_count, counts))
+        and len(timed) == levels - 1
+        and all(isinstance(one, bool) for one in timed)
+        and list(config["attn_scales"]) == []  # diffusers' encoder has further blocks then, and its decoder has not
+        and _number(config["dropout"])
+        and all(len(config[name]) == config["z_dim"] for name in ("latents_mean", "latents_std"))
+        and all(_number(one) for name in ("latents_mean", "latents_std") for one in config[name])
+        and config.get("is_residual", False) is False
+        and config.get("patch_size") is None
+        # What diffusers computes its tiles with; the network itself says how much smaller the latents are.
+        and config.get("scale_factor_spatial", 2 ** (levels - 1)) == 2 ** (levels - 1)
+        and _count(config.get("scale_factor_temporal", 4))
+    )
+
+
+_KNOWN = {
+    "AutoencoderKL": _is_known,
+    "AutoencoderKLFlux2": _is_known,
+    "AutoencoderKLQwenImage": _frames_are_known,
+    "AutoencoderKLWan": _frames_are_known,
+    "AutoencoderTiny": _tiny_is_known,
+}

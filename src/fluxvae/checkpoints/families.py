@@ -5,7 +5,8 @@ file does not hold. If the file also holds the model's transformer or UNet, that
 likeliest family is assumed and the caller is warned; ``family=``, or the factors themselves, settle it.
 
 Sources: the config.json of each model's VAE on the hub; ComfyUI's ``latent_formats.py`` for Playground's statistics;
-``ErnieImagePipeline``, which computes with an eps of 1e-5 whatever its config says.
+``ErnieImagePipeline``, which computes with an eps of 1e-5 whatever its config says; the defaults of diffusers'
+``AutoencoderKLQwenImage`` and ``AutoencoderKLWan``, which are the same numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fluxvae.errors import CheckpointError, InvalidOptionError
 from fluxvae.latents.reading import is_finite_number
 
 __all__ = [
+    "FACTORS",
     "FAMILIES",
     "Choice",
     "Family",
@@ -29,6 +31,18 @@ __all__ = [
     "told_by_neighbours",
     "wanted_factor",
 ]
+
+
+_SCALE_AND_SHIFT = ("scaling_factor", "shift_factor")
+FACTORS: dict[str, tuple[str, ...]] = {
+    "AutoencoderKL": _SCALE_AND_SHIFT,
+    "AutoencoderTiny": _SCALE_AND_SHIFT,
+    "AutoencoderKLFlux2": ("batch_norm_eps",),
+    "AutoencoderKLQwenImage": (),
+    "AutoencoderKLWan": (),
+}
+"""For each of diffusers' classes the factors of its latents that a caller may give. The last two have a mean and a
+deviation for each channel instead."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +63,19 @@ class Family:
     """How many levels the decoder has."""
     post_quant_conv: bool = True
     sample_size: int = 1024
+    classes: tuple[str, ...] = ("AutoencoderKL",)
+    """diffusers' classes for this VAE. Where there are several, they compute the same for one image."""
+    preview: bool = True
+    """Whether there are previews (``AutoencoderTiny``) that only this family can tell the use of. ERNIE's would be
+    FLUX.2's, because a preview uses no eps; those of Qwen-Image are networks of another kind."""
 
     @property
     def config(self) -> dict[str, Any]:
         """The settings that the config.json of the full VAE would hold besides those that the shapes show."""
         if self.batch_norm_eps is not None:
             return {"batch_norm_eps": self.batch_norm_eps, "sample_size": self.sample_size}
+        if self.scaling_factor is None:
+            return {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
         return {
             "scaling_factor": self.scaling_factor,
             "shift_factor": self.shift_factor,
@@ -68,6 +89,8 @@ class Family:
         """The factors of this family's latents, in words, for messages."""
         if self.batch_norm_eps is not None:
             return f"batch_norm_eps {self.batch_norm_eps:g}"
+        if self.scaling_factor is None:
+            return "latents_mean and latents_std"
         shift = f", shift_factor {self.shift_factor}" if self.shift_factor is not None else ""
         mean = ", latents_mean and latents_std" if self.latents_mean is not None else ""
         return f"scaling_factor {self.scaling_factor}{shift}{mean}"
@@ -87,8 +110,20 @@ FAMILIES = {
             latents_mean=(-1.6574, 1.886, -1.383, 2.5155), latents_std=(8.4927, 5.9022, 6.5498, 5.2299),
         ),
         Family("sd-x4-upscaler", "Stable Diffusion's x4 upscaler", 4, 0.08333, levels=3, sample_size=256),
-        Family("flux2", "FLUX.2, FLUX.3 and others", 32, batch_norm_eps=1e-4),
-        Family("ernie", "ERNIE-Image", 32, batch_norm_eps=1e-5),
+        Family("flux2", "FLUX.2, FLUX.3 and others", 32, batch_norm_eps=1e-4, classes=("AutoencoderKLFlux2",)),
+        Family("ernie", "ERNIE-Image", 32, batch_norm_eps=1e-5, classes=("AutoencoderKLFlux2",), preview=False),
+        Family(
+            "qwen-image", "Qwen-Image, Krea 2, NucleusMoE-Image, Anima, Wan 2.1 and others", 16,
+            latents_mean=(
+                -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+            ),
+            latents_std=(
+                2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+            ),
+            classes=("AutoencoderKLQwenImage", "AutoencoderKLWan"), preview=False,
+        ),
     )
 }  # fmt: skip
 """All families by name. The order matters: of those that fit a file, the first is the one that is assumed."""
@@ -147,7 +182,7 @@ def choose_family(
     family: Family | None,
     given: Mapping[str, float],
     *,
-    batch_norm: bool,
+    factors: tuple[str, ...],
     where: str,
     is_: str,
 ) -> Choice:
@@ -158,7 +193,7 @@ def choose_family(
         told: the name of the family that the other tensors in the file belong to (`told_by_neighbours`), if known.
         family: the family that the caller named, if any.
         given: the factors that the caller gave.
-        batch_norm: the VAE is of FLUX.2's class, which has `Family.batch_norm_eps` in place of factors.
+        factors: the factors that the VAE's class has a place for (`FACTORS`), the decisive one first.
         where, is_: the file, and its tensors described in words, for messages.
 
     Raises:
@@ -180,12 +215,15 @@ def choose_family(
             )
         return Choice(family, "family")
     if not fits:
-        if ("batch_norm_eps" if batch_norm else "scaling_factor") in given:
+        if factors and factors[0] in given:
             return Choice(None, "factors")
-        factors = "batch_norm_eps=" if batch_norm else "scaling_factor= (and shift_factor=, if it has one)"
+        give = f"give {factors[0]}=" if factors else "load its diffusers folder, whose config.json has them"
+        if factors == _SCALE_AND_SHIFT:
+            give += " (and shift_factor=, if it has one)"
         raise CheckpointError(
             f"checkpoint: {where} is {is_}, which fits no model that is known here; a single file does not hold the "
-            f"factors of its latents: give {factors}, or load its diffusers folder"
+            f"{'factors' if factors else 'mean and deviation'} of its latents: {give}"
+            + (", or load its diffusers folder" if factors else "")
         )
     first, *others = fits
     if not others:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from fluxvae.checkpoints.config import config_of_shapes, describe, fits
-from fluxvae.checkpoints.families import Choice, choose_family, told_by_neighbours, wanted_factor
+from fluxvae.checkpoints.config import PICTURES, config_of_shapes, describe, fits
+from fluxvae.checkpoints.defaults import DEFAULTS
+from fluxvae.checkpoints.families import FACTORS, Choice, choose_family, told_by_neighbours, wanted_factor
 from fluxvae.checkpoints.files import Weights
 from fluxvae.checkpoints.layouts import MOST_LEVELS, Vae
 from fluxvae.checkpoints.local import Found
@@ -16,6 +17,8 @@ __all__ = ["assumption", "identify"]
 
 _MOST_BLOCKS = 64
 """The most residual blocks that a config may claim for a level: many times those of any autoencoder there is."""
+_MOST_WIDTH = 2**14
+"""The most channels that a config may claim for a layer: some times those of any autoencoder there is."""
 
 
 def identify(
@@ -50,8 +53,8 @@ def identify(
     if config is None:
         config, families = config_of_shapes(vae, where)
         told = told_by_neighbours(weights.entries)
-        batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
-        choice = choose_family(families, told, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
+        factors = FACTORS[config["_class_name"]]
+        choice = choose_family(families, told, named, given, factors=factors, where=where, is_=describe(vae))
         if choice.family is not None and not vae.preview:
             config |= choice.family.config
         told_by = {
@@ -67,8 +70,8 @@ def identify(
         config = dict(config)
         if named is not None:
             _, families = config_of_shapes(vae, where)
-            batch_norm = config["_class_name"] == "AutoencoderKLFlux2"
-            choice = choose_family(families, None, named, given, batch_norm=batch_norm, where=where, is_=describe(vae))
+            factors = FACTORS[config["_class_name"]]
+            choice = choose_family(families, None, named, given, factors=factors, where=where, is_=describe(vae))
             config |= (
                 {} if vae.preview else {name: value for name, value in named.config.items() if name != "sample_size"}
             )
@@ -80,11 +83,10 @@ def identify(
 
 
 def _check_given(model: str, given: dict[str, float], where: str) -> None:
-    """Refuse factors that this class of VAE has no place for: FLUX.2's has an eps, all others a scale and a shift."""
-    batch_norm = model == "AutoencoderKLFlux2"
+    """Refuse factors that this class of VAE has no place for."""
+    own = " and ".join(FACTORS[model] or ("latents_mean", "latents_std"))
     for name in given:
-        if (name == "batch_norm_eps") != batch_norm:
-            own = "batch_norm_eps" if batch_norm else "scaling_factor and shift_factor"
+        if name not in FACTORS[model]:
             raise InvalidOptionError(
                 f"{name}: got {given[name]:g} for {where}, which is {model} and has {own}; leave it out"
             )
@@ -99,12 +101,12 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
             "was written by hand: download it again"
         )
 
-    for name in ("layers_per_block", "num_decoder_blocks", "num_encoder_blocks"):
+    for name in ("layers_per_block", "num_decoder_blocks", "num_encoder_blocks", "num_res_blocks"):
         counts = config.get(name)
         counts = counts if isinstance(counts, list) else [counts]
         if any(isinstance(count, (int, float)) and not count <= _MOST_BLOCKS for count in counts):
             wrong(name, f"at most {_MOST_BLOCKS} for a level")
-    for name in ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels"):
+    for name in ("block_out_channels", "decoder_block_out_channels", "encoder_block_out_channels", "dim_mult"):
         widths = config.get(name)
         if isinstance(widths, list) and len(widths) > MOST_LEVELS:
             wrong(name, f"at most {MOST_LEVELS} levels")
@@ -117,6 +119,40 @@ def _check_numbers(config: Mapping[str, Any], where: str) -> None:
             not isinstance(values, (list, tuple)) or any(wanted_factor(name, value) for value in values)
         ):
             wrong(name, "a list of finite numbers")
+        if values is not None and name == "latents_std" and 0 in values:
+            wrong(name, "numbers other than 0")
+    if not FACTORS[config["_class_name"]]:
+        _check_frames({**DEFAULTS[config["_class_name"]], **config}, wrong)
+
+
+def _check_frames(config: Mapping[str, Any], wrong: Callable[[str, str], None]) -> None:
+    """Do what `_check_numbers` does for Qwen-Image's and Wan's classes, whose settings must fit each other.
+
+    Args:
+        config: the config with diffusers' defaults for what it leaves out.
+        wrong: refuses a setting of this config; it is given what was expected.
+    """
+    for name in ("base_dim", "decoder_base_dim", "z_dim"):
+        count = config.get(name)
+        if count is not None and not (type(count) is int and 0 < count <= _MOST_WIDTH):
+            wrong(name, f"a number of channels from 1 to {_MOST_WIDTH}")
+    factors, timed = config["dim_mult"], config["temperal_downsample"]
+    if not isinstance(factors, (list, tuple)) or not all(
+        type(one) is int and 0 < one <= _MOST_BLOCKS for one in factors
+    ):
+        wrong("dim_mult", f"a list of factors from 1 to {_MOST_BLOCKS}, one for each level")
+    if type(config["num_res_blocks"]) is not int or config["num_res_blocks"] < 1:
+        wrong("num_res_blocks", "a number of blocks from 1")
+    if not isinstance(timed, (list, tuple)) or len(timed) != len(factors) - 1:
+        wrong("temperal_downsample", f"{len(factors) - 1} of them, one less than there are levels in dim_mult")
+    for name in ("input_channels", "in_channels", "out_channels"):
+        if name in config and config[name] not in PICTURES:
+            wrong(name, "3 (RGB) or 4 (RGBA)")
+    for name in ("latents_mean", "latents_std"):
+        if config[name] is None or len(config[name]) != config["z_dim"]:
+            wrong(name, f"{config['z_dim']} numbers, as many as z_dim")
+    if config.get("scale_factor_spatial", 2 ** (len(factors) - 1)) != 2 ** (len(factors) - 1):
+        wrong("scale_factor_spatial", f"{2 ** (len(factors) - 1)} for {len(factors)} levels")
 
 
 def assumption(choice: Choice | None, vae: Vae, where: str) -> str:

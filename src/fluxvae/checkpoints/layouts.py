@@ -1,8 +1,8 @@
 """Finds the VAE among the tensors of a file and translates their names into diffusers' names.
 
-The names may have any prefix, and may be BFL's, diffusers' current or old ones, or a preview's. `find_vae` looks for
-the tensor that each kind of decoder begins with, and what stands before its name is the prefix. Everything else in the
-file (a transformer, text encoders) stays unread. `diffusers_name` translates the names.
+The names may have any prefix, and may be BFL's, diffusers' current or old ones, Wan's (see `wan`) or a preview's.
+`find_vae` looks for the tensor that each kind of decoder begins with, and what stands before its name is the prefix.
+Everything else in the file (a transformer, text encoders) stays unread. `diffusers_name` translates BFL's names.
 
 Sources of the names: BFL's ``flux/modules/autoencoder.py`` (SD's, SDXL's and SD3's are the same) and
 ``flux2/autoencoder.py``, whose quantisation convolutions lie inside encoder and decoder; diffusers'
@@ -11,23 +11,28 @@ Sources of the names: BFL's ``flux/modules/autoencoder.py`` (SD's, SDXL's and SD
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from fluxvae.checkpoints import wan
 from fluxvae.checkpoints.entries import Entry
+from fluxvae.checkpoints.strangers import TAKEN, no_vae, stranger
 from fluxvae.errors import CheckpointError
 
 __all__ = ["MOST_LEVELS", "Vae", "diffusers_name", "find_vae", "holds_vae", "linear_shape"]
 
 MOST_LEVELS = 8
 """The most levels that any autoencoder has. A file that claims more is damaged."""
-_PREVIEW_LEVELS = 4
+_CONV_IN = "decoder.conv_in.weight"
 _FIRST = {
-    "full": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv_in\.weight"),
-    "preview": re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.layers\.0\.weight"),
-    "taesd": re.compile(r"(?P<prefix>(?:.*\.)?taesd_decoder\.)1\.weight"),
+    "full": (re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv_in\.weight"), (4, 5)),
+    "wan": (re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.conv1\.weight"), (5,)),
+    "preview": (re.compile(r"(?P<prefix>(?:.*\.)?)decoder\.layers\.0\.weight"), (4,)),
+    "taesd": (re.compile(r"(?P<prefix>(?:.*\.)?taesd_decoder\.)1\.weight"), (4,)),
 }
+"""For each kind of decoder the name of its first convolution, and how many dimensions its weight may have."""
 _DECODER = ("decoder.", "post_quant_conv.", "bn.")
 """How the names of the decoder's half begin."""
 _ENCODER = ("encoder.", "quant_conv.", "bn.")
@@ -55,8 +60,13 @@ class Vae:
     """The shapes of the tensors by diffusers' names, as diffusers' modules have them (see `linear_shape`)."""
     encoder: Mapping[str, str]
     """Maps diffusers' names of the encoder's tensors to the file's names; empty where the file holds no encoder."""
-    encoder_widths: tuple[int, ...] | None
-    """The widths of the encoder's levels, full resolution first; None where the file holds no encoder."""
+    encoder_shapes: Mapping[str, tuple[int, ...]]
+    """The shapes of the encoder's tensors, as `shapes`."""
+
+    @property
+    def frames(self) -> bool:
+        """Whether its convolutions have an axis of time, as a video VAE's have, of which single frames are decoded."""
+        return len(self.shapes.get(_CONV_IN, ())) == 5
 
 
 def holds_vae(entries: Mapping[str, Entry]) -> bool:
@@ -77,7 +87,7 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
     """
     found = _decoders(entries)
     if not found:
-        raise CheckpointError(_no_vae(entries, where))
+        raise CheckpointError(no_vae(entries, where))
     if len(found) > 1:
         places = ", ".join(f"{prefix}decoder" if kind != "taesd" else prefix.rstrip(".") for kind, prefix in found)
         raise CheckpointError(
@@ -85,6 +95,8 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
             "to a file of its own, with safetensors.torch.save_file"
         )
     kind, prefix = found[0]
+    if what := stranger(entries, None if kind == "taesd" else prefix):
+        raise CheckpointError(f"checkpoint: {where} holds {what}; it is not decoded here: {TAKEN}")
     inside = {name.removeprefix(prefix): name for name in entries if name.startswith(prefix)}
     if kind == "taesd":
         layers = {_taesd_name(name): whole for name, whole in inside.items() if re.match(r"\d+\.", name)}
@@ -100,9 +112,14 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
     if kind == "preview":
         return _vae(prefix, True, "diffusers'", inside, entries)
     levels = _count(r"decoder\.up\.(\d+)\.", inside, where)
+    translate: Callable[[str], str] = functools.partial(diffusers_name, levels=levels)
+    if kind == "wan":
+        translate = functools.partial(wan.diffusers_name, blocks=wan.blocks_of_a_level(inside))
+    elif kind == "full" and len(entries[inside[_CONV_IN]].shape) == 5:
+        translate = str  # with an axis of time, these names are diffusers' own; BFL's rules would change some of them
     names: dict[str, str] = {}
     for name, whole in inside.items():
-        place = diffusers_name(name, levels)
+        place = translate(name)
         if place in names and place.startswith((*_DECODER, *_ENCODER)):
             raise CheckpointError(
                 f"checkpoint: {where} holds both {names[place]} and {whole}, which are one tensor of the VAE, "
@@ -114,14 +131,11 @@ def find_vae(entries: Mapping[str, Entry], where: str) -> Vae:
         layout = "BFL's"
     elif any(re.search(r"\.attentions\.0\.(query|proj_attn)\.", name) for name in inside):
         layout = "diffusers', with its old names of attention"
+    if kind == "wan":
+        layout = "Wan's"
     if kind == "bare":
         layout += ", the decoder by itself"
-    widths = [
-        entries[names[key]].shape[0]
-        for level in range(MOST_LEVELS)
-        if (key := f"encoder.down_blocks.{level}.resnets.0.conv1.weight") in names
-    ]
-    return _vae(prefix, False, layout, names, entries, tuple(widths) or None)
+    return _vae(prefix, False, layout, names, entries)
 
 
 def diffusers_name(name: str, levels: int) -> str:
@@ -175,8 +189,8 @@ def _decoders(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
     found = [
         (kind, match["prefix"])
         for name in entries
-        for kind, pattern in _FIRST.items()
-        if (match := pattern.fullmatch(name)) is not None and len(entries[name].shape) == 4
+        for kind, (pattern, dimensions) in _FIRST.items()
+        if (match := pattern.fullmatch(name)) is not None and len(entries[name].shape) in dimensions
     ]
     if found:
         return found
@@ -191,24 +205,6 @@ def _decoders(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
         if name == f"{prefix}1.weight" and f"{prefix}3.conv.0.weight" in entries and f"{prefix}0.weight" not in entries:
             found.append(("taesd", prefix))
     return found
-
-
-def _no_vae(entries: Mapping[str, Entry], where: str) -> str:
-    expected = (
-        "expected a VAE with diffusers' or BFL's names, such as FLUX.1's ae.safetensors, or a preview such as "
-        "taef2.safetensors: pass the VAE's file, or the folder of the pipeline"
-    )
-    named = ", ".join(list(entries)[:3]) or "none"
-    video = [name for name, entry in entries.items() if len(entry.shape) == 5]
-    kind = ""
-    if any("decoder" in name or name.startswith("conv") for name in video):
-        kind = f" {video[0]} is a convolution over time: a video VAE's, as Qwen-Image's and Wan's, is not decoded here."
-    elif any(re.fullmatch(r"(?:.*\.)?encoder\.conv_in\.weight", name) for name in entries):
-        kind = " It holds an encoder only."
-    return (
-        f"checkpoint: {where} holds {len(entries)} tensors ({named}, ...), but no decoder.conv_in.weight, whatever "
-        f"stands before it.{kind} {expected[0].upper()}{expected[1:]}"
-    )
 
 
 def _taesd_name(name: str) -> str:
@@ -234,14 +230,13 @@ def _vae(
     layout: str,
     names: Mapping[str, str],
     entries: Mapping[str, Entry],
-    encoder_widths: tuple[int, ...] | None = None,
 ) -> Vae:
     decoder, encoder = (
         {name: whole for name, whole in names.items() if name.startswith(half)} for half in (_DECODER, _ENCODER)
     )
-    shapes = {name: linear_shape(name, entries[whole].shape) for name, whole in decoder.items()}
     if not any(name.startswith("encoder.") for name in encoder):
         encoder = {}
-    if preview and "encoder.layers.0.weight" in encoder:
-        encoder_widths = (entries[encoder["encoder.layers.0.weight"]].shape[0],) * _PREVIEW_LEVELS
-    return Vae(prefix, preview, layout, decoder, shapes, encoder, encoder_widths)
+    shapes, encoder_shapes = (
+        {name: linear_shape(name, entries[whole].shape) for name, whole in half.items()} for half in (decoder, encoder)
+    )
+    return Vae(prefix, preview, layout, decoder, shapes, encoder, encoder_shapes)

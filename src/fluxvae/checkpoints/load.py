@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxvae.checkpoints.config import sizes
 from fluxvae.checkpoints.entries import itemsize
 from fluxvae.checkpoints.families import check_factors, known_family
 from fluxvae.checkpoints.files import Weights, open_weights
@@ -90,6 +91,12 @@ class Checkpoint:
     def network(self) -> Network | None:
         """The half's layers, without modules. None for a preview, and where only diffusers can read the config."""
         return None if self._outline is None else self._outline.network
+
+    @property
+    def sizes(self) -> tuple[list[int], int | None]:
+        """The widths of the decoder's levels, full resolution first, and the encoder's residual blocks on each level,
+        None where their number differs between levels."""
+        return sizes(self.config)
 
     @property
     def decoder_bytes(self) -> int:

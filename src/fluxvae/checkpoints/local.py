@@ -8,11 +8,12 @@ from typing import Any
 
 from fluxvae.checkpoints.files import SUFFIXES
 from fluxvae.checkpoints.folders import INDEX, STANDARD_NAME, WEIGHTS, choose_weights, read_index, read_json
+from fluxvae.checkpoints.strangers import TAKEN, told_by_config
 from fluxvae.errors import CheckpointError, InvalidOptionError
 
 __all__ = ["CLASSES", "Found", "check_config", "look_at_file", "look_in_diffusers_folder", "look_in_folder"]
 
-CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny")
+CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan", "AutoencoderTiny")
 """The classes of diffusers that can be decoded with. A config.json of any other class is refused."""
 
 
@@ -136,9 +137,14 @@ def check_config(path: Path) -> dict[str, Any]:
     """Read a ``config.json`` that must describe one of `CLASSES`.
 
     Raises:
-        CheckpointError: the file cannot be read as JSON, or it describes another component, such as a transformer.
+        CheckpointError: the file cannot be read as JSON, or it describes another component, such as a transformer, or
+            a VAE that is not decoded here, such as Wan 2.2's, which has a class with Wan 2.1's.
     """
     config = read_json(path)
+    if isinstance(config, dict) and (what := told_by_config(config)):
+        raise CheckpointError(
+            f"checkpoint: {path} describes {config['_class_name']}, {what}; it is not decoded here: {TAKEN}"
+        )
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found not in CLASSES:
         raise CheckpointError(

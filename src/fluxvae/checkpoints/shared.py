@@ -56,8 +56,8 @@ class Shared:
             for name, tensor in model.state_dict().items()
         }
         found = find_vae(entries, _WHERE)
-        if found.preview:
-            raise CheckpointError(f"checkpoint: {_WHERE} is {describe(found)}; expected a full VAE")
+        if found.preview or found.frames:
+            raise CheckpointError(f"checkpoint: {_WHERE} is {describe(found)}; expected a full VAE with BFL's layers")
         config, families = config_of_shapes(found, _WHERE)
         if families:
             config |= families[0].config  # of several the first: they differ in the factors of their latents alone

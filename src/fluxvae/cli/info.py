@@ -50,8 +50,7 @@ def info(
 
         found = open_checkpoint(checkpoint, revision=revision, subfolder=subfolder, variant=variant, family=family)
         latents = found.format
-    config = found.config
-    widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
+    widths, blocks = found.sizes
     parameters = sum(math.prod(shape) for shape in found.decoder_shapes.values())
     facts: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -70,8 +69,8 @@ def info(
         "scaling_factor": None if latents.batch_norm else latents.scaling_factor,
         "shift_factor": latents.shift_factor,
         "batch_norm_eps": latents.batch_norm.eps if latents.batch_norm else None,
-        "block_out_channels": list(widths),
-        "layers_per_block": config.get("layers_per_block"),
+        "block_out_channels": widths,
+        "layers_per_block": blocks,
         "decoder_parameters": parameters,
         "decoder_bytes": found.decoder_bytes,
         "dtype": found.stored_dtypes[0] if len(found.stored_dtypes) == 1 else ", ".join(found.stored_dtypes),
@@ -103,6 +102,6 @@ def info(
             "decoder": f"{parameters / 1e6:.1f} million parameters, {size_in_words(found.decoder_bytes)} as stored "
             f"({facts['dtype']}{', scaled' if found.scaled else ''})",
             "channels": " ".join(map(str, widths))
-            + (f", {facts['layers_per_block'] + 1} residual blocks on each level" if facts["layers_per_block"] else ""),
+            + (f", {blocks + 1} residual blocks on each level" if blocks else ""),
         },
     )
