@@ -30,6 +30,15 @@ CONFIGS: list[dict[str, Any]] = [
         "latent_channels": 32,
         "decoder_block_out_channels": [32, 32, 64, 96],
     },
+    {"_class_name": "AutoencoderKLQwenImage", "base_dim": 16, "input_channels": 4},
+    {"_class_name": "AutoencoderKLWan", "base_dim": 16, "decoder_base_dim": 24, "num_res_blocks": 1},
+    {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 16,
+        "dim_mult": [1, 3, 4],
+        "temperal_downsample": [True, False],
+        "scale_factor_spatial": 4,
+    },
     {"_class_name": "AutoencoderTiny", "latent_channels": 16, "block_out_channels": [64] * 4},
     {"_class_name": "AutoencoderTiny", "num_decoder_blocks": [2, 1, 1], "decoder_block_out_channels": [16] * 3},
 ]

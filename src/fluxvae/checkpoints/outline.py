@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from fluxvae.checkpoints.causal_outline import causal_network, causal_shapes
 from fluxvae.checkpoints.defaults import complete
 from fluxvae.engine.layers import Layer
 from fluxvae.engine.layers.attention import Attention
@@ -56,8 +57,11 @@ def outline(config: Mapping[str, Any], way: Way = DECODE, *, pools: bool = False
         None where something in the config is not known here.
     """
     whole = complete(config)
-    if whole is None or "z_dim" in whole:  # the latter until the layers of such a VAE have records
+    if whole is None:
         return None
+    if "z_dim" in whole:
+        frame = causal_network(whole, way)
+        return Outline(whole, causal_shapes(frame, whole), frame)
     if config["_class_name"] == "AutoencoderTiny":
         return Outline(whole, _tiny_decoder(whole, pools) if way == DECODE else _tiny_encoder(whole, pools), None)
     network = _decoder(whole) if way == DECODE else _encoder(whole)
