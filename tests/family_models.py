@@ -8,6 +8,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     AutoencoderTiny,
     ChromaPipeline,
     ChromaTransformer2DModel,
@@ -51,6 +53,51 @@ def flux2_vae(
         # Some are so small that the eps decides: with another one the picture is another.
         vae.bn.running_var.uniform_(1e-5, 2.0)
         vae.bn.running_var[::7] = 1e-5
+    if not encoder:
+        vae.encoder = None
+    torch.nn.Module.to(vae, dtype)
+    return vae.eval().requires_grad_(False)
+
+
+def qwen_image_vae(
+    seed: int = 0,
+    *,
+    channels: int = 3,
+    base_dim: int = 16,
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4),
+    num_res_blocks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    encoder: bool = True,
+) -> AutoencoderKLQwenImage:
+    """Qwen-Image's VAE, narrow: 16 latent channels with a mean and a deviation, 8x; of 4 ``channels``, Layered's."""
+    torch.manual_seed(seed)
+    sizes = {"base_dim": base_dim, "dim_mult": list(dim_mult), "num_res_blocks": num_res_blocks}
+    return _frame_vae(AutoencoderKLQwenImage(**sizes, input_channels=channels), dtype, encoder)
+
+
+def wan_vae(
+    seed: int = 0,
+    *,
+    channels: int = 3,
+    base_dim: int = 16,
+    decoder_base_dim: int | None = None,
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4),
+    num_res_blocks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    encoder: bool = True,
+) -> AutoencoderKLWan:
+    """Wan 2.1's VAE, narrow: the same network as Qwen-Image's, in its own class."""
+    torch.manual_seed(seed)
+    sizes = {"base_dim": base_dim, "dim_mult": list(dim_mult), "num_res_blocks": num_res_blocks}
+    vae = AutoencoderKLWan(**sizes, decoder_base_dim=decoder_base_dim, in_channels=channels, out_channels=channels)
+    return _frame_vae(vae, dtype, encoder)
+
+
+def _frame_vae(vae: Any, dtype: torch.dtype, encoder: bool) -> Any:
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.endswith(".gamma"):  # all ones at first, so that a gamma of another norm would do as well
+                parameter.uniform_(0.5, 1.5)
     if not encoder:
         vae.encoder = None
     torch.nn.Module.to(vae, dtype)
