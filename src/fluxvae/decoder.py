@@ -111,9 +111,8 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
                 More than one frame is a video, and refused, except for a VAE whose pictures have alpha, as that of
                 QwenImageLayeredPipeline has: its frames are layers, and packed (B, L*gh*gw, 64) and unpacked
                 (B, 16, L, lh, lw) are B*L pictures, the layers of one image after those of another. Every layer that is
-                given is decoded. That pipeline's own ``output_type="latent"`` has one more in front, the composite,
-                which the pipeline does not decode: ``latents[:, gh*gw:]`` of packed ones, or ``latents[:, :, 1:]``,
-                leaves it out.
+                given is decoded. That pipeline's transformer makes one more in front, the composite, which the pipeline
+                does not decode: ``latents[:, gh*gw:]`` of packed ones, or ``latents[:, :, 1:]``, leaves it out.
             height, width: the size of the image in pixels, for layers that of one layer. One that is not a multiple of
                 16 is floored, as in FluxPipeline, with a `SizeFlooredWarning`. If height and width are exchanged and
                 both give the same number of patches, that cannot be noticed: latents of 512x1024 decode as 1024x512
