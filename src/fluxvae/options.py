@@ -6,7 +6,7 @@ An option that cannot be honoured is refused by its name rather than ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -54,7 +54,7 @@ def is_a(vae: object, *kinds: str) -> bool:
     return any(kind.__name__ in kinds for kind in type(vae).__mro__)
 
 
-def check_vae(vae: object, instead: str, *, classes: tuple[str, ...] = CLASSES) -> None:
+def check_vae(vae: Any, instead: str, *, classes: tuple[str, ...] = CLASSES) -> None:
     """Refuse what is no VAE of one of these classes, or has another network than the class's usual one.
 
     Args:
@@ -66,12 +66,11 @@ def check_vae(vae: object, instead: str, *, classes: tuple[str, ...] = CLASSES) 
     if not is_a(vae, *classes):
         expected = f"{', '.join(classes[:-1])} or {classes[-1]}"
         raise InvalidOptionError(f"vae: got {type(vae).__name__}, expected diffusers' {expected}; {instead}")
-    settings = {name: getattr(vae.config, name, None) for name in ("is_residual", "patch_size")}  # type: ignore[attr-defined]
-    if any(settings.values()):
-        said = ", ".join(f"{name}={value}" for name, value in settings.items())
+    if is_a(vae, "AutoencoderKLWan") and (vae.config.is_residual or vae.config.patch_size):
         raise InvalidOptionError(
-            f"vae: got {type(vae).__name__} with {said}, which is Wan 2.2's network; expected that of Wan 2.1, whose "
-            "latents have 16 channels: decode it with diffusers"
+            f"vae: got {type(vae).__name__} with is_residual={vae.config.is_residual}, "
+            f"patch_size={vae.config.patch_size}, which is Wan 2.2's network; expected that of Wan 2.1, whose latents "
+            "have 16 channels: decode with diffusers itself"
         )
 
 

@@ -18,15 +18,13 @@ such latents are refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.packing import pixels
 
 __all__ = ["Layout", "in_shape", "layers_in", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
-
-Values = TypeVar("Values", bound=Any)
 
 _FAMILIES = {
     4: "SD or SDXL (4 latent channels)",
@@ -110,7 +108,7 @@ def read_layout(
     return layout
 
 
-def in_shape(latents: Values, shape: tuple[int, ...]) -> Values:
+def in_shape(latents: Any, shape: tuple[int, ...]) -> Any:
     """Return latents, a tensor or an array, in the shape that a `Layout` or `checks.check_shape` has found for them.
 
     The frames of five dimensions become images, those of one batch row after those of another; all else only counts
