@@ -71,6 +71,8 @@ class Call:
     """Whether the statistics of the output are wanted."""
     precise: bool = False
     """Whether the result is worth more work for smaller rounding errors (`records.Conv.precise`)."""
+    by_pixel: bool = False
+    """Whether the input goes through a norm of each pixel on its way in (`records.PixelNorm`)."""
 
     def out(self, length: int) -> int:
         """How many rows, or columns, of the output so many of the input give."""
@@ -153,10 +155,16 @@ class Geometry:
         rows = max(rows // multiple, 1) * multiple
         return min(rows, height)
 
-    def call(self, kind: Kind, cin: int, cout: int, height: int, width: int, *, precise: bool = False) -> Call:
-        """The call that computes one whole block of a map of this size."""
+    def call(
+        self, kind: Kind, cin: int, cout: int, size: tuple[int, int], *, precise: bool = False, by_pixel: bool = False
+    ) -> Call:
+        """The call that computes one whole block of a map of this height and width."""
+        height, width = size
         rows = self.block(kind, cin, cout, height, width, precise=precise)
-        return Call(kind, cin, cout, rows, width, self.itemsize, self.cast, height * width, precise=precise)
+        tokens = height * width
+        return Call(
+            kind, cin, cout, rows, width, self.itemsize, self.cast, tokens, precise=precise, by_pixel=by_pixel
+        )  # fmt: skip
 
 
 def block_values(channels: int, pixels: int) -> int:

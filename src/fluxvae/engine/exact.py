@@ -27,7 +27,8 @@ class ExactDecoder(ExactEngine):
             cancel: asked before every block; true stops the decode.
 
         Returns:
-            (B, 3, H, W), the same device and dtype, nominally [-1, 1], not clamped: ``vae.decode(raw).sample``.
+            (B, C, H, W), the same device and dtype: ``vae.decode(raw).sample``. C is 3, or 4 with transparency. The
+            values are nominally in [-1, 1], and are clamped to it only where diffusers' decode does that itself.
 
         Raises:
             MemoryLimitError: before any work, if the limit is too small for this size.
@@ -38,7 +39,8 @@ class ExactDecoder(ExactEngine):
                 float32, with a `PrecisionRetryWarning`.
             DecodeCancelled: ``cancel()`` returned true.
         """
-        return self._compute(raw, progress, cancel)
+        made = self._compute(raw, progress, cancel)
+        return made.clamp_(-1.0, 1.0) if self.network.clamps else made
 
 
 class ExactEncoder(ExactEngine):
@@ -52,7 +54,7 @@ class ExactEncoder(ExactEngine):
         """Encode pixels. Errors, progress and cancellation are those of `ExactDecoder.decode`.
 
         Args:
-            pixels: (B, 3, H, W) in [-1, 1], on the VAE's device, in its dtype. A size that is no multiple of the pixels
+            pixels: (B, C, H, W) in [-1, 1], on the VAE's device, in its dtype. A size that is no multiple of the pixels
                 per latent is rounded down at every level, as in diffusers.
 
         Returns:

@@ -148,10 +148,10 @@ class Graphs:
 
 def addresses(network: Network) -> Hashable:
     """Where the network's weights are. A graph reads them anew each time, but from where they were."""
-    modules = (record.module for layer in network.layers for record in records_of(layer))
+    records = (record for layer in network.layers for record in records_of(layer))
     return tuple(
         (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        for module in modules
-        for tensor in parameters(module)
+        for record in records
+        for tensor in parameters(record)
         if tensor is not None
     )

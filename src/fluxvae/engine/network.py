@@ -1,18 +1,20 @@
-"""Reads the encoder or the decoder of a diffusers ``AutoencoderKL`` as a row of layers.
+"""Reads the encoder or the decoder of one of diffusers' VAEs as a row of layers.
 
-Only this module lists the kinds of layers. Read from diffusers 0.42.1: ``autoencoders/vae.py`` (Encoder, Decoder) and
-``unets/unet_2d_blocks.py`` (UNetMidBlock2D, DownEncoderBlock2D, UpDecoderBlock2D). What is inside these blocks, each
-kind of layer reads for itself. Importing this module does not import PyTorch.
+Only this module lists the kinds of layers, and the two kinds of networks: those of ``AutoencoderKL``, and those that
+are written for video (`layers.causal`), of which one frame is computed. Read from diffusers 0.42.1:
+``autoencoders/vae.py`` (Encoder, Decoder), ``unets/unet_2d_blocks.py`` (UNetMidBlock2D, DownEncoderBlock2D,
+UpDecoderBlock2D), ``autoencoder_kl_qwenimage.py`` and ``autoencoder_kl_wan.py``. What is inside these blocks, each kind
+of layer reads for itself. Importing this module does not import PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from fluxvae.engine.layers import Layer, reading
+from fluxvae.engine.layers import Layer, causal, reading
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.layers.conv_in import ConvIn
 from fluxvae.engine.layers.conv_out import ConvOut
@@ -20,7 +22,7 @@ from fluxvae.engine.layers.downsample import Downsample
 from fluxvae.engine.layers.resnet import Resnet
 from fluxvae.engine.layers.upsample import Upsample
 from fluxvae.engine.records import made_precise
-from fluxvae.engine.way import DECODE, Way
+from fluxvae.engine.way import DECODE, ENCODE, Way
 from fluxvae.errors import InvalidOptionError
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class Network:
     first: ConvIn
     middle: tuple[Layer, ...]
     last: ConvOut
+    clamps: bool = False
+    """Whether what is made is clamped to [-1, 1], as some of diffusers' decoders do themselves."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -64,6 +68,10 @@ class Network:
         """Pixels per latent, each way."""
         return 1 << sum(isinstance(layer, (Upsample, Downsample)) for layer in self.middle)
 
+    def wants_statistics(self, index: int) -> bool:
+        """Whether those of the result of the layer of this index are wanted: by the layer behind it."""
+        return index + 1 < len(self.layers) and self.layers[index + 1].wants_statistics
+
     def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """The height and width of what is given, and after that of every layer's result."""
         sizes = [size]
@@ -85,12 +93,12 @@ def read_network(vae: AutoencoderKL, way: Way = DECODE) -> Network:
     from fluxvae.engine.module_state import check_modules  # here, because it brings PyTorch
 
     module = reading.unwrapped(getattr(vae, way.network, None))
-    blocks = "up_blocks" if way == DECODE else "down_blocks"
-    if module is None or not hasattr(module, blocks):
-        reading.refuse("vae", vae, f"a diffusers AutoencoderKL with {'a' if way == DECODE else 'an'} {way.network}")
+    kind = next((one for one in _KINDS if any(reading.is_of(module, name) for name in one.networks[way])), None)
+    if module is None or kind is None:
+        reading.refuse("vae", vae, f"one of diffusers' VAEs with {'a' if way == DECODE else 'an'} {way.network}")
     check_modules(cast("torch.nn.Module", vae), way)
     try:
-        return (_decoder if way == DECODE else _encoder)(way, vae, module)
+        return (_decoder if way == DECODE else _encoder)(kind, way, vae, module)
     except (AttributeError, IndexError, TypeError) as error:
         raise InvalidOptionError(
             f"engine: the exact engine cannot read vae.{way.network} ({type(module).__name__}): {error}. "
@@ -98,38 +106,84 @@ def read_network(vae: AutoencoderKL, way: Way = DECODE) -> Network:
         ) from error
 
 
-def _decoder(way: Way, vae: Any, decoder: Any) -> Network:
-    reading.expect("decoder", decoder, "Decoder")
-    layers: list[Layer] = list(_middle("decoder.mid_block", decoder.mid_block))
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of networks: the names of its blocks in diffusers, and what reads its layers."""
+
+    networks: dict[Way, tuple[str, ...]]
+    middle: tuple[str, ...]
+    up: tuple[str, ...]
+    down: tuple[str, ...]
+    """Empty where an encoder's layers do not stand in blocks."""
+    conv_in: Callable[..., ConvIn]
+    resnet: Callable[[str, Any], Layer]
+    attention: Callable[[str, Any], Layer]
+    upsample: Callable[[str, Any], Layer]
+    downsample: Callable[[str, Any], Layer]
+    conv_out: Callable[..., ConvOut]
+    clamps: bool
+
+
+_KINDS = (
+    _Kind(
+        {DECODE: ("Decoder",), ENCODE: ("Encoder",)},
+        ("UNetMidBlock2D",), ("UpDecoderBlock2D",), ("DownEncoderBlock2D",),
+        ConvIn.read, Resnet.read, Attention.read, Upsample.read, Downsample.read, ConvOut.read, False,
+    ),
+    _Kind(
+        {DECODE: causal.kinds("Decoder3d"), ENCODE: causal.kinds("Encoder3d")},
+        causal.kinds("MidBlock"), causal.kinds("UpBlock"), (),
+        causal.conv_in, causal.resnet, causal.attention, causal.upsample, causal.downsample, causal.conv_out, True,
+    ),
+)  # fmt: skip
+
+
+def _decoder(kind: _Kind, way: Way, vae: Any, decoder: Any) -> Network:
+    layers: list[Layer] = list(_middle(kind, "decoder.mid_block", decoder.mid_block))
     for i, module in enumerate(decoder.up_blocks):
         name = f"decoder.up_blocks.{i}"
-        block = reading.expect(name, module, "UpDecoderBlock2D")
-        layers += [Resnet.read(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
+        block = reading.expect(name, module, *kind.up)
+        layers += [kind.resnet(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
         layers += [
-            Upsample.read(f"{name}.upsamplers.{j}", upsampler) for j, upsampler in enumerate(block.upsamplers or ())
+            kind.upsample(f"{name}.upsamplers.{j}", upsampler) for j, upsampler in enumerate(block.upsamplers or ())
         ]
-    last = ConvOut.read("decoder", decoder)
+    last = kind.conv_out("decoder", decoder)
     for layer, following in pairwise([*layers, last]):
         if isinstance(layer, Upsample) and not following.takes_recomputed:
             reading.refuse("decoder.up_blocks", decoder.up_blocks, "a resnet after every upsampler")
-    first = ConvIn.read("decoder.conv_in", decoder.conv_in, getattr(vae, way.pointwise, None))
-    return Network(way, first, tuple(layers), last)
+    first = kind.conv_in("decoder.conv_in", decoder.conv_in, getattr(vae, way.pointwise, None))
+    return Network(way, first, tuple(layers), last, kind.clamps)
 
 
-def _encoder(way: Way, vae: Any, encoder: Any) -> Network:
-    reading.expect("encoder", encoder, "Encoder")
+def _encoder(kind: _Kind, way: Way, vae: Any, encoder: Any) -> Network:
     layers: list[Layer] = []
     for i, module in enumerate(encoder.down_blocks):
-        name = f"encoder.down_blocks.{i}"
-        block = reading.expect(name, module, "DownEncoderBlock2D")
-        layers += [Resnet.read(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
-        layers += [
-            Downsample.read(f"{name}.downsamplers.{j}", downsampler)
-            for j, downsampler in enumerate(block.downsamplers or ())
-        ]
-    layers += _middle("encoder.mid_block", encoder.mid_block)
-    last = ConvOut.read("encoder", encoder, getattr(vae, way.pointwise, None))
-    return Network(way, ConvIn.read("encoder.conv_in", encoder.conv_in), *precise(layers, last))
+        layers += (_down_block if kind.down else _down_layer)(kind, f"encoder.down_blocks.{i}", module)
+    layers += _middle(kind, "encoder.mid_block", encoder.mid_block)
+    last = kind.conv_out("encoder", encoder, getattr(vae, way.pointwise, None))
+    return Network(way, kind.conv_in("encoder.conv_in", encoder.conv_in), *precise(layers, last))
+
+
+def _down_block(kind: _Kind, name: str, module: Any) -> list[Layer]:
+    block = reading.expect(name, module, *kind.down)
+    layers = [kind.resnet(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
+    return layers + [
+        kind.downsample(f"{name}.downsamplers.{j}", downsampler)
+        for j, downsampler in enumerate(block.downsamplers or ())
+    ]
+
+
+def _down_layer(kind: _Kind, name: str, module: Any) -> list[Layer]:
+    """One layer of an encoder whose layers do not stand in blocks."""
+    inner = reading.unwrapped(module)
+    for read, names in (
+        (kind.resnet, causal.kinds("ResidualBlock")),
+        (kind.attention, causal.kinds("AttentionBlock")),
+        (kind.downsample, causal.kinds("Resample")),
+    ):
+        if any(reading.is_of(inner, one) for one in names):
+            return [read(name, module)]
+    reading.refuse(name, module, "a residual block, attention or a downsampling")
 
 
 def precise(layers: list[Layer], last: ConvOut) -> tuple[tuple[Layer, ...], ConvOut]:
@@ -149,10 +203,10 @@ def precise(layers: list[Layer], last: ConvOut) -> tuple[tuple[Layer, ...], Conv
     return tuple(marked), made_precise(last)
 
 
-def _middle(name: str, module: Any) -> Iterator[Layer]:
-    block = reading.expect(name, module, "UNetMidBlock2D")
-    yield Resnet.read(f"{name}.resnets.0", block.resnets[0])
+def _middle(kind: _Kind, name: str, module: Any) -> Iterator[Layer]:
+    block = reading.expect(name, module, *kind.middle)
+    yield kind.resnet(f"{name}.resnets.0", block.resnets[0])
     for i, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:], strict=False)):
         if attention is not None:
-            yield Attention.read(f"{name}.attentions.{i}", attention)
-        yield Resnet.read(f"{name}.resnets.{i + 1}", resnet)
+            yield kind.attention(f"{name}.attentions.{i}", attention)
+        yield kind.resnet(f"{name}.resnets.{i + 1}", resnet)

@@ -90,7 +90,7 @@ class PlannedEngine:
 
     @property
     def _weight(self) -> torch.Tensor:
-        return parameters(self.network.first.conv.module)[0]
+        return parameters(self.network.first.conv)[0]
 
     @property
     def _least(self) -> int:
@@ -163,7 +163,7 @@ class PlannedEngine:
         if self._cuda_graphs:
             check_device(device)
         kernels = make_kernels(self._kernels_name, device)
-        weight = parameters(self.network.last.conv.module)[0]
+        weight = parameters(self.network.last.conv)[0]
         kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         return kernels
 

@@ -66,7 +66,8 @@ class Planner:
         key = (index, state)
         if key not in self._known:
             layer, size = self.network.layers[index], self._sizes[index]
-            self._known[key] = list(layer.choices(self.geometry, self.costs, size, state))
+            statistics = self.network.wants_statistics(index)
+            self._known[key] = list(layer.choices(self.geometry, self.costs, size, state, statistics=statistics))
         return self._known[key]
 
     @cached_property
@@ -148,7 +149,7 @@ class Planner:
         least, seen = 0, set()
         for index, states in enumerate(self._states):
             peaks = [
-                max(step.overhead for step in layer.steps)
+                max((step.overhead for step in layer.steps), default=0)
                 for state in states
                 for layer, _ in self._choices(index, state)
             ]

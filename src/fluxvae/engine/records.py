@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
     from _typeshed import DataclassInstance
     from torch import nn
 
-__all__ = ["Conv", "Linear", "Norm", "Projections", "made_precise", "parameters", "records_of"]
+__all__ = ["AnyNorm", "Conv", "Linear", "Norm", "PixelNorm", "Projections", "made_precise", "parameters", "records_of"]
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -31,15 +31,20 @@ class Conv:
     kernel: int
     """The kernel's height and width: 3 or 1."""
     module: nn.Module
-    """The module with ``weight`` (cout, cin, kernel, kernel) and ``bias`` (cout,) or None, read at each use."""
+    """The module with ``weight`` and ``bias`` or None, read at each use (`parameters`). Its weight has `shape`."""
     precise: bool = False
     """Whether its rounding errors reach the result as they are, because little behind it averages them. Kernels that
     save work at the cost of larger errors save less of it then."""
+    taps: int = 0
+    """How many frames the module's kernel spans; 0: it knows no time. Of a causal convolution only the last tap counts
+    where there is one frame, since the others see the zeros in front of it."""
+    part: tuple[int, int] = (0, 1)
+    """Which of how many equal parts of the module's output channels this convolution is."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return (self.cout, self.cin, self.kernel, self.kernel)
+        """The shape of the module's weight."""
+        return (self.cout * self.part[1], self.cin, *(self.taps,) * bool(self.taps), self.kernel, self.kernel)
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ class Linear(Conv):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
+        """The shape of the module's weight."""
         return (self.cout, self.cin)
 
 
 @dataclass(frozen=True)
 class Norm:
     """A GroupNorm, whose statistics are those of the whole image."""
+
+    of_map: ClassVar[bool] = True
+    """Whether it needs the statistics of the whole map before it can be applied to any of its rows."""
 
     name: str
     channels: int
@@ -66,13 +74,34 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class PixelNorm:
+    """An RMS norm over the channels of each pixel: ``x / max(|x|, eps) * sqrt(channels) * weight + bias``.
+
+    ``|x|`` is the Euclidean length of the pixel's channels.
+    """
+
+    of_map: ClassVar[bool] = False
+
+    name: str
+    channels: int
+    eps: float
+    biased: bool
+    module: nn.Module
+    """The module with ``gamma`` and, if it is ``biased``, ``bias``, each of which has ``channels`` values."""
+
+
+AnyNorm: TypeAlias = "Norm | PixelNorm"
+
+
+@dataclass(frozen=True)
 class Projections:
     """The weights of a self-attention of one head: ``x -> (out(attend(q(x), k(x), v(x))) + input) / scale``."""
 
-    q: Linear
-    k: Linear
-    v: Linear
-    out: Linear
+    q: Conv
+    """A linear layer, or a convolution of 1x1 pixels, as the others are."""
+    k: Conv
+    v: Conv
+    out: Conv
     softmax_scale: float
     """What the products of queries and keys are multiplied by before the softmax."""
     residual: bool
@@ -80,10 +109,26 @@ class Projections:
     scale: float
 
 
-def parameters(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a convolution or linear layer as they are now, since its module may have moved meanwhile."""
-    weight, bias = module.weight, module.bias
-    return cast("torch.Tensor", weight).detach(), None if bias is None else cast("torch.Tensor", bias).detach()
+def parameters(record: Conv | AnyNorm) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias as they are now, since the record's module may have moved meanwhile.
+
+    Returns:
+        For a convolution (cout, cin, kernel, kernel) and (cout,), for a linear layer (cout, cin) and (cout,), for a
+        norm (channels,) each; views of the module's own tensors. The bias may be None.
+    """
+    module = record.module
+    if isinstance(record, PixelNorm):
+        scale, shift = cast("torch.Tensor", module.gamma).detach(), cast("torch.Tensor", module.bias)
+        return scale.view(-1), shift.detach().view(-1) if record.biased else None
+    weight, bias = cast("torch.Tensor", module.weight).detach(), cast("torch.Tensor | None", module.bias)
+    bias = None if bias is None else bias.detach()
+    if isinstance(record, Conv):
+        if record.taps:
+            weight = weight[:, :, -1]
+        which, parts = record.part
+        if parts > 1:
+            weight, bias = weight.chunk(parts)[which], None if bias is None else bias.chunk(parts)[which]
+    return weight, bias
 
 
 def made_precise(record: Record) -> Record:
@@ -95,9 +140,9 @@ def made_precise(record: Record) -> Record:
     )
 
 
-def records_of(record: object) -> Iterator[Conv | Norm]:
+def records_of(record: object) -> Iterator[Conv | AnyNorm]:
     """Every convolution and norm that a layer, or any other record, is made of."""
-    if isinstance(record, (Conv, Norm)):
+    if isinstance(record, (Conv, Norm, PixelNorm)):
         yield record
     elif isinstance(record, tuple):
         for part in record:

@@ -69,8 +69,7 @@ class Runner:
         run = Run(self._kernels, self._maps, self.checks, self._plan.geometry, self._dtype, given, made, self._tick)
         self._maps.begin()
         current = run.start()
-        layers = self._network.layers
-        for index, (layer, planned) in enumerate(zip(layers, self._plan.layers, strict=True)):
-            statistics = index + 1 < len(layers) and layers[index + 1].wants_statistics
+        for index, (layer, planned) in enumerate(zip(self._network.layers, self._plan.layers, strict=True)):
+            statistics = self._network.wants_statistics(index)
             current = layer.run(run, current, planned, statistics=statistics)
         self._maps.drop(current.store, current.side)

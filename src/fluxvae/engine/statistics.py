@@ -10,10 +10,11 @@ The kernels for an NVIDIA GPU have a way of their own, which takes fewer launche
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-from fluxvae.engine.records import Norm, parameters
+from fluxvae.engine.records import Norm, PixelNorm, parameters
 
 __all__ = [
     "MOST_BLOCKS",
@@ -22,7 +23,10 @@ __all__ = [
     "Moments",
     "NonFiniteMap",
     "Partial",
+    "PixelScale",
+    "Scaling",
     "block_moments",
+    "pixel_scale",
     "raise_first",
 ]
 
@@ -95,6 +99,31 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class PixelScale:
+    """What a norm of each pixel does: ``x / max(|x|, eps) * scale + shift``, with the length of the pixel's channels.
+
+    It needs no statistics of a map, so whatever reads a map's rows may begin at once.
+    """
+
+    scale: torch.Tensor
+    """(C,) float32; float64 where the decode is in float64."""
+    shift: torch.Tensor
+    """(C,), in the dtype of ``scale``."""
+    eps: float
+
+
+Scaling: TypeAlias = "Affine | PixelScale"
+"""What a norm does to the rows of a map."""
+
+
+def pixel_scale(norm: PixelNorm, dtype: torch.dtype) -> PixelScale:
+    """What ``norm`` does, in ``dtype``."""
+    weight, bias = parameters(norm)
+    scale = (weight.to(torch.float64) * norm.channels**0.5).to(dtype)
+    return PixelScale(scale, torch.zeros_like(scale) if bias is None else bias.to(dtype), norm.eps)
+
+
+@dataclass(frozen=True)
 class Partial:
     """The statistics of one block of rows, for each channel."""
 
@@ -152,7 +181,7 @@ class Moments:
         shift = -centre.expand_as(grouped).reshape(-1)
         if not norm.learned:
             return Affine(scale.to(dtype), (shift * scale).to(dtype))
-        weight, bias = parameters(norm.module)
+        weight, bias = parameters(norm)
         scale = scale * weight.to(torch.float64)
         shift = shift * scale if bias is None else shift * scale + bias.to(torch.float64)
         return Affine(scale.to(dtype), shift.to(dtype))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from fluxvae.engine.records import Conv, Norm, Projections
-    from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
+    from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Scaling
 
 __all__ = ["AttentionBlock", "ConvBlock", "Kernels", "Refill", "Stream"]
 
@@ -92,7 +92,7 @@ class Refill:
     """The row of the window that lies below the map; None: there is none yet."""
     source: Stream
     """Gives the map's next rows."""
-    affine: Affine | None
+    norm: Scaling | None
     """What the map's rows go through on their way, with SiLU after it; None: nothing."""
     work: torch.Tensor
     """Scratch, as `ConvBlock.work`."""
@@ -129,11 +129,11 @@ class Kernels(Costs, Protocol):
         """The four projections, for `attend`; ``into`` as for `load`."""
 
     def prologue(
-        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Bring raw rows (n, W, C) into a convolution's input: ``out = silu(rows * scale + shift)``.
+        """Bring raw rows (n, W, C) into a convolution's input: ``out = silu(norm(rows))``.
 
-        ``rows`` may be ``out`` itself. Without an affine: a copy.
+        ``rows`` may be ``out`` itself. Without a norm: a copy.
         """
 
     def refill(self, refill: Refill) -> None:

@@ -33,20 +33,21 @@ class Layer(Protocol):
 
     @property
     def wants_statistics(self) -> bool:
-        """Whether it begins with a GroupNorm, so that the layer before must gather the statistics of its result."""
+        """Whether it begins with a norm of the whole map, of which the layer before must gather the statistics."""
 
     @property
     def takes_recomputed(self) -> bool:
         """Whether it can start from a map that is not stored, and is computed on the way from a smaller one."""
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """What it may do with its maps, and where the current map is afterwards.
 
         Args:
             size: height and width of the map it starts from.
             state: where that map is.
+            statistics: whether those of the result are wanted.
         """
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:

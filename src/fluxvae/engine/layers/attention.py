@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fluxvae.engine.calls import Call, Costs, Geometry, LayerPlan, Step, aligned
 from fluxvae.engine.kernels import AttentionBlock
 from fluxvae.engine.layers import reading
-from fluxvae.engine.records import Norm, Projections
+from fluxvae.engine.records import AnyNorm, Projections
 from fluxvae.engine.sweep.carving import Held, Shape, State, held_in, moved, staging
 
 if TYPE_CHECKING:
@@ -24,10 +24,9 @@ class Attention:
     """The layer ``x -> (out(attend(norm(x))) + x) / scale``."""
 
     name: str
-    norm: Norm
+    norm: AnyNorm
     projections: Projections
 
-    wants_statistics = True
     takes_recomputed = False
 
     @classmethod
@@ -53,12 +52,17 @@ class Attention:
         )
         return cls(name, reading.norm(f"{name}.group_norm", module.group_norm), projections)
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Unless its norm is one of each pixel."""
+        return self.norm.of_map
+
     def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
         """The same size."""
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """There is one way: the result is written over the input, wherever that is; the normalised map is in memory."""
         carved = self._carve(geometry, size, state)
@@ -67,7 +71,7 @@ class Attention:
 
     def _carve(self, geometry: Geometry, size: tuple[int, int], state: State) -> _Carved:
         channels = self.projections.q.cin
-        call = geometry.call("attend", channels, channels, *size)
+        call = geometry.call("attend", channels, channels, size, by_pixel=not self.norm.of_map)
         block = (call.rows, size[1], channels)
         source = Held((*size, channels), geometry.itemsize, state.place)
         return _Carved(call, source, size[0], None if state.place == "memory" else block)
@@ -76,13 +80,13 @@ class Attention:
         """Two sweeps: one normalises the map, the other adds what each block of queries attends to."""
         store, maps, kernels = current.store, run.maps, run.kernels
         carved = self._carve(run.geometry, current.size, current.state)
-        affine = run.affine(self.norm, current.moments)
+        norm = run.norm(self.norm, current.moments)
         normed = maps.in_memory(1 - current.side, carved.source.shape)
         maps.new_sweep()
         work = maps.workspace(kernels.workspace(carved.call))
         for start, stop in carved.spans():
             rows = normed.rows[start:stop]
-            kernels.prologue(store.read(start, stop, rows), affine, False, rows, work)
+            kernels.prologue(store.read(start, stop, rows), norm, False, rows, work)
             run.tick()
         room = maps.workspace(kernels.loaded(carved.call))
         weights = kernels.load_attention(self.projections, run.dtype, room)

@@ -39,7 +39,7 @@ class ConvIn:
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """Its result may be kept in memory or spilled."""
         for place in STORED:

@@ -1,4 +1,4 @@
-"""The last convolution, behind its GroupNorm and SiLU, to pixels or moments, and the 1x1 convolution some end with."""
+"""The last convolution, behind its norm and SiLU, to pixels or moments, and the 1x1 convolution some end with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan
 from fluxvae.engine.layers import reading
-from fluxvae.engine.records import Conv, Norm
+from fluxvae.engine.records import AnyNorm, Conv
 from fluxvae.engine.sweep.carving import Held, Stage, State, Sweep, moved
 
 if TYPE_CHECKING:
@@ -22,11 +22,10 @@ class ConvOut:
     """The layer ``x -> pointwise(conv(silu(norm(x))))``, with zeros around the map."""
 
     name: str
-    norm: Norm
+    norm: AnyNorm
     conv: Conv
     pointwise: Conv | None = None
 
-    wants_statistics = True
     takes_recomputed = False
 
     @classmethod
@@ -41,12 +40,17 @@ class ConvOut:
         norm = reading.norm(f"{name}.conv_norm_out", module.conv_norm_out)
         return cls(conv.name, norm, conv, None if pointwise is None else reading.conv("quant_conv", pointwise, 1))
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Unless its norm is one of each pixel."""
+        return self.norm.of_map
+
     def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
         """The same size."""
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """There is one way: block by block into what is made."""
         step = self._sweep(geometry, size, state).step(costs)
@@ -59,10 +63,10 @@ class ConvOut:
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """What is made is looked at for NaN and Inf before the 1x1 convolution, and after it."""
-        affines = {self.norm: run.affine(self.norm, current.moments)}
+        norms = {self.norm: run.norm(self.norm, current.moments)}
         sweep = self._sweep(run.geometry, current.size, current.state)
         result = run.result(self.name)
-        moments = run.sweep(sweep, current.store, result, affines, statistics=statistics)
+        moments = run.sweep(sweep, current.store, result, norms, statistics=statistics)
         result.close()
         if self.pointwise is not None:
             run.project_result(self.pointwise)

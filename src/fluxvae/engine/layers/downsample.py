@@ -46,7 +46,7 @@ class Downsample:
         return size[0] // 2, size[1] // 2
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """Its result may be kept or spilled. From a map in memory to one in memory, it takes that map's place."""
         for place in STORED:

@@ -1,4 +1,8 @@
-"""A residual block: two convolutions, each behind a GroupNorm and SiLU, in two sweeps."""
+"""A residual block: two convolutions, each behind a norm and SiLU, in two sweeps, or in one.
+
+A GroupNorm between the two needs the statistics of the whole map, so the second sweep waits for the first. A norm of
+each pixel needs nothing of the kind: there, one sweep computes both, and the map between them need not exist.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan, Place
 from fluxvae.engine.layers import reading
-from fluxvae.engine.records import Conv, Norm
+from fluxvae.engine.records import AnyNorm, Conv
 from fluxvae.engine.sweep.carving import PLACES, STORED, Held, Stage, State, Sweep, moved, ring_rows
 
 if TYPE_CHECKING:
@@ -22,14 +26,13 @@ class Resnet:
     """The layer ``x -> (shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) / scale``."""
 
     name: str
-    norm1: Norm
+    norm1: AnyNorm
     conv1: Conv
-    norm2: Norm
+    norm2: AnyNorm
     conv2: Conv
     shortcut: Conv | None
     scale: float
 
-    wants_statistics = True
     takes_recomputed = True
 
     @classmethod
@@ -56,12 +59,17 @@ class Resnet:
             float(module.output_scale_factor),
         )
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Unless its norms are of each pixel."""
+        return self.norm1.of_map
+
     def size_after(self, size: tuple[int, int]) -> tuple[int, int]:
         """The same size."""
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """The first convolution's output may be kept, spilled or computed again; the result may be kept or spilled."""
         for middle in PLACES:
@@ -77,7 +85,7 @@ class Resnet:
 
     def _sweeps(
         self, geometry: Geometry, size: tuple[int, int], state: State, middle: Place, place: Place
-    ) -> tuple[Sweep, Sweep]:
+    ) -> tuple[Sweep, ...]:
         itemsize = geometry.itemsize
         first = Stage.of(geometry, "conv3", self.conv1, size, self.norm1)
         second = Stage.of(geometry, "conv3", self.conv2, size, self.norm2)
@@ -113,17 +121,20 @@ class Resnet:
             residual=None if shortcut is None and state.place == "memory" else (rows, size[1], self.conv1.cin),
             ring=ring,
         )  # fmt: skip
-        return sweep1, sweep2
+        return (sweep2,) if recomputes and not self.norm2.of_map else (sweep1, sweep2)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
-        """The first sweep computes the first convolution, if only for its statistics; the second all the rest."""
+        """The first sweep computes the first convolution, if only for its statistics; the last all the rest."""
         middle, place = planned.middle, planned.out
         assert middle is not None
         store, side, other, maps = current.store, current.side, 1 - current.side, run.maps
-        first, second = self._sweeps(run.geometry, current.size, current.state, middle, place)
-        affines = {self.norm1: run.affine(self.norm1, current.moments)}
+        *before, last = self._sweeps(run.geometry, current.size, current.state, middle, place)
+        norms = {self.norm1: run.norm(self.norm1, current.moments)}
         inner = None if middle == "recompute" else maps.new(middle, other, (*current.size, self.conv1.cout))
-        affines[self.norm2] = run.affine(self.norm2, run.sweep(first, store, inner, affines))
+        between = None
+        for sweep in before:
+            between = run.sweep(sweep, store, inner, norms, statistics=self.norm2.of_map)
+        norms[self.norm2] = run.norm(self.norm2, between)
 
         if inner is not None and middle == place:
             out = inner
@@ -132,7 +143,7 @@ class Resnet:
         else:
             out = maps.new(place, other, (*current.size, self.conv2.cout))
         source = store if inner is None else inner
-        moments = run.sweep(second, source, out, affines, residual=store, scale=self.scale, statistics=statistics)
+        moments = run.sweep(last, source, out, norms, residual=store, scale=self.scale, statistics=statistics)
 
         if out is not store:
             maps.drop(store, side)

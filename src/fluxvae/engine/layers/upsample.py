@@ -19,7 +19,7 @@ __all__ = ["Upsample"]
 
 @dataclass(frozen=True)
 class Upsample:
-    """Nearest 2x enlargement, then a 3x3 convolution with as many channels out as in."""
+    """Nearest 2x enlargement, then a 3x3 convolution."""
 
     name: str
     conv: Conv
@@ -43,17 +43,16 @@ class Upsample:
         return 2 * size[0], 2 * size[1]
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
     ) -> Iterator[tuple[LayerPlan, State]]:
         """Its result may be kept, spilled, or left to be computed again by the sweeps of the next layer.
 
-        Where it is not kept it is computed once all the same: the next layer's norm needs its statistics.
+        Where it is not kept it is computed once all the same if the next layer's norm needs its statistics.
         """
         for place in PLACES:
-            step = self._sweep(geometry, size, state, place).step(costs)
-            planned = LayerPlan(
-                self.name, *self.size_after(size), self.conv.cout, None, place, place != "recompute", (step,)
-            )
+            kept = place != "recompute"
+            steps = (self._sweep(geometry, size, state, place).step(costs),) if kept or statistics else ()
+            planned = LayerPlan(self.name, *self.size_after(size), self.conv.cout, None, place, kept, steps)
             yield planned, self._after(state, place)
 
     def _after(self, state: State, place: Place) -> State:
@@ -71,8 +70,10 @@ class Upsample:
         place, side = planned.out, current.side
         size = self.size_after(current.size)
         out = None if place == "recompute" else run.maps.new(place, 1 - side, (*size, self.conv.cout))
-        sweep = self._sweep(run.geometry, current.size, current.state, place)
-        moments = run.sweep(sweep, current.store, out, {}, statistics=statistics)
+        moments = None
+        if out is not None or statistics:
+            sweep = self._sweep(run.geometry, current.size, current.state, place)
+            moments = run.sweep(sweep, current.store, out, {}, statistics=statistics)
         after = replace(current, size=size, state=self._after(current.state, place), moments=moments)
         if out is None:
             return after

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from fluxvae.engine.calls import STAGES, Call, Costs, Geometry, Kind, Place, Step, aligned
-from fluxvae.engine.records import Conv, Norm
+from fluxvae.engine.records import AnyNorm, Conv
 
 __all__ = ["PLACES", "STORED", "Held", "Shape", "Stage", "State", "Sweep", "held_in", "moved", "ring_rows", "staging"]
 
@@ -59,17 +59,19 @@ class Stage:
     """How many rows of the map that it reads are cut into blocks."""
     stored: int
     """The height of the map that it reads. It differs where that is odd and halved: the last row is a halo only."""
-    norm: Norm | None = None
-    """The GroupNorm that its input goes through, with SiLU, on its way in."""
+    norm: AnyNorm | None = None
+    """The norm that its input goes through, with SiLU, on its way in."""
 
     @classmethod
-    def of(cls, geometry: Geometry, kind: Kind, conv: Conv, size: tuple[int, int], norm: Norm | None = None) -> Stage:
+    def of(
+        cls, geometry: Geometry, kind: Kind, conv: Conv, size: tuple[int, int], norm: AnyNorm | None = None
+    ) -> Stage:
         """The stage that convolves a map of this height and width."""
         stored, width = size
         height = stored - stored % 2 if kind == "down" else stored
-        return cls(
-            conv, geometry.call(kind, conv.cin, conv.cout, height, width, precise=conv.precise), height, stored, norm
-        )
+        by_pixel = norm is not None and not norm.of_map
+        call = geometry.call(kind, conv.cin, conv.cout, (height, width), precise=conv.precise, by_pixel=by_pixel)
+        return cls(conv, call, height, stored, norm)
 
     def feeding(self) -> Stage:
         """The same as a stage whose output another one reads: the statistics of that map are known already."""

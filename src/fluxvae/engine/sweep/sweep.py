@@ -12,10 +12,10 @@ from fluxvae.engine.calls import Call, Geometry
 from fluxvae.engine.kernels import ConvBlock, Kernels, Stream
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
-from fluxvae.engine.records import Conv, Norm
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
+from fluxvae.engine.records import AnyNorm, Conv, PixelNorm
+from fluxvae.engine.statistics import FiniteChecks, Moments, Scaling, pixel_scale
 from fluxvae.engine.sweep.carving import Stage, State, Sweep
-from fluxvae.engine.sweep.windows import Behind, ComputedRows, Ring, StoredRows, Window
+from fluxvae.engine.sweep.windows import Behind, ComputedRows, Copy, Ring, StoredRows, Window
 
 __all__ = ["Current", "Run"]
 
@@ -71,10 +71,12 @@ class Run:
         self.checks.require(rows, f"the output of {conv.name} holds NaN or Inf")
         self.made.copy_(rows.permute(2, 0, 1))
 
-    def affine(self, norm: Norm, moments: Moments | None) -> Affine:
-        """What ``norm`` does to the map with these statistics."""
-        assert moments is not None, f"nobody asked for the statistics of the input of {norm.name}"
+    def norm(self, norm: AnyNorm, moments: Moments | None) -> Scaling:
+        """What ``norm`` does to the map with these statistics, which only a norm of the whole map needs."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if isinstance(norm, PixelNorm):
+            return pixel_scale(norm, wide)
+        assert moments is not None, f"nobody asked for the statistics of the input of {norm.name}"
         return self.kernels.affine(moments, norm, wide, self.checks)
 
     def moments(self, call: Call, blocks: int) -> Moments:
@@ -86,7 +88,7 @@ class Run:
         sweep: Sweep,
         store: Store,
         out: Target | None,
-        affines: Mapping[Norm, Affine],
+        norms: Mapping[AnyNorm, Scaling],
         *,
         residual: Store | None = None,
         scale: float = 1.0,
@@ -97,7 +99,7 @@ class Run:
         Args:
             store: the rows that the sweep starts from.
             out: where the result goes; None: nowhere, only its statistics are wanted. It may be ``residual`` itself.
-            affines: the affine of every norm in the sweep.
+            norms: what every norm in the sweep does (`norm`).
             residual: the rows that are added, or from which that is computed what is added.
             scale: what the sum is divided by.
             statistics: whether those of the result are wanted.
@@ -111,14 +113,14 @@ class Run:
         rows: Stream = StoredRows(store)
         added: Stream | None = None if residual is None else StoredRows(residual)
         for index, stage in enumerate(sweep.feeds):
-            rows = self._computed(stage, rows, affines, work)
+            rows = self._computed(stage, rows, norms, work)
             if index == 0 and sweep.ring is not None:
-                rows = ring = Ring(rows, self.maps.scratch(sweep.ring))
+                rows = ring = Ring(rows, self.maps.scratch(sweep.ring), self._copier(work))
                 added = Behind(ring)
         for stage in sweep.residual_feeds:
             assert added is not None
-            added = self._computed(stage, added, affines, work)
-        window = self._window(sweep.stage, rows, affines, work)
+            added = self._computed(stage, added, norms, work)
+        window = self._window(sweep.stage, rows, norms, work)
         moments = self.moments(sweep.stage.call, sweep.stage.blocks) if statistics else None
         self._compute(sweep, window, out, added, scale, moments, work)
         return moments
@@ -170,9 +172,9 @@ class Run:
 
         return project
 
-    def _computed(self, stage: Stage, source: Stream, affines: Mapping[Norm, Affine], work: torch.Tensor) -> Stream:
+    def _computed(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Stream:
         """The rows of a convolution whose result is not stored."""
-        window = self._window(stage, source, affines, work)
+        window = self._window(stage, source, norms, work)
         weights, block = self._load(stage), self.maps.scratch(stage.output)
 
         def compute(padded: torch.Tensor) -> torch.Tensor:
@@ -180,11 +182,15 @@ class Run:
             self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, work))
             return rows
 
-        return ComputedRows(window, compute)
+        return ComputedRows(window, compute, self._copier(work))
 
-    def _window(self, stage: Stage, source: Stream, affines: Mapping[Norm, Affine], work: torch.Tensor) -> Window:
-        affine = None if stage.norm is None else affines[stage.norm]
-        return Window(self.kernels, source, affine, self.maps.scratch(stage.input), stage.height, stage.stored, work)
+    def _window(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Window:
+        norm = None if stage.norm is None else norms[stage.norm]
+        return Window(self.kernels, source, norm, self.maps.scratch(stage.input), stage.height, stage.stored, work)
+
+    def _copier(self, work: torch.Tensor) -> Copy:
+        """What copies rows within the arena, by the threads that compute."""
+        return lambda rows, into: self.kernels.prologue(rows, None, False, into, work)
 
     def _load(self, stage: Stage) -> Any:
         """A convolution's weights as the kernels want them, valid until the next sweep."""

@@ -9,14 +9,18 @@ whatever a sweep has read may be overwritten: that is what makes working in plac
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
 from fluxvae.engine.kernels import Kernels, Refill, Stream
 from fluxvae.engine.memory.stores import MemoryMap, Store
-from fluxvae.engine.statistics import Affine
+from fluxvae.engine.statistics import Scaling
 
-__all__ = ["Behind", "ComputedRows", "Ring", "StoredRows", "Window"]
+__all__ = ["Behind", "ComputedRows", "Copy", "Ring", "StoredRows", "Window"]
+
+Copy: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
+"""Copies the first rows to the second, which have the same shape."""
 
 
 class StoredRows:
@@ -40,7 +44,7 @@ class Window:
         self,
         kernels: Kernels,
         source: Stream,
-        affine: Affine | None,
+        norm: Scaling | None,
         buffer: torch.Tensor,
         height: int,
         stored: int,
@@ -50,13 +54,13 @@ class Window:
 
         Args:
             source: the map's rows.
-            affine: what rows go through on their way in, with SiLU after it; None lets them in as they are.
+            norm: what rows go through on their way in, with SiLU after it; None lets them in as they are.
             buffer: scratch of (rows + 2, width, channels), for blocks of so many rows.
             height: how many rows the blocks have together.
             stored: the height of the map, which may have a row more than that.
             work: the kernels' scratch.
         """
-        self._kernels, self._source, self._affine, self._work = kernels, source, affine, work
+        self._kernels, self._source, self._norm, self._work = kernels, source, norm, work
         self._buffer, self._rows, self._height, self._stored = buffer, len(buffer) - 2, height, stored
         self._next = 0
         self._have = 0
@@ -70,7 +74,7 @@ class Window:
         need = max(min(stop + 1, self._stored), self._have)
         fresh = (1 + self._have - start, 1 + need - start)
         bottom = stop - start + 1 if stop == self._stored else None
-        self._kernels.refill(Refill(self._buffer, start == 0, fresh, bottom, self._source, self._affine, self._work))
+        self._kernels.refill(Refill(self._buffer, start == 0, fresh, bottom, self._source, self._norm, self._work))
         self._next, self._have = stop, need
         self.span = (start, stop)
         return self._buffer[: stop - start + 2]
@@ -81,9 +85,9 @@ class ComputedRows:
 
     views = False
 
-    def __init__(self, window: Window, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, window: Window, compute: Callable[[torch.Tensor], torch.Tensor], copy: Copy) -> None:
         """``compute`` turns the window's padded block into output rows, which its next call may overwrite."""
-        self._window, self._compute = window, compute
+        self._window, self._compute, self._copy = window, compute, copy
         self._block: torch.Tensor | None = None
         self._used = 0
 
@@ -96,7 +100,7 @@ class ComputedRows:
                 assert padded is not None
                 self._block, self._used = self._compute(padded), 0
             n = min(len(into) - filled, len(self._block) - self._used)
-            into[filled : filled + n].copy_(self._block[self._used : self._used + n])
+            self._copy(self._block[self._used : self._used + n], into[filled : filled + n])
             filled, self._used = filled + n, self._used + n
         return into
 
@@ -106,9 +110,9 @@ class Ring:
 
     views = False
 
-    def __init__(self, source: Stream, kept: torch.Tensor) -> None:
+    def __init__(self, source: Stream, kept: torch.Tensor, copy: Copy) -> None:
         """``kept`` (rows, width, channels) must hold the distance between the two readers."""
-        self._source, self._kept = source, kept
+        self._source, self._kept, self._copy = source, kept, copy
         self._at = 0
         self._behind = 0
 
@@ -116,7 +120,7 @@ class Ring:
         """Give the next rows, as `Stream.take` says."""
         rows = self._source.take(into)
         for at, part in self._pieces(self._at, len(rows)):
-            self._kept[at : at + part.stop - part.start].copy_(rows[part])
+            self._copy(rows[part], self._kept[at : at + part.stop - part.start])
         self._at += len(rows)
         return rows
 
@@ -124,7 +128,7 @@ class Ring:
         """The next rows for the reader that follows behind."""
         assert self._at - self._behind <= len(self._kept), "the ring was planned too small"
         for at, part in self._pieces(self._behind, len(into)):
-            into[part].copy_(self._kept[at : at + part.stop - part.start])
+            self._copy(self._kept[at : at + part.stop - part.start], into[part])
         self._behind += len(into)
         return into
 

@@ -34,8 +34,8 @@ from fluxvae.engine.kernels.cpu.few_outputs import (
 )
 from fluxvae.engine.kernels.cpu.row_tasks import (
     AFFINE,
+    BY_PIXEL,
     COPY,
-    SILU,
     LinearJob,
     LinearWeights,
     RowsJob,
@@ -50,7 +50,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, Shared, convolve,
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters
-from fluxvae.engine.statistics import Affine, block_moments
+from fluxvae.engine.statistics import PixelScale, Scaling, block_moments
 
 __all__ = ["WinogradKernels"]
 
@@ -104,31 +104,34 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         # `loaded` decided by the map's size, which is not known here. Whether there is room for the transformed
         # weights tells what it decided.
         if kind == "linear" and whole_vectors(conv.cin, conv.cout, dtype.itemsize):
-            return linear_weights(*parameters(conv.module), into)
+            return linear_weights(*parameters(conv), into)
         if few(kind, conv.cin, conv.cout, dtype.itemsize):
-            return few_outputs_weights(*parameters(conv.module), into)
+            return few_outputs_weights(*parameters(conv), into)
         form = form_of(kind, conv.precise)
         planned = into.numel() >= transformed_bytes(form, conv.cin, conv.cout)
         if kind not in ("conv3", "up", "down") or not planned or not whole_vectors(conv.cin, conv.cout, dtype.itemsize):
             return super().load(conv, kind, dtype, into)
-        return transformed(form, *parameters(conv.module), into)
+        return transformed(form, *parameters(conv), into)
 
     def prologue(
-        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
         """Compute it in one pass by our threads, because PyTorch's would still be spinning when ours start."""
         channels = rows.shape[-1]
         if not whole_vectors(channels, channels, rows.element_size()):
-            super().prologue(rows, affine, silu, out, work)
+            super().prologue(rows, norm, silu, out, work)
             return
-        if affine is None and rows.data_ptr() == out.data_ptr():
+        if norm is None and rows.data_ptr() == out.data_ptr():
             return
-        scale, shift = (0, 0) if affine is None else (affine.scale.data_ptr(), affine.shift.data_ptr())
+        scale, shift = (0, 0) if norm is None else (norm.scale.data_ptr(), norm.shift.data_ptr())
+        what, least = COPY if norm is None else AFFINE, np.zeros(1, np.float32)
+        if isinstance(norm, PixelScale):
+            what, least[0] = BY_PIXEL, norm.eps
         pixels = rows.numel() // channels
         run = max(1, PASS // channels)
         job = RowsJob(
             src=rows.data_ptr(), dst=out.data_ptr(), scale=scale, shift=shift, pixels=pixels, channels=channels,
-            run=run, what=COPY if affine is None else SILU if silu else AFFINE,
+            run=run, what=what, silu=int(silu), least=least.ctypes.data,
         )  # fmt: skip
         threads.share(affine_rows, job, -(-pixels // run))
 
@@ -155,7 +158,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         q, k, v, out = projections.q, projections.k, projections.v, projections.out
         if not whole_vectors(q.cin, q.cout, dtype.itemsize) or q.cin != q.cout:
             return super().load_attention(projections, dtype, into)
-        weights = [parameters(conv.module) for conv in (q, k, v, out)]
+        weights = [parameters(conv) for conv in (q, k, v, out)]
         weights[1] = (weights[1][0].reshape(k.cout, k.cin).t(), None)
         return [linear_weights(*pair, part) for pair, part in zip(weights, into.chunk(4), strict=True)]
 

@@ -1,4 +1,4 @@
-"""The inner loops that go pixel by pixel: affine and SiLU, copies, and what goes around products, for Numba to call."""
+"""The inner loops that go pixel by pixel: norms and SiLU, copies, and what goes around products, for Numba to call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 
 from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, THIRD
-from fluxvae.engine.kernels.cpu.vector_code import VECTOR_BYTES, Code, vector_function
+from fluxvae.engine.kernels.cpu.vector_code import F32, VECTOR_BYTES, Code, vector_function
 
 AHEAD = 2048
 """How many bytes ahead the pixels of `affine` are fetched. The map comes from memory, and without this the pass would
@@ -41,6 +41,52 @@ def _affine(silu: bool) -> Any:
 
 
 affine, affine_silu = _affine(False), _affine(True)
+
+
+def _by_pixel(silu: bool) -> Any:
+    """``f(src, dst, scale, shift, pixels, vectors, least)``: y = x / length * scale + shift, then SiLU if ``silu``.
+
+    ``length``: of the pixel's channels, or the float32 at ``least``, whichever is larger.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, dst: ir.Value, scale: ir.Value, shift: ir.Value, pixels: ir.Value, vectors: ir.Value,
+        least: ir.Value,
+    ) -> None:  # fmt: skip
+        size, shortest = x.b.mul(vectors, x.i(VECTOR_BYTES)), x.splat(x.load(least, F32))
+        squares = x.locals(1)[0]
+
+        def pixel(index: ir.Value) -> None:
+            start = x.b.mul(index, size)
+            x.b.store(x.const(0.0), squares)
+
+            def square(vector: ir.Value) -> None:
+                where = x.b.add(start, x.b.mul(vector, x.i(VECTOR_BYTES)))
+                x.prefetch(x.at(src, where, AHEAD))
+                value = x.load(x.at(src, where))
+                x.b.store(x.fma(value, value, x.b.load(squares)), squares)
+
+            x.loop(vectors, square)
+            length = x.intrinsic("llvm.sqrt", x.splat(x.added(x.b.load(squares))))
+            length = x.b.select(x.b.fcmp_ordered(">", length, shortest), length, shortest)
+            factor = x.b.fdiv(x.const(1.0), length)
+
+            def channels(vector: ir.Value) -> None:
+                offset = x.b.mul(vector, x.i(VECTOR_BYTES))
+                where = x.b.add(start, offset)
+                x.prefetch(x.at(dst, where, AHEAD), write=True)
+                value = x.b.fmul(x.load(x.at(src, where)), factor)
+                y = x.fma(value, x.load(x.at(scale, offset)), x.load(x.at(shift, offset)))
+                x.store(x.silu(y) if silu else y, x.at(dst, where))
+
+            x.loop(vectors, channels)
+
+        x.loop(pixels, pixel)
+
+    return vector_function(f"fluxvae_by_pixel_{silu:d}", 7, emit)
+
+
+by_pixel, by_pixel_silu = _by_pixel(False), _by_pixel(True)
 
 
 def _copy() -> Any:

@@ -1,4 +1,4 @@
-"""Passes over pixels as tasks that threads take from a counter: GroupNorm's affine and SiLU, copies, linear layers.
+"""Passes over pixels as tasks that threads take from a counter: norms and SiLU, copies, linear layers.
 
 Compiled by Numba, without the GIL. Addresses and strides are in bytes.
 """
@@ -11,7 +11,15 @@ import numpy as np
 
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.counters import fetch_add
-from fluxvae.engine.kernels.cpu.pixel_loops import add_bias, affine, affine_silu, copy, gather_tiles
+from fluxvae.engine.kernels.cpu.pixel_loops import (
+    add_bias,
+    affine,
+    affine_silu,
+    by_pixel,
+    by_pixel_silu,
+    copy,
+    gather_tiles,
+)
 from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_cut import rounded
@@ -21,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AFFINE",
+    "BY_PIXEL",
     "COPY",
-    "SILU",
     "LinearJob",
     "LinearWeights",
     "RowsJob",
@@ -33,12 +41,12 @@ __all__ = [
     "panel_bytes",
 ]
 
-VECTOR_CODE = "882932c0cb6ef684"
+VECTOR_CODE = "19653e52121c5d7a"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
 class RowsJob(NamedTuple):
-    """A pass over pixels: GroupNorm's affine, SiLU after it, or a copy."""
+    """A pass over pixels: a norm, SiLU after it, or a copy."""
 
     src: int
     dst: int
@@ -50,10 +58,14 @@ class RowsJob(NamedTuple):
     run: int
     """How many pixels one task has."""
     what: int
-    """What is done to each value: COPY, AFFINE or SILU."""
+    """What is done to each value: COPY, AFFINE or BY_PIXEL."""
+    silu: int
+    """Whether SiLU comes after it."""
+    least: int
+    """The address of the least length that a pixel is divided by, one float32. Only for BY_PIXEL."""
 
 
-COPY, AFFINE, SILU = 0, 1, 2
+COPY, AFFINE, BY_PIXEL = 0, 1, 2
 
 
 @compiled
@@ -66,12 +78,17 @@ def affine_rows(job: RowsJob, counter: Any) -> None:
             return
         count = min(job.run, job.pixels - first)
         offset = first * job.channels * 4
+        src, dst = job.src + offset, job.dst + offset
         if job.what == COPY:
-            copy(job.src + offset, job.dst + offset, count * vectors)
-        elif job.what == SILU:
-            affine_silu(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+            copy(src, dst, count * vectors)
+        elif job.what == BY_PIXEL and job.silu:
+            by_pixel_silu(src, dst, job.scale, job.shift, count, vectors, job.least)
+        elif job.what == BY_PIXEL:
+            by_pixel(src, dst, job.scale, job.shift, count, vectors, job.least)
+        elif job.silu:
+            affine_silu(src, dst, job.scale, job.shift, count, vectors)
         else:
-            affine(job.src + offset, job.dst + offset, job.scale, job.shift, count, vectors)
+            affine(src, dst, job.scale, job.shift, count, vectors)
 
 
 MOST_RUN = 48

@@ -183,6 +183,18 @@ class Code:
         e = self.exp(self.b.fneg(y))
         return self.b.fdiv(y, self.b.fadd(e, self.const(1.0)))
 
+    def added(self, vector: ir.Value) -> ir.Value:
+        """The sum of a vector's lanes, added up by halves."""
+        half = LANES
+        while half > 1:
+            half //= 2
+            order = [min(lane + half, LANES - 1) for lane in range(LANES)]
+            shuffled = self.b.shuffle_vector(
+                vector, ir.Constant(VECTOR, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), order)
+            )
+            vector = self.b.fadd(vector, shuffled)
+        return self.b.extract_element(vector, ir.Constant(I32, 0))
+
     def locals(self, count: int) -> list[ir.Value]:
         """Stack slots for vectors; LLVM keeps them in registers where it can."""
         with self.b.goto_entry_block():

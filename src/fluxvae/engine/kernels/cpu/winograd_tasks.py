@@ -36,7 +36,7 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "Shared", "convolve", "merge"]
 
-VECTOR_CODE = "882932c0cb6ef684"
+VECTOR_CODE = "19653e52121c5d7a"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3

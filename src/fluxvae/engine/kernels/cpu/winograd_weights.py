@@ -19,7 +19,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
 
 __all__ = ["WeightsJob", "transform_weights"]
 
-VECTOR_CODE = "882932c0cb6ef684"
+VECTOR_CODE = "19653e52121c5d7a"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 

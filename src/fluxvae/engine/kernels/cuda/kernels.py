@@ -31,7 +31,7 @@ from fluxvae.engine.kernels.direct.costs import ROUNDING_BYTES, workspace_bound
 from fluxvae.engine.kernels.direct.cudnn import convolve
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, Scaling
 
 __all__ = ["CudaKernels"]
 
@@ -130,7 +130,7 @@ class CudaKernels(TorchKernels):
 
     def affine(self, moments: Moments, norm: Norm, dtype: torch.dtype, checks: FiniteChecks) -> Affine:
         """Compute `Moments.affine` in one launch instead of about thirty."""
-        weight, bias = parameters(norm.module) if norm.learned else (None, None)
+        weight, bias = parameters(norm) if norm.learned else (None, None)
         if weight is None or bias is None or not isinstance(moments, CardMoments):
             return super().affine(moments, norm, dtype, checks)
         scale, shift, finite = scale_and_shift(moments, norm.groups, norm.eps, weight, bias)
@@ -147,7 +147,7 @@ class CudaKernels(TorchKernels):
         """As `TorchKernels.load`; an upsample's kernels are summed in one launch each, and its bias is not doubled."""
         if kind != "up" or not self._covers_channels(conv.cout, dtype):
             return super().load(conv, kind, dtype, into)
-        weight, bias = parameters(conv.module)
+        weight, bias = parameters(conv)
         shape = torch.Size((2 * conv.cout, conv.cin, 2, 2))
         kernels = [self._weight(half, shape, dtype) for half in into.chunk(2)]
         for phase, kernel in enumerate(kernels):
@@ -155,13 +155,13 @@ class CudaKernels(TorchKernels):
         return kernels, None if bias is None else bias.to(dtype)
 
     def prologue(
-        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Affine and SiLU in one pass over memory, rounded once."""
-        if affine is None or not self._works(out.itemsize):
-            super().prologue(rows, affine, silu, out, work)
+        """Norm and SiLU in one pass over memory, rounded once."""
+        if norm is None or not self._works(out.itemsize):
+            super().prologue(rows, norm, silu, out, work)
         else:
-            passes.prologue(rows, affine.scale, affine.shift, silu, out)
+            passes.prologue(rows, norm.scale, norm.shift, silu, out, _least(norm))
 
     def refill(self, refill: Refill) -> None:
         """Halo, prologue and the zeros around the map in one launch, where the map's rows are to be read in place."""
@@ -171,9 +171,9 @@ class CudaKernels(TorchKernels):
             super().refill(refill)
             return
         rows = refill.source.take(window[start:stop]) if stop > start else window[:0]
-        affine = refill.affine
-        scale, shift = (None, None) if affine is None else (affine.scale, affine.shift)
-        passes.refill(window, refill.first, refill.fresh, refill.bottom, rows, scale, shift)
+        norm = refill.norm
+        scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
+        passes.refill(window, refill.first, refill.fresh, refill.bottom, rows, scale, shift, _least(norm))
 
     def convolve(self, block: ConvBlock) -> None:
         """cuDNN convolves, then everything else is done in one pass over memory."""
@@ -270,6 +270,11 @@ def _carve(
     shape = tuple(out.shape) if shape is None else shape
     nbytes = torch.Size(shape).numel() * out.dtype.itemsize
     return work[:nbytes].view(out.dtype).view(shape), work[aligned(nbytes) :]
+
+
+def _least(norm: Scaling | None) -> float | None:
+    """The least length of a pixel, where the norm is one of pixels."""
+    return norm.eps if isinstance(norm, PixelScale) else None
 
 
 def _bias(bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

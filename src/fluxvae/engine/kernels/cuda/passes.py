@@ -28,21 +28,27 @@ _TILES = 8
 """How many tiles a program has. It then has 256 pixels of 128 channels, and 32 MB of half precision 512 programs."""
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "least"])
 def _prologue(
-    src, dst, scale, shift, pixels, channels, SILU: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr
+    src, dst, scale, shift, least, pixels, channels,
+    BY_PIXEL: tl.constexpr, SILU: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pixel = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (pixel[:, None] < pixels) & (channel[None, :] < channels)
     at = pixel[:, None] * channels + channel[None, :]
-    value = _scaled(tl.load(src + at, mask=mask, other=0.0), scale, shift, channel, channels, SILU)
+    value = tl.load(src + at, mask=mask, other=0.0)
+    value = _scaled(value, scale, shift, least, channel, channels, BY_PIXEL, SILU)
     tl.store(dst + at, value.to(dst.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _scaled(value, scale, shift, channel, channels, SILU: tl.constexpr):
+def _scaled(value, scale, shift, least, channel, channels, BY_PIXEL: tl.constexpr, SILU: tl.constexpr):
+    """``BY_PIXEL``: divide by each pixel's length first; then a tile must have all channels."""
     value = value.to(tl.float32)
+    if BY_PIXEL:
+        length = tl.sqrt(tl.sum(value * value, 1))
+        value = value / tl.maximum(length, least)[:, None]
     value = value * tl.load(scale + channel, mask=channel < channels, other=0.0)[None, :]
     value = value + tl.load(shift + channel, mask=channel < channels, other=0.0)[None, :]
     if SILU:
@@ -50,10 +56,10 @@ def _scaled(value, scale, shift, channel, channels, SILU: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["begin", "end", "top", "halo", "distance", "fresh", "stop", "bottom", "below"])
+@triton.jit(do_not_specialize=["least", "begin", "end", "top", "halo", "distance", "fresh", "stop", "bottom", "below"])
 def _refill(
-    src, window, scale, shift, begin, end, top, halo, distance, fresh, stop, bottom, below, channels,
-    AFFINE: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+    src, window, scale, shift, least, begin, end, top, halo, distance, fresh, stop, bottom, below, channels,
+    NORM: tl.constexpr, BY_PIXEL: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """All numbers are pixels of the window. Those from ``halo`` on are moved up by ``distance`` first."""
     pixel = begin + tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -68,8 +74,8 @@ def _refill(
     tl.store(window + at - distance.to(tl.int64) * channels, old, mask=moved)
     given = inside & (pixel[:, None] >= fresh) & (pixel[:, None] < stop)
     value = tl.load(src + (pixel[:, None] - fresh) * channels + channel[None, :], mask=given, other=0.0)
-    if AFFINE:
-        value = _scaled(value, scale, shift, channel, channels, True).to(window.dtype.element_ty)
+    if NORM:
+        value = _scaled(value, scale, shift, least, channel, channels, BY_PIXEL, True).to(window.dtype.element_ty)
     outside = (pixel[:, None] < top) | ((pixel[:, None] >= bottom) & (pixel[:, None] < below))
     value = tl.where(given, value, 0.0)
     tl.store(window + at, value.to(window.dtype.element_ty), mask=given | (inside & outside))
@@ -122,21 +128,28 @@ def _finish(
     tl.store(parts + at + channels, m2, mask=inside)
 
 
-def prologue(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor) -> None:
+def prologue(
+    rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, silu: bool, out: torch.Tensor,
+    least: float | None = None,
+) -> None:  # fmt: skip
     """Compute ``out = silu(rows * scale + shift)``, or without SiLU.
 
-    rows, out: (..., C) contiguous, possibly the same. scale, shift: (C,) float32.
+    rows, out: (..., C) contiguous, possibly the same. scale, shift: (C,) float32. least: None, or the least length of a
+    pixel, by which its channels are divided first.
     """
     channels = rows.shape[-1]
     pixels = rows.numel() // channels
-    tile, block = _cut(channels)
+    tile, block = _cut(channels) if least is None else _cut_whole(channels)
     grid = (-(-pixels // tile), -(-channels // block))
-    _prologue[grid](rows, out, scale, shift, pixels, channels, SILU=silu, TILE=tile, BLOCK_C=block, **CONTRACTION)
+    _prologue[grid](
+        rows, out, scale, shift, least or 0.0, pixels, channels,
+        BY_PIXEL=least is not None, SILU=silu, TILE=tile, BLOCK_C=block, **CONTRACTION,
+    )  # fmt: skip
 
 
 def refill(
     window: torch.Tensor, first: bool, fresh: tuple[int, int], bottom: int | None, rows: torch.Tensor,
-    scale: torch.Tensor | None, shift: torch.Tensor | None,
+    scale: torch.Tensor | None, shift: torch.Tensor | None, least: float | None = None,
 ) -> None:  # fmt: skip
     """Move a window down to its next block, as `fluxvae.engine.kernels.Refill` says, in one launch.
 
@@ -144,17 +157,18 @@ def refill(
         window: (n + 2, W, C) contiguous, n at least 2 unless it is the first block.
         rows: (fresh, W, C) contiguous, distinct from the window, in its dtype: the map's rows.
         scale, shift: (C,) float32, or None where rows are copied as they are.
+        least: as for `prologue`.
     """
     height, width, channels = window.shape
     end = height * width
     begin, top, halo = (0, width, end) if first else (2 * width, 0, end - 2 * width)
     below = end if bottom is None else bottom * width
-    tile, block = _cut(channels)
-    affine = scale is not None
+    tile, block = _cut(channels) if least is None else _cut_whole(channels)
+    norm = scale is not None
     _refill[(-(-(end - begin) // tile), -(-channels // block))](
-        rows, window, scale if affine else rows, shift if affine else rows, begin, end, top, halo, end - 2 * width,
-        fresh[0] * width, fresh[1] * width, below, below + width, channels,
-        AFFINE=affine, TILE=tile, BLOCK_C=block, **CONTRACTION,
+        rows, window, scale if norm else rows, shift if norm else rows, least or 0.0, begin, end, top, halo,
+        end - 2 * width, fresh[0] * width, fresh[1] * width, below, below + width, channels,
+        NORM=norm, BY_PIXEL=least is not None, TILE=tile, BLOCK_C=block, **CONTRACTION,
     )  # fmt: skip
 
 
@@ -212,6 +226,13 @@ def _cut(channels: int) -> tuple[int, int]:
     """How many pixels and how many channels a tile has."""
     block = min(128, max(16, power_of_two(channels)))
     return _TILE_VALUES // block, block
+
+
+@lru_cache
+def _cut_whole(channels: int) -> tuple[int, int]:
+    """The same where a tile must have all channels of its pixels."""
+    block = max(16, power_of_two(channels))
+    return max(1, _TILE_VALUES // block), block
 
 
 def power_of_two(number: int) -> int:

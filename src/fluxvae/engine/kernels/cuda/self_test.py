@@ -22,7 +22,7 @@ from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.memory.free import is_out_of_memory
 from fluxvae.engine.records import Conv, Linear, Norm, Projections
 from fluxvae.engine.settings import set_aside
-from fluxvae.engine.statistics import FiniteChecks, Moments, Partial
+from fluxvae.engine.statistics import FiniteChecks, Moments, Partial, PixelScale
 from fluxvae.errors import UnavailableError
 
 __all__ = ["fault", "note", "on"]
@@ -152,14 +152,17 @@ def _walk(
         affine = kernels.affine(moments, norm, wide, FiniteChecks(device))
         yield "the norm's scale", affine.scale, None
         yield "the norm's shift", affine.shift, None
-    for silu in (True, False):
-        rows, out = draw(_ROWS, _WIDTH, 512), torch.empty(_ROWS, _WIDTH, 512, dtype=dtype, device=device)
-        kernels.prologue(rows, affine, silu, out, room(4 * rows.numel() * 8))
+    by_pixel = PixelScale(draw(384).to(wide), draw(384).to(wide), 1e-12)
+    for scaling, silu in ((affine, True), (affine, False), (by_pixel, True), (by_pixel, False)):
+        channels = len(scaling.scale)
+        rows, out = draw(_ROWS, _WIDTH, channels), torch.empty(_ROWS, _WIDTH, channels, dtype=dtype, device=device)
+        kernels.prologue(rows, scaling, silu, out, room(4 * rows.numel() * 8))
         yield "the norm", out, None
-    for first, through in ((True, affine), (False, affine), (False, None)):
-        window, fresh = draw(_ROWS, _WIDTH, 512), (1 if first else 2, _ROWS - 1)
-        source = _Rows(draw(fresh[1] - fresh[0], _WIDTH, 512))
-        kernels.refill(Refill(window, first, fresh, _ROWS - 1, source, through, room(8 * window.numel())))
+    for first, through in ((True, affine), (False, affine), (False, None), (True, by_pixel), (False, by_pixel)):
+        channels = 512 if through is None else len(through.scale)
+        window, fresh = draw(_ROWS, _WIDTH, channels), (1 if first else 2, _ROWS - 1)
+        source = _Rows(draw(fresh[1] - fresh[0], _WIDTH, channels))
+        kernels.refill(Refill(window, first, fresh, _ROWS - 1, source, through, room(9 * window.numel())))
         yield "the next block", window, None
     for kind, layer, residual, scale in (
         ("conv3", conv(128, 128, 3), None, 1.0),

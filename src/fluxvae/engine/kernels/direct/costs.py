@@ -180,8 +180,13 @@ class DirectCosts:
     def workspace(self, call: Call) -> int:
         """Bytes of the arena during one call: the block once more in float32 at least, for statistics and prologue.
 
-        Attention has two results of its projections there too.
+        Attention has two results of its projections there too, and a norm of each pixel the lengths of the pixels.
         """
+        if not call.by_pixel:
+            return self._block_bytes(call)
+        return aligned(self._block_bytes(call)) + (call.rows + 1) * call.width * max(4, call.itemsize)
+
+    def _block_bytes(self, call: Call) -> int:
         pixels = call.out(call.rows) * call.out(call.width)
         wide = max(4, call.itemsize)
         moments = pixels * call.cout * wide if call.statistics and call.kind != "linear" else 0

@@ -26,7 +26,7 @@ from fluxvae.engine.kernels.direct import gpu, onednn, subpixel
 from fluxvae.engine.kernels.direct.costs import UNFOLDED_BLOCK_VALUES, DirectCosts, padded_width
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.records import Conv, Norm, Projections, parameters
-from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, block_moments
+from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, PixelScale, Scaling, block_moments
 
 __all__ = ["TorchKernels"]
 
@@ -90,7 +90,7 @@ class TorchKernels(DirectCosts):
 
     def pointwise(self, latents: torch.Tensor, conv: Conv) -> torch.Tensor:
         """Compute it channels first as diffusers does, except on a GPU."""
-        weight, bias = parameters(conv.module)
+        weight, bias = parameters(conv)
         weight, bias = weight.to(latents.dtype), None if bias is None else bias.to(latents.dtype)
         if self._device.type != "cpu":
             rows = latents.permute(1, 2, 0).contiguous()
@@ -99,7 +99,7 @@ class TorchKernels(DirectCosts):
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """(weight, bias), or for ``"up"`` the two row phases' summed kernels."""
-        weight, bias = parameters(conv.module)
+        weight, bias = parameters(conv)
         bias = None if bias is None else bias.to(dtype)
         if kind == "up":
             return self._subpixel(weight, bias, dtype, into)
@@ -112,24 +112,27 @@ class TorchKernels(DirectCosts):
         return self._weight(into, weight.shape, dtype).copy_(weight), bias
 
     def prologue(
-        self, rows: torch.Tensor, affine: Affine | None, silu: bool, out: torch.Tensor, work: torch.Tensor
+        self, rows: torch.Tensor, norm: Scaling | None, silu: bool, out: torch.Tensor, work: torch.Tensor
     ) -> None:
-        """Compute affine and SiLU in float32 at least, and round once."""
-        if affine is None:
+        """Compute norm and SiLU in float32 at least, and round once."""
+        if norm is None:
             if rows.data_ptr() != out.data_ptr():
                 out.copy_(rows)
             return
-        if out.dtype == affine.scale.dtype:
-            torch.addcmul(affine.shift, rows, affine.scale, out=out)
-            if silu:
-                F.silu(out, inplace=True)
-            return
-        wide = _carve(work, rows.shape, affine.scale.dtype)
-        wide.copy_(rows)
-        torch.addcmul(affine.shift, wide, affine.scale, out=wide)
+        dtype = norm.scale.dtype
+        wide = out
+        if out.dtype != dtype:
+            wide = _carve(work, rows.shape, dtype)
+            rows, work = wide.copy_(rows), work[aligned(wide.nbytes) :]
+        if isinstance(norm, PixelScale):
+            length = _carve(work, torch.Size((*rows.shape[:-1], 1)), dtype)
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=length)
+            rows = torch.div(rows, length.clamp_(min=norm.eps), out=wide)
+        torch.addcmul(norm.shift, rows, norm.scale, out=wide)
         if silu:
             F.silu(wide, inplace=True)
-        out.copy_(wide)
+        if wide is not out:
+            out.copy_(wide)
 
     def refill(self, refill: Refill) -> None:
         """Move the halo rows, put the fresh rows through the prologue, and write the zeros below the map."""
@@ -144,7 +147,7 @@ class TorchKernels(DirectCosts):
             window[1].copy_(window[2])
         fresh = window[slice(*refill.fresh)]
         if len(fresh):
-            self.prologue(refill.source.take(fresh), refill.affine, True, fresh, refill.work)
+            self.prologue(refill.source.take(fresh), refill.norm, True, fresh, refill.work)
         if refill.bottom is not None:
             window[refill.bottom].zero_()
 
