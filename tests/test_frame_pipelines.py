@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from diffusers.modular_pipelines.qwenimage.decoders import QwenImageDecoderStep,
 from diffusers.modular_pipelines.qwenimage.encoders import QwenImageVaeEncoderStep
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus, pipeline_qwenimage_layered
 from PIL import Image
+from safetensors.torch import save_file
 
+import fluxvae
 from family_models import qwen_image_vae, wan_vae
 from fluxvae import Decoder, Encoder, InvalidLatentsError, InvalidOptionError, pack_latents, unpack_latents
+from fluxvae.batch import Job, decode_files
 from fluxvae.diffusers_blocks import LocalVaeStep
 from fluxvae.latents.format import LatentFormat
 from frame_pipelines import last_latents, pipeline, run, seen_tokens
@@ -261,11 +265,53 @@ def test_a_video_in_a_pipeline_is_refused(way: str) -> None:
         getattr(seen, way)(given[:, :, 0])
 
 
+def test_installed_in_a_pipeline() -> None:
+    """The picture and the references are the exact engine's, and the pipeline's own again once it is removed."""
+    pipe = pipeline("QwenImage", vae_of())
+    pipe.vae.decoder.conv_out.weight.data.mul_(30)  # so that there is something to clamp
+    tokens, own = (run(pipe, kind, 2, **SIZE) for kind in ("latent", "pt"))
+    pixels = noise(2, 3, 1, 32, 48)
+    with torch.no_grad():
+        mode = pipe.vae.encode(pixels).latent_dist.mode()
+    handle = fluxvae.install(pipe.vae, kernels="torch", memory_limit="100MB")
+    exact = run(pipe, "pt", 2, **SIZE)
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode()
+        clamped = pipe.vae.decode(noise(1, 16, 1, 4, 6)).sample
+    options: dict[str, Any] = {"kernels": "torch"}
+    assert torch.equal(exact, Decoder(pipe.vae, **options).decode(tokens, **SIZE, output_type="pt"))
+    assert torch.equal(latents[:, :, 0], Encoder(pipe.vae, **options).engine.encode(pixels[:, :, 0])[:, :16])
+    assert latents.shape == mode.shape
+    assert not torch.equal(exact, own), "another engine computed it"
+    assert float((exact - own).abs().max()) < 1e-4
+    assert float((latents - mode).abs().max()) < 1e-5
+    assert clamped.shape == (1, 3, 1, 32, 48)
+    assert float(clamped.abs().max()) == 1.0
+    handle.remove()
+    assert torch.equal(run(pipe, "pt", 2, **SIZE), own)
+
+
+def test_a_job_refuses_layers(tmp_path: Path) -> None:
+    """Such files hold several pictures a row, so the job names them and goes on with the others."""
+    source = tmp_path / "in"
+    source.mkdir()
+    save_file({"latents": noise(1, 12, 64)}, source / "packed.safetensors")
+    save_file({"latents": noise(1, 16, 2, 4, 6)}, source / "unpacked.safetensors")
+    save_file({"latents": noise(1, 16, 1, 4, 6)}, source / "one.safetensors")
+    job = Job(inputs=(str(source),), out=str(tmp_path / "out"), format="npy", **SIZE)
+    report = decode_files(job, decoder=Decoder(vae_of(channels=4), kernels="torch"))
+    failed = {Path(failure.source).stem: failure.message for failure in report.failures}
+    assert set(failed) == {"packed", "unpacked"}
+    assert "got 2 layers of 32x48 in packed latents of shape (1, 12, 64)" in failed["packed"]
+    assert "2 layers of each image; a job makes one picture of each row" in failed["unpacked"]
+    assert [path.name for path in (tmp_path / "out").glob("*.npy")] == ["one.npy"]
+
+
 def test_the_format() -> None:
     """Said in words, and read from the class and the config alone."""
     mine = LatentFormat.from_vae(vae_of("Wan"))
     assert (mine.channels, mine.vae_scale_factor, mine.frames, mine.layers) == (16, 8, True, False)
-    assert (mine.packed_features, mine.statistics, mine.image_channels) == (64, True, 3)
+    assert (mine.packed_features, mine.statistics, mine.picture_channels) == (64, True, 3)
     assert str(mine) == "latents / (1 / latents_std) + latents_mean"
     assert LatentFormat.from_vae(vae_of(channels=4)).layers
     assert not LatentFormat().frames

@@ -78,8 +78,8 @@ class Installed:
         """Replace ``AutoencoderKL._decode``: decode raw latents (B, C, lh, lw) to (B, 3, H, W) with the exact engine.
 
         ``vae.decode`` calls this method, and its own hooks, slicing and return types stay as they are. A VAE with an
-        axis of time takes (B, C, 1, lh, lw) and gives (B, 3 or 4, 1, H, W), which its own ``_decode`` clamps to
-        [-1, 1], as this one does.
+        axis of time takes (B, C, 1, lh, lw) and gives (B, 3 or 4, 1, H, W). Where its own ``_decode`` clamps pixels to
+        [-1, 1], so does the engine.
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
@@ -92,7 +92,7 @@ class Installed:
         raw = without_frame(z, DECODE) if self._frames else z
         sample = self.decoder.decode(raw, progress=self.progress, cancel=self.cancel)
         if self._frames:
-            sample = sample.clamp_(-1.0, 1.0).unsqueeze(2)
+            sample = sample.unsqueeze(2)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _exact_encode(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,14 @@ and gives (B, C, H, W). `ReferenceEngine` adds the axis for diffusers, and `flux
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fluxvae.engine.way import Way
 from fluxvae.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fluxvae.engine.way import Way
 
 __all__ = ["has_frames", "without_frame"]
 

@@ -95,7 +95,7 @@ class LatentFormat:
     approximate."""
     frames: bool = False
     """Whether the VAE's own tensors have an axis of time, (B, C, F, lh, lw). A picture is one frame, F = 1."""
-    image_channels: int = 3
+    picture_channels: int = 3
     """How many channels the VAE's pictures have: 3, or 4 for pictures with alpha."""
 
     @classmethod
@@ -176,7 +176,7 @@ class LatentFormat:
             latents_mean=tuple(mean),
             latents_std=tuple(std),
             frames=True,
-            image_channels=pictures,
+            picture_channels=pictures,
         )
 
     @property
@@ -190,7 +190,7 @@ class LatentFormat:
 
         Such are QwenImageLayeredPipeline's, whose pictures have alpha. Frames of other VAEs are a video's.
         """
-        return self.frames and self.image_channels == 4
+        return self.frames and self.picture_channels == 4
 
     @property
     def packed_features(self) -> int:
