@@ -35,7 +35,7 @@ LEVELS = (
 ENGINE = (
     ("torch_library",),
     ("way",),
-    ("calls", "clock", "records", "settings"),
+    ("calls", "clock", "frames", "records", "settings"),
     ("memory", "plan", "statistics"),
     ("kernels",),
     ("sweep",),

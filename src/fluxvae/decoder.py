@@ -33,8 +33,9 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
     """Decodes the latents of FLUX, or of a model that borrows its VAE, with one VAE on one device.
 
     Args:
-        vae: an ``AutoencoderKL``, an ``AutoencoderKLFlux2`` or, for approximate previews, an ``AutoencoderTiny`` that
-            is already in memory. It is used as it is, without a copy. `from_pretrained` loads one.
+        vae: an ``AutoencoderKL``, an ``AutoencoderKLFlux2``, an ``AutoencoderKLQwenImage``, an ``AutoencoderKLWan`` of
+            Wan 2.1 or, for approximate previews, an ``AutoencoderTiny`` that is already in memory. It is used as it is,
+            without a copy. `from_pretrained` loads one.
         device: ``"auto"`` (where the module is), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or a ``torch.device``.
         dtype: ``"auto"`` (the module's own), ``"float32"``, ``"bfloat16"``, ``"float16"``, or a ``torch.dtype``. A
             device or a dtype other than the module's moves the module itself, as ``Module.to`` does.
@@ -107,10 +108,16 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
                 float16, finite, and scaled, as the transformer leaves them. Unpacked ones may be one frame,
                 (B, C, 1, lh, lw) or (C, 1, lh, lw). One image may come without its batch, (C, lh, lw) or
                 (gh*gw, 4*C). ``(C, n, 4*C)`` may be C packed images or one image; height and width tell which.
-            height, width: the size of the image in pixels. One that is not a multiple of 16 is floored, as in
-                FluxPipeline, with a `SizeFlooredWarning`. If height and width are exchanged and both give the same
-                number of patches, that cannot be noticed: latents of 512x1024 decode as 1024x512 without an error, to a
-                scrambled picture.
+                More than one frame is a video, and refused, except for a VAE whose pictures have alpha, as that of
+                QwenImageLayeredPipeline has: its frames are layers, and packed (B, L*gh*gw, 64) and unpacked
+                (B, 16, L, lh, lw) are B*L pictures, the layers of one image after those of another. Every layer that is
+                given is decoded. That pipeline's transformer makes one more in front, the composite, which the pipeline
+                does not decode: ``latents[:, gh*gw:]`` of packed ones, or ``latents[:, :, 1:]``, leaves it out.
+            height, width: the size of the image in pixels, for layers that of one layer. One that is not a multiple of
+                16 is floored, as in FluxPipeline, with a `SizeFlooredWarning`. If height and width are exchanged and
+                both give the same number of patches, that cannot be noticed: latents of 512x1024 decode as 1024x512
+                without an error, to a scrambled picture. Nor can a size that is too small be noticed where packed
+                latents may be layers: those of one layer of 512x512 are four of 256x256.
             latent_ids: (B, gh*gw, 4), for FLUX.2's packed latents that do not come row by row. They say where each
                 token belongs, every place exactly once, as FLUX.2's pipelines make them. Height and width may be left
                 out then. For one image's (gh*gw, 4*C) they may be (gh*gw, 4).
@@ -118,7 +125,8 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
                 (B, 3, H, W) in [0, 1], in the VAE's dtype; ``"uint8"`` a (B, H, W, 3) uint8 array, the bytes of
                 ``"pil"``.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
-                where it has none: FLUX.2 has no factors, and the others have no eps.
+                where it has none: FLUX.2 has no factors, Qwen-Image and Wan have neither factors nor an eps, and the
+                others have no eps.
             raw: whether the latents are raw already, like those of Flux2KleinPipeline's ``output_type="latent"``, so
                 that nothing is rescaled. For FLUX.2's (B, 32, lh, lw) it must be said either way, because both kinds
                 have that shape.

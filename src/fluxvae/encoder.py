@@ -35,8 +35,9 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
     """Encodes pictures for FLUX, or for a model that borrows its VAE, with one VAE on one device.
 
     Args:
-        vae: an ``AutoencoderKL``, an ``AutoencoderKLFlux2`` or, for approximate latents, an ``AutoencoderTiny`` that is
-            already in memory. It is used as it is, without a copy. `from_pretrained` loads one.
+        vae: an ``AutoencoderKL``, an ``AutoencoderKLFlux2``, an ``AutoencoderKLQwenImage``, an ``AutoencoderKLWan`` of
+            Wan 2.1 or, for approximate latents, an ``AutoencoderTiny`` that is already in memory. It is used as it is,
+            without a copy. `from_pretrained` loads one.
         device, dtype: as for `fluxvae.Decoder`.
         engine: ``"exact"`` computes what diffusers computes without tiles, in bounded memory, with the same bits in any
             batch. ``"diffusers"`` is the reference, whose bits are the pipeline's. ``"preview"`` is for an
@@ -113,7 +114,8 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         Returns:
             What the model's pipeline would hand to its transformer, in the VAE's dtype and on its device: packed
             latents; or (B, C, lh, lw), for FLUX.2 in patches (B, 4*C, gh, gw), where ``packed`` is false. Raw latents
-            that are not packed are (B, C, lh, lw) for every model.
+            that are not packed are (B, C, lh, lw) for every model. ``latents.unsqueeze(2)`` gives them the axis of time
+            that some of Qwen-Image's relatives want, (B, C, 1, lh, lw).
 
         Raises:
             InvalidImagesError, InvalidOptionError: something is wrong with the arguments; no work was begun.
@@ -137,7 +139,7 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
             checked = check_images(images, self.format.multiple(packed=packed, raw=raw), resize=resize)
             generators = self._generators(sample, checked.batch)
             found = self._drawn(checked, generators, progress, cancel)
-            return self._scaled(found, reading, packed=packed)
+            return self._scaled(found, reading, packed=packed, drawn=sample is not None)
 
     def moments(
         self,
@@ -201,7 +203,7 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
             sample: draws from the distribution, with one draw for all rows; None takes the mode.
         """
         with set_aside(self.device):
-            return self._scaled(self._draw(moments, sample), reading, packed=packed)
+            return self._scaled(self._draw(moments, sample), reading, packed=packed, drawn=sample is not None)
 
     def plan(self, height: int, width: int, batch: int = 1) -> Plan:
         """Plan how ``batch`` pictures of this size would be encoded now. ``str(plan)`` is a table.
@@ -257,9 +259,9 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         latents: torch.Tensor = distribution.mode() if generator is None else distribution.sample(generator)
         return latents
 
-    def _scaled(self, raw: torch.Tensor, reading: Reading, *, packed: bool) -> torch.Tensor:
+    def _scaled(self, raw: torch.Tensor, reading: Reading, *, packed: bool, drawn: bool) -> torch.Tensor:
         """Raw latents (B, C, lh, lw) with the model's scaling, and packed where that is asked for."""
-        latents = self.format.from_raw(raw, reading)
+        latents = self.format.from_raw(raw, reading, drawn=drawn)
         if not torch.isfinite(latents).all():  # the engine's own are, so this is a factor's doing
             raise NonFiniteOutputError(
                 f"latents: got NaN or Inf by scaling them with {reading.parameters() or 'its own factors'}; "

@@ -19,7 +19,7 @@ from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError
 from fluxvae.forked import refuse_to_hang
 from fluxvae.latents.format import LatentFormat
-from fluxvae.options import VAE, check_engine_options, is_a, resolve_device, resolve_dtype, resolve_engine
+from fluxvae.options import VAE, check_engine_options, check_vae, resolve_device, resolve_dtype, resolve_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,11 +57,7 @@ class Half(Generic[Exact, Reference, Preview]):
         slicing: bool,
     ) -> None:
         vae = unwrapped(vae)
-        if not is_a(vae, "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"):
-            raise InvalidOptionError(
-                f"vae: got {type(vae).__name__}, expected diffusers' AutoencoderKL, AutoencoderKLFlux2 or "
-                f"AutoencoderTiny; {type(self).__name__}.from_pretrained loads one"
-            )
+        check_vae(vae, f"{type(self).__name__}.from_pretrained loads one")
         refuse_to_hang()
         if getattr(vae, self.way.network) is None:
             other = "fluxvae.Decoder" if self.way != DECODE else "fluxvae.Encoder"

@@ -1,4 +1,4 @@
-"""`install` makes any diffusers pipeline with an ``AutoencoderKL`` decode and encode exactly, in bounded memory."""
+"""`install` makes any diffusers pipeline with one of the full VAEs decode and encode exactly, in bounded memory."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Installed:
         decoder: ExactDecoder | ReferenceDecoder | None,
         encoder: ExactEncoder | ReferenceEncoder | None,
     ) -> None:
+        from fluxvae.engine.frames import has_frames
+
         self.vae = vae
         self.decoder = decoder
         """The engine that decodes; None where the VAE has no decoder."""
@@ -39,6 +41,7 @@ class Installed:
         """May be set: it is called with the steps of a call that are done and those that there are."""
         self.cancel: Callable[[], bool] | None = None
         """May be set: it is asked again and again, and a call ends with `DecodeCancelled` when it returns true."""
+        self._frames = has_frames(vae)
         self._put: dict[str, Callable[..., Any]] = {}
         _keep_from_tracing()
         if decoder is not None:
@@ -74,28 +77,39 @@ class Installed:
     def _exact_decode(self, z: torch.Tensor, return_dict: bool = True) -> Any:
         """Replace ``AutoencoderKL._decode``: decode raw latents (B, C, lh, lw) to (B, 3, H, W) with the exact engine.
 
-        ``vae.decode`` calls this method, and its own hooks, slicing and return types stay as they are.
+        ``vae.decode`` calls this method, and its own hooks, slicing and return types stay as they are. A VAE with an
+        axis of time takes (B, C, 1, lh, lw) and gives (B, 3 or 4, 1, H, W). Where its own ``_decode`` clamps pixels to
+        [-1, 1], so does the engine.
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
+        from fluxvae.engine.frames import without_frame
         from fluxvae.latents.values import plain
 
         assert self.decoder is not None
         self._check(self.decoder, z)
-        sample = self.decoder.decode(plain(z), progress=self.progress, cancel=self.cancel)
+        z = plain(z)
+        raw = without_frame(z, DECODE) if self._frames else z
+        sample = self.decoder.decode(raw, progress=self.progress, cancel=self.cancel)
+        if self._frames:
+            sample = sample.unsqueeze(2)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def _exact_encode(self, x: torch.Tensor) -> torch.Tensor:
         """Replace ``AutoencoderKL._encode``: encode pixels (B, 3, H, W) to moments (B, 2*C, lh, lw), exactly.
 
         ``vae.encode`` calls this method and makes its distribution of the result; its own hooks, slicing and return
-        types stay as they are.
+        types stay as they are. Where there is an axis of time, both have it, with one frame.
         """
+        from fluxvae.engine.frames import without_frame
         from fluxvae.latents.values import plain
 
         assert self.encoder is not None
         self._check(self.encoder, x)
-        return self.encoder.encode(plain(x), progress=self.progress, cancel=self.cancel)
+        x = plain(x)
+        pixels = without_frame(x, ENCODE) if self._frames else x
+        moments = self.encoder.encode(pixels, progress=self.progress, cancel=self.cancel)
+        return moments.unsqueeze(2) if self._frames else moments
 
     def _check(self, engine: ExactEngine | ReferenceEngine, given: torch.Tensor) -> None:
         """Refuse what the engine does not do: tiles, and gradients."""
@@ -162,8 +176,10 @@ def install(
     """
     from fluxvae.engine.exact import ExactDecoder, ExactEncoder
     from fluxvae.engine.layers.reading import unwrapped
+    from fluxvae.options import FULL_CLASSES, check_vae
 
     vae = unwrapped(vae)
+    check_vae(vae, "give it the pipeline's own, pipe.vae", classes=FULL_CLASSES)
     for name in ("_decode", "_encode"):
         if name in vae.__dict__:
             raise InvalidOptionError(

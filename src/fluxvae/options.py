@@ -6,7 +6,7 @@ An option that cannot be honoured is refused by its name rather than ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -14,8 +14,11 @@ from fluxvae.devices import EXACT, usual_dtype
 from fluxvae.errors import InvalidOptionError
 
 __all__ = [
+    "CLASSES",
+    "FULL_CLASSES",
     "VAE",
     "check_engine_options",
+    "check_vae",
     "is_a",
     "name_of_usual_dtype",
     "resolve_device",
@@ -24,11 +27,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and making a plan does not need it
-    from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLFlux2,
+        AutoencoderKLQwenImage,
+        AutoencoderKLWan,
+        AutoencoderTiny,
+    )
 
-VAE: TypeAlias = "AutoencoderKL | AutoencoderKLFlux2 | AutoencoderTiny"
+VAE: TypeAlias = "AutoencoderKL | AutoencoderKLFlux2 | AutoencoderKLQwenImage | AutoencoderKLWan | AutoencoderTiny"
 """The classes of diffusers that can be decoded with. The class decides how latents become raw latents, and which
 engines there are."""
+FULL_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan")
+"""The names of those that compute the image itself."""
+CLASSES = (*FULL_CLASSES, "AutoencoderTiny")
+"""The names of all of them, with the one that computes an approximate preview."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +52,26 @@ def is_a(vae: object, *kinds: str) -> bool:
     Names are compared instead of classes, because importing the classes would import diffusers.
     """
     return any(kind.__name__ in kinds for kind in type(vae).__mro__)
+
+
+def check_vae(vae: Any, instead: str, *, classes: tuple[str, ...] = CLASSES) -> None:
+    """Refuse what is no VAE of one of these classes, or has another network than the class's usual one.
+
+    Args:
+        instead: what to do about it, for the message.
+
+    Raises:
+        InvalidOptionError: names the class, or the settings that make it another network.
+    """
+    if not is_a(vae, *classes):
+        expected = f"{', '.join(classes[:-1])} or {classes[-1]}"
+        raise InvalidOptionError(f"vae: got {type(vae).__name__}, expected diffusers' {expected}; {instead}")
+    if is_a(vae, "AutoencoderKLWan") and (vae.config.is_residual or vae.config.patch_size):
+        raise InvalidOptionError(
+            f"vae: got {type(vae).__name__} with is_residual={vae.config.is_residual}, "
+            f"patch_size={vae.config.patch_size}, which is Wan 2.2's network; expected that of Wan 2.1, whose latents "
+            "have 16 channels: decode with diffusers itself"
+        )
 
 
 def resolve_engine(engine: str, vae: VAE) -> str:

@@ -59,6 +59,11 @@ class Decoding:
                 f"height and width: got {item.size[0]}x{item.size[1]} (height x width), but the latents decode to "
                 f"{request.height}x{request.width}"
             )
+        if request.batch != 1:
+            raise InvalidLatentsError(
+                f"latents: got {request.batch} layers of {request.height}x{request.width} in packed latents of shape "
+                f"{tuple(latents.shape)}; a job makes one picture of each row: keep each layer's tokens as a row"
+            )
         return request
 
     def compute(self, group: list[tuple[Item, LatentRequest]], stop: threading.Event) -> list[tuple[Item, Any]] | None:

@@ -67,7 +67,7 @@ def read_shape(
 
     Raises:
         InvalidLatentsError: this checkpoint's latents do not have such a shape, there are no values, it is a video, or
-            the shape has two layouts and nothing decides.
+            layers, or the shape has two layouts and nothing decides.
     """
     if not shape or 0 in shape:
         raise InvalidLatentsError(f"latents: got shape {shape}, which holds no values; expected at least one of each")
@@ -76,6 +76,11 @@ def read_shape(
     ambiguous = len(possible_layouts(shape, (format,))) > 1
     size = [value if ambiguous and _whole(value) else None for value in (height, width)]
     layout = read_layout(shape, (format,), *size, with_ids=ids)
+    if len(shape) == 5 and shape[2] != 1:
+        raise InvalidLatentsError(
+            f"latents: got shape {shape}, {shape[2]} layers of each image; a job makes one picture of each row: keep "
+            f"each layer as latents of its own, (batch, {shape[1]}, 1, {shape[3]}, {shape[4]})"
+        )
     return Images(layout.batch, (1, *layout.shape[1:]))
 
 

@@ -66,7 +66,7 @@ def info(
         "latent_channels": latents.channels,
         "packed_features": latents.packed_features,
         "vae_scale_factor": latents.vae_scale_factor,
-        "scaling_factor": None if latents.batch_norm else latents.scaling_factor,
+        "scaling_factor": None if latents.statistics else latents.scaling_factor,
         "shift_factor": latents.shift_factor,
         "batch_norm_eps": latents.batch_norm.eps if latents.batch_norm else None,
         "block_out_channels": widths,

@@ -18,7 +18,7 @@ from fluxvae.engine.reference import ReferenceDecoder, ReferenceEncoder
 from fluxvae.engine.way import DECODE, ENCODE
 from fluxvae.errors import InvalidOptionError
 from fluxvae.install import Installed, install
-from fluxvae.options import check_engine_options, is_a
+from fluxvae.options import FULL_CLASSES, check_engine_options, check_vae
 
 if TYPE_CHECKING:
     from diffusers.modular_pipelines import ModularPipelineBlocks
@@ -82,11 +82,7 @@ class LocalVaeStep(VaeStep):
 
     def vae_for(self, components: Any) -> Any:
         vae = unwrapped(components.vae)
-        if not is_a(vae, "AutoencoderKL", "AutoencoderKLFlux2"):
-            raise InvalidOptionError(
-                f"vae: got {type(vae).__name__} as the pipeline's component, expected diffusers' AutoencoderKL or "
-                "AutoencoderKLFlux2: pipe.load_components(names='vae') loads it"
-            )
+        check_vae(vae, "pipe.load_components(names='vae') loads the pipeline's", classes=FULL_CLASSES)
         seen = copy.copy(vae)  # with the modules of the pipeline's own, and with methods of its own
         if self.engine == "exact":
             handle = install(seen, **self._options)  # type: ignore[arg-type]

@@ -10,13 +10,12 @@ import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from fluxvae.errors import InvalidOptionError
+from fluxvae.options import FULL_CLASSES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["VaeStep", "uses_vae"]
-
-_KNOWN = ("AutoencoderKL", "AutoencoderKLFlux2")
 
 
 class VaeStep(ModularPipelineBlocks):  # type: ignore[misc]
@@ -137,8 +136,8 @@ def _check_step(step: object) -> None:
     vae = next((spec.type_hint for spec in step.expected_components if spec.name == "vae"), None)
     if vae is None:
         raise InvalidOptionError(f"step: got {name}, which uses no component vae; expected one that decodes or encodes")
-    if not any(kind.__name__ in _KNOWN for kind in vae.__mro__):
+    if not any(kind.__name__ in FULL_CLASSES for kind in vae.__mro__):
         raise InvalidOptionError(
-            f"step: got {name}, whose vae is {vae.__name__}; fluxvae knows {' and '.join(_KNOWN)}: leave diffusers' "
+            f"step: got {name}, whose vae is {vae.__name__}; fluxvae knows {', '.join(FULL_CLASSES)}: leave diffusers' "
             "own step where it is"
         )

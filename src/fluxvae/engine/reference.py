@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
+from fluxvae.engine.frames import has_frames
 from fluxvae.engine.module_state import check_loaded, check_not_installed
 from fluxvae.engine.settings import set_aside
 from fluxvae.engine.way import DECODE, ENCODE, Way
@@ -37,6 +39,7 @@ class ReferenceEngine:
     def __init__(self, vae: AutoencoderKL, *, tiling: bool = False, slicing: bool = False) -> None:
         check_not_installed(vae, self.way)
         self._vae = vae
+        self._frames = has_frames(vae)
         self._tiling = tiling
         self._slicing = slicing
         self._lock = threading.Lock()
@@ -67,7 +70,7 @@ class ReferenceEngine:
     def _compute(
         self,
         given: torch.Tensor,
-        compute: Callable[[torch.Tensor], torch.Tensor],
+        compute: Callable[[AutoencoderKL, torch.Tensor], torch.Tensor],
         progress: Callable[[int, int], None] | None,
         cancel: Callable[[], bool] | None,
     ) -> torch.Tensor:
@@ -78,7 +81,8 @@ class ReferenceEngine:
                 raise DecodeCancelled(f"{name}: cancelled before it started, as its caller asked")
             if progress is not None:
                 progress(0, 1)
-            made = compute(given)
+            vae = self._of_this_call()
+            made = compute(vae, given.unsqueeze(2)).squeeze(2) if self._frames else compute(vae, given)
             if progress is not None:
                 progress(1, 1)
         if not bool(torch.isfinite(made).all()):
@@ -90,6 +94,19 @@ class ReferenceEngine:
                 "out of range"
             )
         return made
+
+    def _of_this_call(self) -> Any:
+        """Return the VAE, or where it has an axis of time a shallow copy of it that no other call uses.
+
+        Such a VAE keeps the frames before in attributes of its own during a call, so that two calls of the same module
+        in two threads would read each other's. It also counts the layers of both halves before every call, so that a
+        half that was not loaded must be a module; it is never called.
+        """
+        if not self._frames:
+            return self._vae
+        seen = copy.copy(self._vae)
+        seen._modules = {name: torch.nn.Module() if part is None else part for name, part in self._vae._modules.items()}
+        return seen
 
     @contextmanager
     def _options(self) -> Iterator[None]:
@@ -122,14 +139,15 @@ class ReferenceDecoder(ReferenceEngine):
             cancel: asked once, before the work starts.
 
         Returns:
-            (B, 3, H, W), the VAE's dtype, nominally [-1, 1], not clamped.
+            (B, 3, H, W), the VAE's dtype, nominally [-1, 1], clamped only where diffusers' own class clamps it, as
+            those with an axis of time do without tiling.
 
         Raises:
             InvalidOptionError: `fluxvae.install` has changed this VAE since, or its weights were taken away.
             DecodeCancelled: cancel() said so.
             NonFiniteOutputError: the pixels hold NaN or Inf.
         """
-        return self._compute(raw, lambda raw: self._vae.decode(raw, return_dict=False)[0], progress, cancel)
+        return self._compute(raw, lambda vae, raw: vae.decode(raw, return_dict=False)[0], progress, cancel)
 
 
 class ReferenceEncoder(ReferenceEngine):
@@ -153,5 +171,5 @@ class ReferenceEncoder(ReferenceEngine):
             (B, 2 * C, lh, lw), the VAE's dtype: the mean and, not clamped, the log variance of each latent.
         """
         return self._compute(
-            pixels, lambda pixels: self._vae.encode(pixels, return_dict=False)[0].parameters, progress, cancel
+            pixels, lambda vae, pixels: vae.encode(pixels, return_dict=False)[0].parameters, progress, cancel
         )

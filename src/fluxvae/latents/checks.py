@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.layout import other_family, read_layout
+from fluxvae.latents.layout import layers_in, other_family, read_layout
 from fluxvae.latents.packing import floor_size, token_positions
 from fluxvae.latents.reading import FACTORS, Reading, check_feature_order, finite_number
 
@@ -27,7 +27,8 @@ class Settled(NamedTuple):
     """What a shape and a reading say together, once both are checked."""
 
     shape: tuple[int, ...]
-    """The shape of the latents with their batch and without frames, as in `layout.Layout`."""
+    """The shape of the latents with their batch and without frames, as in `layout.Layout`; `layout.in_shape` gives
+    latents this shape. Packed layers are packed pictures here, one after the other."""
     height: int
     """The height, in pixels, of the image that is decoded: that of a packed size is floored to whole patches."""
     width: int
@@ -42,7 +43,8 @@ def check_shape(format: LatentFormat, shape: tuple[int, ...], reading: Reading) 
         format: the checkpoint's.
         shape: packed ``(B, gh*gw, 4*C)``, or unpacked ``(B, C, lh, lw)``; for FLUX.2 also in patches
             ``(B, 4*C, gh, gw)``; unpacked ones also as one frame, ``(B, C, 1, lh, lw)``; one image also without its
-            batch (`layout`).
+            batch; for a checkpoint whose frames are layers also ``(B, L*gh*gw, 4*C)`` and ``(B, C, L, lh, lw)``
+            (`layout`).
         reading: its height and width are needed for packed latents without ids, where a `SizeFlooredWarning` tells
             that they are floored to multiples of 16, and where only they tell C packed images from one image without
             its batch. For other latents they may be left out, but if they are given they must agree.
@@ -102,11 +104,13 @@ def _check_packed(
             f"shape {shape} alone does not tell a wide image from a tall one"
         )
     try:
+        layers = layers_in(format, patches, height, width)
+        batch, patches = batch * layers, patches // layers
         height, width = floor_size(height, width, patches, multiple)
     except InvalidLatentsError as error:
         raise InvalidLatentsError(f"{error}{other_family(shape, format, packed=True)}") from None
     if ids is None:
-        return Settled(packed, height, width, None)
+        return Settled((batch, patches, packed[2]), height, width, None)
     places, _ = token_positions(ids, batch, patches, (height // multiple, width // multiple))
     return Settled(packed, height, width, places)
 
@@ -136,8 +140,8 @@ def check_options(format: LatentFormat, reading: Reading) -> None:
     """Refuse what is said about rescaling where this checkpoint has no place for it, so that nothing is ignored.
 
     Raises:
-        InvalidOptionError: a factor for a checkpoint that has statistics, an eps for one that has factors, or any of
-            them for a preview or together with ``raw``; something that is not a finite number; a scaling factor of 0;
+        InvalidOptionError: a factor for a checkpoint that has statistics, an eps for one that has none, or any of them
+            for a preview or together with ``raw``; something that is not a finite number; a scaling factor of 0;
             a negative eps; a ``raw`` that is no bool, or is true for a preview; an unknown feature order, or any of one
             where the checkpoint is not of FLUX.2's class.
     """
@@ -154,6 +158,10 @@ def check_options(format: LatentFormat, reading: Reading) -> None:
             raise InvalidOptionError(
                 f"{name}: got {value}; a preview (AutoencoderTiny) takes latents as the transformer leaves them: "
                 f"leave {name} out"
+            )
+        if format.frames:
+            raise InvalidOptionError(
+                f"{name}: got {value}; this checkpoint has latents_mean and latents_std instead: leave {name} out"
             )
         if (name == "batch_norm_eps") != (format.batch_norm is not None):
             has = "scaling_factor" if format.batch_norm is None else "BatchNorm statistics (FLUX.2)"

@@ -4,6 +4,8 @@
 
 The arithmetic is that of the pipelines of diffusers 0.42.1, which docs/models.md lists: of the last lines of
 ``__call__``, and on the way back of ``_encode_vae_image`` or, for SD's families, ``prepare_latents`` of img2img.
+
+`LatentFormat.from_vae` and `from_config` are where a class of VAE becomes a format.
 """
 
 from __future__ import annotations
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["PREVIEW_LATENTS_NOTE", "PREVIEW_NOTE", "BatchNorm", "LatentFormat"]
+
+_WITH_FRAMES = ("AutoencoderKLQwenImage", "AutoencoderKLWan")
+"""The classes whose tensors have an axis of time, and whose latents have a mean and a deviation for each channel."""
+_CLASSES = ("AutoencoderKLFlux2", "AutoencoderTiny", *_WITH_FRAMES)
+"""All but ``AutoencoderKL``, which every other class is read as."""
 
 PREVIEW_NOTE = "approximate preview by AutoencoderTiny, not the image the full VAE decodes"
 """The words that go with every image that is such a preview, wherever it goes."""
@@ -65,18 +72,19 @@ class BatchNorm:
 class LatentFormat:
     """How the latents of one checkpoint become raw latents: read from it, and the same for every decode.
 
-    ``raw = latents / scaling_factor + shift_factor`` (no addition where the checkpoint has no shift), or FLUX.2's
-    `BatchNorm`. The defaults are FLUX.1's.
+    ``raw = latents / scaling_factor + shift_factor`` (no addition where the checkpoint has no shift), or by statistics
+    of the checkpoint: FLUX.2's `BatchNorm`, or ``latents_mean`` and ``latents_std``. The defaults are FLUX.1's.
     """
 
     channels: int = 16
     vae_scale_factor: int = 8
     """How many pixels there are for each latent, in each direction."""
     scaling_factor: float = 0.3611
-    """It is 1 where there is `batch_norm` instead."""
+    """It is 1 where there are `statistics` instead."""
     shift_factor: float | None = 0.1159
     latents_mean: tuple[float, ...] | None = None
     """Some SDXL checkpoints have these two, by channel: ``raw = latents * latents_std / scaling_factor +
+    latents_mean``. VAEs with `frames` have them always, and no factor: ``raw = latents / (1 / latents_std) +
     latents_mean``."""
     latents_std: tuple[float, ...] | None = None
     batch_norm: BatchNorm | None = None
@@ -85,12 +93,16 @@ class LatentFormat:
     preview: bool = False
     """Whether it is an ``AutoencoderTiny``, which takes latents as the transformer leaves them and whose image is
     approximate."""
+    frames: bool = False
+    """Whether the VAE's own tensors have an axis of time, (B, C, F, lh, lw). A picture is one frame, F = 1."""
+    picture_channels: int = 3
+    """How many channels the VAE's pictures have: 3, or 4 for pictures with alpha."""
 
     @classmethod
     def from_vae(cls, vae: Any) -> LatentFormat:
-        """Read the format of an ``AutoencoderKL``, ``AutoencoderKLFlux2`` or ``AutoencoderTiny``."""
+        """Read the format of a VAE of one of the classes in `fluxvae.options.CLASSES`."""
         kinds = {kind.__name__ for kind in type(vae).__mro__}
-        known = next((name for name in ("AutoencoderKLFlux2", "AutoencoderTiny") if name in kinds), "AutoencoderKL")
+        known = next((name for name in _CLASSES if name in kinds), "AutoencoderKL")
         return cls.from_config(vae.config, known, getattr(vae, "bn", None))
 
     @classmethod
@@ -100,13 +112,15 @@ class LatentFormat:
         """Read the format from a config that leaves nothing out.
 
         Args:
-            model: the VAE's class: ``"AutoencoderKL"``, ``"AutoencoderKLFlux2"`` or ``"AutoencoderTiny"``.
+            model: the name of the VAE's class, one of `fluxvae.options.CLASSES`.
             bn: the statistics of an ``AutoencoderKLFlux2``. Without them the format only describes itself.
 
         Raises:
             CheckpointError: the config has a mean and a deviation that are not one number for each channel, or that
-                come with a shift.
+                come with a shift, or it lacks them where the class has nothing else.
         """
+        if model in _WITH_FRAMES:
+            return cls._with_frames(config)
         if model == "AutoencoderKLFlux2":
             return cls(
                 channels=config["latent_channels"],
@@ -143,6 +157,41 @@ class LatentFormat:
             latents_std=None if std is None else tuple(std),
         )
 
+    @classmethod
+    def _with_frames(cls, config: Mapping[str, Any]) -> LatentFormat:
+        channels, mean, std = config["z_dim"], config["latents_mean"], config["latents_std"]
+        lengths = [None if values is None else len(values) for values in (mean, std)]
+        if lengths != [channels, channels]:
+            raise CheckpointError(
+                f"checkpoint: config.json has latents_mean of {lengths[0]} and latents_std of {lengths[1]} values; "
+                f"expected {channels} values each, one for each channel of z_dim"
+            )
+        # AutoencoderKLQwenImage has one name for the channels of its pictures, AutoencoderKLWan one for each way.
+        pictures = config["input_channels"] if "input_channels" in config else config["out_channels"]
+        return cls(
+            channels=channels,
+            vae_scale_factor=2 ** len(config["temperal_downsample"]),
+            scaling_factor=1.0,
+            shift_factor=None,
+            latents_mean=tuple(mean),
+            latents_std=tuple(std),
+            frames=True,
+            picture_channels=pictures,
+        )
+
+    @property
+    def statistics(self) -> bool:
+        """Whether latents are rescaled by the checkpoint's statistics alone, and there is no ``scaling_factor``."""
+        return self.batch_norm is not None or self.frames
+
+    @property
+    def layers(self) -> bool:
+        """Whether the frames of latents may be the layers of one picture, each of which is a picture by itself.
+
+        Such are QwenImageLayeredPipeline's, whose pictures have alpha. Frames of other VAEs are a video's.
+        """
+        return self.frames and self.picture_channels == 4
+
     @property
     def packed_features(self) -> int:
         """The number of features of one packed token, which is a 2x2 patch of every channel."""
@@ -163,6 +212,8 @@ class LatentFormat:
     def __str__(self) -> str:
         if self.batch_norm is not None:
             return f"latents * sqrt(running_var + {self.batch_norm.eps:g}) + running_mean"
+        if self.frames:
+            return "latents / (1 / latents_std) + latents_mean"
         std = "" if self.latents_std is None else " * latents_std"
         shift = " + latents_mean" if self.latents_mean is not None else ""
         return f"latents{std} / {self.scaling_factor}{shift}" + (f" + {self.shift_factor}" if self.shift_factor else "")
@@ -187,6 +238,10 @@ class LatentFormat:
             latents = unpatchify(latents, feature_order=order)
         if reading.raw:
             return latents
+        if self.frames:
+            mean, std = self._mean_and_deviation(latents)
+            # The pipelines cast the deviation first, and divide by its reciprocal in that dtype.
+            return latents / (1.0 / std) + mean
         if self.latents_std is not None:
             latents = latents * _by_channel(self.latents_std, latents)
         latents = latents / (self.scaling_factor if reading.scaling_factor is None else reading.scaling_factor)
@@ -195,12 +250,16 @@ class LatentFormat:
         shift = self.shift_factor if reading.shift_factor is None else reading.shift_factor
         return latents if shift is None else latents + shift
 
-    def from_raw(self, raw: torch.Tensor, reading: Reading = UNSAID) -> torch.Tensor:
+    def from_raw(self, raw: torch.Tensor, reading: Reading = UNSAID, *, drawn: bool = False) -> torch.Tensor:
         """Apply the model's scaling, in the dtype of ``raw``, as its pipeline computes it: the way back of `to_raw`.
 
         Args:
             raw: raw latents (B, C, lh, lw), which the VAE gave.
             reading: as for `to_raw`.
+            drawn: whether the latents were drawn from the VAE's distribution rather than its mode. Where there are
+                `frames`, diffusers' pipelines have two formulas whose last bits differ: those that take the mode
+                (QwenImageEditPlusPipeline) divide by the deviation, and those that draw (QwenImageImg2ImgPipeline)
+                multiply by its reciprocal.
 
         Returns:
             What the transformer is given: (B, C, lh, lw), or for FLUX.2 patches (B, 4*C, gh, gw), in the same dtype.
@@ -210,6 +269,9 @@ class LatentFormat:
             return raw
         if self.batch_norm is not None:
             return self.batch_norm.apply(patchify(raw), reading.batch_norm_eps)
+        if self.frames:
+            mean, std = self._mean_and_deviation(raw)
+            return (raw - mean) * (1.0 / std) if drawn else (raw - mean) / std
         scale = self.scaling_factor if reading.scaling_factor is None else reading.scaling_factor
         if self.latents_mean is not None:
             raw = raw - _by_channel(self.latents_mean, raw)
@@ -220,6 +282,11 @@ class LatentFormat:
         if self.latents_std is not None:
             latents = latents / _by_channel(self.latents_std, latents)
         return patchify(latents) if self.flux2 else latents
+
+    def _mean_and_deviation(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.latents_mean is not None
+        assert self.latents_std is not None
+        return _by_channel(self.latents_mean, like), _by_channel(self.latents_std, like)
 
 
 def _by_channel(values: tuple[float, ...], like: torch.Tensor) -> torch.Tensor:

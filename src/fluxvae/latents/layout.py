@@ -3,25 +3,28 @@
     (B, N, 4*C)                       packed: tokens of B images              (N, 4*C): of one image
     (B, C, lh, lw)                    B images                                (C, lh, lw): one image
     (B, C, 1, lh, lw)                 one frame of each, as video VAEs shape it   (C, 1, lh, lw): of one image
+    (B, C, L, lh, lw)                 where frames are layers: L images of each, so B*L images
+    (B, L*gh*gw, 4*C)                 the same, packed: the tokens of one layer after those of another
     with 4*C channels for C           FLUX.2's images in 2x2 patches, half as high and wide
 
 Every door asks `read_layout`: the library, the Triton model, the gateway, the client and files. The number of channels
 or features decides. Only one shape can be read in two ways, ``(C, n, 4*C)``: as C packed images of n tokens, or as one
 image of n x 4*C latents. Position ids mean that they are packed. Otherwise height and width decide, because they can
 only fit one reading: the image is ``s*n`` by ``s*4*C`` pixels (s pixels per latent), of which packed latents would have
-``(n//2) * 2*C`` tokens, and that is never n for two channels or more. Without both of them such latents are refused.
+``(n//2) * 2*C`` tokens, and for two channels or more that is never n, nor is n a multiple of it. Without both of them
+such latents are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fluxvae.errors import InvalidLatentsError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.packing import pixels
 
-__all__ = ["Layout", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
+__all__ = ["Layout", "in_shape", "layers_in", "other_family", "possible_layouts", "read_layout", "unpacked_shape"]
 
 _FAMILIES = {
     4: "SD or SDXL (4 latent channels)",
@@ -44,7 +47,8 @@ class Layout(NamedTuple):
     packed: bool
     shape: tuple[int, ...]
     """The shape with the batch and without frames: packed (B, N, 4*C), or images (B, C, lh, lw) or (B, 4*C, gh, gw).
-    The latents reshaped to it hold the same values in the same order."""
+    `in_shape` gives latents this shape. Of packed layers N counts the tokens of all, because the height and the width
+    that tell them apart may come later; `layers_in` says how many there are."""
     size: tuple[int, int] | None
     """The (height, width), in pixels, that images decode to. None for packed latents, whose shape does not tell it."""
 
@@ -104,6 +108,31 @@ def read_layout(
     return layout
 
 
+def in_shape(latents: Any, shape: tuple[int, ...]) -> Any:
+    """Return latents, a tensor or an array, in the shape that a `Layout` or `checks.check_shape` has found for them.
+
+    The frames of five dimensions become images, those of one batch row after those of another; all else only counts
+    its values otherwise.
+    """
+    return (latents.swapaxes(1, 2) if latents.ndim == 5 else latents).reshape(shape)
+
+
+def layers_in(format: LatentFormat, tokens: int, height: object, width: object) -> int:
+    """Return how many layers the tokens of one batch row are: 1 unless the format's frames are layers.
+
+    Args:
+        tokens: N of packed latents (B, N, 4*C).
+        height, width: the size of a layer in pixels. If whole layers of this size do not make up N, the answer is 1,
+            and `packing.floor_size` refuses the size.
+
+    Raises:
+        InvalidLatentsError: the height or the width is no positive whole number of pixels.
+    """
+    multiple = format.packed_multiple
+    patches = pixels("height", height) // multiple * (pixels("width", width) // multiple)
+    return tokens // patches if format.layers and patches and tokens % patches == 0 else 1
+
+
 def unpacked_shape(format: LatentFormat) -> str:
     """Return the shape of a format's unpacked latents, in words."""
     scale = format.vae_scale_factor
@@ -135,8 +164,8 @@ def _as_images(shape: tuple[int, ...], format: LatentFormat) -> tuple[int, int, 
     (C, 1, lh, lw) is one frame of one image and no batch of C images, because no model's latents have one channel.
     """
     match shape:
-        case (batch, channels, 1, rows, columns) if _takes(channels, format):
-            return batch, channels, rows, columns
+        case (batch, channels, frames, rows, columns) if _takes(channels, format) and (frames == 1 or format.layers):
+            return batch * frames, channels, rows, columns
         case (batch, channels, rows, columns) if _takes(channels, format):
             return batch, channels, rows, columns
         case (channels, 1, rows, columns) if _takes(channels, format):
@@ -162,7 +191,8 @@ def _decide(shape: tuple[int, ...], found: list[Layout], height: object, width: 
             f"width, which tell the two apart, or the one image with its batch: {image.shape}"
         )
     size = (pixels("height", height), pixels("width", width))
-    fits = [size[0] // multiple * (size[1] // multiple) == shape[1], size == image.size]
+    patches = size[0] // multiple * (size[1] // multiple)
+    fits = [patches * layers_in(packed.format, shape[1], *size) == shape[1], size == image.size]
     if fits.count(True) != 1:
         raise InvalidLatentsError(
             f"height and width: got {size[0]}x{size[1]} (height x width) for latents of shape {shape}, which may be "
@@ -214,7 +244,10 @@ def _none(shape: tuple[int, ...], format: LatentFormat) -> str:
             f"checkpoint; {maker}"
         )
         if len(shape) == 4 and _takes(shape[0], format):
-            message += f". If it is a video of {channels} frames ({frames}): videos are not decoded here"
+            if format.layers:
+                message += f". If they are {channels} layers of one image ({frames}): pass them with their batch"
+            else:
+                message += f". If it is a video of {channels} frames ({frames}): videos are not decoded here"
         return message
     return (
         f"latents: got {len(shape)} dimensions, shape {shape}; expected packed latents "

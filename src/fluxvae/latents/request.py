@@ -14,6 +14,7 @@ import torch
 from fluxvae.errors import InvalidLatentsError
 from fluxvae.latents.checks import check_options, check_shape
 from fluxvae.latents.format import LatentFormat
+from fluxvae.latents.layout import in_shape
 from fluxvae.latents.packing import sort_tokens, unpack_rows
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.values import check_finite, plain_latents
@@ -58,7 +59,7 @@ class LatentRequest:
         check_finite(values)
         return cls(
             format=format,
-            latents=values.reshape(shape),
+            latents=in_shape(values, shape),
             reading=replace(reading, latent_ids=None),
             height=height,
             width=width,
