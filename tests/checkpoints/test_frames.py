@@ -12,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import save_file
 
@@ -135,6 +136,21 @@ def test_a_config_beside_a_file_says_the_class(tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | other))
         assert open_checkpoint(path).model == "AutoencoderKLQwenImage", other
+
+
+def test_bit_identity_with_diffusers_single_files(tmp_path: Path) -> None:
+    """diffusers' own loading is the oracle, of a file as the model's authors publish it too (``Wan2.1_VAE.pth``)."""
+    vae = wan_vae(num_res_blocks=2)
+    weights = wan_state_dict(vae)
+    path = write(tmp_path / "wan_2.1_vae.safetensors", weights)
+    torch.save(weights, tmp_path / "Wan2.1_VAE.pth")
+    vae.save_config(tmp_path / "config")
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = AutoencoderKLWan.from_single_file(
+            str(path), config=str(tmp_path / "config"), torch_dtype=dtype, local_files_only=True
+        )
+        same(path, expected, dtype=dtype)
+        same(tmp_path / "Wan2.1_VAE.pth", expected, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -172,9 +172,12 @@ def _config_of_frames(
     # then the resampling.
     own = _widths(theirs, [f"down_blocks.{level * blocks}" for level in range(len(widths))])
     first = theirs.get("encoder.conv_in.weight", ())
-    base = first[0] if own and len(first) == 5 else math.gcd(*widths)
-    factors = [max(1, width // max(1, base)) for width in own or widths]
-    decoder_base = widths[0] // factors[0]
+    base = (first[0] if len(first) == 5 else 0) or 1
+    factors = [width // base for width in own]
+    decoder_base = widths[0] // (factors[0] or 1) if own else 0
+    if [decoder_base * factor for factor in factors] != list(widths):  # no encoder, or none that goes with this decoder
+        base = decoder_base = math.gcd(*widths) or 1
+        factors = [width // base for width in widths]
     last = shapes.get("decoder.conv_out.weight", ())
     out = last[0] if len(last) == 5 else 3  # a tensor that is missing or damaged is found later, by its name
     given = first[1] if len(first) == 5 else out
