@@ -38,7 +38,7 @@ from fluxvae.engine.exact import ExactEncoder
 from fluxvae.engine.plan import parse_memory_limit
 from fluxvae.engine.way import ENCODE
 from fluxvae.pixels import check_images, to_pixels
-from measure import MODELS, full_vae, machine, measure
+from measure import MODELS, diffusers_encode, full_vae, machine, measure, set_tiles
 
 MOST_APART = 5e-3
 """The largest rms difference between an exact mean and diffusers', as a share of the latents' size. With trained
@@ -79,11 +79,10 @@ def run_case(kind: str, limit: str, size: int, options: argparse.Namespace, keep
             run = measure(lambda: engine.encode(pixels))
             moments = run.result
         else:
-            vae.encode(small)
+            diffusers_encode(vae, small)
             if kind == TILED:
-                vae.enable_tiling()
-                vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 8
-            run = measure(lambda: vae.encode(pixels).latent_dist.parameters)
+                set_tiles(vae, TILE)
+            run = measure(lambda: diffusers_encode(vae, pixels))
             moments = run.result
     np.save(keep, moments.chunk(2, 1)[0].double().numpy())
     return row | {"seconds": run.seconds, "peak": run.peak_bytes, "file_pages": run.file_bytes}

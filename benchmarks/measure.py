@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 
 from fluxvae import unpack_latents
 from fluxvae.checkpoints import ASSETS
+from fluxvae.engine.frames import has_frames
 from fluxvae.engine.way import DECODE, ENCODE, Way
 
 T = TypeVar("T")
@@ -22,8 +23,9 @@ MODELS = {
     "flux": "FLUX decoder",
     "flux2": "FLUX.2 decoder",
     "flux2-small": "FLUX.2-small-decoder",
+    "qwen-image": "Qwen-Image's VAE",
 }
-"""The decoders of full width, with seeded random weights, and what each is called in tables."""
+"""The VAEs of full width, with seeded random weights, and what each is called in tables."""
 
 
 class Measured(NamedTuple):
@@ -49,8 +51,13 @@ def flux_vae(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int 
 def full_vae(
     model: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, way: Way = DECODE
 ) -> Any:
-    """Make one half of one of `MODELS`, with seeded random weights, channels-last."""
+    """Make one half of one of `MODELS`, with seeded random weights, channels-last.
+
+    Qwen-Image's is made whole, since diffusers computes neither half without the other, and has no such memory format.
+    """
     torch.manual_seed(seed)
+    if model == "qwen-image":
+        return AutoencoderKLQwenImage().to(device=device, dtype=dtype).eval().requires_grad_(False)
     widths = {"decoder_block_out_channels": (96, 192, 384, 384)} if model == "flux2-small" else {}
     if model == "flux":
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(ASSETS / "flux1"))
@@ -61,14 +68,39 @@ def full_vae(
     return vae.to(device=device, dtype=dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def set_tiles(vae: Any, tile: int) -> None:
+    """Make diffusers decode and encode in tiles of so many pixels each way, three quarters of a tile apart."""
+    vae.enable_tiling()
+    if has_frames(vae):
+        vae.tile_sample_min_height = vae.tile_sample_min_width = tile
+        vae.tile_sample_stride_height = vae.tile_sample_stride_width = tile * 3 // 4
+    else:
+        vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // 8
+
+
+def diffusers_decode(vae: Any, raw: torch.Tensor) -> torch.Tensor:
+    """Decode raw latents (B, C, lh, lw) by diffusers itself, where it wants frames as one frame."""
+    image: torch.Tensor = vae.decode(raw.unsqueeze(2)).sample.squeeze(2) if has_frames(vae) else vae.decode(raw).sample
+    return image
+
+
+def diffusers_encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Encode pixels (B, 3, H, W) by diffusers itself: mean and log variance (B, 2 * C, lh, lw)."""
+    if has_frames(vae):
+        moments: torch.Tensor = vae.encode(pixels.unsqueeze(2)).latent_dist.parameters.squeeze(2)
+        return moments
+    return vae.encode(pixels).latent_dist.parameters
+
+
 def raw_latents(model: str, size: int) -> torch.Tensor:
     """Make raw latents (1, 16 or 32, size / 8, size / 8) of seeded noise.
 
     Real latents are smoother than noise, so this is the harder case for tiles. FLUX.1's noise is scaled and shifted as
-    its latents are; FLUX.2's has unit variance, which is close to what its statistics say.
+    its latents are; that of the others has unit variance, which is close to what FLUX.2's statistics say.
     """
-    if model.startswith("flux2"):
-        return torch.randn(1, 32, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
+    if model.startswith("flux2") or model == "qwen-image":
+        channels = 32 if model.startswith("flux2") else 16
+        return torch.randn(1, channels, size // 8, size // 8, generator=torch.Generator().manual_seed(0))
     return unpack_latents(packed_latents(size, size), size, size) / 0.3611 + 0.1159
 
 

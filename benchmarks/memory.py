@@ -32,7 +32,7 @@ from cases import EXACT, TILE, TILED, UNTILED, add_options, cases_of, compare_li
 from fluxvae.checkpoints import load_vae
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.plan import parse_memory_limit
-from measure import MODELS, earlier_rows, full_vae, machine, measure, raw_latents
+from measure import MODELS, diffusers_decode, earlier_rows, full_vae, machine, measure, raw_latents, set_tiles
 
 
 def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: Path) -> dict[str, Any]:
@@ -52,12 +52,11 @@ def run_case(kind: str, limit: str, size: int, model: str, threads: int, keep: P
             run = measure(lambda: engine.decode(raw))
             image = run.result
         else:
-            vae.decode(small)
+            diffusers_decode(vae, small)
             if kind == TILED:
-                vae.enable_tiling()
-                vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 8
+                set_tiles(vae, TILE)
             raw = raw.contiguous(memory_format=torch.channels_last)
-            run = measure(lambda: vae.decode(raw).sample)
+            run = measure(lambda: diffusers_decode(vae, raw))
             image = run.result
     np.save(keep, image.float().numpy())
     return row | {"seconds": run.seconds, "peak": run.peak_bytes, "file_pages": run.file_bytes}
