@@ -197,7 +197,8 @@ def run(
         done("a batch of two, for comparison")
         together, alone = pixels(decoder, torch.cat([latents[:1].flip(1), latents[:1]]))[1:], image[:1]
         done("checking")
-        shape = (latents.shape[0], 3, height, width)
+        channels = decoder.picture_channels
+        shape = (latents.shape[0], channels, height, width)
         low, high = float(image.min()), float(image.max())
         found = oracle.level_difference(_bytes(image), _bytes(expected))
         dtype = str(decoder.dtype).removeprefix("torch.")
@@ -205,7 +206,7 @@ def run(
             dtype != "float32" or found.changed <= EXACT_VS_REFERENCE_CHANGED.bound
         )
         checks = [
-            Check("shape (batch, 3, height, width)", tuple(image.shape) == shape, str(tuple(image.shape))),
+            Check(f"shape (batch, {channels}, height, width)", tuple(image.shape) == shape, str(tuple(image.shape))),
             Check("values from 0.0 to 1.0", 0.0 <= low <= high <= 1.0, f"{low:.3f} to {high:.3f}"),
             Check("diffusers engine: FluxPipeline's bits", torch.equal(again, expected), _difference(again, expected)),
             Check("exact engine: FluxPipeline's picture", close, str(found)),

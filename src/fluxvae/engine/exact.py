@@ -27,7 +27,8 @@ class ExactDecoder(ExactEngine):
             cancel: asked before every block; true stops the decode.
 
         Returns:
-            (B, 3, H, W), the same device and dtype, nominally [-1, 1], not clamped: ``vae.decode(raw).sample``.
+            (B, C, H, W), C as the network gives (3, or 4 for RGBA), the same device and dtype, nominally [-1, 1], not
+            clamped: ``vae.decode(raw).sample``.
 
         Raises:
             MemoryLimitError: before any work, if the limit is too small for this size.
@@ -52,8 +53,9 @@ class ExactEncoder(ExactEngine):
         """Encode pixels. Errors, progress and cancellation are those of `ExactDecoder.decode`.
 
         Args:
-            pixels: (B, 3, H, W) in [-1, 1], on the VAE's device, in its dtype. A size that is no multiple of the pixels
-                per latent is rounded down at every level, as in diffusers.
+            pixels: (B, C, H, W) in [-1, 1], C as the network takes (3, or 4 for RGBA), on the VAE's device, in its
+                dtype. A size that is no multiple of the pixels per latent is rounded down at every level, as in
+                diffusers.
 
         Returns:
             (B, 2 * C, H // 8, W // 8), the same device and dtype: the mean and, not clamped, the log variance of each
