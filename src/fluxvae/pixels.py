@@ -246,9 +246,9 @@ def _plain(index: int, image: object, channels: int | None) -> Image.Image:
     if min(image.size) < 1:
         raise InvalidImagesError(f"images: got {_by(image.size[::-1])} for picture {index}, which has no pixels")
     if channels == 4 and image.mode in (*_SAME, *_ALPHA):
-        return image.convert("RGBA")
+        return _with_alpha(image)
     if image.mode in _ALPHA or "transparency" in image.info:
-        clear = image.convert("RGBA")
+        clear = _with_alpha(image)
         if clear.getchannel("A").getextrema() == (255, 255):
             return clear.convert("RGB")
         if channels is None:
@@ -264,6 +264,13 @@ def _plain(index: int, image: object, channels: int | None) -> Image.Image:
             "profile"
         )
     return image
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """The image in mode RGBA, as ``convert("RGBA")`` makes it."""
+    if image.mode == "La":  # which Pillow converts to LA only
+        image = image.convert("LA")
+    return image.convert("RGBA")
 
 
 def _taken(channels: int | None) -> tuple[int, ...]:

@@ -42,8 +42,8 @@ class Fit(NamedTuple):
 
 
 def fitted(picture: Image.Image, wanted: Fit) -> NDArray[np.uint8]:
-    """Make a picture in RGB or RGBA fit: (height, width, 3 or 4) uint8. It is resized by Lanczos' filter, as diffusers does
-    it. Pillow weights colours by their alpha meanwhile, so that those of transparent pixels do not bleed.
+    """Make a picture in RGB or RGBA fit: (height, width, 3 or 4) uint8. It is resized by Lanczos' filter, as by
+    diffusers. Pillow weights colours by their alpha meanwhile, so that those of transparent pixels do not bleed.
     """
     height, width = wanted.resized
     if picture.size != (width, height):
