@@ -4,9 +4,10 @@ C is 3 for most VAEs, and 4 for one whose pictures are RGBA. The latter takes fo
 premultiplying colours by alpha, and three as opaque, like diffusers' pipelines (``image.convert("RGBA")``).
 
 `check_images` says what is wrong with images before any work; `to_pixels` converts them. Both take what diffusers'
-``VaeImageProcessor.preprocess`` takes, and the values have its bits. What it would take and quietly change is refused:
-transparency that the VAE has no channel for, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is
-asked for). `check_pixels` is for tensors that are in [-1, 1] already.
+``VaeImageProcessor.preprocess`` takes, and the values have its bits, with one exception: by its default settings it
+believes that a tensor of four channels is latents, and leaves it in [0, 1]. What it would take and quietly change is
+refused: transparency that the VAE has no channel for, 16-bit and CMYK pictures, and sizes that do not fit (unless
+``resize`` is asked for). `check_pixels` is for tensors that are in [-1, 1] already.
 
 PyTorch is imported only where there are tensors, because a client of pictures and arrays checks them here too.
 """
