@@ -26,7 +26,7 @@ from fluxvae.checkpoints import ASSETS
 from fluxvae.claims import MAX_PIXELS, check_pixels
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
-from fluxvae.pictures import postprocess
+from fluxvae.pictures import check_format, postprocess
 from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED, EXACT_VS_REFERENCE_LEVELS
 
 __all__ = ["main"]
@@ -169,6 +169,8 @@ def run(
                 console.print(next_step)
 
         decoder = Decoder.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype)
+        if args.output.suffix.lower() in (".jpg", ".jpeg"):
+            check_format("jpeg", channels=decoder.picture_channels)
         reference = Decoder(decoder.vae, engine="diffusers")
         height, width = decoder.check(latents, height=height, width=width)
 

@@ -99,7 +99,7 @@ BAD: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "five channels": ({"shape": [1, 5, 16, 18]}, 400, ("got (1, 5, 16, 18) of float32", "(batch, 3, height")),
     "floats with the channels last": ({"shape": [1, 16, 24, 3]}, 400, ("got (1, 16, 24, 3) of float32",)),
     "bytes without channels": (
-        {"shape": [1, 16, 24, 4], "dtype": "uint8", "do_normalize": None},
+        {"shape": [1, 16, 24, 5], "dtype": "uint8", "do_normalize": None},
         400,
         ("of uint8", "channels last"),
     ),
