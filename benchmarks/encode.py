@@ -51,7 +51,7 @@ def picture(size: int, dtype: torch.dtype) -> torch.Tensor:
     image = Image.fromarray(data.retina())
     side = min(image.size)
     image = image.crop((0, 0, side, side)).resize((size, size), Image.Resampling.LANCZOS)
-    return to_pixels(check_images(image, 8), dtype, torch.device("cpu"))
+    return to_pixels(check_images(image, 8, 3), dtype, torch.device("cpu"))
 
 
 def run_case(kind: str, limit: str, size: int, options: argparse.Namespace, keep: Path) -> dict[str, Any]:

@@ -46,16 +46,17 @@ def one_frame(samples: torch.Tensor) -> torch.Tensor:
     return samples
 
 
-def cropped(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Return the middle of pixels (B, H, W, 3), with sides that are multiples of ``multiple``, as ComfyUI does.
+def cropped(pixels: torch.Tensor, multiple: int, channels: int) -> torch.Tensor:
+    """Return the middle of pixels (B, H, W, C), with sides that are multiples of ``multiple``, as ComfyUI does.
 
-    A warning is logged where anything is left out.
+    A warning is logged where anything is left out. The result has ``channels`` channels, 3 or 4. Where the fourth is
+    missing, it is 1, opaque, as in ComfyUI (``pad_channel_value`` of its `VAE`).
 
     Raises:
         InvalidImagesError: they have another shape, or nothing would be left.
     """
     if pixels.ndim != 4 or pixels.shape[-1] < 3:
-        raise InvalidImagesError(f"pixels: got {tuple(pixels.shape)}, expected (batch, height, width, 3)")
+        raise InvalidImagesError(f"pixels: got {tuple(pixels.shape)}, expected (batch, height, width, {channels})")
     height, width = pixels.shape[1] // multiple * multiple, pixels.shape[2] // multiple * multiple
     if 0 in (height, width, len(pixels)):
         raise InvalidImagesError(
@@ -66,10 +67,11 @@ def cropped(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
             "fluxvae: pixels: got %dx%d (width x height), not multiples of %d; the middle, %dx%d, is encoded, "
             "as by ComfyUI's own VAE", pixels.shape[2], pixels.shape[1], multiple, width, height,
         )  # fmt: skip
-    if pixels.shape[-1] > 3:
-        log.warning("fluxvae: pixels: got %d channels; those after the third are left out", pixels.shape[-1])
+    if pixels.shape[-1] > channels:
+        log.warning("fluxvae: pixels: got %d channels; those after %d are left out", pixels.shape[-1], channels)
     top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return pixels[:, top : top + height, left : left + width, :3]
+    middle = pixels[:, top : top + height, left : left + width, :channels]
+    return torch.nn.functional.pad(middle, (0, channels - middle.shape[-1]), value=1.0)
 
 
 def progress_bar(count: int = 1) -> Callable[[int, int, int], None]:

@@ -54,7 +54,8 @@ class ExactVAE(comfy.sd.VAE):
             vae_options: must be empty; they are for VAEs of other kinds.
 
         Returns:
-            An IMAGE (B, H, W, 3), float32 in [0, 1], on ComfyUI's intermediate device.
+            An IMAGE (B, H, W, 3), or (B, H, W, 4) where the VAE's pictures are RGBA, float32 in [0, 1], on ComfyUI's
+            intermediate device.
 
         Raises:
             FluxVAEError: as for `fluxvae.Decoder.decode_raw`: the memory limit is too small, for example.
@@ -86,7 +87,8 @@ class ExactVAE(comfy.sd.VAE):
 
         Args:
             pixel_samples: (B, H, W, 3) in [0, 1]. As in ComfyUI, a size that is no multiple of 8 (FLUX.2: 16) loses its
-                borders, and channels after the third are left out; a warning is logged in either case.
+                borders, and channels that the VAE does not take are left out; a warning is logged in either case. A VAE
+                of RGBA pictures takes four channels, and three as opaque.
 
         Returns:
             (B, C, lh, lw), the mode of the distribution, raw; for FLUX.2 normalised patches (B, 128, gh, gw). float32,
@@ -95,7 +97,7 @@ class ExactVAE(comfy.sd.VAE):
         Raises:
             FluxVAEError: as for `fluxvae.Encoder.encode`.
         """
-        pixels = cropped(pixel_samples, self.spacial_compression_encode()).movedim(-1, 1)
+        pixels = cropped(pixel_samples, self.spacial_compression_encode(), self.output_channels).movedim(-1, 1)
         move, made = progress_bar(len(pixels)), []
         with self.fluxvae_encoder.ready(self, *pixels.shape[-2:], 1) as encoder, interruptible() as cancel:
             reading = Reading() if encoder.format.flux2 else Reading(raw=True)
@@ -117,7 +119,7 @@ class ExactVAE(comfy.sd.VAE):
         return self.fluxvae_decoder.needed(self, shape[-2] * scale, shape[-1] * scale, shape[0])
 
     def _needed_to_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """How many bytes an encode of pixels (B, 3, H, W) adds above the weights; pictures are encoded one by one."""
+        """How many bytes an encode of pixels (B, C, H, W) adds above the weights; pictures are encoded one by one."""
         return self.fluxvae_encoder.needed(self, shape[-2], shape[-1], 1)
 
     def _output_dtype(self) -> torch.dtype:

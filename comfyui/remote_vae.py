@@ -121,7 +121,8 @@ class RemoteVAE(comfy.sd.VAE):
         Raises:
             FluxVAEError: as for `decode`; the server takes values in [0, 1] only.
         """
-        pixels = self.process_input(cropped(pixel_samples, self.spacial_compression_encode()).movedim(-1, 1).float())
+        pixels = cropped(pixel_samples, self.spacial_compression_encode(), self.output_channels).movedim(-1, 1)
+        pixels = self.process_input(pixels.float())
         return self._each(pixels, self.fluxvae_served.encode, "encode", do_normalize="False").to(self.output_device)
 
     def decode_tiled(self, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -96,7 +96,7 @@ def comfy_vae(vae: AutoencoderKL | AutoencoderKLFlux2, dtype: torch.dtype = torc
     made = comfy.sd.VAE(model, patcher=patcher)
     made.vae_dtype = dtype
     made.downscale_ratio = made.upscale_ratio = 16 if flux2 else 8
-    made.latent_channels, made.latent_dim, made.output_channels = vae.config.latent_channels, 2, 3
+    made.latent_channels, made.latent_dim, made.output_channels = vae.config.latent_channels, 2, vae.config.out_channels
     made.process_input = lambda image: image * 2.0 - 1.0
     made.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
     made.spacial_compression_decode = lambda: made.upscale_ratio

@@ -13,15 +13,17 @@ def random_vae(
     layers_per_block: int = 1,
     sample_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    channels: int = 3,
 ) -> AutoencoderKL:
     """FLUX.1's VAE, narrow: 16 latent channels, 8x, no quantisation convolutions, FLUX's scale and shift.
 
-    ``sample_size`` 64 makes diffusers' tiling start at 64 pixels instead of 1024.
+    ``sample_size`` 64 makes diffusers' tiling start at 64 pixels instead of 1024. With 4 ``channels`` its pictures are
+    RGBA.
     """
     torch.manual_seed(seed)
     vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
+        in_channels=channels,
+        out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,

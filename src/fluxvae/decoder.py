@@ -123,7 +123,7 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
                 out then. For one image's (gh*gw, 4*C) they may be (gh*gw, 4).
             output_type: ``"pil"`` makes a list of pictures; ``"np"`` (B, H, W, 3) float32 in [0, 1]; ``"pt"``
                 (B, 3, H, W) in [0, 1], in the VAE's dtype; ``"uint8"`` a (B, H, W, 3) uint8 array, the bytes of
-                ``"pil"``.
+                ``"pil"``. Where the VAE's pictures are RGBA (`picture_channels` is 4), they have four channels.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
                 where it has none: FLUX.2 has no factors, Qwen-Image and Wan have neither factors nor an eps, and the
                 others have no eps.
@@ -181,8 +181,8 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         """Decode without post-processing, for callers that need several output types of one decode. Else as `decode`.
 
         Returns:
-            (B, 3, H, W), in the VAE's dtype and on its device, nominally in [-1, 1], not clamped. B is 1 for one image
-            without its batch.
+            (B, 3, H, W), or (B, 4, H, W) for RGBA, in the VAE's dtype and on its device, nominally in [-1, 1], not
+            clamped. B is 1 for one image without its batch.
         """
         refuse_to_hang()
         self._begin(PREVIEW_NOTE)
@@ -248,8 +248,8 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         if self.memory_limit is None:
             return
         batch, height, width, itemsize = request.batch, request.height, request.width, self.dtype.itemsize
-        needed = batch * 3 * height * width * itemsize
-        needed += postprocess_bytes(output_type, batch, height, width, itemsize)
+        needed = batch * self.picture_channels * height * width * itemsize
+        needed += postprocess_bytes(output_type, batch, height, width, itemsize, self.picture_channels)
         if needed > self.memory_limit:
             raise MemoryLimitError(
                 f"memory_limit: got {self.memory_limit} bytes; {batch} x {height}x{width} pixels as {output_type!r} "

@@ -26,7 +26,7 @@ from fluxvae.checkpoints import ASSETS
 from fluxvae.claims import MAX_PIXELS, check_pixels
 from fluxvae.decoder import Decoder
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, status_of
-from fluxvae.pictures import postprocess
+from fluxvae.pictures import check_format, postprocess
 from fluxvae.verify.tolerances import EXACT_VS_REFERENCE_CHANGED, EXACT_VS_REFERENCE_LEVELS
 
 __all__ = ["main"]
@@ -169,6 +169,8 @@ def run(
                 console.print(next_step)
 
         decoder = Decoder.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype)
+        if args.output.suffix.lower() in (".jpg", ".jpeg"):
+            check_format("jpeg", channels=decoder.picture_channels)
         reference = Decoder(decoder.vae, engine="diffusers")
         height, width = decoder.check(latents, height=height, width=width)
 
@@ -197,7 +199,8 @@ def run(
         done("a batch of two, for comparison")
         together, alone = pixels(decoder, torch.cat([latents[:1].flip(1), latents[:1]]))[1:], image[:1]
         done("checking")
-        shape = (latents.shape[0], 3, height, width)
+        channels = decoder.picture_channels
+        shape = (latents.shape[0], channels, height, width)
         low, high = float(image.min()), float(image.max())
         found = oracle.level_difference(_bytes(image), _bytes(expected))
         dtype = str(decoder.dtype).removeprefix("torch.")
@@ -205,7 +208,7 @@ def run(
             dtype != "float32" or found.changed <= EXACT_VS_REFERENCE_CHANGED.bound
         )
         checks = [
-            Check("shape (batch, 3, height, width)", tuple(image.shape) == shape, str(tuple(image.shape))),
+            Check(f"shape (batch, {channels}, height, width)", tuple(image.shape) == shape, str(tuple(image.shape))),
             Check("values from 0.0 to 1.0", 0.0 <= low <= high <= 1.0, f"{low:.3f} to {high:.3f}"),
             Check("diffusers engine: FluxPipeline's bits", torch.equal(again, expected), _difference(again, expected)),
             Check("exact engine: FluxPipeline's picture", close, str(found)),

@@ -100,6 +100,9 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
                 tensor (B, 3, H, W) or (3, H, W) of floats in [0, 1]. All have one size, whose height and width are
                 multiples of 16 (of 8 where ``packed`` is false and the latents do not come in patches). A PIL image is
                 taken as its pixels lie, as in the pipelines: `PIL.ImageOps.exif_transpose` turns a photograph upright.
+                Where the VAE's pictures are RGBA (`picture_channels` is 4), they may have four channels, which are
+                taken as they are, not premultiplied; those of three are opaque, with an alpha of 255 as by
+                ``convert("RGBA")``. Other VAEs refuse transparency.
             packed: whether the latents come as tokens, (B, gh*gw, 4*C), as FLUX's transformers take them.
             sample: None takes the mode of the distribution, as FLUX's editing pipelines do. A generator draws from it,
                 as the image-to-image pipelines do; a list of them has one for each picture.
@@ -136,7 +139,8 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         reading = Reading(raw=raw or None, **factors)  # type: ignore[arg-type]
         check_options(self.format, reading)
         with set_aside(self.device):
-            checked = check_images(images, self.format.multiple(packed=packed, raw=raw), resize=resize)
+            multiple = self.format.multiple(packed=packed, raw=raw)
+            checked = check_images(images, multiple, self.picture_channels, resize=resize)
             generators = self._generators(sample, checked.batch)
             found = self._drawn(checked, generators, progress, cancel)
             return self._scaled(found, reading, packed=packed, drawn=sample is not None)
@@ -164,7 +168,8 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
                 "moments: an AutoencoderTiny gives latents without a variance; use encode, or the full VAE"
             )
         with set_aside(self.device):
-            checked = check_images(images, self.format.multiple(packed=False, raw=True), resize=resize)
+            multiple = self.format.multiple(packed=False, raw=True)
+            checked = check_images(images, multiple, self.picture_channels, resize=resize)
             found = _distribution(self.encode_images(checked, progress=progress, cancel=cancel))
             return found.mean.float(), found.logvar.float()
 
@@ -174,7 +179,7 @@ class Encoder(Half[ExactEncoder, ReferenceEncoder, PreviewEncoder]):
         """Encode images that were checked, which is the first half of `encode`: a server does it for several requests.
 
         Args:
-            images: what `fluxvae.pixels.check_images` or `fluxvae.pixels.check_pixels` returned for `multiple`.
+            images: what `fluxvae.pixels.check_images` or `fluxvae.pixels.check_pixels` returned for `picture_channels`.
             progress, cancel: as for `encode`.
 
         Returns:

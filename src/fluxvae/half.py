@@ -86,6 +86,8 @@ class Half(Generic[Exact, Reference, Preview]):
         """What `from_pretrained` had to assume about a single file, which plans print. It is empty where that was
         nothing."""
         self.vae = vae
+        self.picture_channels = _picture_channels(vae, self.way)
+        """The channels of its pictures: 3 for RGB, or 4 for RGBA, whose alpha is not premultiplied."""
         self.memory_limit = None if memory_limit is None else parse_memory_limit(memory_limit)
         """How many bytes a call may add above the loaded weights. None: what is free."""
         exact, reference, preview = self.engines
@@ -212,3 +214,19 @@ class Half(Generic[Exact, Reference, Preview]):
         plan = self.engine.plan(*given, batch)
         notes = "; ".join(note for note in (plan.kernels_note, self.assumed) if note)
         return dataclasses.replace(plan, kernels_note=notes)
+
+
+def _picture_channels(vae: VAE, way: Way) -> int:
+    """The channels that one half of a VAE gives or takes, by its own weights: a config may not say them.
+
+    Raises:
+        InvalidOptionError: they are neither those of RGB nor those of RGBA.
+    """
+    kinds = (torch.nn.Conv2d, torch.nn.Conv3d)
+    convolutions = [module for module in getattr(vae, way.network).modules() if isinstance(module, kinds)]
+    channels = convolutions[-1].out_channels if way == DECODE else convolutions[0].in_channels
+    if channels not in (3, 4):
+        raise InvalidOptionError(
+            f"vae: got a {type(vae).__name__} for pictures of {channels} channels; expected 3, for RGB, or 4, for RGBA"
+        )
+    return channels

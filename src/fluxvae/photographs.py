@@ -1,7 +1,8 @@
-"""Opens picture files for encoding: what a header tells, and the picture upright, in sRGB and without transparency.
+"""Opens picture files for encoding: what a header tells, and the picture upright, in sRGB, with alpha or without.
 
 A file may come from anybody, so its size is known and allowed before its pixels are unpacked. What would be changed
-without a word on the way to 8-bit RGB is refused: 16 bits, CMYK, an animation's other frames, transparency.
+without a word on the way to 8-bit RGB is refused: 16 bits, CMYK, an
+animation's other frames, and transparency where the VAE has no channel for it.
 """
 
 from __future__ import annotations
@@ -76,12 +77,20 @@ def size_of(name: str, data: IO[bytes], max_pixels: int, *, turned: bool = True)
 
 
 def picture_of(
-    name: str, data: IO[bytes], max_pixels: int, *, background: str | None = None, metadata: bool = True
+    name: str,
+    data: IO[bytes],
+    max_pixels: int,
+    *,
+    channels: int,
+    background: str | None = None,
+    metadata: bool = True,
 ) -> Image.Image:
-    """Read a picture: its pixels as 8-bit RGB, on the background.
+    """Read a picture: its pixels as 8-bit RGB, on the background; or with its alpha, as RGBA.
 
     Args:
-        background: the colour that shows through transparent pixels; None refuses a picture that has any.
+        channels: those that the VAE takes. With 4 the picture keeps its alpha where no background is given.
+        background: the colour that shows through transparent pixels. With None, a VAE of 3 channels refuses a picture
+            that has any.
         metadata: whether it is turned upright as its orientation says, and brought to sRGB as its colour profile says.
             Otherwise its pixels are taken as they lie, as diffusers takes those of a PIL image.
 
@@ -91,6 +100,8 @@ def picture_of(
     with _opened(name, data, max_pixels) as image:
         image.load()
         picture = _in_srgb(name, ImageOps.exif_transpose(image)) if metadata else image
+        if channels == 4 and background is None:
+            return picture.convert("RGBA")
         return _without_alpha(name, picture, background)
 
 

@@ -1,5 +1,7 @@
 """Turns the VAE's output into what a caller asked for: PIL, NumPy, torch, uint8, or the bytes of an image file.
 
+Pictures have as many channels as the VAE gives: three are RGB, and four are RGBA, whose alpha is not premultiplied.
+
 ``pil``, ``np`` and ``pt`` are made by diffusers' own ``VaeImageProcessor.postprocess``, so that they have its bits;
 ``uint8`` holds the same bytes as ``pil``.
 """
@@ -35,6 +37,8 @@ OutputType = Literal["pil", "np", "pt", "uint8"]
 OUTPUT_TYPES: tuple[str, ...] = ("pil", "np", "pt", "uint8")
 
 FORMATS = ("png", "jpeg", "webp")
+_WITH_ALPHA = ("png", "webp")
+"""The formats that have a place for alpha."""
 _PNG_LEVEL = 4
 """The level of zlib's compression. At 512x512 it takes 28 ms and makes 383 KB, where zlib's default of 6 takes 62 ms
 and saves 1.3 %."""
@@ -63,14 +67,14 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
     """Turn a decoded batch into ``output_type``.
 
     Args:
-        image: (B, 3, H, W), any float dtype, nominally in [-1, 1], not clamped.
+        image: (B, C, H, W), any float dtype, nominally in [-1, 1], not clamped. C is 3 for RGB and 4 for RGBA.
         output_type: see below.
 
     Returns:
-        - ``"pil"``: a list of B RGB ``PIL.Image.Image``;
-        - ``"np"``: (B, H, W, 3) float32 in [0, 1];
-        - ``"pt"``: (B, 3, H, W) in [0, 1], in the dtype and on the device of ``image``;
-        - ``"uint8"``: (B, H, W, 3) uint8 ``numpy.ndarray``, the bytes of ``"pil"``.
+        - ``"pil"``: a list of B ``PIL.Image.Image`` of mode RGB or RGBA;
+        - ``"np"``: (B, H, W, C) float32 in [0, 1];
+        - ``"pt"``: (B, C, H, W) in [0, 1], in the dtype and on the device of ``image``;
+        - ``"uint8"``: (B, H, W, C) uint8 ``numpy.ndarray``, the bytes of ``"pil"``.
 
     Raises:
         InvalidOptionError: the output type is unknown.
@@ -104,25 +108,28 @@ def postprocess(image: torch.Tensor, output_type: OutputType = "pil") -> Any:
 def _as_bytes(image: torch.Tensor) -> torch.Tensor:
     """Round a (C, H, W) image to uint8 on its own device, exactly as VaeImageProcessor does on the CPU.
 
-    So only 3 bytes of a pixel leave a GPU instead of 12. VaeImageProcessor halves and clamps in the image's dtype,
+    So one byte of each value leaves a GPU instead of four. VaeImageProcessor halves and clamps in the image's dtype,
     multiplies by 255 in float32 and rounds half to even (``numpy.round``); the same is done here, step by step.
     """
     return ((image * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
-def postprocess_bytes(output_type: OutputType, batch: int, height: int, width: int, itemsize: int) -> int:
+def postprocess_bytes(
+    output_type: OutputType, batch: int, height: int, width: int, itemsize: int, channels: int
+) -> int:
     """Return how many bytes `postprocess` adds to memory at its peak, its result included.
 
     With a GPU this is host memory, except for ``"pt"`` and for the temporaries of uint8 and PIL images.
 
     Args:
         itemsize: the bytes of one value of the VAE's dtype.
+        channels: those of the pictures, 3 or 4.
     """
     pixels = height * width
-    band = min(_BAND_VALUES, 3 * pixels) * 20  # the float32 temporaries of one band
-    per_image = {"pt": 3 * itemsize, "np": 12, "uint8": 3, "pil": 4}[output_type]  # PIL keeps RGB in 4 bytes
-    one_more = 3 * pixels if output_type == "pil" else 0
-    return batch * per_image * pixels + one_more + band
+    band = min(_BAND_VALUES, channels * pixels) * 20  # the float32 temporaries of one band
+    values = {"pt": channels * itemsize, "np": 4 * channels, "uint8": channels, "pil": 4}  # PIL keeps RGB in 4 bytes
+    one_more = channels * pixels if output_type == "pil" else 0
+    return batch * values[output_type] * pixels + one_more + band
 
 
 def _bands(image: torch.Tensor) -> Iterator[tuple[int, slice]]:
@@ -134,10 +141,13 @@ def _bands(image: torch.Tensor) -> Iterator[tuple[int, slice]]:
             yield one, slice(start, min(start + step, height))
 
 
-def check_format(format: object, quality: object = None) -> None:
-    """Raise `InvalidOptionError` unless `encode` takes this format and this quality."""
+def check_format(format: object, quality: object = None, *, channels: int = 3) -> None:
+    """Raise `InvalidOptionError` unless `encode` takes this format and this quality for pictures of these channels."""
     if format not in FORMATS:
         raise InvalidOptionError(f"format: got {format!r}, expected one of {', '.join(FORMATS)}")
+    if channels == 4 and format not in _WITH_ALPHA:
+        fitting = " or ".join(map(repr, _WITH_ALPHA))
+        raise InvalidOptionError(f"format: got {format!r} for pictures with alpha; expected {fitting}")
     if quality is None:
         return
     if format == "png":
@@ -155,8 +165,8 @@ def encode(
     """Encode one picture as an image file.
 
     Args:
-        pixels: the picture, (H, W, 3) uint8 in RGB.
-        format: ``"png"`` (lossless), ``"jpeg"`` or ``"webp"``.
+        pixels: the picture, (H, W, 3) uint8 in RGB or (H, W, 4) in RGBA.
+        format: ``"png"`` (lossless), ``"jpeg"`` (refused for RGBA) or ``"webp"`` (whose alpha is lossless).
         quality: from 1 to 100, for jpeg and webp only; 95 where it is left out.
         metadata: texts to keep in the file by their names. In a PNG each becomes a text chunk; in JPEG and WebP they
             become one JSON object, which is EXIF's ImageDescription.
@@ -165,14 +175,17 @@ def encode(
         The bytes of the file.
 
     Raises:
-        InvalidOptionError: the format is unknown, the quality is out of range, or a quality is given for png.
+        InvalidOptionError: the format is unknown, or has no place for alpha; the quality is out of range, or given for
+            png.
     """
-    check_format(format, quality)
+    check_format(format, quality, channels=pixels.shape[2])
     options: dict[str, Any] = {}
     if format == "png":
         options["compress_level"] = _PNG_LEVEL
     else:
         options["quality"] = _DEFAULT_QUALITY[format] if quality is None else quality
+    if format == "webp":
+        options["exact"] = True  # otherwise the colours of fully transparent pixels are replaced
     if metadata:
         options |= _metadata_options(format, metadata)
     buffer = io.BytesIO()

@@ -1,9 +1,13 @@
-"""Turns PIL images, arrays and tensors into the pixels that a VAE encodes: (B, 3, H, W) in [-1, 1].
+"""Turns PIL images, arrays and tensors into the pixels that a VAE encodes: (B, C, H, W) in [-1, 1].
+
+C is 3 for most VAEs, and 4 for one whose pictures are RGBA. The latter takes four channels as they are, without
+premultiplying colours by alpha, and three as opaque, like diffusers' pipelines (``image.convert("RGBA")``).
 
 `check_images` says what is wrong with images before any work; `to_pixels` converts them. Both take what diffusers'
-``VaeImageProcessor.preprocess`` takes, and the values have its bits. What it would take and quietly change is refused:
-transparency, 16-bit and CMYK pictures, and sizes that do not fit (unless ``resize`` is asked for). `check_pixels` is
-for tensors that are in [-1, 1] already.
+``VaeImageProcessor.preprocess`` takes, and the values have its bits, with one exception: by its default settings it
+believes that a tensor of four channels is latents, and leaves it in [0, 1]. What it would take and quietly change is
+refused: transparency that the VAE has no channel for, 16-bit and CMYK pictures, and sizes that do not fit (unless
+``resize`` is asked for). `check_pixels` is for tensors that are in [-1, 1] already.
 
 PyTorch is imported only where there are tensors, because a client of pictures and arrays checks them here too.
 """
@@ -38,8 +42,8 @@ class Images:
     """Images of one size that can be encoded. `check_images` and `check_pixels` make one."""
 
     values: Any
-    """The images one after the other: PIL images without transparency, arrays (H, W, 3) of uint8 or floats, or tensors
-    (3, H, W) of floats. Floats are in [0, 1] unless they are `normalized`."""
+    """The images one after the other: PIL images, arrays (H, W, n) of uint8 or floats, or tensors (n, H, W) of floats.
+    Floats are in [0, 1] unless they are `normalized`. n is 3, or 4 with alpha, and images of mode RGBA have alpha."""
     height: int
     """The height in pixels that they are encoded at; ``width`` likewise."""
     width: int
@@ -49,6 +53,8 @@ class Images:
     """Whether their pixels are to lie channels last, as those of pictures and arrays do in the pipelines."""
     normalized: bool = False
     """Whether they are in [-1, 1] already."""
+    channels: int = 3
+    """The channels of the pixels that they become: 3 or 4. Images of fewer get an opaque alpha."""
 
     @classmethod
     def together(cls, several: Sequence[Images]) -> Images:
@@ -71,13 +77,16 @@ class Images:
         return self.batch * self.height * self.width
 
 
-def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
+def check_images(images: Any, multiple: int, channels: int | None, *, resize: bool = False) -> Images:
     """Check images, whatever they come as.
 
     Args:
         images: a PIL image or a list of them; an array (B, H, W, 3) or (H, W, 3), uint8 or floats in [0, 1]; a tensor
-            (B, 3, H, W) or (3, H, W) of floats in [0, 1]. All have one size.
+            (B, 3, H, W) or (3, H, W) of floats in [0, 1]. All have one size. Where ``channels`` is not 3, arrays and
+            tensors may have 4 channels, and pictures may be transparent.
         multiple: height and width must be multiples of this many pixels.
+        channels: those that the VAE takes, 3 or 4. None: that is not known here, so transparency is kept where there is
+            any.
         resize: make other sizes fit by resizing them to the multiples below, as ``VaeImageProcessor.preprocess`` does:
             PIL images by Lanczos' filter, arrays and tensors by the nearest pixel.
 
@@ -90,7 +99,7 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)):
-        values: Any = [_plain(index, image) for index, image in enumerate(images)]
+        values: Any = [_plain(index, image, channels) for index, image in enumerate(images)]
         if not values:
             raise InvalidImagesError("images: got an empty list, expected at least one picture")
         sizes = [(image.height, image.width) for image in values]
@@ -101,10 +110,11 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
                 "encoded together have one size: encode them one by one, or resize them first"
             )
         height, width = sizes[0]
+        given = 4 if any(image.mode == "RGBA" for image in values) else 3
     elif is_tensor(images):
-        values, (height, width) = _checked(images, "tensor", channels=1)
+        values, (height, width), given = _checked(images, "tensor", 1, channels)
     elif isinstance(images, np.ndarray):
-        values, (height, width) = _checked(images, "array", channels=3)
+        values, (height, width), given = _checked(images, "array", 3, channels)
     else:
         raise InvalidImagesError(
             f"images: got {type(images).__name__}, expected a PIL image, a list of them, an array (batch, height, "
@@ -112,23 +122,27 @@ def check_images(images: Any, multiple: int, *, resize: bool = False) -> Images:
         )
     last = not is_tensor(values) or _channels_last(values)
     fitting = (height // multiple * multiple, width // multiple * multiple)
+    kept: dict[str, Any] = {"channels_last": last, "channels": channels or given}
     if fitting == (height, width):
-        return Images(values, height, width, channels_last=last)
+        return Images(values, height, width, **kept)
     if min(fitting) < multiple or not resize:
         raise _does_not_fit(height, width, multiple, resizable=True)
-    return Images(values, *fitting, resized=True, channels_last=last)
+    return Images(values, *fitting, resized=True, **kept)
 
 
-def check_pixels(pixels: torch.Tensor, multiple: int) -> Images:
+def check_pixels(pixels: torch.Tensor, multiple: int, channels: int | None) -> Images:
     """Check a tensor (B, 3, H, W) of floats in [-1, 1], what a VAE encodes, as `check_images` checks images.
+
+    Args:
+        multiple, channels: as for `check_images`.
 
     Raises:
         InvalidImagesError: the shape, the dtype, a value or the size is wrong.
     """
     shape = tuple(pixels.shape)
-    if pixels.ndim != 4 or shape[1] != 3 or 0 in shape or not pixels.is_floating_point():
+    if pixels.ndim != 4 or shape[1] not in _taken(channels) or 0 in shape or not pixels.is_floating_point():
         raise InvalidImagesError(
-            f"images: got a tensor of {pixels.dtype} {shape}, expected floats (batch, 3, height, width)"
+            f"images: got a tensor of {pixels.dtype} {shape}, expected floats {_shape(1, channels)}"
         )
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= -1 and high <= 1):  # also where one is NaN
@@ -136,7 +150,8 @@ def check_pixels(pixels: torch.Tensor, multiple: int) -> Images:
     height, width = shape[2:]
     if height % multiple or width % multiple:
         raise _does_not_fit(height, width, multiple, resizable=False)
-    return Images(pixels, height, width, channels_last=_channels_last(pixels), normalized=True)
+    last = _channels_last(pixels)
+    return Images(pixels, height, width, channels_last=last, normalized=True, channels=channels or shape[1])
 
 
 def _does_not_fit(height: int, width: int, multiple: int, *, resizable: bool) -> InvalidImagesError:
@@ -155,7 +170,7 @@ def _channels_last(tensor: torch.Tensor) -> bool:
 
 
 def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Convert images to (B, 3, H, W) in [-1, 1], in this dtype and on this device.
+    """Convert images to (B, C, H, W) in [-1, 1], in this dtype and on this device. C is ``images.channels``.
 
     They are brought to [-1, 1] in float32, or in their own dtype if they are tensors or arrays of floats, and then
     cast, as the pipelines do it. Memory: the result, and a few MB; where images are resized, each once more.
@@ -166,19 +181,17 @@ def to_pixels(images: Images, dtype: torch.dtype, device: torch.device) -> torch
     import torch
 
     pixels = torch.empty(
-        (images.batch, 3, images.height, images.width),
+        (images.batch, images.channels, images.height, images.width),
         dtype=dtype,
         device=device,
         memory_format=torch.channels_last if images.channels_last else torch.contiguous_format,
     )
     for index, value in enumerate(images.values):
-        if images.normalized:
-            pixels[index] = value
-            continue
         if images.resized:
             value = _resized(value, images)
-        for rows, band in _bands(value):
-            pixels[index, :, rows] = _processor().normalize(band)
+        for rows, band in [(slice(None), value)] if images.normalized else _bands(value):
+            pixels[index, : len(band), rows] = band if images.normalized else _processor().normalize(band)
+            pixels[index, len(band) :, rows] = 1.0  # the alpha of images that have none: opaque
     return pixels
 
 
@@ -203,14 +216,14 @@ def _resized(value: Any, images: Images) -> Any:
 
 
 def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Cut one image into bands of rows: each as a slice of rows, and its values (3, n, W) in [0, 1]."""
+    """Cut one image into bands of rows: each as a slice of rows, and its values (3 or 4, n, W) in [0, 1]."""
     if is_tensor(image):
         height, width = image.shape[1:]
     elif isinstance(image, np.ndarray):
         height, width = image.shape[:2]
     else:
         width, height = image.size
-    step = max(1, _BAND_VALUES // (3 * width))
+    step = max(1, _BAND_VALUES // (4 * width))
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         if is_tensor(image):
@@ -218,14 +231,14 @@ def _bands(image: Any) -> Iterator[tuple[slice, torch.Tensor]]:
             continue
         band = image[rows] if isinstance(image, np.ndarray) else image.crop((0, rows.start, width, rows.stop))
         if isinstance(band, Image.Image):
-            band = np.asarray(band.convert("RGB"))
+            band = np.asarray(band.convert("RGBA" if band.mode == "RGBA" else "RGB"))
         if band.dtype == np.uint8:
             band = band.astype(np.float32) / 255.0
         yield rows, _processor().numpy_to_pt(band[None])[0]
 
 
-def _plain(index: int, image: object) -> Image.Image:
-    """A PIL image that becomes RGB without a choice; others are refused."""
+def _plain(index: int, image: object, channels: int | None) -> Image.Image:
+    """A PIL image that becomes RGB without a choice, or of mode RGBA where its alpha is kept; others are refused."""
     if not isinstance(image, Image.Image):
         raise InvalidImagesError(
             f"images: got {type(image).__name__} for picture {index}, expected PIL images; stack arrays, or tensors, "
@@ -233,14 +246,18 @@ def _plain(index: int, image: object) -> Image.Image:
         )
     if min(image.size) < 1:
         raise InvalidImagesError(f"images: got {_by(image.size[::-1])} for picture {index}, which has no pixels")
+    if channels == 4 and image.mode in (*_SAME, *_ALPHA):
+        return _with_alpha(image)
     if image.mode in _ALPHA or "transparency" in image.info:
-        alpha = image.convert("RGBA").getchannel("A")
-        if alpha.getextrema() != (255, 255):
-            raise InvalidImagesError(
-                f"images: got mode {image.mode} for picture {index}, with transparent pixels; latents hold none: put "
-                "the picture on a background first (fluxvae encode has --background)"
-            )
-        return image.convert("RGBA").convert("RGB")
+        clear = _with_alpha(image)
+        if clear.getchannel("A").getextrema() == (255, 255):
+            return clear.convert("RGB")
+        if channels is None:
+            return clear
+        raise InvalidImagesError(
+            f"images: got mode {image.mode} for picture {index}, with transparent pixels; latents hold none: put the "
+            "picture on a background first (fluxvae encode has --background)"
+        )
     if image.mode not in _SAME:
         raise InvalidImagesError(
             f"images: got mode {image.mode} for picture {index}, expected RGB or 8-bit grey; whichever way its values "
@@ -250,17 +267,38 @@ def _plain(index: int, image: object) -> Image.Image:
     return image
 
 
-def _checked(images: Any, name: str, *, channels: int) -> tuple[Any, tuple[int, int]]:
-    """An array or a tensor with its batch, and its height and width. ``channels``: the dimension that has three."""
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """The image in mode RGBA, as ``convert("RGBA")`` makes it."""
+    if image.mode == "La":  # which Pillow converts to LA only
+        image = image.convert("LA")
+    return image.convert("RGBA")
+
+
+def _taken(channels: int | None) -> tuple[int, ...]:
+    """How many channels images may have for a VAE of so many."""
+    return (3,) if channels == 3 else (3, 4)
+
+
+def _shape(axis: int, channels: int | None) -> str:
+    """The shape that is expected, in words. ``axis``: the dimension of the channels."""
+    those = " or ".join(map(str, _taken(channels)))
+    return f"(batch, {those}, height, width)" if axis == 1 else f"(batch, height, width, {those})"
+
+
+def _checked(images: Any, name: str, axis: int, channels: int | None) -> tuple[Any, tuple[int, int], int]:
+    """An array or a tensor with its batch, its height and width, and its channels, which are the dimension ``axis``."""
     shape = tuple(images.shape)
-    expected = "(batch, 3, height, width)" if channels == 1 else "(batch, height, width, 3)"
     values = images[None] if len(shape) == 3 else images
-    if values.ndim != 4 or values.shape[channels] != 3 or 0 in shape:
-        raise InvalidImagesError(f"images: got a {name} of shape {shape}, expected {expected}")
-    size = (values.shape[2], values.shape[3]) if channels == 1 else (values.shape[1], values.shape[2])
-    floats = values.is_floating_point() if channels == 1 else np.issubdtype(values.dtype, np.floating)
-    if not floats and (channels == 1 or values.dtype != np.uint8):
-        other = "floats in [0, 1]" if channels == 1 else "uint8, or floats in [0, 1]"
+    if values.ndim != 4 or values.shape[axis] not in _taken(channels) or 0 in shape:
+        alpha = values.ndim == 4 and values.shape[axis] == 4
+        raise InvalidImagesError(
+            f"images: got a {name} of shape {shape}, expected {_shape(axis, channels)}"
+            + ("; if the fourth is alpha, latents hold none: put the picture on a background first" if alpha else "")
+        )
+    size = (values.shape[2], values.shape[3]) if axis == 1 else (values.shape[1], values.shape[2])
+    floats = values.is_floating_point() if axis == 1 else np.issubdtype(values.dtype, np.floating)
+    if not floats and (axis == 1 or values.dtype != np.uint8):
+        other = "floats in [0, 1]" if axis == 1 else "uint8, or floats in [0, 1]"
         raise InvalidImagesError(f"images: got a {name} of {values.dtype}, expected {other}")
     if floats:
         low, high = float(values.min()), float(values.max())
@@ -269,7 +307,7 @@ def _checked(images: Any, name: str, *, channels: int) -> tuple[Any, tuple[int, 
                 f"images: got values from {low:g} to {high:g}, expected floats in [0, 1]; those in [-1, 1] are brought "
                 "there by images / 2 + 0.5, those in [0, 255] by images / 255"
             )
-    return values, size
+    return values, size, values.shape[axis]
 
 
 def _by(size: tuple[int, int]) -> str:

@@ -257,7 +257,11 @@ REFUSED: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
         r"expected floats in \[-1, 1",
     ),
     "NaN": ({"images_raw": np.full((1, 3, 16, 16), np.nan, np.float32)}, {}, "images: got values from nan"),
-    "four channels": ({"images_raw": np.zeros((1, 4, 16, 16), np.float32)}, {}, "shape"),
+    "four channels": (
+        {"images_raw": np.zeros((1, 4, 16, 16), np.float32)},
+        {},
+        r"got a tensor of torch.float32 \(1, 4, 16, 16\), expected floats \(batch, 3, height, width\)",
+    ),
     "an unknown parameter": (GOOD, {"format": "png"}, "parameter 'format': unknown"),
     "a seed alone": (GOOD, {"seed": 1}, "sample: got False with seed 1"),
     "a sample without a seed": (GOOD, {"sample": True}, "sample: got True with seed None"),

@@ -96,10 +96,10 @@ BAD: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "no bytes of a file": ({**FILE_QUERY, "body": b""}, 400, ("body: got no bytes, expected a picture file",)),
     "one dimension": ({"shape": [1152]}, 400, ("1 dimensions", "shape=1&shape=3&shape=512")),
     "five dimensions": ({"shape": [1, 1, 3, 16, 24]}, 400, ("5 dimensions",)),
-    "four channels": ({"shape": [1, 4, 16, 18]}, 400, ("got (1, 4, 16, 18) of float32", "(batch, 3, height")),
+    "five channels": ({"shape": [1, 5, 16, 18]}, 400, ("got (1, 5, 16, 18) of float32", "(batch, 3, height")),
     "floats with the channels last": ({"shape": [1, 16, 24, 3]}, 400, ("got (1, 16, 24, 3) of float32",)),
     "bytes without channels": (
-        {"shape": [1, 16, 24, 4], "dtype": "uint8", "do_normalize": None},
+        {"shape": [1, 16, 24, 5], "dtype": "uint8", "do_normalize": None},
         400,
         ("of uint8", "channels last"),
     ),

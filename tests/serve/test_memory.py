@@ -95,7 +95,7 @@ def test_output_bytes_bound_what_is_kept(names: tuple[str, ...]) -> None:
         for name, array in made.items()
         if name != "images_raw"  # that output is the image itself
     )
-    assert output_bytes(asked.outputs, 2, SIZE, SIZE, 4) >= kept
+    assert output_bytes(asked.outputs, 2, SIZE, SIZE, 4, 3) >= kept
 
 
 def test_sizes_are_those_of_the_outputs() -> None:

@@ -121,6 +121,9 @@ def test_what_an_answer_means(answers: tuple[str, dict[str, Any]]) -> None:
     image = {"outputs": [{"name": "images", "shape": [1, 16, 16, 3], "data": []}]}
     given["body"] = json.dumps(image).encode()
     assert ask_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK)
+    image["outputs"][0]["shape"] = [1, 16, 16, 4]
+    given["body"] = json.dumps(image).encode()
+    assert ask_tiny(address, "vae_decoder", 30) == Outcome(Answer.OK), "RGBA"
     image["outputs"][0]["shape"] = [1, 8, 8, 3]
     given["body"] = json.dumps(image).encode()
     assert "shape [1, 8, 8, 3], expected" in ask_tiny(address, "vae_decoder", 30).reason

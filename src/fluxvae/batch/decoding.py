@@ -28,7 +28,7 @@ from fluxvae.errors import (
 )
 from fluxvae.latents.checks import check_options
 from fluxvae.latents.request import LatentRequest
-from fluxvae.pictures import OutputType, postprocess
+from fluxvae.pictures import FORMATS, OutputType, check_format, postprocess
 
 __all__ = ["Decoding", "batch_size", "look"]
 
@@ -85,11 +85,13 @@ def look(job: Job, decoder: Decoder, record: dict[str, Any], store: Store) -> Ou
         store: its output folder.
 
     Raises:
-        InvalidOptionError: an input names nothing, an image would be written over latents, or the output folder holds
-            images that the job may not add to.
+        InvalidOptionError: an input names nothing, the format has no place for the alpha of the images, an image would
+            be written over latents, or the output folder holds images that the job may not add to.
     """
     expected = job.expected(decoder.format)
     check_options(decoder.format, expected.reading)
+    if job.format in FORMATS:
+        check_format(job.format, job.quality, channels=decoder.picture_channels)
     found = find(job.inputs)
     scanned = scan(found, job.suffix, expected, store)
     sources = {store.key(one.url) for one in found}

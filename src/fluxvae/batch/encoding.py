@@ -68,7 +68,13 @@ class Encoding:
             if wanted.size != item.size:
                 raise InvalidImagesError(f"{name}: has changed since the job began")
             data.seek(0)
-            picture = picture_of(name, data, self._job.max_pixels, background=self._job.background)
+            picture = picture_of(
+                name,
+                data,
+                self._job.max_pixels,
+                channels=self._encoder.picture_channels,
+                background=self._job.background,
+            )
             return fitted(picture, wanted), size
 
     def compute(self, group: list[tuple[Item, Any]], stop: threading.Event) -> list[tuple[Item, Any]] | None:

@@ -42,7 +42,9 @@ class Fit(NamedTuple):
 
 
 def fitted(picture: Image.Image, wanted: Fit) -> NDArray[np.uint8]:
-    """Make a picture in RGB fit: (height, width, 3) uint8. It is resized by Lanczos' filter, as diffusers does it."""
+    """Make a picture in RGB or RGBA fit: (height, width, 3 or 4) uint8. It is resized by Lanczos' filter, as by
+    diffusers. Pillow weights colours by their alpha meanwhile, so that those of transparent pixels do not bleed.
+    """
     height, width = wanted.resized
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)

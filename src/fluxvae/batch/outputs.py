@@ -69,6 +69,8 @@ def to_bytes(image: Any, format: str, quality: int | None, metadata: Mapping[str
         - png, jpeg, webp: the picture, with the metadata (PNG text chunks, or JSON in EXIF's ImageDescription);
         - npy: (H, W, 3) float32 in [0, 1]; the format has no place for metadata, ``job.json`` beside it has;
         - safetensors: ``image`` (3, H, W) in [0, 1], in the decoder's dtype, with the metadata.
+
+        RGBA pictures have four channels in each of them. JPEG has no place for these.
     """
     if format in FORMATS:
         return encode(image, format, quality, metadata)

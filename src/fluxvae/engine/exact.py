@@ -27,8 +27,8 @@ class ExactDecoder(ExactEngine):
             cancel: asked before every block; true stops the decode.
 
         Returns:
-            (B, C, H, W), the same device and dtype: ``vae.decode(raw).sample``. C is 3, or 4 with transparency. The
-            values are nominally in [-1, 1], and are clamped to it only where diffusers' decode does that itself.
+            (B, C, H, W), the same device and dtype: ``vae.decode(raw).sample``. C is the network's: 3, or 4 for RGBA.
+            The values are nominally in [-1, 1], and clamped to it only where diffusers' decode does that itself.
 
         Raises:
             MemoryLimitError: before any work, if the limit is too small for this size.
@@ -54,7 +54,7 @@ class ExactEncoder(ExactEngine):
         """Encode pixels. Errors, progress and cancellation are those of `ExactDecoder.decode`.
 
         Args:
-            pixels: (B, C, H, W) in [-1, 1], on the VAE's device, in its dtype. A size that is no multiple of the pixels
+            pixels: (B, C, H, W) in [-1, 1], C as above, on the VAE's device, in its dtype. A size that is no multiple of the pixels
                 per latent is rounded down at every level, as in diffusers.
 
         Returns:

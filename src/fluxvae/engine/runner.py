@@ -55,8 +55,8 @@ class Runner:
         """Decode or encode one image.
 
         Args:
-            given: raw latents (C, lh, lw), or pixels (3, H, W).
-            made: pixels (3, H, W), or moments (2 * C, lh, lw), which are written to.
+            given: raw latents (C, lh, lw), or pixels (3 or 4, H, W).
+            made: pixels (3 or 4, H, W), or moments (2 * C, lh, lw), which are written to.
 
         Raises:
             NonFiniteMap: a map or the result holds NaN or Inf.

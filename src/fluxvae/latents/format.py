@@ -95,8 +95,9 @@ class LatentFormat:
     approximate."""
     frames: bool = False
     """Whether the VAE's own tensors have an axis of time, (B, C, F, lh, lw). A picture is one frame, F = 1."""
-    picture_channels: int = 3
-    """How many channels the VAE's pictures have: 3, or 4 for pictures with alpha."""
+    layers: bool = False
+    """Whether frames may be the layers of one picture, each of which is a picture by itself. Such are
+    QwenImageLayeredPipeline's, whose pictures have alpha. Frames of other VAEs are a video's."""
 
     @classmethod
     def from_vae(cls, vae: Any) -> LatentFormat:
@@ -176,21 +177,13 @@ class LatentFormat:
             latents_mean=tuple(mean),
             latents_std=tuple(std),
             frames=True,
-            picture_channels=pictures,
+            layers=pictures == 4,
         )
 
     @property
     def statistics(self) -> bool:
         """Whether latents are rescaled by the checkpoint's statistics alone, and there is no ``scaling_factor``."""
         return self.batch_norm is not None or self.frames
-
-    @property
-    def layers(self) -> bool:
-        """Whether the frames of latents may be the layers of one picture, each of which is a picture by itself.
-
-        Such are QwenImageLayeredPipeline's, whose pictures have alpha. Frames of other VAEs are a video's.
-        """
-        return self.frames and self.picture_channels == 4
 
     @property
     def packed_features(self) -> int:

@@ -103,7 +103,8 @@ class Base(ABC, Generic[Answer]):
                 the class that its model's name stands for. So they are also needed where an image of one family has
                 the shape of another's packed latents: (4, n, 64) to ``"vae_decoder"``.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"uint8"`` as for ``Decoder.decode``, or ``"raw"``:
-                (B, 3, H, W), nominally in [-1, 1], not clamped. Tensors are float32, on the CPU.
+                (B, 3, H, W), nominally in [-1, 1], not clamped. Tensors are float32, on the CPU. Where the server's
+                pictures are RGBA, all have four channels.
             latent_ids, raw, feature_order: for FLUX.2's latents, as for ``Decoder.decode``.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
                 where it has none.

@@ -99,7 +99,8 @@ def make_decode_request(
         inputs={"latents": as_float32(sent), **rows, **ids},
         output=output,
         answer_dtype=answer_dtype,
-        answer_bytes=batch * 3 * height * width * answer_dtype.itemsize,  # fewer where the server floors the size
+        # Fewer where the pictures are RGB, which only the server knows, and where it floors the size.
+        answer_bytes=batch * 4 * height * width * answer_dtype.itemsize,
         read=partial(_read_images, output_type=output_type, batch=batch, size=(height, width)),
         refusal=InvalidLatentsError,
         parameters={**parameters, **rescaling(reading)},
@@ -147,7 +148,8 @@ def _read_images(array: NDArray[Any], *, output_type: str, batch: int, size: tup
     output, expected = _OUTPUTS[output_type]
     channels_first = output in ("images_pt", "images_raw")
     found = array.shape[2:4] if channels_first else array.shape[1:3]
-    if array.ndim != 4 or len(array) != batch or array.dtype != expected:
+    channels = array.shape[1 if channels_first else -1] if array.ndim == 4 else 0
+    if channels not in (3, 4) or len(array) != batch or array.dtype != expected:
         raise FluxVAEError(
             f"{output}: got {array.dtype} {array.shape} from the server, expected {batch} images in "
             f"{np.dtype(expected)}; is it fluxvae's model?"

@@ -87,7 +87,7 @@ def make_encode_request(
     parameters = {**rescaling(reading), **_seed(sample)}
     # Sizes are checked, and made to fit, by what the model's name tells. The server checks by its checkpoint.
     multiple = formats_of(vae_class_of(model))[0].multiple(packed=packed, raw=raw)
-    checked = check_images(images, multiple, resize=resize)
+    checked = check_images(images, multiple, None, resize=resize)
     return Request(
         model=model,
         inputs=_inputs(checked),
@@ -102,7 +102,7 @@ def make_encode_request(
 
 
 def make_pixels_request(pixels: torch.Tensor, *, model: str | None, output: str = "moments") -> Request:
-    """Return the request to encode pixels (B, 3, H, W) in [-1, 1], with the server's own factors.
+    """Return the request to encode pixels (B, 3 or 4, H, W) in [-1, 1], with the server's own factors.
 
     Args:
         model: as for `make_encode_request`.
@@ -154,7 +154,8 @@ def _inputs(images: Images) -> dict[str, NDArray[Any]]:
     """The model's input for these images: 8-bit values as they are, floats in [-1, 1], computed in their own dtype."""
     values = _resized(images) if images.resized else images.values
     if isinstance(values, list):
-        return {"images": np.stack([np.asarray(image.convert("RGB")) for image in values])}
+        mode = "RGBA" if images.channels == 4 else "RGB"
+        return {"images": np.stack([np.asarray(image.convert(mode)) for image in values])}
     if isinstance(values, np.ndarray):
         if values.dtype == np.uint8:
             return {"images": np.ascontiguousarray(values)}

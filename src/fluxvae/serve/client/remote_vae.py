@@ -81,7 +81,8 @@ class RemoteVAE(torch.nn.Module):
             generator: ignored.
 
         Returns:
-            The images (B, 3, H, W), nominally in [-1, 1], in the dtype of ``z`` and on its device.
+            The images (B, 3, H, W), or (B, 4, H, W) where the server's are RGBA, nominally in [-1, 1], in the dtype of
+            ``z`` and on its device.
 
         Raises:
             InvalidLatentsError: the latents have another shape, such as that of packed ones, which are not raw.
@@ -110,7 +111,8 @@ class RemoteVAE(torch.nn.Module):
         """Encode pixels to a distribution of raw latents, as ``AutoencoderKL.encode`` does.
 
         Args:
-            x: the pixels (B, 3, H, W) in [-1, 1]; H and W are multiples of 8.
+            x: the pixels (B, 3, H, W), or (B, 4, H, W) for a VAE of RGBA pictures, in [-1, 1]; H and W are multiples of
+                8.
             return_dict: whether to return an ``AutoencoderKLOutput`` instead of a tuple.
 
         Returns:
@@ -129,12 +131,12 @@ class RemoteVAE(torch.nn.Module):
 
     def _encoded(self, x: torch.Tensor, output: str) -> torch.Tensor:
         """Return the server's output for pixels (`make_pixels_request`), in the dtype of ``x`` and on its device."""
-        if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
+        if x.ndim != 4 or x.shape[1] not in (3, 4) or 0 in x.shape or not x.is_floating_point():
             raise InvalidImagesError(
-                f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3, height, width), which "
+                f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3 or 4, height, width), which "
                 "AutoencoderKL.encode takes; Client.encode takes pictures"
             )
-        check_pixels(x, SCALE)  # all of them, before the first is sent
+        check_pixels(x, SCALE, None)  # all of them, before the first is sent
         model = self.client.encoder_model
         parts = [self.client.send(partial(make_pixels_request, one[None], model=model, output=output)) for one in x]
         return torch.cat(parts).to(device=x.device, dtype=x.dtype)

@@ -22,7 +22,7 @@ from fluxvae.latents.layout import Layout
 from fluxvae.serve.families import families_of
 from fluxvae.serve.gateway.body import Form, base64_answer, largest_json, read_form, read_json
 from fluxvae.serve.gateway.endpoint import Endpoint, path_of
-from fluxvae.serve.gateway.errors import TooLarge
+from fluxvae.serve.gateway.errors import InvalidRequest, TooLarge
 from fluxvae.serve.gateway.exchange import Exchange
 from fluxvae.serve.gateway.forward import Question
 from fluxvae.serve.gateway.latents import Latents, read_latents, read_shape, wrong_length
@@ -51,7 +51,12 @@ class DecodeEndpoint(Endpoint):
             asked, layout = self._read_head(request, name, form, merge(query, more))
         # Checking 16 MiB of latents takes milliseconds. In a thread it does not keep the other requests waiting.
         latents = await asyncio.to_thread(read_latents, asked, layout, exchange.body)
-        answer = await exchange.ask(model, _question(asked, latents))
+        try:
+            answer = await exchange.ask(model, _question(asked, latents))
+        except InvalidRequest as error:
+            # The model calls the query's image_format its format. jpg is what is meant where the query says none.
+            said = f"{error}: send image_format=png" if str(error).startswith("format: ") else str(error)
+            raise InvalidRequest(said) from error
         headers = exchange.headers(latents.warning, PREVIEW_NOTE if model.approximate else None)
         return _response(asked, answer, headers)
 

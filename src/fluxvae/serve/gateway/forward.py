@@ -71,6 +71,8 @@ _PROBES = {
     True: Question({"images": np.zeros((1, 16, 16, 3), np.uint8)}, "latents", {"probe": True}),
 }
 """What a model that decodes (false) or encodes (true) is asked in order to see that it works."""
+_PROBED = ((1, 16, 16, 3), (1, 16, 16, 4))
+"""The shapes that pictures may have which answer a probe: RGB and RGBA."""
 
 
 class TritonModel:
@@ -139,7 +141,7 @@ class TritonModel:
         """
         answer = await self._infer(_PROBES[self.encodes], request_id="readyz", timeout_s=timeout_s, priority=_FIRST)
         # A token has as many features as the model's latents, which only the model knows.
-        fits = answer.ndim == 3 and answer.shape[:2] == (1, 1) if self.encodes else answer.shape == (1, 16, 16, 3)
+        fits = answer.ndim == 3 and answer.shape[:2] == (1, 1) if self.encodes else answer.shape in _PROBED
         if not fits:
             raise BadGateway(f"model {self.name}: a probe of 16x16 pixels answered with shape {answer.shape}")
 

@@ -49,7 +49,8 @@ PARAMETERS: dict[str, Parameter] = {
     "output_type": Parameter(
         {"enum": ["pil", "pt"], "default": "pil"},
         "pil: an encoded picture, or, where Accept is tensor/binary, (batch, 3, height, width) float32 in [0, 1]. "
-        "pt: (batch, 3, height, width) float32, about -1 to 1, not clamped. mp4 is for video models, and refused.",
+        "pt: (batch, 3, height, width) float32, about -1 to 1, not clamped. Where the model's pictures are RGBA, all "
+        "have four channels. mp4 is for video models, and refused.",
     ),
     "partial_postprocess": Parameter(
         FLAG,
@@ -57,7 +58,8 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "image_format": Parameter(
         {"enum": ["jpg", "png"], "default": "jpg"},
-        "Of an encoded picture; jpg is lossy (quality 95). Left out: png where Accept is image/png.",
+        "Of an encoded picture; jpg is lossy (quality 95), and refused where the model's pictures are RGBA. Left out: "
+        "png where Accept is image/png.",
     ),
     "scaling_factor": Parameter(
         NUMBER,

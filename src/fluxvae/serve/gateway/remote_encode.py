@@ -30,6 +30,8 @@ __all__ = ["PARAMETERS", "Asked", "Tensor", "parse"]
 
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 _DIMENSIONS = range(3, 5)
+_CHANNELS = (3, 4)
+"""RGB and RGBA. The model refuses what its VAE does not take."""
 _BYTES = ("application/octet-stream", "tensor/binary")
 """The content types that hold a tensor where the query has a shape, and otherwise a picture file."""
 _COLOUR = re.compile(r"[ -~]{1,40}")
@@ -40,7 +42,8 @@ PARAMETERS: dict[str, Parameter] = {
     "shape": Parameter(
         {"type": "array", "items": WHOLE, "minItems": _DIMENSIONS[0], "maxItems": _DIMENSIONS[-1]},
         "Of a tensor, repeated once for each dimension: (batch, 3, height, width) or (3, height, width); uint8 ones "
-        "may be (batch, height, width, 3) or (height, width, 3) too. Left out: the body is a picture file.",
+        "may be (batch, height, width, 3) or (height, width, 3) too. Where the model's pictures are RGBA, 4 may stand "
+        "for the 3. Left out: the body is a picture file.",
     ),
     "dtype": Parameter({"enum": list(_ITEMSIZES)}, "Of a tensor."),
     "do_normalize": Parameter(
@@ -74,7 +77,7 @@ PARAMETERS: dict[str, Parameter] = {
     "background": Parameter(
         {"type": "string"},
         "The colour behind the transparent pixels of a picture file, such as white or #ffffff. Left out: they are "
-        "refused, since latents hold no transparency.",
+        "refused, since latents hold no transparency; a model whose pictures are RGBA keeps them.",
     ),
 }
 
@@ -195,7 +198,7 @@ def _tensor(given: Query, limits: Limits, multiple: int) -> Tensor:
     if not given.shape:
         raise InvalidOptionError("shape: missing, expected each dimension of the tensor, since dtype was given")
     dtype = given.choice("dtype")
-    expected = "(batch, 3, height, width) or (3, height, width)"
+    expected = "(batch, 3, height, width) or (3, height, width), or 4 channels with alpha"
     if dtype == "uint8":
         expected += ", or with the channels last"
     if len(given.shape) not in _DIMENSIONS:
@@ -204,8 +207,8 @@ def _tensor(given: Query, limits: Limits, multiple: int) -> Tensor:
             "shape=1&shape=3&shape=512&shape=512"
         )
     shape = tuple(whole("shape", value, InvalidImagesError) for value in given.shape)
-    channels_last = shape[-3] != 3 and dtype == "uint8"
-    if shape[-1 if channels_last else -3] != 3:
+    channels_last = shape[-3] not in _CHANNELS and dtype == "uint8"  # no side that fits is that short
+    if shape[-1 if channels_last else -3] not in _CHANNELS:
         raise InvalidImagesError(f"shape: got {shape} of {dtype}, expected {expected}")
     for name, why in (("do_normalize", "uint8 is always in [0, 255]"), ("background", "a tensor has no transparency")):
         if name in given and (name == "background" or dtype == "uint8"):

@@ -13,7 +13,7 @@ from fluxvae.latents.format import PREVIEW_NOTE
 from fluxvae.latents.reading import Reading
 from fluxvae.latents.request import LatentRequest
 from fluxvae.serve.model.jobs import Job
-from fluxvae.serve.model.outputs import BYTES_PER_PIXEL, OUTPUTS, make_outputs, output_bytes
+from fluxvae.serve.model.outputs import BYTES_PER_VALUE, OUTPUTS, make_outputs, output_bytes
 from fluxvae.serve.model.requests import Parameters, read_job
 
 __all__ = ["Decoding"]
@@ -50,7 +50,7 @@ class Decoding:
         )
 
     def compute(self, jobs: Sequence[_Job], cancel: Callable[[], bool]) -> torch.Tensor:
-        """Decode jobs to images, (rows of all jobs, 3, H, W), in about [-1, 1]."""
+        """Decode jobs to images, (rows of all jobs, 3 or 4, H, W), in about [-1, 1]."""
         return self.half.decode_request(LatentRequest.together([job.request for job in jobs]), cancel=cancel)
 
     def make_outputs(self, job: _Job, result: torch.Tensor) -> dict[str, Any]:
@@ -58,14 +58,16 @@ class Decoding:
 
     def sizes(self, job: _Job) -> list[int]:
         """Return the bytes of each output but the encoded files, whose size is known only once they are made."""
-        return [BYTES_PER_PIXEL[name] * job.request.pixels for name in job.outputs if name in BYTES_PER_PIXEL]
+        values = self.half.picture_channels * job.request.pixels
+        return [BYTES_PER_VALUE[name] * values for name in job.outputs if name in BYTES_PER_VALUE]
 
     def output_bytes(self, job: _Job) -> int:
-        request = job.request
-        return output_bytes(job.outputs, request.batch, request.height, request.width, self.half.dtype.itemsize)
+        request, half = job.request, self.half
+        size = (request.batch, request.height, request.width)
+        return output_bytes(job.outputs, *size, half.dtype.itemsize, half.picture_channels)
 
     def held_bytes(self, height: int, width: int) -> int:
-        return 3 * height * width * self.half.dtype.itemsize
+        return self.half.picture_channels * height * width * self.half.dtype.itemsize
 
     def tiny(self) -> _Job:
         tokens = 4  # 2x2 tokens make the smallest image in which each has a neighbour in both directions

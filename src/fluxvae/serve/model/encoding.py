@@ -73,12 +73,13 @@ class Encoding:
         """Return the bytes of the pixels and of the moments."""
         scale, channels = self.half.format.vae_scale_factor, self.half.format.channels
         moments = 2 * channels * (height // scale) * (width // scale)
-        return (3 * height * width + moments) * self.half.dtype.itemsize
+        return (self.half.picture_channels * height * width + moments) * self.half.dtype.itemsize
 
     def tiny(self) -> _Job:
         size = 2 * self.half.format.packed_multiple
-        grey = np.full((1, size, size, 3), 128, np.uint8)
-        images = check_images(grey, self.half.format.packed_multiple)
+        channels = self.half.picture_channels
+        grey = np.full((1, size, size, channels), 128, np.uint8)
+        images = check_images(grey, self.half.format.packed_multiple, channels)
         return Job(index=0, request=images, parameters=PictureParameters(), outputs=frozenset(LATENT_OUTPUTS))
 
     def _values(self, images: Images) -> int:

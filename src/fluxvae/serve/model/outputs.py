@@ -13,13 +13,13 @@ from fluxvae.pictures import OutputType, encode, postprocess, postprocess_bytes
 from fluxvae.serve.model.jobs import Job
 from fluxvae.serve.model.requests import Parameters
 
-__all__ = ["BYTES_PER_PIXEL", "OUTPUTS", "make_outputs", "output_bytes"]
+__all__ = ["BYTES_PER_VALUE", "OUTPUTS", "make_outputs", "output_bytes"]
 
 OUTPUTS = ("images", "images_np", "images_pt", "images_encoded", "images_raw")
-"""The names of the outputs: uint8 pixels (B, H, W, 3); float32 in [0, 1] as (B, H, W, 3) and as (B, 3, H, W); encoded
-files (B, 1); and float32 (B, 3, H, W) as the VAE gives it, nominally in [-1, 1]."""
-BYTES_PER_PIXEL = {"images": 3, "images_np": 12, "images_pt": 12, "images_raw": 12}
-"""How many bytes those outputs have whose size is known before they are made: all but encoded files."""
+"""The names of the outputs: uint8 pixels (B, H, W, C); float32 in [0, 1] as (B, H, W, C) and as (B, C, H, W); encoded
+files (B, 1); and float32 (B, C, H, W) as the VAE gives it, nominally in [-1, 1]. C is 3 for RGB and 4 for RGBA."""
+BYTES_PER_VALUE = {"images": 1, "images_np": 4, "images_pt": 4, "images_raw": 4}
+"""How many bytes a value has of those outputs whose size is known before they are made: all but encoded files."""
 _TYPES: dict[str, OutputType] = {"images": "uint8", "images_np": "np", "images_pt": "pt"}
 
 
@@ -30,7 +30,7 @@ def make_outputs(
 
     Args:
         job: the job.
-        image: its images (B, 3, H, W), about [-1, 1], on any device.
+        image: its images (B, C, H, W), about [-1, 1], on any device.
         comment: a text for the metadata of encoded files, such as that the picture is approximate.
 
     Returns:
@@ -57,7 +57,7 @@ def make_outputs(
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def output_bytes(names: Set[str], batch: int, height: int, width: int, itemsize: int) -> int:
+def output_bytes(names: Set[str], batch: int, height: int, width: int, itemsize: int, channels: int) -> int:
     """Return how many bytes `make_outputs` takes at most at its peak, besides the image that it is given.
 
     Its results are counted. It is an upper bound, because the temporary bands of all outputs are counted as if they
@@ -68,16 +68,19 @@ def output_bytes(names: Set[str], batch: int, height: int, width: int, itemsize:
         names: the outputs that are made.
         batch, height, width: how many images there are, and their size in pixels.
         itemsize: how many bytes a value of the VAE's dtype has.
+        channels: those of the images, 3 or 4.
     """
-    values = batch * 3 * height * width
+    values = batch * channels * height * width
     needed = sum(
-        postprocess_bytes(kind, batch, height, width, itemsize) for name, kind in _TYPES.items() if name in names
+        postprocess_bytes(kind, batch, height, width, itemsize, channels)
+        for name, kind in _TYPES.items()
+        if name in names
     )
     if "images_encoded" in names:
         if "images" not in names:
-            needed += postprocess_bytes("uint8", batch, height, width, itemsize)
+            needed += postprocess_bytes("uint8", batch, height, width, itemsize, channels)
         # A file of noise is a little larger than its pixels. Pillow holds one picture, its file and a copy of the file.
-        needed += values + values // 8 + 3 * 4 * height * width
+        needed += values + values // 8 + channels * 4 * height * width
     if itemsize != 4:
         needed += 4 * values * len(names & {"images_pt", "images_raw"})
     return needed

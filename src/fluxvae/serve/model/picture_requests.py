@@ -2,7 +2,7 @@
 
 A request carries its pictures in one of three ways: ``images``, pixels of 8 bits; ``images_raw``, floats in [-1, 1] as
 the VAE takes them; or ``images_encoded``, picture files. The first dimension is always the batch, and all pictures of a
-request have one size.
+request have one size. A VAE whose pictures are RGBA takes four channels, and three as opaque.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class PictureParameters:
     resize: bool = False
     """Whether a size that does not fit is made smaller."""
     background: str | None = None
-    """The colour that shows through a file's transparent pixels; None refuses them."""
+    """The colour that shows through a file's transparent pixels. None refuses them, or keeps them where the VAE has a
+    channel for alpha."""
     metadata: bool = True
     """Whether a file's orientation and colour profile are applied. Otherwise its pixels are taken as they lie."""
     probe: bool = False
@@ -111,10 +112,10 @@ def read_pictures(
 
     Args:
         index: its place in the ``execute``.
-        given: the tensors that it brought: (B, H, W, 3) uint8, (B, 3, H, W) float32 or (B, 1) files.
+        given: the tensors that it brought: (B, H, W, C) uint8, (B, C, H, W) float32 or (B, 1) files.
         parameters: ``request.parameters()``.
         outputs: ``request.requested_output_names()``.
-        encoder: says which sizes fit.
+        encoder: says which sizes fit, and how many channels C there are.
         max_pixels: the most pixels that a request may have, its whole batch counted.
 
     Raises:
@@ -127,18 +128,19 @@ def read_pictures(
     [(name, values)] = given.items()
     asked = read_parameters(parameters, name, outputs)
     check_options(encoder.format, asked.reading)
-    multiple = _multiple(encoder, asked, outputs)
+    multiple, channels = _multiple(encoder, asked, outputs), encoder.picture_channels
     if name == "images_encoded":
-        images = check_images(_pictures(values, asked, max_pixels), multiple, resize=asked.resize)
+        pictures = _pictures(values, asked, max_pixels, channels)
+        images = check_images(pictures, multiple, channels, resize=asked.resize)
     else:
         channels_first = name == "images_raw"
         height, width = values.shape[2:] if channels_first else values.shape[1:3]
         if problem := within_pixels(len(values), height, width, max_pixels):
             raise InvalidImagesError(f"images: {problem}")
         if channels_first:
-            images = check_pixels(torch.from_numpy(values), multiple)
+            images = check_pixels(torch.from_numpy(values), multiple, channels)
         else:
-            images = check_images(values, multiple, resize=asked.resize)
+            images = check_images(values, multiple, channels, resize=asked.resize)
     return Job(index=index, request=images, parameters=asked, outputs=outputs)
 
 
@@ -148,7 +150,7 @@ def _multiple(encoder: Encoder, asked: PictureParameters, outputs: Set[str]) -> 
     return encoder.format.multiple(packed="latents" in outputs, raw=raw)
 
 
-def _pictures(files: NDArray[Any], asked: PictureParameters, max_pixels: int) -> list[Any]:
+def _pictures(files: NDArray[Any], asked: PictureParameters, max_pixels: int, channels: int) -> list[Any]:
     """Open the files of a request, once the headers of all have told that they are not too large."""
     streams = [io.BytesIO(bytes(file)) for file in files.reshape(-1)]
     pixels = 0
@@ -162,7 +164,5 @@ def _pictures(files: NDArray[Any], asked: PictureParameters, max_pixels: int) ->
                 "config.pbtxt"
             )
         stream.seek(0)
-    return [
-        picture_of("images", stream, max_pixels, background=asked.background, metadata=asked.metadata)
-        for stream in streams
-    ]
+    how: dict[str, Any] = {"channels": channels, "background": asked.background, "metadata": asked.metadata}
+    return [picture_of("images", stream, max_pixels, **how) for stream in streams]

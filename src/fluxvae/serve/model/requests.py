@@ -38,6 +38,8 @@ class _Decoder(Protocol):
     @property
     def format(self) -> LatentFormat: ...
 
+    picture_channels: int
+
     def request(self, latents: object, reading: Reading) -> LatentRequest: ...
 
 
@@ -92,13 +94,14 @@ def read_job(
         parameters: ``request.parameters()``.
         outputs: ``request.requested_output_names()``.
         latent_ids: (B, N, 4), for FLUX.2's packed latents that do not come row by row.
-        decoder: checks the latents and what is said about them.
+        decoder: checks the latents and what is said about them, and knows whether its pictures have alpha.
         max_pixels: the most pixels that a request may ask for, its whole batch counted.
 
     Raises:
         InvalidLatentsError, InvalidOptionError: say what is wrong with the request, for the client to read.
     """
     asked = read_parameters(parameters)
+    check_format(asked.format, asked.quality, channels=decoder.picture_channels)
     batch = latents.shape[0]
     height, width = _same("height", heights), _same("width", widths)
     if (problem := within_pixels(batch, height, width, max_pixels)) is not None:

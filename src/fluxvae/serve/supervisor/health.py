@@ -74,9 +74,11 @@ def ask_tiny(address: str, model: str, timeout_s: float) -> Outcome:
         except (ValueError, KeyError, TypeError):
             return Outcome(Answer.FAILED, f"a tiny request was answered with {answer[:200]!r}")
         # A decode's pixels, or an encode's one token, whose number of features is the checkpoint's.
-        expected = [1, 1, *shape[2:3]] if encodes(model) else [1, _SIZE, _SIZE, 3]
-        if shape != expected:
-            return Outcome(Answer.FAILED, f"a tiny request was answered with shape {shape}, expected {expected}")
+        pixels = [[1, _SIZE, _SIZE, channels] for channels in (3, 4)]
+        expected = [[1, 1, *shape[2:3]]] if encodes(model) else pixels
+        if shape not in expected:
+            either = " or ".join(map(str, expected))
+            return Outcome(Answer.FAILED, f"a tiny request was answered with shape {shape}, expected {either}")
     return outcome
 
 
