@@ -54,8 +54,8 @@ class ExactEncoder(ExactEngine):
         """Encode pixels. Errors, progress and cancellation are those of `ExactDecoder.decode`.
 
         Args:
-            pixels: (B, C, H, W) in [-1, 1], C as above, on the VAE's device, in its dtype. A size that is no multiple of the pixels
-                per latent is rounded down at every level, as in diffusers.
+            pixels: (B, C, H, W) in [-1, 1], on the VAE's device, in its dtype. C is the network's: 3, or 4 for RGBA. A
+                size that is no multiple of the pixels per latent is rounded down at every level, as in diffusers.
 
         Returns:
             (B, 2 * C, H // 8, W // 8), the same device and dtype: the mean and, not clamped, the log variance of each
