@@ -18,7 +18,7 @@ import pytest
 import torch
 import triton
 import triton.compiler
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -202,7 +202,7 @@ def faked_card(capability: int) -> Iterator[Launches]:
         yield launches
 
 
-MODELS = ("FLUX.1", "FLUX.2", "FLUX.2-small-decoder")
+MODELS = ("FLUX.1", "FLUX.2", "FLUX.2-small-decoder", "Qwen-Image")
 """What `fake_vae` makes: every architecture whose kernels are to be compiled."""
 
 
@@ -218,6 +218,8 @@ def fake_vae(dtype: torch.dtype, model: str = "FLUX.1") -> AutoencoderKL:
                     block_out_channels=widths, layers_per_block=2, latent_channels=16, use_quant_conv=False,
                     use_post_quant_conv=False,
                 )  # fmt: skip
+            elif model == "Qwen-Image":
+                vae = AutoencoderKLQwenImage()
             else:
                 narrow = {"FLUX.2": None, "FLUX.2-small-decoder": SMALL_DECODER}[model]
                 vae = AutoencoderKLFlux2(block_out_channels=widths, decoder_block_out_channels=narrow)
