@@ -12,7 +12,7 @@ GPU_BLOCK_VALUES = 1 << 23
 leave more of a tight limit to the maps. docs/notebook.md has what is planned with each, benchmarks/gpu.py measures."""
 UNFOLDED_BLOCK_VALUES = 1 << 20
 """The same where convolutions unfold a block to nine times its size (`DirectCosts.unfolds`)."""
-HALF_BYTES = 24 << 20
+HALF_BYTES = 32 << 20
 """More bytes than any workspace of cuDNN's takes in half precision."""
 CUBLAS_BYTES = 32 << 20
 """Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
