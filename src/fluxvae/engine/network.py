@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from fluxvae.engine.layers import Layer, causal, reading
+from fluxvae.engine.layers import Layer, Wanted, causal, reading
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.layers.conv_in import ConvIn
 from fluxvae.engine.layers.conv_out import ConvOut
@@ -68,9 +67,12 @@ class Network:
         """Pixels per latent, each way."""
         return 1 << sum(isinstance(layer, (Upsample, Downsample)) for layer in self.middle)
 
-    def wants_statistics(self, index: int) -> bool:
-        """Whether those of the result of the layer of this index are wanted: by the layer behind it."""
-        return index + 1 < len(self.layers) and self.layers[index + 1].wants_statistics
+    def wanted(self, index: int) -> Wanted:
+        """What is wanted of the result of the layer of this index by the layer behind it, if there is one."""
+        if index + 1 == len(self.layers):
+            return Wanted(statistics=False, stored=True)
+        following = self.layers[index + 1]
+        return Wanted(statistics=following.wants_statistics, stored=not following.takes_recomputed)
 
     def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """The height and width of what is given, and after that of every layer's result."""
@@ -148,9 +150,6 @@ def _decoder(kind: _Kind, way: Way, vae: Any, decoder: Any) -> Network:
             kind.upsample(f"{name}.upsamplers.{j}", upsampler) for j, upsampler in enumerate(block.upsamplers or ())
         ]
     last = kind.conv_out("decoder", decoder)
-    for layer, following in pairwise([*layers, last]):
-        if isinstance(layer, Upsample) and not following.takes_recomputed:
-            reading.refuse("decoder.up_blocks", decoder.up_blocks, "a resnet after every upsampler")
     first = kind.conv_in("decoder.conv_in", decoder.conv_in, getattr(vae, way.pointwise, None))
     return Network(way, first, tuple(layers), last, kind.clamps)
 

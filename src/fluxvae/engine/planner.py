@@ -66,8 +66,8 @@ class Planner:
         key = (index, state)
         if key not in self._known:
             layer, size = self.network.layers[index], self._sizes[index]
-            statistics = self.network.wants_statistics(index)
-            self._known[key] = list(layer.choices(self.geometry, self.costs, size, state, statistics=statistics))
+            wanted = self.network.wanted(index)
+            self._known[key] = list(layer.choices(self.geometry, self.costs, size, state, wanted=wanted))
         return self._known[key]
 
     @cached_property
@@ -128,7 +128,7 @@ class Planner:
     @cached_property
     def _unlimited(self) -> _Layers:
         """The fastest plan without a limit. Spilling takes time, so nothing is spilled, whatever room there is."""
-        layers = self._search(_by_time, None, None, None, 0)
+        layers = self._search(self._by_time, None, None, None, 0)
         assert layers is not None  # keeping every map is always a way
         return layers
 
@@ -136,11 +136,11 @@ class Planner:
         """The fastest plan whose arena and overhead fit into ``allowed`` together."""
         # Arena and overhead peak in different sweeps, so every overhead is tried as the one that limits the arena.
         arenas = [allowed - most for most in self._overheads(0)]
-        tries = (self._search(_by_time, arena, None, allowed, spill_free) for arena in arenas if arena > 0)
+        tries = (self._search(self._by_time, arena, None, allowed, spill_free) for arena in arenas if arena > 0)
         return min((layers for layers in tries if layers is not None), key=self._total_seconds, default=None)
 
     def _smallest(self, spill_free: int) -> _Layers:
-        tries = (self._search(_by_arena, None, most, None, spill_free) for most in self._overheads(None))
+        tries = (self._search(self._by_arena, None, most, None, spill_free) for most in self._overheads(None))
         found = (layers for layers in tries if layers is not None)  # keeping every map is always a way
         return min(found, key=partial(peak_of, at_once=self._at_once))
 
@@ -198,7 +198,7 @@ class Planner:
         There are bounds on the arena, on every sweep's overhead, on both together (as `peak_of` counts them), and on
         spilled bytes.
         """
-        front: dict[State, tuple[_Cost, _Layers]] = {_GIVEN: (_Cost(0.0, 0), ())}
+        front: dict[State, tuple[_Cost, _Layers]] = {_GIVEN: (_Cost(0, 0, 0), ())}
         for index in range(len(self.network.layers)):
             after: dict[State, tuple[_Cost, _Layers]] = {}
             for state, (cost, done) in front.items():
@@ -215,18 +215,25 @@ class Planner:
                         )
                     if not fits:
                         continue
-                    total = _Cost(cost.seconds + self._seconds(layer), largest)
+                    macs, moved = _work_of((layer,))
+                    total = _Cost(cost.macs + macs, cost.moved + moved, largest)
                     if following not in after or weigh(total) < weigh(after[following][0]):
                         after[following] = (total, (*done, layer))
             front = after
         return min(front.values(), key=lambda entry: weigh(entry[0]))[1] if front else None
 
-    def _seconds(self, layer: LayerPlan) -> float:
+    def _seconds(self, macs: int, moved: int) -> float:
         macs_rate, spill_rate = self._rates
-        return sum(step.macs / macs_rate + step.moved / spill_rate for step in layer.steps)
+        return macs / macs_rate + moved / spill_rate
 
     def _total_seconds(self, layers: _Layers) -> float:
-        return sum(self._seconds(layer) for layer in layers)
+        return self._seconds(*_work_of(layers))
+
+    def _by_time(self, cost: _Cost) -> tuple[float, float]:
+        return self._seconds(cost.macs, cost.moved), cost.arena
+
+    def _by_arena(self, cost: _Cost) -> tuple[float, float]:
+        return cost.arena, self._seconds(cost.macs, cost.moved)
 
 
 _Layers: TypeAlias = tuple[LayerPlan, ...]
@@ -236,21 +243,20 @@ _GIVEN = State("memory")
 
 
 class _Cost(NamedTuple):
-    """What a way through the first layers costs."""
+    """What a way through the first layers costs, in whole numbers: two ways of the same work are equal exactly."""
 
-    seconds: float
+    macs: int
+    moved: int
     arena: int
 
 
 _Weigh: TypeAlias = Callable[[_Cost], tuple[float, float]]
 
 
-def _by_time(cost: _Cost) -> tuple[float, float]:
-    return cost.seconds, cost.arena
-
-
-def _by_arena(cost: _Cost) -> tuple[float, float]:
-    return cost.arena, cost.seconds
+def _work_of(layers: _Layers) -> tuple[int, int]:
+    """The multiply-adds of all steps of these layers, and the bytes that they move to and from spilled maps."""
+    steps = [step for layer in layers for step in layer.steps]
+    return sum(step.macs for step in steps), sum(step.moved for step in steps)
 
 
 _RATES = {"cpu": (5e10, 1e9), "half": (2e14, 2e10), "single": (2e13, 2e10)}

@@ -70,6 +70,6 @@ class Runner:
         self._maps.begin()
         current = run.start()
         for index, (layer, planned) in enumerate(zip(self._network.layers, self._plan.layers, strict=True)):
-            statistics = self._network.wants_statistics(index)
+            statistics = self._network.wanted(index).statistics
             current = layer.run(run, current, planned, statistics=statistics)
         self._maps.drop(current.store, current.side)

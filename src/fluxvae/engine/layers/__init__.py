@@ -8,6 +8,7 @@ without it; what runs is handed in.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan
@@ -16,7 +17,17 @@ from fluxvae.engine.sweep.carving import State
 if TYPE_CHECKING:
     from fluxvae.engine.sweep.sweep import Current, Run
 
-__all__ = ["Layer"]
+__all__ = ["Layer", "Wanted"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the next layer wants of a layer's result, or can do without."""
+
+    statistics: bool
+    """It begins with a norm of the whole map, so it wants the statistics."""
+    stored: bool
+    """It reads the map as a whole, or more than once, and so wants it stored."""
 
 
 class Layer(Protocol):
@@ -37,17 +48,17 @@ class Layer(Protocol):
 
     @property
     def takes_recomputed(self) -> bool:
-        """Whether it can start from a map that is not stored, and is computed on the way from a smaller one."""
+        """Whether it can start from a map that is not stored, and is computed on the way."""
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
         """What it may do with its maps, and where the current map is afterwards.
 
         Args:
             size: height and width of the map it starts from.
             state: where that map is.
-            statistics: whether those of the result are wanted.
+            wanted: what the layer behind it wants of its result.
         """
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Call, Costs, Geometry, LayerPlan, Step, aligned
 from fluxvae.engine.kernels import AttentionBlock
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Wanted, reading
 from fluxvae.engine.records import AnyNorm, Projections
 from fluxvae.engine.sweep.carving import Held, Shape, State, held_in, moved, staging
 
@@ -62,7 +62,7 @@ class Attention:
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
         """There is one way: the result is written over the input, wherever that is; the normalised map is in memory."""
         carved = self._carve(geometry, size, state)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Wanted, reading
 from fluxvae.engine.records import AnyNorm, Conv
-from fluxvae.engine.sweep.carving import Held, Stage, State, Sweep, moved
+from fluxvae.engine.sweep.carving import Held, Link, Stage, State, Sweep
 
 if TYPE_CHECKING:
     from fluxvae.engine.sweep.sweep import Current, Run
@@ -26,7 +26,7 @@ class ConvOut:
     conv: Conv
     pointwise: Conv | None = None
 
-    takes_recomputed = False
+    takes_recomputed = True
 
     @classmethod
     def read(cls, name: str, module: Any, pointwise: Any = None) -> ConvOut:
@@ -50,7 +50,7 @@ class ConvOut:
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
         """There is one way: block by block into what is made."""
         step = self._sweep(geometry, size, state).step(costs)
@@ -58,15 +58,15 @@ class ConvOut:
 
     def _sweep(self, geometry: Geometry, size: tuple[int, int], state: State) -> Sweep:
         stage = Stage.of(geometry, "conv3", self.conv, size, self.norm)
-        source = Held((*size, self.conv.cin), geometry.itemsize, state.place)
-        return Sweep("conv_out", (source,), moved((source, 1)), stage, buffer=stage.output)
+        start = state.start(Held((*size, self.conv.cin), geometry.itemsize, state.place))
+        return Sweep("conv_out", start, (), (), Link((stage,)), state.chain, buffer=stage.output)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """What is made is looked at for NaN and Inf before the 1x1 convolution, and after it."""
         norms = {self.norm: run.norm(self.norm, current.moments)}
         sweep = self._sweep(run.geometry, current.size, current.state)
         result = run.result(self.name)
-        moments = run.sweep(sweep, current.store, result, norms, statistics=statistics)
+        moments = run.sweep(sweep, current.store, result, norms=norms, statistics=statistics)
         result.close()
         if self.pointwise is not None:
             run.project_result(self.pointwise)

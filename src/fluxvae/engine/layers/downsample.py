@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan, Place
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Wanted, reading
 from fluxvae.engine.records import Conv
-from fluxvae.engine.sweep.carving import STORED, Held, Stage, State, Sweep, moved
+from fluxvae.engine.sweep.carving import STORED, Held, Link, Stage, State, Sweep
 
 if TYPE_CHECKING:
     from fluxvae.engine.sweep.sweep import Current, Run
@@ -28,7 +28,7 @@ class Downsample:
     conv: Conv
 
     wants_statistics = False
-    takes_recomputed = False
+    takes_recomputed = True
 
     @classmethod
     def read(cls, name: str, module: Any) -> Downsample:
@@ -46,7 +46,7 @@ class Downsample:
         return size[0] // 2, size[1] // 2
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
         """Its result may be kept or spilled. From a map in memory to one in memory, it takes that map's place."""
         for place in STORED:
@@ -61,11 +61,11 @@ class Downsample:
 
     def _sweep(self, geometry: Geometry, size: tuple[int, int], state: State, place: Place) -> Sweep:
         stage = Stage.of(geometry, "down", self.conv, size)
-        large = Held((*size, self.conv.cin), geometry.itemsize, state.place)
+        start = state.start(Held((*size, self.conv.cin), geometry.itemsize, state.place))
         small = Held((*self.size_after(size), self.conv.cout), geometry.itemsize, place)
-        maps = (large,) if self._in_place(state, place) else (large, small)
+        others = () if self._in_place(state, place) else (small,)
         buffer = None if place == "memory" else stage.output
-        return Sweep("down", maps, moved((large, 1), (small, 1)), stage, buffer=buffer)
+        return Sweep("down", start, others, ((small, 1),), Link((stage,)), state.chain, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """Where the result takes the input's place, it moves to its end of the arena when all of it is there."""
@@ -75,9 +75,9 @@ class Downsample:
         shape = (*after.size, self.conv.cout)
         if self._in_place(current.state, place):
             shrunk = maps.shrunk(side, shape)
-            moments = run.sweep(sweep, store, shrunk, {}, statistics=statistics)
+            moments = run.sweep(sweep, store, shrunk, statistics=statistics)
             return replace(after, store=maps.settle(side, shrunk), moments=moments)
         out = maps.new(place, 1 - side, shape)
-        moments = run.sweep(sweep, store, out, {}, statistics=statistics)
+        moments = run.sweep(sweep, store, out, statistics=statistics)
         maps.drop(store, side)
         return replace(after, store=out, side=1 - side, moments=moments)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan, Place
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Wanted, reading
 from fluxvae.engine.records import AnyNorm, Conv
-from fluxvae.engine.sweep.carving import PLACES, STORED, Held, Stage, State, Sweep, moved, ring_rows
+from fluxvae.engine.sweep.carving import MOST_LINKS, PLACES, STORED, Held, Link, Stage, State, Sweep
 
 if TYPE_CHECKING:
     from fluxvae.engine.sweep.sweep import Current, Run
@@ -69,9 +69,15 @@ class Resnet:
         return size
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
-        """The first convolution's output may be kept, spilled or computed again; the result may be kept or spilled."""
+        """The first convolution's output may be kept, spilled or computed again; the result may be kept or spilled.
+
+        Where its norms and the next layer's are of each pixel, the result may be left to the next layer's sweep too.
+        """
+        if not (self.wants_statistics or wanted.statistics or wanted.stored) and state.links < MOST_LINKS:
+            planned = LayerPlan(self.name, *size, self.conv2.cout, "recompute", "recompute", False, ())
+            yield planned, self._behind(geometry, size, state)
         for middle in PLACES:
             for place in STORED:
                 steps = tuple(sweep.step(costs) for sweep in self._sweeps(geometry, size, state, middle, place))
@@ -79,61 +85,59 @@ class Resnet:
                 planned = LayerPlan(self.name, *size, self.conv2.cout, middle, place, flips, steps)
                 yield planned, State(place)
 
+    def _behind(self, geometry: Geometry, size: tuple[int, int], state: State) -> State:
+        return state.behind(self._link(geometry, size), self._base(geometry, size, state))
+
+    def _base(self, geometry: Geometry, size: tuple[int, int], state: State) -> Held:
+        return Held((*size, self.conv1.cin), geometry.itemsize, state.place)
+
     def _in_place(self, state: State, middle: Place, place: Place) -> bool:
         """The result is written over the input, row by row: safe, as no row is read again behind the sweep."""
         return place != middle and place == state.place and self.shortcut is None
 
-    def _sweeps(
-        self, geometry: Geometry, size: tuple[int, int], state: State, middle: Place, place: Place
-    ) -> tuple[Sweep, ...]:
-        itemsize = geometry.itemsize
+    def _link(self, geometry: Geometry, size: tuple[int, int]) -> Link:
         first = Stage.of(geometry, "conv3", self.conv1, size, self.norm1)
         second = Stage.of(geometry, "conv3", self.conv2, size, self.norm2)
-        base = Held((*size, self.conv1.cin), itemsize, state.place)
-        feeds: tuple[Stage, ...] = ()  # what stands between the stored map and the first convolution
-        if state.pending is not None:
-            small = (size[0] // 2, size[1] // 2)
-            feeds = (Stage.of(geometry, "up", state.pending, small).feeding(),)
-            base = Held((*small, state.pending.cin), itemsize, state.base)
-        inner = Held((*size, self.conv1.cout), itemsize, middle)
-        sweep1 = Sweep(
-            "conv1", (base, inner), moved((base, 1), (inner, 1)), first, feeds=feeds,
-            buffer=None if middle == "memory" else first.output,
-        )  # fmt: skip
-
-        out = Held((*size, self.conv2.cout), itemsize, place)
-        new = (out,) if place != middle and not self._in_place(state, middle, place) else ()
-        recomputes = middle == "recompute"
-        rows, ring = second.call.rows, None
-        if recomputes and feeds:  # the input is computed once, and its rows are kept for the residual
-            ring = (ring_rows(rows, first.call.rows), size[1], self.conv1.cin)
         shortcut = None
         if self.shortcut is not None:
             call = replace(second.call, kind="linear", cin=self.shortcut.cin, cout=self.shortcut.cout, statistics=False)
             shortcut = Stage(self.shortcut, call, size[0], size[0])
-        reads = 2 if recomputes and not feeds else 1
-        sweep2 = Sweep(
-            "conv2", (base, inner, *new), moved((base, reads), (inner, 1), (out, 1)), second,
-            feeds=(*feeds, first.feeding()) if recomputes else (),
-            residual_feeds=() if recomputes else feeds,
-            shortcut=shortcut,
-            buffer=None if place == "memory" else second.output,
-            residual=None if shortcut is None and state.place == "memory" else (rows, size[1], self.conv1.cin),
-            ring=ring,
-        )  # fmt: skip
-        return (sweep2,) if recomputes and not self.norm2.of_map else (sweep1, sweep2)
+        return Link((first.feeding(), second), True, shortcut, self.scale)
+
+    def _sweeps(
+        self, geometry: Geometry, size: tuple[int, int], state: State, middle: Place, place: Place
+    ) -> tuple[Sweep, ...]:
+        link, start = self._link(geometry, size), state.start(self._base(geometry, size, state))
+        inner = Held((*size, self.conv1.cout), geometry.itemsize, middle)
+        out = Held((*size, self.conv2.cout), geometry.itemsize, place)
+        new = (out,) if place != middle and not self._in_place(state, middle, place) else ()
+        buffer = None if place == "memory" else link.stages[-1].output
+        if middle == "recompute":
+            last = Sweep("conv2", start, new, ((out, 1),), link, state.chain, buffer=buffer)
+            if not self.norm2.of_map:
+                return (last,)
+        else:
+            second = replace(link, stages=link.stages[1:])
+            passes = ((inner, 1), (out, 1))
+            last = Sweep("conv2", start, (inner, *new), passes, second, state.chain, inner=True, buffer=buffer)
+        first = Stage.of(geometry, "conv3", self.conv1, size, self.norm1)
+        buffer = None if middle == "memory" else first.output
+        before = Sweep("conv1", start, (inner,), ((inner, 1),), Link((first,)), state.chain, buffer=buffer)
+        return before, last
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """The first sweep computes the first convolution, if only for its statistics; the last all the rest."""
         middle, place = planned.middle, planned.out
         assert middle is not None
+        if place == "recompute":
+            return replace(current, state=self._behind(run.geometry, current.size, current.state), moments=None)
         store, side, other, maps = current.store, current.side, 1 - current.side, run.maps
         *before, last = self._sweeps(run.geometry, current.size, current.state, middle, place)
         norms = {self.norm1: run.norm(self.norm1, current.moments)}
         inner = None if middle == "recompute" else maps.new(middle, other, (*current.size, self.conv1.cout))
         between = None
         for sweep in before:
-            between = run.sweep(sweep, store, inner, norms, statistics=self.norm2.of_map)
+            between = run.sweep(sweep, store, inner, norms=norms, statistics=self.norm2.of_map)
         norms[self.norm2] = run.norm(self.norm2, between)
 
         if inner is not None and middle == place:
@@ -142,8 +146,7 @@ class Resnet:
             out = store
         else:
             out = maps.new(place, other, (*current.size, self.conv2.cout))
-        source = store if inner is None else inner
-        moments = run.sweep(last, source, out, norms, residual=store, scale=self.scale, statistics=statistics)
+        moments = run.sweep(last, store, out, norms=norms, inner=inner, statistics=statistics)
 
         if out is not store:
             maps.drop(store, side)

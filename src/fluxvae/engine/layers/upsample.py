@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxvae.engine.calls import Costs, Geometry, LayerPlan, Place
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Wanted, reading
 from fluxvae.engine.records import Conv
-from fluxvae.engine.sweep.carving import PLACES, Held, Stage, State, Sweep, moved
+from fluxvae.engine.sweep.carving import MOST_LINKS, PLACES, STORED, Held, Link, Stage, State, Sweep
 
 if TYPE_CHECKING:
     from fluxvae.engine.sweep.sweep import Current, Run
@@ -25,7 +25,7 @@ class Upsample:
     conv: Conv
 
     wants_statistics = False
-    takes_recomputed = False
+    takes_recomputed = True
 
     @classmethod
     def read(cls, name: str, module: Any) -> Upsample:
@@ -43,27 +43,32 @@ class Upsample:
         return 2 * size[0], 2 * size[1]
 
     def choices(
-        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, statistics: bool
+        self, geometry: Geometry, costs: Costs, size: tuple[int, int], state: State, *, wanted: Wanted
     ) -> Iterator[tuple[LayerPlan, State]]:
         """Its result may be kept, spilled, or left to be computed again by the sweeps of the next layer.
 
         Where it is not kept it is computed once all the same if the next layer's norm needs its statistics.
         """
-        for place in PLACES:
+        for place in STORED if wanted.stored or state.links >= MOST_LINKS else PLACES:
             kept = place != "recompute"
-            steps = (self._sweep(geometry, size, state, place).step(costs),) if kept or statistics else ()
+            steps = (self._sweep(geometry, size, state, place).step(costs),) if kept or wanted.statistics else ()
             planned = LayerPlan(self.name, *self.size_after(size), self.conv.cout, None, place, kept, steps)
-            yield planned, self._after(state, place)
+            yield planned, self._after(geometry, size, state, place)
 
-    def _after(self, state: State, place: Place) -> State:
-        return State(place, state.place, self.conv if place == "recompute" else None)
+    def _after(self, geometry: Geometry, size: tuple[int, int], state: State, place: Place) -> State:
+        if place != "recompute":
+            return State(place)
+        return state.behind(Link((Stage.of(geometry, "up", self.conv, size),)), self._small(geometry, size, state))
+
+    def _small(self, geometry: Geometry, size: tuple[int, int], state: State) -> Held:
+        return Held((*size, self.conv.cin), geometry.itemsize, state.place)
 
     def _sweep(self, geometry: Geometry, size: tuple[int, int], state: State, place: Place) -> Sweep:
         stage = Stage.of(geometry, "up", self.conv, size)
-        small = Held((*size, self.conv.cin), geometry.itemsize, state.place)
+        start = state.start(self._small(geometry, size, state))
         large = Held((*self.size_after(size), self.conv.cout), geometry.itemsize, place)
         buffer = None if place == "memory" else stage.output
-        return Sweep("up", (small, large), moved((small, 1), (large, 1)), stage, buffer=buffer)
+        return Sweep("up", start, (large,), ((large, 1),), Link((stage,)), state.chain, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """The result is written to the other end of the arena, if it is kept in memory."""
@@ -73,8 +78,9 @@ class Upsample:
         moments = None
         if out is not None or statistics:
             sweep = self._sweep(run.geometry, current.size, current.state, place)
-            moments = run.sweep(sweep, current.store, out, {}, statistics=statistics)
-        after = replace(current, size=size, state=self._after(current.state, place), moments=moments)
+            moments = run.sweep(sweep, current.store, out, statistics=statistics)
+        state = self._after(run.geometry, current.size, current.state, place)
+        after = replace(current, size=size, state=state, moments=moments)
         if out is None:
             return after
         run.maps.drop(current.store, side)

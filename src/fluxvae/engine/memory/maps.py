@@ -9,7 +9,7 @@ from fluxvae.engine.memory.arena import Arena
 from fluxvae.engine.memory.heap import trim_heap
 from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.memory.spill import Spill
-from fluxvae.engine.memory.stores import MemoryMap, Store
+from fluxvae.engine.memory.stores import Given, MemoryMap, Store
 
 __all__ = ["Maps"]
 
@@ -69,7 +69,7 @@ class Maps:
         """The map is not needed any more; ``side`` is its end of the arena, if it is there."""
         if isinstance(store, MemoryMap):
             self._arena.release(side)
-        else:
+        elif not isinstance(store, Given):  # which is the caller's
             self._open.remove(store)
             store.close()
 

@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fluxvae.engine.calls import STAGES, Call, Costs, Geometry, Kind, Place, Step, aligned
 from fluxvae.engine.records import AnyNorm, Conv
 
-__all__ = ["PLACES", "STORED", "Held", "Shape", "Stage", "State", "Sweep", "held_in", "moved", "ring_rows", "staging"]
+__all__ = [
+    "MOST_LINKS",
+    "PLACES",
+    "STORED",
+    "Held",
+    "Link",
+    "Shape",
+    "Stage",
+    "State",
+    "Sweep",
+    "held_in",
+    "moved",
+    "ring_rows",
+    "staging",
+]
 
+MOST_LINKS = 5
+"""How many layers of a chain are computed on the way at most, without their maps being stored: a level of the usual
+networks. Every link holds its weights and a few blocks, and the planner looks at every chain there can be."""
 STORED: tuple[Place, ...] = ("memory", "spill")
 PLACES: tuple[Place, ...] = ("memory", "spill", "recompute")
 
 Shape: TypeAlias = tuple[int, int, int]
 """The rows, the width and the channels of a map or of a block of its rows."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Where the current map is between two layers."""
-
-    place: Place
-    base: Place = "memory"
-    """Where the smaller map is that the current one is computed from, if the current one's place is ``recompute``."""
-    pending: Conv | None = None
-    """What computes the current map from that smaller one: the convolution of an enlargement that was not stored."""
 
 
 @dataclass(frozen=True)
@@ -99,66 +105,159 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Link:
+    """What computes one map from another: one convolution, or a residual block's two and what is added to them."""
+
+    stages: tuple[Stage, ...]
+    """The convolutions in order. Only the last one's result may be stored."""
+    residual: bool = False
+    """Whether the map that it starts from is added to the result."""
+    shortcut: Stage | None = None
+    """A 1x1 convolution that the residual goes through."""
+    scale: float = 1.0
+    """What the sum is divided by."""
+
+    def feeding(self) -> Link:
+        """The same where another link reads the result: nobody wants its statistics."""
+        return replace(self, stages=tuple(stage.feeding() for stage in self.stages))
+
+    @property
+    def source(self) -> Shape:
+        """The rows of one block of the result, the width and the channels of the map that it starts from."""
+        first, last = self.stages[0].call, self.stages[-1].call
+        channels = first.cin if self.shortcut is None else self.shortcut.call.cin
+        return last.rows, first.width, channels
+
+    @property
+    def ring(self) -> Shape:
+        """The rows of that map that are kept for the residual, which follows behind its first convolution."""
+        rows, width, channels = self.source
+        return ring_rows(rows, self.stages[0].call.rows), width, channels
+
+
+@dataclass(frozen=True)
+class State:
+    """Where the current map is between two layers.
+
+    The planner compares the states that there can be in front of one layer, and tells them apart by three fields.
+    """
+
+    place: Place
+    base_place: Place = "memory"
+    """Where the stored map is that the current one is computed from, if the current one's place is ``recompute``."""
+    links: int = 0
+    """How many layers are computed on the way from that map to the current one."""
+    base: Held | None = field(default=None, compare=False)
+    """That map itself. None: the chain begins with what the network is given, which takes nothing of the arena."""
+    chain: tuple[Link, ...] = field(default=(), compare=False)
+    """What computes the current map from that one, in order."""
+
+    def start(self, stored: Held) -> tuple[Held, ...]:
+        """The map that a sweep over the current map starts from: ``stored``, where the current one is stored itself."""
+        if not self.chain:
+            return (stored,)
+        return () if self.base is None else (self.base,)
+
+    def behind(self, link: Link, stored: Held | None) -> State:
+        """The state behind a layer that is computed on the way; ``stored`` is the map it starts from, as in `start`."""
+        base = self.base if self.chain else stored
+        place: Place = "memory" if base is None else base.place
+        return State("recompute", place, self.links + 1, base, (*self.chain, link.feeding()))
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """One pass over all rows of a map: a convolution, what computes its input on the way, and what is added to it."""
+    """One pass over all rows of a map: what computes it on the way, and what is computed of it."""
 
     kind: str
     """The sweep's name for people, such as ``"conv1"``."""
-    maps: tuple[Held, ...]
-    """All that exist while it runs; the first is the stored one that it starts from."""
-    moved: int
-    """The bytes of spilled maps that are read or written."""
-    stage: Stage
-    """The convolution for whose result the sweep is run."""
-    feeds: tuple[Stage, ...] = ()
-    """The convolutions that compute that one's input from the stored map, in order; none if it is stored itself."""
-    residual_feeds: tuple[Stage, ...] = ()
-    """The convolutions that compute the residual from a stored map, in order."""
-    shortcut: Stage | None = None
-    """A 1x1 convolution that the residual goes through."""
+    start: tuple[Held, ...]
+    """The stored map that it starts from; none if that is what the network is given."""
+    others: tuple[Held, ...]
+    """All other maps that exist while it runs."""
+    passes: tuple[tuple[Held, int], ...]
+    """The maps besides the first that are read or written, and how often each is passed over."""
+    link: Link
+    """What the sweep is run for."""
+    chain: tuple[Link, ...] = ()
+    """What computes that one's map from the stored one, in order; none if it is stored itself."""
+    inner: bool = False
+    """The link's convolution reads another stored map. Only what is added to it comes from the start."""
     buffer: Shape | None = None
     """A block of results, where they cannot be computed into place."""
-    residual: Shape | None = None
-    """A block of the residual's rows, where they cannot be added from where they are."""
-    ring: Shape | None = None
-    """Rows of the first feed's output that are kept for the residual, which follows behind."""
+
+    @property
+    def stage(self) -> Stage:
+        """The convolution that computes the sweep's result."""
+        return self.link.stages[-1]
+
+    def staged(self, position: int) -> Shape | None:
+        """A block of the residual's rows, where they cannot be added from where they are.
+
+        Args:
+            position: that of a link in the chain; the number of links in the chain is that of the sweep's own.
+        """
+        link = (*self.chain, self.link)[position]
+        if not link.residual:
+            return None
+        in_memory = position == 0 and bool(self.start) and self.start[0].place == "memory"
+        return None if in_memory and link.shortcut is None else link.source
+
+    def ringed(self, position: int) -> Shape | None:
+        """The ring of a link, as `staged`: where its map is computed, and its first convolution runs ahead."""
+        link = (*self.chain, self.link)[position]
+        ahead = link.residual and position > 0 and not (self.inner and position == len(self.chain))
+        return link.ring if ahead else None
 
     def step(self, costs: Costs) -> Step:
         """Count the sweep: the memory, work and traffic that it takes with these kernels."""
-        stages = (*self.feeds, *self.residual_feeds, self.stage)
+        links = (*self.chain, self.link)
         calls = [stage.call for stage in self.all_stages()]
+        stages = [stage for link in links for stage in link.stages]
         largest = max(self._bytes(shape) for stage in stages for shape in (stage.input, stage.output))
         kept, beside = costs.statistics(self.stage.call, self.stage.blocks) if self.stage.call.statistics else (0, 0)
         return Step(
             self.kind,
-            near=held_in("memory", *self.maps[:1]),
-            far=held_in("memory", *self.maps[1:]),
-            spilled=held_in("spill", *self.maps),
+            near=held_in("memory", *self.start),
+            far=held_in("memory", *self.others),
+            spilled=held_in("spill", *self.start, *self.others),
             scratch=sum(map(self._bytes, self._shapes()))
             + sum(aligned(costs.loaded(call)) for call in calls)
             + max(aligned(costs.workspace(call)) for call in calls)
             + aligned(kept),
-            overhead=max(costs.overhead(call) for call in calls) + beside + staging(costs, self.maps, largest),
+            overhead=max(costs.overhead(call) for call in calls)
+            + beside
+            + staging(costs, (*self.start, *self.others), largest),
             macs=sum(costs.macs(stage.whole) for stage in self.all_stages()),
-            moved=self.moved,
+            moved=moved(*((held, self._reads) for held in self.start), *self.passes),
             blocks=self.stage.blocks,
         )
 
+    @property
+    def _reads(self) -> int:
+        """How often the map that it starts from is passed over: again for what is added, if it is stored itself."""
+        first = (*self.chain, self.link)[0]
+        return 2 if first.residual and not (self.inner and not self.chain) else 1
+
     def all_stages(self) -> Iterator[Stage]:
         """Every convolution of the sweep, in no particular order."""
-        yield from (*self.feeds, *self.residual_feeds, self.stage)
-        if self.shortcut is not None:
-            yield self.shortcut
+        for link in (*self.chain, self.link):
+            yield from link.stages
+            if link.shortcut is not None:
+                yield link.shortcut
 
     def _shapes(self) -> Iterator[Shape]:
         """Every block of scratch that is laid out in the compute dtype."""
-        yield self.stage.input
-        for stage in (*self.feeds, *self.residual_feeds):
-            yield stage.input
-            yield stage.output
-        if self.shortcut is not None:
-            yield self.shortcut.output
-        yield from (shape for shape in (self.buffer, self.residual, self.ring) if shape is not None)
+        for position, link in enumerate((*self.chain, self.link)):
+            for stage in link.stages:
+                yield stage.input
+                if position < len(self.chain) or stage is not link.stages[-1]:
+                    yield stage.output
+            if link.shortcut is not None:
+                yield link.shortcut.output
+            yield from (shape for shape in (self.staged(position), self.ringed(position)) if shape is not None)
+        if self.buffer is not None:
+            yield self.buffer
 
     def _bytes(self, shape: Shape) -> int:
         return aligned(math.prod(shape) * self.stage.call.itemsize)

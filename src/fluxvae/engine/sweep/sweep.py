@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,7 +14,7 @@ from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
 from fluxvae.engine.records import AnyNorm, Conv, PixelNorm
 from fluxvae.engine.statistics import FiniteChecks, Moments, Scaling, pixel_scale
-from fluxvae.engine.sweep.carving import Stage, State, Sweep
+from fluxvae.engine.sweep.carving import Link, Stage, State, Sweep
 from fluxvae.engine.sweep.windows import Behind, ComputedRows, Copy, Ring, StoredRows, Window
 
 __all__ = ["Current", "Run"]
@@ -33,6 +33,19 @@ class Current:
     state: State
     moments: Moments | None
     """The statistics of the map itself, if the layer that made it was asked for them."""
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What all convolutions of a sweep share."""
+
+    norms: Mapping[AnyNorm, Scaling]
+    work: torch.Tensor
+    """The kernels' scratch."""
+
+
+_Close: TypeAlias = Callable[[torch.Tensor, torch.Tensor, "Moments | None"], None]
+"""Computes a block of a link's result: of a padded block of rows, to where it is told, with statistics if wanted."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +101,18 @@ class Run:
         sweep: Sweep,
         store: Store,
         out: Target | None,
-        norms: Mapping[AnyNorm, Scaling],
         *,
-        residual: Store | None = None,
-        scale: float = 1.0,
+        norms: Mapping[AnyNorm, Scaling] | None = None,
+        inner: Store | None = None,
         statistics: bool = True,
     ) -> Moments | None:
         """Convolve a whole map as ``sweep`` describes it.
 
         Args:
             store: the rows that the sweep starts from.
-            out: where the result goes; None: nowhere, only its statistics are wanted. It may be ``residual`` itself.
-            norms: what every norm in the sweep does (`norm`).
-            residual: the rows that are added, or from which that is computed what is added.
-            scale: what the sum is divided by.
+            out: where the result goes; None: nowhere, only its statistics are wanted. It may be ``store`` itself.
+            norms: what every norm of a whole map in the sweep does (`norm`).
+            inner: the map that is convolved, where the sweep starts from another one that is added (`Sweep.inner`).
             statistics: whether those of the result are wanted.
 
         Returns:
@@ -110,54 +121,85 @@ class Run:
         self.maps.new_sweep()
         calls = [stage.call for stage in sweep.all_stages()]
         work = self.maps.workspace(max(map(self.kernels.workspace, calls)))  # the sweep's calls take turns with it
-        rows: Stream = StoredRows(store)
-        added: Stream | None = None if residual is None else StoredRows(residual)
-        for index, stage in enumerate(sweep.feeds):
-            rows = self._computed(stage, rows, norms, work)
-            if index == 0 and sweep.ring is not None:
-                rows = ring = Ring(rows, self.maps.scratch(sweep.ring), self._copier(work))
-                added = Behind(ring)
-        for stage in sweep.residual_feeds:
-            assert added is not None
-            added = self._computed(stage, added, norms, work)
-        window = self._window(sweep.stage, rows, norms, work)
+        scratch = _Scratch(norms or {}, work)
+        rows: Stream | None = None  # the map's as far as it is computed on the way; None: it is stored
+        for position, link in enumerate(sweep.chain):
+            rows = self._linked(sweep, position, link, store, rows, scratch)
+        position = len(sweep.chain)
+        if sweep.inner:
+            assert inner is not None
+            main: Stream = StoredRows(inner)
+            side: Stream | None = StoredRows(store) if rows is None else rows
+        else:
+            main, side = self._readers(sweep, position, store, rows, scratch)
+        window, close = self._closing(sweep, position, main, side, scratch)
         moments = self.moments(sweep.stage.call, sweep.stage.blocks) if statistics else None
-        self._compute(sweep, window, out, added, scale, moments, work)
-        return moments
-
-    def _compute(
-        self,
-        sweep: Sweep,
-        window: Window,
-        out: Target | None,
-        added: Stream | None,
-        scale: float,
-        moments: Moments | None,
-        work: torch.Tensor,
-    ) -> None:
-        """Compute the blocks of the sweep's result one after the other, store each, and tick after it."""
-        call = sweep.stage.call
-        weights = self._load(sweep.stage)
         buffer = None if sweep.buffer is None else self.maps.scratch(sweep.buffer)
-        projection = None if sweep.shortcut is None else self._projection(sweep.shortcut, work)
-        staging = None if sweep.residual is None else self.maps.scratch(sweep.residual)
+        call = sweep.stage.call
         while (padded := window.advance()) is not None:
             start, stop = map(call.out, window.span)
-            rows = out.target(start, stop) if out is not None and buffer is None else None
-            if rows is None:
+            made = out.target(start, stop) if out is not None and buffer is None else None
+            if made is None:
                 assert buffer is not None
-                rows = buffer[: stop - start]
+                made = buffer[: stop - start]
+            close(padded, made, moments)
+            if out is not None and buffer is not None:
+                out.write(start, made)
+            self.tick()
+        return moments
+
+    def _readers(
+        self, sweep: Sweep, position: int, store: Store, rows: Stream | None, scratch: _Scratch
+    ) -> tuple[Stream, Stream | None]:
+        """A link's map, once for its convolutions and once, if it is added to their result, for that."""
+        residual = (*sweep.chain, sweep.link)[position].residual
+        if rows is None:
+            return StoredRows(store), StoredRows(store) if residual else None
+        ringed = sweep.ringed(position)
+        if ringed is None:
+            return rows, None
+        ring = Ring(rows, self.maps.scratch(ringed), self._copier(scratch.work))
+        return ring, Behind(ring)
+
+    def _closing(
+        self, sweep: Sweep, position: int, main: Stream, side: Stream | None, scratch: _Scratch
+    ) -> tuple[Window, _Close]:
+        """The window of a link's last convolution, and what computes a block of its result."""
+        link, work = (*sweep.chain, sweep.link)[position], scratch.work
+        for stage in link.stages[:-1]:
+            main = self._computed(stage, main, scratch)
+        last = link.stages[-1]
+        window, weights = self._window(last, main, scratch), self._load(last)
+        projection = None if link.shortcut is None else self._projection(link.shortcut, work)
+        staged = sweep.staged(position)
+        staging = None if staged is None else self.maps.scratch(staged)
+
+        def close(padded: torch.Tensor, made: torch.Tensor, moments: Moments | None) -> None:
             residual = None
-            if added is not None:
-                # Without a buffer, only the number of rows matters, since the stream answers with a view.
-                residual = added.take(rows if staging is None else staging[: stop - start])
+            if side is not None:
+                # Without staging, only the number of rows matters, since the stream answers with a view.
+                residual = side.take(made if staging is None else staging[: len(made)])
                 if projection is not None:
                     assert staging is not None
-                    residual = projection(residual, staging[: stop - start])
-            self.kernels.convolve(ConvBlock(call.kind, padded, weights, rows, work, residual, scale, moments))
-            if out is not None and buffer is not None:
-                out.write(start, rows)
-            self.tick()
+                    residual = projection(residual, staging[: len(made)])
+            self.kernels.convolve(ConvBlock(last.call.kind, padded, weights, made, work, residual, link.scale, moments))
+
+        return window, close
+
+    def _linked(
+        self, sweep: Sweep, position: int, link: Link, store: Store, rows: Stream | None, scratch: _Scratch
+    ) -> Stream:
+        """The rows of the result of a link whose result is not stored."""
+        main, side = self._readers(sweep, position, store, rows, scratch)
+        window, close = self._closing(sweep, position, main, side, scratch)
+        call, block = link.stages[-1].call, self.maps.scratch(link.stages[-1].output)
+
+        def compute(padded: torch.Tensor) -> torch.Tensor:
+            made = block[: call.out(len(padded) - 2)]
+            close(padded, made, None)
+            return made
+
+        return ComputedRows(window, compute, self._copier(scratch.work))
 
     def _projection(self, stage: Stage, work: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The residual's 1x1 convolution, as a function of its rows and of the scratch that they must stand in."""
@@ -172,21 +214,22 @@ class Run:
 
         return project
 
-    def _computed(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Stream:
+    def _computed(self, stage: Stage, source: Stream, scratch: _Scratch) -> Stream:
         """The rows of a convolution whose result is not stored."""
-        window = self._window(stage, source, norms, work)
+        window = self._window(stage, source, scratch)
         weights, block = self._load(stage), self.maps.scratch(stage.output)
 
         def compute(padded: torch.Tensor) -> torch.Tensor:
             rows = block[: stage.call.out(len(padded) - 2)]
-            self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, work))
+            self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, scratch.work))
             return rows
 
-        return ComputedRows(window, compute, self._copier(work))
+        return ComputedRows(window, compute, self._copier(scratch.work))
 
-    def _window(self, stage: Stage, source: Stream, norms: Mapping[AnyNorm, Scaling], work: torch.Tensor) -> Window:
-        norm = None if stage.norm is None else norms[stage.norm]
-        return Window(self.kernels, source, norm, self.maps.scratch(stage.input), stage.height, stage.stored, work)
+    def _window(self, stage: Stage, source: Stream, scratch: _Scratch) -> Window:
+        norm = None if stage.norm is None else scratch.norms.get(stage.norm) or self.norm(stage.norm, None)
+        buffer = self.maps.scratch(stage.input)
+        return Window(self.kernels, source, norm, buffer, stage.height, stage.stored, scratch.work)
 
     def _copier(self, work: torch.Tensor) -> Copy:
         """What copies rows within the arena, by the threads that compute."""
