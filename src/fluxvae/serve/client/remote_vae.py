@@ -27,7 +27,7 @@ from fluxvae.serve.models import MODEL, MODELS, model_for, vae_class_of
 __all__ = ["Installed", "RemoteVAE", "install"]
 
 _TIME = "temperal_downsample"
-"""diffusers' name, in the configuration of VAEs whose tensors have an axis of time, for which levels make it shorter."""
+"""diffusers' name, in the configuration of VAEs whose tensors have an axis of time, of the levels that shorten it."""
 
 
 class RemoteVAE(torch.nn.Module):
@@ -62,11 +62,7 @@ class RemoteVAE(torch.nn.Module):
         vae_class = _class_of(config)
         if isinstance(client, str):
             client = Client(client, **{"model": model_for(vae_class, encodes=False) or MODEL, **options})
-        elif client.model in MODELS and vae_class_of(client.model) != vae_class:
-            raise InvalidOptionError(
-                f"client: got one of the model {client.model!r}, which serves {vae_class_of(client.model)}, with the "
-                f"configuration of {vae_class}; expected one of {model_for(vae_class, encodes=False)!r}"
-            )
+        _check_models(client, vae_class)
         self.client = client
         if bn is not None:
             self.bn = bn
@@ -148,9 +144,8 @@ class RemoteVAE(torch.nn.Module):
 
         Returns:
             diffusers' distribution of the latents (B, C, lh, lw), or (B, C, 1, lh, lw) where there is an axis of time,
-            in the dtype of ``x`` and on its device. Its mode and
-            the samples that are drawn from it here have the bits of an exact encode in this process, where the server's
-            VAE has the same dtype.
+            in the dtype of ``x`` and on its device. Its mode and the samples that are drawn from it here have the bits
+            of an exact encode in this process, where the server's VAE has the same dtype.
 
         Raises:
             InvalidImagesError: the pixels have another shape or dtype, or values outside of [-1, 1].
@@ -166,19 +161,15 @@ class RemoteVAE(torch.nn.Module):
 
         Both have an axis of time where the VAE has one.
         """
-        given = x
-        if self._frames:
-            if x.ndim != 5 or x.shape[2] != 1:
-                raise InvalidImagesError(
-                    f"x: got shape {tuple(x.shape)}, expected one frame, (batch, 3 or 4, 1, height, width), which a VAE "
-                    "with an axis of time takes; videos are not encoded"
-                )
-            x = x.squeeze(2)
-        if x.ndim != 4 or x.shape[1] not in (3, 4) or 0 in x.shape or not x.is_floating_point():
+        shape = (*x.shape[:2], *x.shape[3:]) if self._frames and x.ndim == 5 and x.shape[2] == 1 else tuple(x.shape)
+        takes = x.ndim == (5 if self._frames else 4) and len(shape) == 4 and shape[1] in (3, 4) and 0 not in shape
+        if not takes or not x.is_floating_point():
+            frame = "1, " if self._frames else ""
             raise InvalidImagesError(
-                f"x: got a tensor of {x.dtype} {tuple(given.shape)}, expected floats (batch, 3 or 4, height, width), which "
-                "AutoencoderKL.encode takes; Client.encode takes pictures"
+                f"x: got a tensor of {x.dtype} {tuple(x.shape)}, expected floats (batch, 3 or 4, {frame}height, width) "
+                f"in [-1, 1], which {_class_of(self.config)}.encode takes; Client.encode takes pictures"
             )
+        x = x.reshape(shape)
         check_pixels(x, SCALE, None)  # all of them, before the first is sent
         model = self.client.encoder_model
         parts = [self.client.send(partial(make_pixels_request, one[None], model=model, output=output)) for one in x]
@@ -252,6 +243,21 @@ def _class_of(config: Mapping[str, Any]) -> str:
     if _TIME in config:
         return "AutoencoderKLQwenImage"
     return "AutoencoderKLFlux2" if "batch_norm_eps" in config else "AutoencoderKL"
+
+
+def _check_models(client: Client, vae_class: str) -> None:
+    """Refuse a client whose models serve other VAEs, where their names tell.
+
+    Latents of two classes may have one shape, and once they are raw, nothing but the name of the model tells whose they
+    are. A preview refuses raw latents itself.
+    """
+    for encodes, model in ((False, client.model), (True, client.encoder_model)):
+        if model in MODELS and (served := vae_class_of(model)) not in (vae_class, "AutoencoderTiny"):
+            option = "encoder_model" if encodes else "model"
+            raise InvalidOptionError(
+                f"{option}: got {model!r}, which serves {served}, with the configuration of an {vae_class}; expected "
+                f"{model_for(vae_class, encodes=encodes)!r}"
+            )
 
 
 def _wanted(pipe: Any) -> list[str]:
