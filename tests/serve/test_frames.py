@@ -91,17 +91,17 @@ def test_every_shape_of_one_frame(family: Family, gateway: str, shape: tuple[int
 
 def test_several_layers_are_refused_with_what_to_do(gateway: str) -> None:
     """Only a checkpoint tells layers from a video, and a request has one picture for each of its rows."""
-    query = {"dtype": "float32", "do_scaling": "True"}
+    query, headers = {"dtype": "float32", "do_scaling": "True"}, {"Content-Type": "tensor/binary"}
     layers = noise(1, 16, 3, 4, 6)
     with pytest.raises(InvalidLatentsError, match=r"3 layers or frames in each row.* latents.movedim"):
         make_decode_request(layers, Reading(), model=QWEN_IMAGE, output_type="uint8")
     asked = f"/decode?{urlencode({**query, 'shape': layers.shape}, doseq=True)}"
-    answer = ask(gateway, "POST", asked, body=layers.numpy().tobytes())
+    answer = ask(gateway, "POST", asked, headers=headers, body=layers.numpy().tobytes())
     assert answer.status == 400
     assert "as a batch, latents.movedim(2, 1).flatten(0, 1)" in json.loads(answer.body)["error"]
     packed = noise(2, 18, 64)
     asked = f"/decode?{urlencode({**query, **SIZE, 'shape': packed.shape, 'output_type': 'pt'}, doseq=True)}"
-    answer = ask(gateway, "POST", asked, body=packed.numpy().tobytes())
+    answer = ask(gateway, "POST", asked, headers=headers, body=packed.numpy().tobytes())
     assert answer.status == 400
     assert "3 layers or frames in each row" in json.loads(answer.body)["error"]
     assert "as a batch, latents.reshape(6, 6, 64)" in json.loads(answer.body)["error"]
