@@ -146,14 +146,19 @@ def test_encoding(family: Family, gateway: str) -> None:
 # -- pipelines -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["QwenImage", "QwenImageEditPlus", "QwenImageImg2Img", "Krea2"])
-def test_a_pipeline_on_the_server(family: Family, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its images have the bits of the exact engine in this process; so have the latents of its references."""
+@pytest.mark.parametrize("name", ["QwenImage", "QwenImageEditPlus", "QwenImageImg2Img", "Krea2", "Wan"])
+def test_a_pipeline_on_the_server(
+    family: Family, checkpoints: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its images have the bits of the exact engine in this process; so have the latents of its references. The VAE's
+    configuration is enough, as it is read from a checkpoint."""
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", lambda area, ratio: (48, 32))
-    pipe = pipeline(name, qwen_image_vae())
+    pipe = pipeline(name, wan_vae() if name == "Wan" else qwen_image_vae())
     options = {**SIZE, **({"image": picture()} if "Edit" in name or "Img2Img" in name else {})}
     if "Img2Img" in name:
         options["strength"] = 1.0
+    if name == "Wan":
+        options["num_frames"] = 1
     with fluxvae.install(pipe.vae):
         expected = run(pipe, "pt", **options)
     own = run(pipe, "pt", **options)
@@ -161,6 +166,8 @@ def test_a_pipeline_on_the_server(family: Family, name: str, monkeypatch: pytest
         assert (handle.vae.client.model, handle.vae.client.encoder_model) == (QWEN_IMAGE, ENCODER)
         assert torch.equal(run(pipe, "pt", **options), expected)
     assert not torch.equal(own, expected), "the two ways cannot be told apart"
+    pipe.vae = RemoteVAE(family.server.grpc_url, type(pipe.vae).load_config(checkpoints[QWEN_IMAGE]))
+    assert torch.equal(run(pipe, "pt", **options), expected)
 
 
 def step_of(step: Any, vae: Any, output: str, **inputs: Any) -> Any:
