@@ -42,7 +42,9 @@ if not hasattr(diffusers, "Flux3AutoBlocks"):
         "test_diffusers_blocks.py",
         "test_encode_pipelines.py",
         "test_family_pipelines.py",
+        "test_frame_pipelines.py",
         "serve/test_family.py",
+        "serve/test_frames.py",
     ]
 """What is about modules that diffusers has from 0.42 on, which is not for Python 3.10."""
 

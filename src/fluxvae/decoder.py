@@ -181,8 +181,9 @@ class Decoder(Half[ExactDecoder, ReferenceDecoder, PreviewDecoder]):
         """Decode without post-processing, for callers that need several output types of one decode. Else as `decode`.
 
         Returns:
-            (B, 3, H, W), or (B, 4, H, W) for RGBA, in the VAE's dtype and on its device, nominally in [-1, 1], not
-            clamped. B is 1 for one image without its batch.
+            (B, 3, H, W), or (B, 4, H, W) for RGBA, in the VAE's dtype and on its device, nominally in [-1, 1], as
+            diffusers' ``decode`` leaves them: of VAEs whose ``decode`` clamps (``AutoencoderKLQwenImage`` and
+            ``AutoencoderKLWan``) within it, of others not clamped. B is 1 for one image without its batch.
         """
         refuse_to_hang()
         self._begin(PREVIEW_NOTE)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect
 
-from family_models import flux2_vae, tiny_vae
+from family_models import flux2_vae, qwen_image_vae, tiny_vae, wan_vae
 from fluxvae import Decoder, Encoder
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
@@ -91,8 +91,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Checkpoint folders of tiny random VAEs, by the model that serves them."""
     folders = {name: tmp_path_factory.mktemp(name) for name in MODELS}
     for name, served in MODELS.items():
-        vae = {"AutoencoderKL": random_vae, "AutoencoderKLFlux2": flux2_vae}.get(served.vae_class, lambda: tiny_vae(32))
-        vae().save_pretrained(folders[name])
+        vae = {
+            "AutoencoderKL": random_vae,
+            "AutoencoderKLFlux2": flux2_vae,
+            "AutoencoderTiny": lambda: tiny_vae(32),
+            # Both classes that its models serve; their weights are the same.
+            "AutoencoderKLQwenImage": wan_vae if served.encodes else qwen_image_vae,
+        }
+        vae[served.vae_class]().save_pretrained(folders[name])
     return {name: str(folder) for name, folder in folders.items()}
 
 

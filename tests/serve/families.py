@@ -12,8 +12,8 @@ from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.server import TritonServer
 from serve.client import Request, Serving
 
-FLUX1, FLUX2, PREVIEW, *ENCODERS = MODELS
-DECODERS = (FLUX1, FLUX2, PREVIEW)
+FLUX1, FLUX2, QWEN_IMAGE, PREVIEW, *ENCODERS = MODELS
+DECODERS = (FLUX1, FLUX2, QWEN_IMAGE, PREVIEW)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from fluxvae.serve.model.startup import Settings, make_work
 from fluxvae.serve.models import MODELS
 from fluxvae.serve.triton.repository import write_repository
 from serve.client import PROTOCOLS, Protocol, Request, Serving
-from serve.families import ENCODERS, FLUX1, FLUX2, PREVIEW, Family
+from serve.families import ENCODERS, FLUX1, FLUX2, PREVIEW, QWEN_IMAGE, Family
 from serve.gateways import Gateways, ask
 from serve.supervised import Supervised
 
@@ -84,7 +84,8 @@ def test_the_folders_say_what_they_serve() -> None:
     assert {folder.name for folder in root.iterdir()} == set(MODELS)
     for name, served in MODELS.items():
         config = (root / name / "config.pbtxt").read_text()
-        assert f'key: "vae_class" value: {{ string_value: "{served.vae_class}" }}' in config
+        classes = ", ".join(served.vae_classes)
+        assert f'key: "vae_class" value: {{ string_value: "{classes}" }}' in config
         assert ('key: "encodes" value: { string_value: "true" }' in config) == served.encodes
         assert ('key: "approximate" value: { string_value: "true" }' in config) == (name == PREVIEW)
 
@@ -102,7 +103,7 @@ def test_the_folders_hold_the_same_code() -> None:
 
 
 @protocols
-@pytest.mark.parametrize(("model", "features"), [(FLUX1, 64), (FLUX2, 128), (PREVIEW, 128)])
+@pytest.mark.parametrize(("model", "features"), [(FLUX1, 64), (FLUX2, 128), (QWEN_IMAGE, 64), (PREVIEW, 128)])
 def test_every_model_gives_the_librarys_pixels(family: Family, protocol: Protocol, model: str, features: int) -> None:
     serving = family.serving(model)
     request = Request(latents(features, batch=2).numpy(), **SIZE)
@@ -159,6 +160,8 @@ OPTIONS = [
     (FLUX2, 128, {"raw": False}),
     (FLUX2, 128, {"feature_order": "row_column_channel"}),
     (FLUX2, 128, {"feature_order": "row_column_channel", "raw": True}),
+    (QWEN_IMAGE, 64, {}),
+    (QWEN_IMAGE, 64, {"raw": True}),
     (PREVIEW, 128, {}),
 ]
 
@@ -203,6 +206,11 @@ REFUSED: list[tuple[str, int, dict[str, Any], type[Exception], str]] = [
     (FLUX2, 128, {"batch_norm_eps": -1.0}, InvalidOptionError, "batch_norm_eps: got -1.0, expected 0 or more"),
     (PREVIEW, 128, {"scaling_factor": 0.5}, InvalidOptionError, "scaling_factor: got 0.5; a preview "),
     (PREVIEW, 128, {"raw": True}, InvalidOptionError, "raw: got True; a preview"),
+    *(
+        (QWEN_IMAGE, 64, {name: 0.5}, InvalidOptionError, f"{name}: got 0.5; this checkpoint has latents_mean and lat")
+        for name in ("scaling_factor", "shift_factor", "batch_norm_eps")
+    ),
+    (QWEN_IMAGE, 128, {}, InvalidLatentsError, r"got 128 features per token, which looks like FLUX\.2 .*; expected 64"),
     (FLUX1, 64, {"feature_order": "row_column_channel"}, InvalidOptionError, "feature_order: got .* for a checkpoint"),
     (PREVIEW, 128, {"feature_order": "row_column_channel"}, InvalidOptionError, "feature_order: got .* for a preview"),
     (FLUX2, 128, {"feature_order": "rows"}, InvalidOptionError, "feature_order: got 'rows', expected 'channel_row"),
@@ -243,7 +251,7 @@ def test_a_flux2_pipeline_decodes_on_the_server(family: Family, checkpoints: dic
     assert pipe.vae is vae
     np.testing.assert_allclose(there, here, rtol=0, atol=2e-5)
     pipe.vae = None
-    with pytest.raises(InvalidOptionError, match="FLUX.2 with vae=None"):
+    with pytest.raises(InvalidOptionError, match="Flux2Pipeline with vae=None, .* AutoencoderKLFlux2"):
         install(pipe, family.server.grpc_url)
 
 
@@ -316,7 +324,13 @@ def remote(gateway: str, model: str | None, packed: torch.Tensor, **options: Any
 
 @pytest.mark.parametrize(
     ("model", "features", "factors"),
-    [(None, 64, {"scaling_factor": 0.5, "shift_factor": 0.25}), (FLUX1, 64, {}), (FLUX2, 128, {}), (PREVIEW, 128, {})],
+    [
+        (None, 64, {"scaling_factor": 0.5, "shift_factor": 0.25}),
+        (FLUX1, 64, {}),
+        (FLUX2, 128, {}),
+        (QWEN_IMAGE, 64, {}),
+        (PREVIEW, 128, {}),
+    ],
 )
 def test_diffusers_own_client(
     family: Family, gateway: str, model: str | None, features: int, factors: dict[str, float]
@@ -349,7 +363,21 @@ def test_ideogram_4_by_diffusers_own_client(family: Family, gateway: str) -> Non
 
 WRONG = [
     (None, 128, {}, r"128 features .* looks like FLUX\.2 .*decodes such latents at /models/vae_decoder_flux2/decode"),
-    (FLUX2, 64, {}, r"64 features .* looks like FLUX\.1 .*decodes such latents at /models/vae_decoder/decode"),
+    (
+        FLUX2,
+        64,
+        {},
+        r"64 features .* looks like FLUX\.1 .*decodes such latents at /models/vae_decoder/decode or "
+        "/models/vae_decoder_qwen_image/decode, by the model that made them",
+    ),
+    (QWEN_IMAGE, 128, {}, r"128 features .* decodes such latents at /models/vae_decoder_flux2/decode"),
+    (
+        QWEN_IMAGE,
+        64,
+        {"scaling_factor": 0.5},
+        "scaling_factor: got '0.5', but Qwen-Image's latents are rescaled",
+    ),
+    (QWEN_IMAGE, 64, {"shift_factor": 0.5}, "shift_factor: got '0.5', but Qwen-Image's latents are rescaled"),
     (PREVIEW, 64, {}, r"64 features per token, which looks like FLUX\.1 "),
     (FLUX2, 128, {"scaling_factor": 0.5}, "scaling_factor: got '0.5', but FLUX.2's latents are rescaled by"),
     (PREVIEW, 128, {"shift_factor": 0.5}, "shift_factor: got '0.5', but a preview takes latents as the transformer"),
@@ -459,6 +487,24 @@ def test_odd_grids_of_flux2_are_for_raw_latents(family: Family, size: tuple[int,
     [
         (FLUX1, FLUX2, {}, "is AutoencoderKLFlux2, expected AutoencoderKL for this model; serve it as vae_decoder_fl"),
         (FLUX2, None, {}, "checkpoint: none is set, and none for AutoencoderKLFlux2 ships; set the parameter checkpo"),
+        (
+            QWEN_IMAGE,
+            FLUX1,
+            {},
+            "is AutoencoderKL, expected AutoencoderKLQwenImage or AutoencoderKLWan for this model",
+        ),
+        (
+            FLUX1,
+            ENCODERS[2],
+            {},
+            "is AutoencoderKLWan, expected AutoencoderKL for this model; serve it as vae_dec",
+        ),
+        (
+            QWEN_IMAGE,
+            None,
+            {},
+            "none is set, and none for AutoencoderKLQwenImage ships; set the parameter checkpoi",
+        ),
         (PREVIEW, PREVIEW, {"approximate": "false"}, "pictures are approximate; set the parameter approximate to tr"),
     ],
 )

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from fluxvae.cli import app
 from fluxvae.errors import CheckpointError, FluxVAEError, InvalidOptionError
 from fluxvae.serve.model.startup import Settings
-from fluxvae.serve.models import MODELS, read_memory_limits, read_models
+from fluxvae.serve.models import read_memory_limits, read_models
 from fluxvae.serve.supervisor import checks, command, services, supervisor, triton_service
 from fluxvae.serve.supervisor import keeper as keeper_module
 from fluxvae.serve.supervisor.command import read_token
@@ -47,7 +47,7 @@ OK, BUSY = Outcome(Answer.OK), Outcome(Answer.BUSY, "HTTP 503: queue full")
 FAILED = Outcome(Answer.FAILED, "HTTP 500: what")
 DEAD = Outcome(Answer.FAILED, "HTTP 500: Stub process 'x' is not healthy.", final=True)
 
-DECODERS = [name for name, served in MODELS.items() if not served.encodes]
+DECODERS = ["vae_decoder", "vae_decoder_flux2", "vae_preview"]
 
 
 def verdict(*seen: tuple[float, Outcome | None, float]) -> str | None:

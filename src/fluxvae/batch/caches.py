@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fluxvae.batch.readings import Expected
@@ -108,6 +108,11 @@ def _ask(space: _Space | None, program: str, said: str, format: LatentFormat) ->
     if space is None:
         return f"{program} made it for {said!r}, of which fluxvae does not know whether it is raw or scaled"
     name, channels, factor = space
+    if channels == format.channels and format.frames:
+        return (
+            f"{program} made it for {name}, and this checkpoint has latents_mean and latents_std where {name} has a "
+            "scaling_factor: use that model's VAE, or say what it is in spite of that"
+        )
     if channels == format.channels and not format.preview and factor != format.scaling_factor:
         return (
             f"{program} scaled it for {name} (scaling_factor {factor}), and this checkpoint's scaling_factor is "
@@ -170,8 +175,9 @@ def _kohya_safetensors(held: Contents, expected: Expected) -> list[Picture] | No
     if "architecture" not in held.values or "format_version" not in held.values:
         return None
     model, format = str(held.values["architecture"]), expected.format
-    if model == "z_image":  # the cache holds what the VAE encoded, and training scales it later
-        return [Picture(each.tensor, True, each.label, raw=True) for each in _kohya(held, format, "", model, _FLUX1)]
+    if model == "z_image":  # the cache holds what FLUX.1's VAE encoded, and training scales it later
+        found = _kohya(held, format, "musubi-tuner", model, _FLUX1)
+        return [each if each.ask else replace(each, raw=True) for each in found]
     known = _MUSUBI | _SD_SCRIPTS
     return _kohya(held, format, "sd-scripts" if model in _SD_SCRIPTS else "musubi-tuner", model, known.get(model))
 

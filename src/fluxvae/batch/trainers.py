@@ -51,7 +51,12 @@ class Cache:
         Raises:
             InvalidOptionError: they are not; ``name`` is the format's.
         """
-        if format.preview or format.flux2 != self.flux2 or format.channels != (32 if self.flux2 else 16):
+        flux1 = LatentFormat()  # whose shape SD3's and Qwen-Image's latents have too
+        if self.flux2:
+            fits = format.flux2 and format.channels == 32
+        else:
+            fits = (format.channels, format.scaling_factor) == (flux1.channels, flux1.scaling_factor)
+        if format.preview or not fits:
             wanted = "FLUX.2's" if self.flux2 else "FLUX.1's"
             raise InvalidOptionError(
                 f"format: got {name} with a checkpoint that is not {wanted}; it is the cache of {self.program}: write "

@@ -25,8 +25,9 @@ def serve(
         Optional[list[str]],  # noqa: UP045
         typer.Option(
             help="Serve this model with this checkpoint: vae_decoder or vae_encoder (FLUX.1 and its borrowers), "
-            "vae_decoder_flux2, vae_encoder_flux2 or vae_preview (approximate). Repeat it for several models; the "
-            "first that decodes is at the gateway's root and /decode, the first that encodes at /encode.",
+            "vae_decoder_flux2, vae_encoder_flux2, vae_decoder_qwen_image, vae_encoder_qwen_image or vae_preview "
+            "(approximate). Repeat it for several models; the first that decodes is at the gateway's root and /decode, "
+            "the first that encodes at /encode.",
             metavar="NAME=SOURCE",
         ),
     ] = None,

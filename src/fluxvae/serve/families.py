@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxvae.errors import InvalidOptionError
+from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.layout import possible_layouts
 from fluxvae.serve.models import MODELS
 
-__all__ = ["families_of", "formats_of", "formats_of_model", "has_factors", "read_raw"]
+__all__ = ["families_of", "formats_of", "formats_of_model", "has_factors", "read_raw", "refuse_layers"]
 
 _INSTEAD = {
     "AutoencoderKLFlux2": "FLUX.2's latents are rescaled by the checkpoint's statistics",
+    "AutoencoderKLQwenImage": "Qwen-Image's latents are rescaled by the checkpoint's latents_mean and latents_std",
     "AutoencoderTiny": "a preview takes latents as the transformer leaves them",
 }
 """Why a class of checkpoint has no factors that a request could override, for messages."""
@@ -24,10 +25,13 @@ _INSTEAD = {
 # knows.
 _FLUX1 = LatentFormat()
 _FLUX2 = LatentFormat(channels=32, scaling_factor=1.0, shift_factor=None, flux2=True)
+# Only the model knows whether the frames of its checkpoint may be layers; see `refuse_layers`.
+_FRAMES = LatentFormat(scaling_factor=1.0, shift_factor=None, frames=True, layers=True)
 _SD = LatentFormat(channels=4, scaling_factor=1.0, shift_factor=None)
 _FORMATS = {
     "AutoencoderKL": (_FLUX1,),
     "AutoencoderKLFlux2": (_FLUX2,),
+    "AutoencoderKLQwenImage": (_FRAMES,),
     # Only the model knows whether its preview is TAEF1, for FLUX.1, or TAEF2, for FLUX.2.
     "AutoencoderTiny": (
         LatentFormat(scaling_factor=1.0, shift_factor=None, preview=True),
@@ -37,7 +41,7 @@ _FORMATS = {
 
 
 def formats_of(vae_class: str) -> tuple[LatentFormat, ...]:
-    """Return the formats in which the gateway takes latents for a model whose checkpoint is of this class."""
+    """Return the formats in which the gateway takes latents for a model that serves checkpoints of this class."""
     return _FORMATS[vae_class]
 
 
@@ -46,12 +50,39 @@ def formats_of_model(model: str) -> tuple[LatentFormat, ...]:
     if model not in MODELS:
         return (_FLUX1, _FLUX2, _SD)
     vae_class = MODELS[model].vae_class
-    return _FORMATS[vae_class] if vae_class == "AutoencoderKLFlux2" else (*_FORMATS[vae_class], _SD)
+    return (*_FORMATS[vae_class], _SD) if vae_class in ("AutoencoderKL", "AutoencoderTiny") else _FORMATS[vae_class]
 
 
 def families_of(shape: tuple[int, ...]) -> list[str]:
     """Return the classes of full VAEs, not previews, that may decode latents of this shape."""
-    return [name for name in ("AutoencoderKL", "AutoencoderKLFlux2") if possible_layouts(shape, _FORMATS[name])]
+    if len(shape) == 5 and shape[2] > 1:
+        return []  # frames or layers, which no model takes
+    full = {name: formats for name, formats in _FORMATS.items() if not formats[0].preview}
+    return [name for name, formats in full.items() if possible_layouts(shape, formats)]
+
+
+def refuse_layers(shape: tuple[int, ...], layers: int) -> None:
+    """Refuse latents whose rows have several layers or frames: a request has one picture for each of its rows.
+
+    The library decodes the layers of QwenImageLayeredPipeline as pictures, but only a checkpoint tells that they are
+    layers and not a video, and only the model has the checkpoint.
+
+    Args:
+        shape: of the latents, packed (B, N, 4*C) or (B, C, frames, lh, lw), for the message.
+        layers: how many layers each row has.
+
+    Raises:
+        InvalidLatentsError: there is more than one.
+    """
+    if layers == 1:
+        return
+    how = "latents.movedim(2, 1).flatten(0, 1)"
+    if len(shape) == 3:
+        how = f"latents.reshape({shape[0] * layers}, {shape[1] // layers}, {shape[2]})"
+    raise InvalidLatentsError(
+        f"latents: got shape {shape}, which has {layers} layers or frames in each row; expected one picture in each: "
+        f"send the layers of a picture as a batch, {how}; videos are not decoded here"
+    )
 
 
 def has_factors(vae_class: str) -> bool:
@@ -76,7 +107,7 @@ def read_raw(given: Mapping[str, str], vae_class: str) -> bool | None:
         if name in given:
             raise InvalidOptionError(f"{name}: got {given[name][:80]!r}, but {_INSTEAD[vae_class]}: leave {name} out")
     raw = given.get("do_scaling") != "True"
-    if vae_class == "AutoencoderKLFlux2":
+    if not _FORMATS[vae_class][0].preview:
         return raw
     if raw:
         raise InvalidOptionError(

@@ -17,6 +17,7 @@ __all__ = [
     "Served",
     "encoder_of",
     "encodes",
+    "model_for",
     "read_memory_limits",
     "read_models",
     "vae_class_of",
@@ -34,17 +35,26 @@ class Served(NamedTuple):
     """What a model serves."""
 
     vae_class: str
-    """The class in diffusers of its checkpoints."""
+    """The class in diffusers of its checkpoints. Where there are more, this one stands for all of them."""
     encodes: bool = False
     """Whether it turns pictures into latents; otherwise it turns latents into pictures."""
+    also: tuple[str, ...] = ()
+    """Other classes of its checkpoints: the same network, with latents of the same form."""
+
+    @property
+    def vae_classes(self) -> tuple[str, ...]:
+        """All classes in diffusers that its checkpoints may be of."""
+        return (self.vae_class, *self.also)
 
 
 MODELS = {
     MODEL: Served("AutoencoderKL"),
     "vae_decoder_flux2": Served("AutoencoderKLFlux2"),
+    "vae_decoder_qwen_image": Served("AutoencoderKLQwenImage", also=("AutoencoderKLWan",)),
     "vae_preview": Served("AutoencoderTiny"),
     "vae_encoder": Served("AutoencoderKL", encodes=True),
     "vae_encoder_flux2": Served("AutoencoderKLFlux2", encodes=True),
+    "vae_encoder_qwen_image": Served("AutoencoderKLQwenImage", encodes=True, also=("AutoencoderKLWan",)),
 }
 """The models by name. Their ``config.pbtxt`` files say the same of each."""
 
@@ -66,8 +76,13 @@ def encoder_of(model: str) -> str | None:
     """
     if model not in MODELS:
         return None
-    wanted = Served(MODELS[model].vae_class, encodes=True)
-    return next((name for name, served in MODELS.items() if served == wanted), None)
+    return model_for(MODELS[model].vae_class, encodes=True)
+
+
+def model_for(vae_class: str, *, encodes: bool) -> str | None:
+    """Return the name of the model that decodes, or encodes, with checkpoints of a class; None where there is none."""
+    fitting = (name for name, served in MODELS.items() if vae_class in served.vae_classes)
+    return next((name for name in fitting if MODELS[name].encodes == encodes), None)
 
 
 def read_models(given: Iterable[str], checkpoint: str | None) -> dict[str, str]:

@@ -98,13 +98,14 @@ class Base(ABC, Generic[Answer]):
         Args:
             latents: packed (B, patches, 64) with height and width, or unpacked (B, 16, lh, lw); float32, bfloat16 or
                 float16; scaled, as the transformer leaves them; on any device. FLUX.2's latents, previews', one frame,
-                and one image without its batch may be given as to ``Decoder.decode``.
+                and one image without its batch may be given as to ``Decoder.decode``; the layers of one picture as a
+                batch.
             height, width: the size of the image in pixels. The client does not know the server's checkpoint, but only
                 the class that its model's name stands for. So they are also needed where an image of one family has
                 the shape of another's packed latents: (4, n, 64) to ``"vae_decoder"``.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"uint8"`` as for ``Decoder.decode``, or ``"raw"``:
-                (B, 3, H, W), nominally in [-1, 1], not clamped. Tensors are float32, on the CPU. Where the server's
-                pictures are RGBA, all have four channels.
+                (B, 3, H, W), nominally in [-1, 1], as ``Decoder.decode_raw`` gives them. Tensors are float32, on the
+                CPU. Where the server's pictures are RGBA, all have four channels.
             latent_ids, raw, feature_order: for FLUX.2's latents, as for ``Decoder.decode``.
             scaling_factor, shift_factor, batch_norm_eps: are used instead of the checkpoint's own. They are refused
                 where it has none.

@@ -24,11 +24,12 @@ class Client(Base[Any]):
             (8000).
         protocol: ``"grpc"``, ``"http"``, or ``"shared_memory"``, which is gRPC to a server on this machine, with
             the tensors in system shared memory.
-        model: the name of the model on the server that decodes: ``"vae_decoder"``, ``"vae_decoder_flux2"``, or
-            ``"vae_preview"``, whose images are approximate. It may also be that of a model that encodes, if nothing is
-            decoded.
+        model: the name of the model on the server that decodes: ``"vae_decoder"``, ``"vae_decoder_flux2"``,
+            ``"vae_decoder_qwen_image"``, or ``"vae_preview"``, whose images are approximate. It may also be that of a
+            model that encodes, if nothing is decoded.
         encoder_model: the name of the model that encodes. None: the one that encodes what ``model`` decodes,
-            ``"vae_encoder"`` or ``"vae_encoder_flux2"``. For previews and for models of other names there is none.
+            ``"vae_encoder"``, ``"vae_encoder_flux2"`` or ``"vae_encoder_qwen_image"``. For previews and for models of
+            other names there is none.
         timeout_s: the seconds that a call may take from its beginning to its answer, retries included.
         retries: how often a request is repeated that was refused before any work, because there was no connection or
             the queue was full. After any other error nothing is repeated.

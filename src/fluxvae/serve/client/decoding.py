@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from fluxvae.arrays import is_tensor
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.format import LatentFormat
-from fluxvae.latents.layout import Layout, possible_layouts, read_layout
+from fluxvae.latents.layout import Layout, in_shape, possible_layouts, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning, token_positions
 from fluxvae.latents.reading import Reading
 from fluxvae.serve.client.wire import SCALE, Request, as_float32, envelope, rescaling
-from fluxvae.serve.families import formats_of_model
+from fluxvae.serve.families import formats_of_model, refuse_layers
 from fluxvae.serve.models import encodes
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def make_decode_request(
         )
     height, width = reading.height, reading.width
     layout = _layout(shape, model, height, width, with_ids=reading.latent_ids is not None)
-    sent = latents.reshape(layout.shape)
+    sent = in_shape(latents, layout.shape)
     parameters: dict[str, Any] = {}
     ids: dict[str, NDArray[Any]] = {}
     if reading.latent_ids is not None:
@@ -137,7 +137,10 @@ def _layout(shape: tuple[int, ...], model: str, height: object, width: object, *
         # it takes.
         channels = shape[1] if len(shape) == 4 else shape[2] // 4
         formats = (LatentFormat(channels=channels),) if len(shape) == 4 or shape[2] % 4 == 0 else formats
-    return read_layout(shape, formats, height, width, with_ids=with_ids)
+    layout = read_layout(shape, formats, height, width, with_ids=with_ids)
+    if len(shape) == 5:
+        refuse_layers(shape, shape[2])
+    return layout
 
 
 def _read_images(array: NDArray[Any], *, output_type: str, batch: int, size: tuple[int, int]) -> Any:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 SCALE = 8
-"""How many pixels there are for each latent, in each direction, with every VAE of the FLUX family."""
+"""How many pixels there are for each latent, in each direction, with every VAE that our models serve."""
 _OPTIONS = frozenset(
     {
         "background",

@@ -68,11 +68,13 @@ class DecodeEndpoint(Endpoint):
             raise InvalidLatentsError(f"{error}{self._elsewhere(asked)}") from None
 
     def _elsewhere(self, asked: Asked) -> str:
-        """Return a sentence that names the address that decodes latents of this shape, if another model does."""
+        """Return a sentence that names the addresses that decode latents of this shape, if other models do."""
         families = families_of(asked.shape)
         if asked.vae_class in (*families, "AutoencoderTiny"):
             return ""
         paths = [path_of(name) for name in self._models if vae_class_of(name) in families]
+        if len(paths) > 1:  # their latents have one shape, and only who made them knows which they are
+            paths = [" or ".join(paths) + ", by the model that made them"]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
 
 

@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from fluxvae.errors import DeadlineExceededError, FluxVAEError, UnavailableError
 from fluxvae.serve.gateway.errors import BadGateway, InvalidRequest, ServerError
-from fluxvae.serve.models import encodes, vae_class_of
+from fluxvae.serve.models import encoder_of, encodes, vae_class_of
 from fluxvae.serve.triton.controls import CONFIG_HEADER
 from fluxvae.serve.triton_words import passing_trouble
 
@@ -165,6 +165,7 @@ class TritonModel:
             "vae_class": vae_class_of(self.name),
             "approximate": self.approximate,
             "encodes": self.encodes,
+            "encoder": encoder_of(self.name),  # the name of the model that encodes such latents; null for previews
             "triton": server.get("version", ""),
             "max_batch_size": int(config.get("max_batch_size", 0)),
             "settings": {name: value for name, value in sorted(settings.items()) if value and not name.isupper()},

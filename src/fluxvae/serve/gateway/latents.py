@@ -16,7 +16,7 @@ from fluxvae.errors import InvalidLatentsError, InvalidOptionError
 from fluxvae.latents.checks import check_shape, not_finite
 from fluxvae.latents.layout import Layout, read_layout
 from fluxvae.latents.packing import SizeFlooredWarning
-from fluxvae.serve.families import formats_of
+from fluxvae.serve.families import formats_of, refuse_layers
 from fluxvae.serve.gateway.body import as_float32
 from fluxvae.serve.gateway.errors import TooLarge
 from fluxvae.serve.gateway.query import Limits
@@ -46,12 +46,14 @@ def read_shape(asked: Asked, limits: Limits) -> Layout:
     """Return how the shape of the latents is to be understood, checked as far as it goes without them.
 
     Raises:
-        InvalidLatentsError: no latents of the model have this shape, the size does not fit it, or nothing tells which
-            of two layouts is meant.
+        InvalidLatentsError: no latents of the model have this shape, the size does not fit it, nothing tells which of
+            two layouts is meant, or there are several layers in a row.
         InvalidOptionError: one encoded picture is asked for, and the latents are a batch.
         TooLarge: there is more than ``limits`` allow.
     """
     layout = read_layout(asked.shape, formats_of(asked.vae_class), asked.reading.height, asked.reading.width)
+    if len(asked.shape) == 5:
+        refuse_layers(asked.shape, asked.shape[2])
     if layout.size is None:
         pixels = layout.batch * layout.shape[1] * layout.format.packed_multiple**2
     else:
@@ -119,5 +121,6 @@ def _check(asked: Asked, layout: Layout) -> str | None:
     """Check the shape as the library does, and return the words of its warning, if it warned."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SizeFlooredWarning)
-        check_shape(layout.format, asked.shape, asked.reading)
+        settled = check_shape(layout.format, asked.shape, asked.reading)
+    refuse_layers(layout.shape, settled.shape[0] // layout.batch)
     return next((str(each.message) for each in caught if issubclass(each.category, SizeFlooredWarning)), None)

@@ -32,11 +32,13 @@ _ERRORS = {
 _TAKES = {
     "AutoencoderKL": "latents of FLUX.1 and its borrowers, packed with 64 features",
     "AutoencoderKLFlux2": "latents of FLUX.2, packed row by row with 128 features",
+    "AutoencoderKLQwenImage": "latents of Qwen-Image and its borrowers, packed with 64 features",
     "AutoencoderTiny": "an approximate preview; packed latents with the features of its model",
 }
 _GIVES = {
     "AutoencoderKL": "latents of FLUX.1 and its borrowers",
     "AutoencoderKLFlux2": "latents of FLUX.2",
+    "AutoencoderKLQwenImage": "latents of Qwen-Image and its borrowers",
 }
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
 _JSON_BODY: dict[str, Any] = {

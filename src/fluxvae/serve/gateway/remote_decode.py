@@ -49,8 +49,8 @@ PARAMETERS: dict[str, Parameter] = {
     "output_type": Parameter(
         {"enum": ["pil", "pt"], "default": "pil"},
         "pil: an encoded picture, or, where Accept is tensor/binary, (batch, 3, height, width) float32 in [0, 1]. "
-        "pt: (batch, 3, height, width) float32, about -1 to 1, not clamped. Where the model's pictures are RGBA, all "
-        "have four channels. mp4 is for video models, and refused.",
+        "pt: (batch, 3, height, width) float32, about -1 to 1, as the VAE leaves them. Where the model's "
+        "pictures are RGBA, all have four channels. mp4 is for video models, and refused.",
     ),
     "partial_postprocess": Parameter(
         FLAG,
@@ -63,14 +63,15 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "scaling_factor": Parameter(
         NUMBER,
-        "FLUX.1's: latents are divided by it. Left out: they are raw, unless do_scaling=True.",
+        "FLUX.1's: latents are divided by it. Left out: they are raw, unless do_scaling=True. Models "
+        "whose checkpoints have statistics instead refuse it.",
     ),
     "shift_factor": Parameter(
         NUMBER, "FLUX.1's: added after that. Left out: nothing is added, unless do_scaling=True."
     ),
     "do_scaling": Parameter(
         FLAG,
-        "True: what is left out is the checkpoint's own, be it factors or FLUX.2's statistics. Previews need it. "
+        "True: what is left out is the checkpoint's own, be it factors or statistics. Previews need it. "
         "diffusers calls it deprecated, and sends it where no factors are given.",
     ),
     "feature_order": Parameter(

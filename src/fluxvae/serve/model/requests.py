@@ -22,6 +22,7 @@ from fluxvae.latents.format import LatentFormat
 from fluxvae.latents.reading import FACTORS, UNSAID, Reading, check_feature_order
 from fluxvae.latents.request import LatentRequest
 from fluxvae.pictures import check_format
+from fluxvae.serve.families import refuse_layers
 from fluxvae.serve.model.jobs import Job, read_factors, read_own, within_pixels
 
 __all__ = ["LAYOUTS", "Parameters", "read_job", "read_parameters"]
@@ -116,6 +117,8 @@ def read_job(
         tensor = _unflatten(tensor, height, width, form.packed_multiple if in_patches else form.vae_scale_factor)
     request = decoder.request(tensor, replace(asked.reading, height=height, width=width, latent_ids=ids))
     read = request.latents.shape
+    if len(read) == 3:
+        refuse_layers(tuple(tensor.shape), read[0] // batch)
     if read != tensor.shape:
         raise InvalidLatentsError(
             f"latents: got shape {tuple(latents.shape)} with layout {asked.layout} and "

@@ -16,14 +16,18 @@ from fluxvae.photographs import ignore_warnings
 from fluxvae.serve.model.decoding import Decoding
 from fluxvae.serve.model.encoding import Encoding
 from fluxvae.serve.model.work import Work
-from fluxvae.serve.models import MODELS, Served
+from fluxvae.serve.models import model_for
 
 __all__ = ["Settings", "check_tensor_exchange", "make_work", "warm_up"]
 
 _ENVIRONMENT = {"device": "FLUXVAE_DEVICE", "memory_limit": "FLUXVAE_MEMORY_LIMIT"}
-_OWN_VARIABLES = {"AutoencoderKLFlux2": "FLUXVAE_FLUX2_", "AutoencoderTiny": "FLUXVAE_PREVIEW_"}
-"""What the variables CHECKPOINT and FAMILY begin with, by ``vae_class``, because models of different classes share one
-environment. For other classes they begin with FLUXVAE_."""
+_OWN_VARIABLES = {
+    "AutoencoderKLFlux2": "FLUXVAE_FLUX2_",
+    "AutoencoderKLQwenImage": "FLUXVAE_QWEN_IMAGE_",
+    "AutoencoderTiny": "FLUXVAE_PREVIEW_",
+}
+"""What the variables CHECKPOINT and FAMILY begin with, by the first ``vae_class``, because models of different classes
+share one environment. For other classes they begin with FLUXVAE_."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class Settings:
 
     checkpoint: str = "demo"
     vae_class: str | None = None
-    """The class in diffusers that the checkpoint must be of; None: any."""
+    """The class in diffusers that the checkpoint must be of, or several, with commas between them; None: any."""
     encodes: bool = False
     """Whether the model turns pictures into latents; otherwise it turns latents into pictures."""
     approximate: bool = False
@@ -84,13 +88,14 @@ class Settings:
             raise InvalidOptionError(
                 f"config.pbtxt: unknown parameter {unknown[0]!r}, expected one of {', '.join(cls.__dataclass_fields__)}"
             )
-        own = _OWN_VARIABLES.get(given.get("vae_class", ""), "FLUXVAE_")
+        first = given.get("vae_class", "").partition(",")[0]
+        own = _OWN_VARIABLES.get(first, "FLUXVAE_")
         variables = {"checkpoint": f"{own}CHECKPOINT", "family": f"{own}FAMILY", **_ENVIRONMENT}
         given |= {name: environ[variable] for name, variable in variables.items() if environ.get(variable)}
         values: dict[str, Any] = {name: text for name, text in given.items() if text}
-        if values.get("vae_class") in _OWN_VARIABLES and "checkpoint" not in values:
+        if first in _OWN_VARIABLES and "checkpoint" not in values:
             raise CheckpointError(
-                f"checkpoint: none is set, and none for {values['vae_class']} ships; set the parameter checkpoint in "
+                f"checkpoint: none is set, and none for {first} ships; set the parameter checkpoint in "
                 f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
                 "repository that does not hold this one"
             )
@@ -115,15 +120,15 @@ class Settings:
         """Check that the checkpoint which was loaded is one that this model may serve.
 
         Raises:
-            CheckpointError: the checkpoint is of another class than ``vae_class``.
+            CheckpointError: the checkpoint is of a class that ``vae_class`` does not name.
             InvalidOptionError: it is a preview's, and ``approximate`` is not set or the model encodes.
         """
         found = type(half.vae).__name__
-        if self.vae_class not in (None, found):
-            wanted = Served(found, self.encodes)
-            served = next((name for name, kind in MODELS.items() if kind == wanted), None)
+        classes = [] if self.vae_class is None else [name.strip() for name in self.vae_class.split(",")]
+        if classes and found not in classes:
+            served = model_for(found, encodes=self.encodes)
             raise CheckpointError(
-                f"checkpoint: {self.checkpoint} is {found}, expected {self.vae_class} for this model"
+                f"checkpoint: {self.checkpoint} is {found}, expected {' or '.join(classes)} for this model"
                 + (f"; serve it as {served}" if served else "")
             )
         if half.approximate and self.encodes:

@@ -87,7 +87,7 @@
     Object.values(info.models).find((model) => !model.encodes && model.vae_class === encoder.vae_class);
 
   function howToEncode(info) {
-    const name = info.vae_class === "AutoencoderKLFlux2" ? "vae_encoder_flux2" : "vae_encoder";
+    const name = info.encoder ?? "vae_encoder"; // null where the model makes previews
     const checkpoint = info.approximate ? "CHECKPOINT" : (info.settings.checkpoint ?? "demo");
     return (
       "This server encodes no pictures. Start it with a model that does: " +
