@@ -16,6 +16,8 @@ from fluxvae import Encoder, InvalidImagesError, InvalidOptionError
 from fluxvae.latents.reading import Reading
 from fluxvae.serve.client.decoding import make_decode_request
 from fluxvae.serve.client.encoding import make_encode_request, make_pixels_request
+from fluxvae.serve.gateway.decode import in_the_querys_words
+from fluxvae.serve.gateway.errors import InvalidRequest, http_status
 from fluxvae.serve.gateway.query import Limits
 from fluxvae.serve.gateway.remote_encode import parse
 from fluxvae.serve.model.encoding import Encoding
@@ -184,3 +186,11 @@ def test_the_gateway_takes_tensors_of_four_channels(shape: tuple[int, ...], dtyp
     ).tensor
     assert tensor is not None
     assert (tensor.channels_last, tensor.fitted) == (last, (32, 48))
+
+
+def test_the_gateway_says_what_to_send_in_place_of_jpg(decoding: Any) -> None:
+    with pytest.raises(InvalidOptionError) as caught:
+        read(decoding, "images_encoded", format="jpeg")
+    told = in_the_querys_words(InvalidRequest(str(caught.value)))
+    assert (str(told), http_status(told)) == (f"{caught.value}: send image_format=png", 400)
+    assert str(in_the_querys_words(InvalidRequest("latents: got NaN"))) == "latents: got NaN"

@@ -29,7 +29,7 @@ from fluxvae.serve.gateway.latents import Latents, read_latents, read_shape, wro
 from fluxvae.serve.gateway.remote_decode import Asked, merge, parse
 from fluxvae.serve.models import vae_class_of
 
-__all__ = ["DecodeEndpoint"]
+__all__ = ["DecodeEndpoint", "in_the_querys_words"]
 
 
 class DecodeEndpoint(Endpoint):
@@ -54,9 +54,7 @@ class DecodeEndpoint(Endpoint):
         try:
             answer = await exchange.ask(model, _question(asked, latents))
         except InvalidRequest as error:
-            # The model calls the query's image_format its format. jpg is what is meant where the query says none.
-            said = f"{error}: send image_format=png" if str(error).startswith("format: ") else str(error)
-            raise InvalidRequest(said) from error
+            raise in_the_querys_words(error) from error
         headers = exchange.headers(latents.warning, PREVIEW_NOTE if model.approximate else None)
         return _response(asked, answer, headers)
 
@@ -76,6 +74,15 @@ class DecodeEndpoint(Endpoint):
         if len(paths) > 1:  # their latents have one shape, and only who made them knows which they are
             paths = [" or ".join(paths) + ", by the model that made them"]
         return f". This server decodes such latents at {paths[0]}" if paths else ""
+
+
+def in_the_querys_words(error: InvalidRequest) -> InvalidRequest:
+    """Return a model's refusal with what to do about it here, where its ``format`` is the query's ``image_format``.
+
+    jpg is what is meant where the query says none, so that its client may not know that it asked for one.
+    """
+    what_to_do = ": send image_format=png" if str(error).startswith("format: ") else ""
+    return InvalidRequest(f"{error}{what_to_do}")
 
 
 def _question(asked: Asked, latents: Latents) -> Question:
