@@ -1,11 +1,12 @@
 """Measures the peak memory of exact decodes and encodes, or previews, in a process of its own.
 
-``engine_peaks.py '<json>'`` is told {"preview": true or false, "encode": true or false, "vae": keywords of
-AutoencoderTiny or AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n, "block_values": n or null, "cases":
+``engine_peaks.py '<json>'`` is told {"preview": true or false, "causal": true or false, "encode": true or false, "vae":
+keywords of AutoencoderTiny, AutoencoderKLQwenImage or AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n,
+"block_values": n or null, "cases":
 [{"size": [lh, lw], "batch": n, "fraction": f or null}]}. A size is that of latents, or of pixels that are encoded. A
 fraction of 0 sets the memory limit to the smallest that works, 1 to the peak of the unlimited plan, and values between
 them to limits between these. One line of JSON is printed for each case: {"predicted": bytes, "measured": bytes,
-"limit": ..., "work_ratio": ..., "spill": bytes, "seconds": s}.
+"limit": ..., "runtime": bytes, "work_ratio": ..., "spill": bytes, "seconds": s}.
 
 What is measured is the high-water mark of resident memory during the call, above what was resident before it.
 """
@@ -21,8 +22,9 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 
+from fluxvae.engine.calls import RUNTIME_BYTES
 from fluxvae.engine.exact import ExactDecoder, ExactEncoder
 from fluxvae.engine.preview import PreviewDecoder, PreviewEncoder
 
@@ -46,6 +48,11 @@ def measure(job: dict[str, object]) -> list[dict[str, float]]:
     return [json.loads(line) for line in child.stdout.splitlines()]
 
 
+def runtime(engine: ExactDecoder | ExactEncoder, itemsize: int) -> int:
+    """What the plan allows for code and buffers of libraries, which later calls need less of."""
+    return RUNTIME_BYTES[itemsize] + engine._kernels(torch.device("cpu")).runtime_bytes(itemsize)
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     if job.get("threads"):
@@ -53,11 +60,12 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, job.get("dtype", "float32"))
     preview = job.get("preview", False)
-    vae = (AutoencoderTiny if preview else AutoencoderKL)(**job["vae"]).eval().requires_grad_(False)
+    kind = AutoencoderKLQwenImage if job.get("causal") else AutoencoderTiny if preview else AutoencoderKL
+    vae = kind(**job["vae"]).eval().requires_grad_(False)
     encode = job.get("encode", False)
     setattr(vae, "decoder" if encode else "encoder", None)
     vae.to(dtype)
-    channels = 3 if encode else vae.config.latent_channels
+    channels = 3 if encode else vae.config.z_dim if job.get("causal") else vae.config.latent_channels
     options = {} if preview else {"kernels": job["kernels"], "block_values": job.get("block_values")}
     make = (PreviewEncoder if encode else PreviewDecoder) if preview else (ExactEncoder if encode else ExactDecoder)
     first = make(vae, **options)
@@ -87,6 +95,7 @@ def main() -> None:
                     "predicted": plan.peak_bytes,
                     "measured": after - before + held,
                     "limit": limit,
+                    "runtime": 0 if preview else runtime(engine, plan.geometry.itemsize),
                     "work_ratio": plan.work_ratio,
                     "spill": plan.spill_bytes,
                     "seconds": round(seconds, 3),

@@ -29,6 +29,10 @@ class WinogradCosts(DirectCosts):
     row_multiple = STEPS[PLAIN]
     precise_row_multiple = STEPS[PRECISE]
 
+    def runtime_bytes(self, itemsize: int) -> int:
+        """None: oneDNN computes few of the convolutions."""
+        return 0
+
     def macs(self, call: Call) -> int:
         """The multiply-adds of one call, without those of the transforms."""
         if not _applies(call):

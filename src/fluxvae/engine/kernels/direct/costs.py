@@ -16,6 +16,10 @@ HALF_BYTES = 32 << 20
 """More bytes than any workspace of cuDNN's takes in half precision."""
 CUBLAS_BYTES = 32 << 20
 """Bytes of cuBLAS's workspace on Hopper, which PyTorch allocates once per stream. Other cards take 8 MiB."""
+ONEDNN_BYTES = 7 << 20
+"""Bytes by which the code that oneDNN generates in float32 may exceed `calls.RUNTIME_BYTES`. It has code for every size
+of a convolution and of a block. FLUX's VAE takes 4 MB of it, and Qwen-Image's encoder, whose every level has other
+widths, 11."""
 ROUNDING_BYTES = 4 << 20
 """Bytes that PyTorch's allocator on a GPU may hand out beyond what was asked for: up to 1 MiB for each of the arena,
 the image, cuDNN's workspace and the rows of spilled maps on their way."""
@@ -97,8 +101,10 @@ class DirectCosts:
         return self._device_type != "cpu"
 
     def runtime_bytes(self, itemsize: int) -> int:
-        """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up."""
-        return 0 if self._device_type == "cpu" else CUBLAS_BYTES + ROUNDING_BYTES
+        """On a GPU cuBLAS's workspace, and what PyTorch's allocator rounds up; on a CPU more code of oneDNN's."""
+        if self._device_type == "cpu":
+            return ONEDNN_BYTES if itemsize == 4 else 0
+        return CUBLAS_BYTES + ROUNDING_BYTES
 
     def macs(self, call: Call) -> int:
         """Multiply-adds that one call computes."""
