@@ -34,7 +34,11 @@ class ExactVAENode(io.ComfyNode):
             description="Gives a VAE that decodes and encodes the whole picture exactly, without tiles, within the "
             "memory limit. Put it between a VAE loader and VAE Decode, VAE Encode, or any other node that takes a VAE.",
             inputs=[
-                io.Vae.Input("vae", tooltip="Of FLUX.1, FLUX.2, SD, SDXL, SD3, or a model that borrows one of these."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="Of FLUX.1, FLUX.2, Qwen-Image, Wan 2.1 (single frames), SD, SDXL, SD3, or a model that "
+                    "borrows one of these.",
+                ),
                 io.Float.Input(
                     "memory_limit", default=2.0, min=0.0, max=1024.0, step=0.1, round=0.01,
                     tooltip="GiB that a decode or an encode may add above the loaded weights. 0: what is free then. "
