@@ -194,8 +194,9 @@ def make_vae(name: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     if name in PICTURES:
         sys.path.insert(0, str(ROOT / "tests"))
-        from checkpoint_files import wan_state_dict
         from diffusers import AutoencoderKLQwenImage
+
+        from checkpoint_files import wan_state_dict
 
         return wan_state_dict(AutoencoderKLQwenImage(input_channels=PICTURES[name]))
     if name == "flux2":
