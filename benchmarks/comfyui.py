@@ -5,7 +5,8 @@
 
 Needs a checkout of ComfyUI, and a Python that has both its requirements and fluxvae's. The checkout is not changed:
 models, latents, pictures and the node pack lie in a temporary folder. VAEs have ComfyUI's full widths and seeded random
-weights; "flux2" needs a ComfyUI that knows FLUX.2.
+weights; "flux2" needs a ComfyUI that knows FLUX.2, and "layered", Qwen-Image-Layered's VAE of RGBA pictures, one that
+knows that. "qwen" is the VAE of Qwen-Image and Wan 2.1.
 
 Every case is a workflow of ComfyUI's own nodes around the VAE, sent to a server of its own, which has loaded the VAE
 and compiled its code before: LoadLatent, VAELoader, (fluxvae VAE), VAEDecode or VAEDecodeTiled, SaveImage. The peak is
@@ -45,8 +46,10 @@ from fluxvae.verify.tolerances import COMFYUI_LATENTS, EXACT_VS_REFERENCE_CHANGE
 from measure import machine
 
 ROOT = Path(__file__).parent.parent
-CHANNELS = {"flux": (16, 8), "sd": (4, 8), "flux2": (128, 16)}
+CHANNELS = {"flux": (16, 8), "sd": (4, 8), "flux2": (128, 16), "qwen": (16, 8), "layered": (16, 8)}
 """For each VAE the channels of a LATENT, and the pixels for each of its values."""
+PICTURES = {"qwen": 3, "layered": 4}
+"""The VAEs whose LATENTs have an axis of time, and the channels of their pictures."""
 KINDS = ("own", "fluxvae", "own tiled", "fluxvae tiled")
 DEADLINE_S = 3600.0
 
@@ -187,8 +190,15 @@ def saved(base: Path, history: dict[str, Any]) -> list[Path]:
 
 
 def make_vae(name: str) -> dict[str, torch.Tensor]:
-    """The weights of a VAE of ComfyUI's full widths, seeded, with diffusers' names, which ComfyUI reads too."""
+    """The weights of a VAE of ComfyUI's full widths, seeded, with names that ComfyUI reads: diffusers' or Wan's."""
     torch.manual_seed(0)
+    if name in PICTURES:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from diffusers import AutoencoderKLQwenImage
+
+        from checkpoint_files import wan_state_dict
+
+        return wan_state_dict(AutoencoderKLQwenImage(input_channels=PICTURES[name]))
     if name == "flux2":
         from diffusers import AutoencoderKLFlux2
 
@@ -214,6 +224,8 @@ def make_latents(name: str, size: int) -> dict[str, torch.Tensor]:
         1, channels, max(side // 8, 2), max(side // 8, 2), generator=torch.Generator().manual_seed(size)
     )
     smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic") * 1.5
+    if name in PICTURES:
+        smooth = smooth[:, :, None]
     return {"latent_tensor": smooth.contiguous(), "latent_format_version_0": torch.tensor([])}
 
 

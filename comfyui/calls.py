@@ -13,7 +13,7 @@ import torch
 
 from fluxvae.errors import DecodeCancelled, InvalidImagesError, InvalidLatentsError, InvalidOptionError
 
-__all__ = ["cropped", "interruptible", "one_frame", "progress_bar", "refuse_options"]
+__all__ = ["cropped", "interruptible", "one_frame", "progress_bar", "refuse_options", "refuse_video"]
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,40 @@ def one_frame(samples: torch.Tensor) -> torch.Tensor:
     """Return samples (B, C, lh, lw); those of one frame, (B, C, 1, lh, lw), lose that dimension.
 
     Raises:
-        InvalidLatentsError: they have another shape, such as that of a video.
+        InvalidLatentsError: they have another shape, such as that of a video, or of Qwen-Image-Layered's layers, which
+            ComfyUI's own VAE decodes as a video too.
     """
     if samples.ndim == 5 and samples.shape[2] == 1:
         samples = samples[:, :, 0]
+    if samples.ndim == 5 and 0 not in samples.shape:
+        raise InvalidLatentsError(
+            f"samples: got {tuple(samples.shape)}, {samples.shape[2]} frames; expected one frame. For a video, connect "
+            "the VAE without the fluxvae node. For the layers of a picture, put the node LatentCutToBatch before, with "
+            "dim t and slice_size 1"
+        )
     if samples.ndim != 4 or 0 in samples.shape:
         raise InvalidLatentsError(
             f"samples: got {tuple(samples.shape)}, expected (batch, channels, height, width) of one frame"
         )
     return samples
+
+
+def refuse_video(pixels: torch.Tensor) -> None:
+    """Refuse several pictures for a VAE with an axis of time: to ComfyUI's own they are the frames of one video.
+
+    That one, given 2 to 4 pictures, encodes the first alone.
+
+    Args:
+        pixels: (B, H, W, C).
+
+    Raises:
+        InvalidImagesError: there are several.
+    """
+    if len(pixels) > 1:
+        raise InvalidImagesError(
+            f"pixels: got {len(pixels)} pictures, which are the frames of a video to this VAE; expected one: encode "
+            "them one by one, or connect the VAE without the fluxvae node"
+        )
 
 
 def cropped(pixels: torch.Tensor, multiple: int, channels: int) -> torch.Tensor:

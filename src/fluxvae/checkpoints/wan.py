@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
-__all__ = ["blocks_of_a_level", "diffusers_name"]
+__all__ = ["blocks_of_a_level", "diffusers_name", "layers_without_weights"]
 
 _UPSAMPLES = re.compile(r"^decoder\.upsamples\.(\d+)\.")
 _SAMPLING = re.compile(r"^decoder\.upsamples\.(\d+)\.resample\.")
@@ -33,6 +34,16 @@ _NAMES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
     (re.compile(r"\.shortcut\."), ".conv_shortcut."),
 )
 """What each of Wan's names becomes, but for those of the decoder's levels, which need counting."""
+_LAST_CONVOLUTION = re.compile(r"^(.*)\.(residual\.6|head\.2|resample\.1)\.weight$")
+"""The last layer of each stack that has layers without weights."""
+_SILU: tuple[str, dict[str, Any]] = ("SiLU", {})
+_SAME: tuple[str, dict[str, Any]] = ("Identity", {})
+_DROPOUT: tuple[str, dict[str, Any]] = ("Dropout", {"p": 0.0})
+_ENLARGE: tuple[str, dict[str, Any]] = (
+    "Upsample",
+    {"size": None, "scale_factor": (2.0, 2.0), "mode": "nearest-exact", "align_corners": None},
+)
+_PAD: tuple[str, dict[str, Any]] = ("ZeroPad2d", {"padding": (0, 1, 0, 1)})
 
 
 def blocks_of_a_level(names: Iterable[str]) -> int:
@@ -62,3 +73,27 @@ def diffusers_name(name: str, blocks: int) -> str:
     for pattern, place in _NAMES:
         name = pattern.sub(place, name)
     return name
+
+
+def layers_without_weights(names: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return the layers that such a network has besides those with weights, whose tensors have these names.
+
+    Returns:
+        For the path of each of them the name of its class in ``torch.nn``, and its attributes that decide what it
+        computes.
+    """
+    names = set(names)
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name in names:
+        if (match := _LAST_CONVOLUTION.match(name)) is None:
+            continue
+        path = match[1]
+        if match[2] == "residual.6":
+            found |= {f"{path}.residual.1": _SILU, f"{path}.residual.4": _SILU, f"{path}.residual.5": _DROPOUT}
+            if f"{path}.shortcut.weight" not in names:
+                found[f"{path}.shortcut"] = _SAME
+        elif match[2] == "head.2":
+            found[f"{path}.head.1"] = _SILU
+        else:
+            found[f"{path}.resample.0"] = _PAD if "downsamples." in path else _ENLARGE
+    return found

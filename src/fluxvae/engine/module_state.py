@@ -9,7 +9,7 @@ that an engine uses is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +19,7 @@ from fluxvae.engine.layers.reading import OWN, is_of, unwrapped
 from fluxvae.engine.way import DECODE, Way
 from fluxvae.errors import InvalidOptionError
 
-__all__ = ["changed_calls", "check_loaded", "check_modules", "check_not_installed"]
+__all__ = ["changed_calls", "changed_methods", "check_loaded", "check_modules", "check_not_installed"]
 
 _INSTEAD = "or let diffusers itself compute it (engine='diffusers', or without fluxvae.install)"
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
@@ -38,7 +38,7 @@ def check_loaded(vae: torch.nn.Module, way: Way = DECODE) -> None:
     Raises:
         InvalidOptionError: naming the first of them, and what put it there where that can be told.
     """
-    for name, module in _modules(vae, way):
+    for name, module in _modules(vae, way.parts):
         if any(held is not None and held.is_meta for held in (*module._parameters.values(), *module._buffers.values())):
             cause = _hook_of(module) or "nothing has loaded them, or something took them away"
             _refuse(
@@ -76,16 +76,20 @@ def check_modules(vae: torch.nn.Module, way: Way = DECODE) -> None:
         own = getattr(type(vae), root, None)
         if own is not None and not _definer(type(vae), root).__module__.startswith(OWN):
             _refuse(f"its {root} is that of {_words(type(vae))}", "Load diffusers' own class")
-    for what, do in changed_calls(vae, way):
+    for what, do in changed_calls(vae, way.parts):
         _refuse(what, do)
-    for name, module in _modules(vae, way):
+    for name, module in _modules(vae, way.parts):
         if unwrapped(module) is module:
             _check_attention(name, module)
     _check_tensors(vae, way)
 
 
-def changed_calls(vae: torch.nn.Module, way: Way = DECODE) -> Iterator[tuple[str, str]]:
-    """Find the hooks and replaced methods on the half that goes ``way``, whichever program has made its modules.
+def changed_calls(vae: torch.nn.Module, parts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Find the hooks and replaced methods on these parts of a VAE, whichever program has made its modules.
+
+    Args:
+        vae: the whole VAE. What has been done to the VAE itself is not looked for.
+        parts: the names of its modules that are looked at, with all that is in them.
 
     Yields:
         What was found and where, and what to do about it, in words.
@@ -94,13 +98,22 @@ def changed_calls(vae: torch.nn.Module, way: Way = DECODE) -> Iterator[tuple[str
         for hook in scope.values():
             yield f"there is a hook on every module's forward ({_words(hook)})", "Remove it"
     kinds: dict[type, str] = {}
-    for name, module in _modules(vae, way):
+    for name, module in _modules(vae, parts):
         yield from _hooks(name, module)
         if unwrapped(module) is module:
             kinds.setdefault(type(module), name)
             yield from _replaced_methods(name, module)
     for kind, name in kinds.items():
         yield from _replaced_of_class(name, kind)
+
+
+def changed_methods(vae: torch.nn.Module) -> Iterator[tuple[str, str]]:
+    """Find the replaced methods of another program's VAE itself, not of its parts. It yields what `changed_calls` does.
+
+    Of diffusers' VAE `check_modules` looks at the one method that is used, since `fluxvae.install` may replace it.
+    """
+    yield from _replaced_methods(type(vae).__name__, vae)
+    yield from _replaced_of_class("the VAE", type(vae))
 
 
 def _hooks(name: str, module: torch.nn.Module) -> Iterator[tuple[str, str]]:
@@ -116,7 +129,7 @@ def _replaced_methods(name: str, module: torch.nn.Module) -> Iterator[tuple[str,
 
 
 def _replaced_of_class(name: str, kind: type) -> Iterator[tuple[str, str]]:
-    for method in ("forward", "_conv_forward"):
+    for method in ("forward", "_conv_forward", "decode", "encode"):
         made = getattr(kind, method, None)
         if made is not None and made.__module__ != _definer(kind, method).__module__:
             yield f"{kind.__name__}.{method}, of {name}, has been replaced ({_words(made)})", "Undo that"
@@ -201,21 +214,21 @@ def _check_tensors(vae: Any, way: Way) -> None:
             )
 
 
-def _parts(vae: Any, way: Way) -> Iterator[tuple[str, torch.nn.Module]]:
-    for name in way.parts:
+def _parts(vae: Any, parts: Iterable[str]) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name in parts:
         part = getattr(vae, name, None)
         if isinstance(part, torch.nn.Module):
             yield name, part
 
 
-def _modules(vae: Any, way: Way) -> Iterator[tuple[str, torch.nn.Module]]:
-    for prefix, part in _parts(vae, way):
+def _modules(vae: Any, parts: Iterable[str]) -> Iterator[tuple[str, torch.nn.Module]]:
+    for prefix, part in _parts(vae, parts):
         for name, module in part.named_modules(prefix=prefix):
             yield _shown(name), module
 
 
 def _tensors(vae: Any, way: Way) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, module in _modules(vae, way):
+    for name, module in _modules(vae, way.parts):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{name}.{key}", tensor
