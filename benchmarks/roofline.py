@@ -110,9 +110,9 @@ def watch(kernels: Any, spent: dict[str, Spent]) -> Any:
         nbytes = block.tokens.nbytes + block.queries.nbytes + 2 * block.out.nbytes
         timed("attention", macs, nbytes, lambda: attend(block))
 
-    def watched_prologue(rows: torch.Tensor, affine: Any, silu: bool, out: torch.Tensor, work: torch.Tensor) -> None:
-        name = "copies" if affine is None else "affine and SiLU"
-        timed(name, 0, rows.nbytes + out.nbytes, lambda: prologue(rows, affine, silu, out, work))
+    def watched_prologue(rows: torch.Tensor, norm: Any, silu: bool, out: torch.Tensor, work: torch.Tensor) -> None:
+        name = "copies" if norm is None else "norms and SiLU"
+        timed(name, 0, rows.nbytes + out.nbytes, lambda: prologue(rows, norm, silu, out, work))
 
     def watched_load(conv: Any, kind: Any, dtype: torch.dtype, into: torch.Tensor) -> Any:
         nbytes = conv.module.weight.nbytes + into.nbytes

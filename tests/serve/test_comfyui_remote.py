@@ -24,7 +24,6 @@ from fluxvae.errors import (
     InvalidOptionError,
     UnavailableError,
 )
-from fluxvae.serve.models import MODELS as SHIPPED
 from serve.families import Family
 from serve.gateways import Gateways, ask, wait_until
 
@@ -68,7 +67,6 @@ def test_there_and_back(runtime: ModuleType, address: str, library: Decoder, enc
         vae.get_sd()
 
 
-@pytest.mark.skipif(WITH_TIME[0] not in SHIPPED, reason="the server has no model of Qwen-Image's VAE")
 def test_latents_with_time(runtime: ModuleType, family: Family) -> None:
     """As of ComfyUI's own VAE of Qwen-Image, whose LATENTs have an axis of time."""
     gateways = Gateways(family.server.grpc_url, family.server.metrics_url, family.server.config_key)

@@ -6,6 +6,7 @@ rows from them. `fluxvae.engine.kernels.choose` makes a kernel set. Importing th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +31,12 @@ class Stream(Protocol):
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """The next ``len(into)`` rows: a view of where they are, or ``into`` itself, filled."""
+
+    def pour(self, into: torch.Tensor, put: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        """Let ``put`` bring the next ``len(into)`` rows there, in as many pieces as they lie in.
+
+        It is called with some rows and the part of ``into`` that they belong to, which may be the rows themselves.
+        """
 
 
 @dataclass(frozen=True)

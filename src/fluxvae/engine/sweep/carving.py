@@ -264,8 +264,11 @@ class Sweep:
 
 
 def ring_rows(follower: int, leader: int) -> int:
-    """Rows of a map that a second reader needs again: how far the first runs ahead of it, in blocks of these sizes."""
-    return follower + leader + 1
+    """Rows of a map that a second reader needs again: how far the first runs ahead of it, in blocks of these sizes.
+
+    Whole blocks of the second, so that each of those lies in one piece.
+    """
+    return -(-(follower + leader + 1) // follower) * follower
 
 
 def held_in(place: Place, *maps: Held) -> int:

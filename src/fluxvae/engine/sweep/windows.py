@@ -36,6 +36,10 @@ class StoredRows:
         start, self._at = self._at, self._at + len(into)
         return self._store.read(start, self._at, into)
 
+    def pour(self, into: torch.Tensor, put: Copy) -> None:
+        """Bring the next rows there, as `Stream.pour` says."""
+        put(self.take(into), into)
+
 
 class Window:
     """The padded input of a 3x3 convolution, moving down one block at a time."""
@@ -93,6 +97,11 @@ class ComputedRows:
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """Give the next rows, as `Stream.take` says."""
+        self.pour(into, self._copy)
+        return into
+
+    def pour(self, into: torch.Tensor, put: Copy) -> None:
+        """Bring the next rows there, as `Stream.pour` says, from the blocks in which they are computed."""
         filled = 0
         while filled < len(into):
             if self._block is None or self._used == len(self._block):
@@ -100,9 +109,8 @@ class ComputedRows:
                 assert padded is not None
                 self._block, self._used = self._compute(padded), 0
             n = min(len(into) - filled, len(self._block) - self._used)
-            self._copy(self._block[self._used : self._used + n], into[filled : filled + n])
+            put(self._block[self._used : self._used + n], into[filled : filled + n])
             filled, self._used = filled + n, self._used + n
-        return into
 
 
 class Ring:
@@ -118,18 +126,30 @@ class Ring:
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """Give the next rows, as `Stream.take` says."""
-        rows = self._source.take(into)
-        for at, part in self._pieces(self._at, len(rows)):
-            self._copy(rows[part], self._kept[at : at + part.stop - part.start])
-        self._at += len(rows)
-        return rows
+        self.pour(into, self._copy)
+        return into
+
+    def pour(self, into: torch.Tensor, put: Copy) -> None:
+        """Bring the next rows there, as `Stream.pour` says."""
+
+        def keep_and_put(rows: torch.Tensor, part: torch.Tensor) -> None:
+            for at, piece in self._pieces(self._at, len(rows)):
+                self._copy(rows[piece], self._kept[at : at + piece.stop - piece.start])
+            self._at += len(rows)
+            put(rows, part)
+
+        self._source.pour(into, keep_and_put)
 
     def again(self, into: torch.Tensor) -> torch.Tensor:
-        """The next rows for the reader that follows behind."""
+        """The next rows for the reader that follows behind: a view of where they are kept, if that is in one piece."""
         assert self._at - self._behind <= len(self._kept), "the ring was planned too small"
-        for at, part in self._pieces(self._behind, len(into)):
-            self._copy(self._kept[at : at + part.stop - part.start], into[part])
+        pieces = self._pieces(self._behind, len(into))
         self._behind += len(into)
+        if len(pieces) == 1:
+            at = pieces[0][0]
+            return self._kept[at : at + len(into)]
+        for at, part in pieces:
+            self._copy(self._kept[at : at + part.stop - part.start], into[part])
         return into
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, slice]]:
@@ -154,3 +174,7 @@ class Behind:
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """Give the next rows, as `Stream.take` says."""
         return self._ring.again(into)
+
+    def pour(self, into: torch.Tensor, put: Copy) -> None:
+        """Bring the next rows there, as `Stream.pour` says."""
+        put(self.take(into), into)

@@ -195,6 +195,9 @@ class _Rows:
     def take(self, into: torch.Tensor) -> torch.Tensor:
         return self._rows
 
+    def pour(self, into: torch.Tensor, put: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
+        put(self._rows, into)
+
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -147,7 +147,7 @@ class TorchKernels(DirectCosts):
             window[1].copy_(window[2])
         fresh = window[slice(*refill.fresh)]
         if len(fresh):
-            self.prologue(refill.source.take(fresh), refill.norm, True, fresh, refill.work)
+            refill.source.pour(fresh, lambda rows, part: self.prologue(rows, refill.norm, True, part, refill.work))
         if refill.bottom is not None:
             window[refill.bottom].zero_()
 
