@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fluxvae.engine.calls import Kind
-from fluxvae.engine.kernels import AttentionBlock, ConvBlock
+from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
 from fluxvae.engine.kernels.cpu import threads, winograd_layer
 from fluxvae.engine.kernels.cpu.attention import (
     AttentionJob,
@@ -134,6 +134,14 @@ class WinogradKernels(WinogradCosts, TorchKernels):
             run=run, what=what, silu=int(silu), least=least.ctypes.data,
         )  # fmt: skip
         threads.share(affine_rows, job, -(-pixels // run))
+
+    def _let_in(self, refill: Refill, fresh: torch.Tensor) -> None:
+        """From where the rows are, in any pieces: ours compute every pixel in the same way."""
+        channels = fresh.shape[-1]
+        if not whole_vectors(channels, channels, fresh.element_size()):
+            super()._let_in(refill, fresh)
+            return
+        refill.source.pour(fresh, lambda rows, part: self.prologue(rows, refill.norm, True, part, refill.work))
 
     def convolve(self, block: ConvBlock) -> None:
         """Compute the block by the kernel that the weights were loaded for.

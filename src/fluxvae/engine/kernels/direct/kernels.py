@@ -147,9 +147,16 @@ class TorchKernels(DirectCosts):
             window[1].copy_(window[2])
         fresh = window[slice(*refill.fresh)]
         if len(fresh):
-            refill.source.pour(fresh, lambda rows, part: self.prologue(rows, refill.norm, True, part, refill.work))
+            self._let_in(refill, fresh)
         if refill.bottom is not None:
             window[refill.bottom].zero_()
+
+    def _let_in(self, refill: Refill, fresh: torch.Tensor) -> None:
+        """Bring the map's next rows into their part of the window.
+
+        All at once: PyTorch computes the last few values of a tensor, which fill no vector, by other instructions.
+        """
+        self.prologue(refill.source.take(fresh), refill.norm, True, fresh, refill.work)
 
     def moments(self, call: Call, blocks: int, room: torch.Tensor) -> Moments:
         """Statistics that are kept block by block; they take no room in the arena."""
