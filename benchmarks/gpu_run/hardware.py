@@ -63,8 +63,8 @@ def traffic(network: Network, height: int, width: int, itemsize: int) -> int:
     """
     geometry, costs = Geometry(height, width, itemsize), DirectCosts("cpu")
     size, state, moved = (height, width), State("memory"), height * width * network.in_channels * itemsize
-    for layer in network.layers:
-        choices = list(layer.choices(geometry, costs, size, state))
+    for index, layer in enumerate(network.layers):
+        choices = list(layer.choices(geometry, costs, size, state, wanted=network.wanted(index)))
         spilled = [choice for choice in choices if {choice[0].middle, choice[0].out} <= {None, "spill"}]
         planned, state = (spilled or choices)[0]
         moved += sum(step.moved for step in planned.steps)
