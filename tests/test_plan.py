@@ -81,7 +81,9 @@ def test_measured_peak_of_an_encode_is_what_was_predicted(kernels: str) -> None:
     assert_predicted(measure({"encode": True, "vae": WIDE, "kernels": kernels, "threads": 2, "cases": cases}))
 
 
-@pytest.mark.parametrize(("kernels", "encode"), [("winograd", False), ("torch", True)])
+@pytest.mark.parametrize(
+    ("kernels", "encode"), [("winograd", False), pytest.param("torch", True, marks=pytest.mark.slow)]
+)
 def test_measured_peak_of_a_causal_network_is_what_was_predicted(kernels: str, encode: bool) -> None:
     """Maps that are never stored, and the rings and blocks that stand for them."""
     vae = {"base_dim": 48, "num_res_blocks": 1}
