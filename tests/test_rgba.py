@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from safetensors.torch import save_file
 
 from fluxvae import Decoder, Encoder, InvalidImagesError, InvalidOptionError, MemoryLimitError
 from fluxvae.pictures import encode, postprocess, postprocess_bytes
@@ -192,3 +194,14 @@ def test_there_and_back() -> None:
     [image] = Decoder(vae).decode(latents, height=32, width=48)
     assert (image.mode, image.size) == ("RGBA", (48, 32))
     assert postprocess(torch.zeros(1, 4, 2, 2), "uint8").shape == (1, 2, 2, 4)
+
+
+def test_an_encoder_for_rgba_is_told_by_its_tensors(tmp_path: Path) -> None:
+    """A single file has no config.json that says how many channels its pictures have."""
+    vae = random_vae(channels=4)
+    save_file({name: tensor.contiguous() for name, tensor in vae.state_dict().items()}, tmp_path / "vae.safetensors")
+    factors = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    encoder = Encoder.from_pretrained(tmp_path / "vae.safetensors", device="cpu", **factors)
+    pixels = torch.rand(1, 4, 32, 48, generator=torch.Generator().manual_seed(0))
+    assert encoder.picture_channels == 4
+    assert torch.equal(encoder.encode(pixels), Encoder(vae).encode(pixels))

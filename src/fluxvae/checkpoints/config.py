@@ -54,9 +54,10 @@ def config_of_shapes(vae: Vae, where: str) -> tuple[dict[str, Any], list[Family]
         return _config_of_frames(vae, channels, widths, blocks, where)
     post_quant = "post_quant_conv.weight" in vae.shapes
     flux2 = channels == 32 and all(name in vae.shapes for name in _STATISTICS)
+    given = vae.encoder_shapes.get("encoder.conv_in.weight", ())
     config = {
         "_class_name": "AutoencoderKLFlux2" if flux2 else "AutoencoderKL",
-        "in_channels": 3,
+        "in_channels": given[1] if len(given) == 4 else 3,
         "out_channels": vae.shapes.get("decoder.conv_out.weight", (3,))[0],
         "latent_channels": channels,
         "block_out_channels": list(widths),

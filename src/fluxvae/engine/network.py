@@ -108,6 +108,15 @@ def read_network(vae: AutoencoderKL, way: Way = DECODE) -> Network:
         ) from error
 
 
+def _down_block(name: str, module: Any) -> list[Layer]:
+    block = reading.expect(name, module, "DownEncoderBlock2D")
+    layers: list[Layer] = [Resnet.read(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
+    return layers + [
+        Downsample.read(f"{name}.downsamplers.{j}", downsampler)
+        for j, downsampler in enumerate(block.downsamplers or ())
+    ]
+
+
 @dataclass(frozen=True)
 class _Kind:
     """One kind of networks: the names of its blocks in diffusers, and what reads its layers."""
@@ -115,13 +124,12 @@ class _Kind:
     networks: dict[Way, tuple[str, ...]]
     middle: tuple[str, ...]
     up: tuple[str, ...]
-    down: tuple[str, ...]
-    """Empty where an encoder's layers do not stand in blocks."""
     conv_in: Callable[..., ConvIn]
     resnet: Callable[[str, Any], Layer]
     attention: Callable[[str, Any], Layer]
     upsample: Callable[[str, Any], Layer]
-    downsample: Callable[[str, Any], Layer]
+    down: Callable[[str, Any], list[Layer]]
+    """Reads one of an encoder's ``down_blocks``: a block of layers, or a layer by itself."""
     conv_out: Callable[..., ConvOut]
     clamps: bool
 
@@ -129,13 +137,13 @@ class _Kind:
 _KINDS = (
     _Kind(
         {DECODE: ("Decoder",), ENCODE: ("Encoder",)},
-        ("UNetMidBlock2D",), ("UpDecoderBlock2D",), ("DownEncoderBlock2D",),
-        ConvIn.read, Resnet.read, Attention.read, Upsample.read, Downsample.read, ConvOut.read, False,
+        ("UNetMidBlock2D",), ("UpDecoderBlock2D",),
+        ConvIn.read, Resnet.read, Attention.read, Upsample.read, _down_block, ConvOut.read, False,
     ),
     _Kind(
         {DECODE: causal.kinds("Decoder3d"), ENCODE: causal.kinds("Encoder3d")},
-        causal.kinds("MidBlock"), causal.kinds("UpBlock"), (),
-        causal.conv_in, causal.resnet, causal.attention, causal.upsample, causal.downsample, causal.conv_out, True,
+        causal.kinds("MidBlock"), causal.kinds("UpBlock"),
+        causal.conv_in, causal.resnet, causal.attention, causal.upsample, causal.down_layer, causal.conv_out, True,
     ),
 )  # fmt: skip
 
@@ -157,32 +165,10 @@ def _decoder(kind: _Kind, way: Way, vae: Any, decoder: Any) -> Network:
 def _encoder(kind: _Kind, way: Way, vae: Any, encoder: Any) -> Network:
     layers: list[Layer] = []
     for i, module in enumerate(encoder.down_blocks):
-        layers += (_down_block if kind.down else _down_layer)(kind, f"encoder.down_blocks.{i}", module)
+        layers += kind.down(f"encoder.down_blocks.{i}", module)
     layers += _middle(kind, "encoder.mid_block", encoder.mid_block)
     last = kind.conv_out("encoder", encoder, getattr(vae, way.pointwise, None))
     return Network(way, kind.conv_in("encoder.conv_in", encoder.conv_in), *precise(layers, last))
-
-
-def _down_block(kind: _Kind, name: str, module: Any) -> list[Layer]:
-    block = reading.expect(name, module, *kind.down)
-    layers = [kind.resnet(f"{name}.resnets.{j}", resnet) for j, resnet in enumerate(block.resnets)]
-    return layers + [
-        kind.downsample(f"{name}.downsamplers.{j}", downsampler)
-        for j, downsampler in enumerate(block.downsamplers or ())
-    ]
-
-
-def _down_layer(kind: _Kind, name: str, module: Any) -> list[Layer]:
-    """One layer of an encoder whose layers do not stand in blocks."""
-    inner = reading.unwrapped(module)
-    for read, names in (
-        (kind.resnet, causal.kinds("ResidualBlock")),
-        (kind.attention, causal.kinds("AttentionBlock")),
-        (kind.downsample, causal.kinds("Resample")),
-    ):
-        if any(reading.is_of(inner, one) for one in names):
-            return [read(name, module)]
-    reading.refuse(name, module, "a residual block, attention or a downsampling")
 
 
 def precise(layers: list[Layer], last: ConvOut) -> tuple[tuple[Layer, ...], ConvOut]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fluxvae.engine.layers import reading
+from fluxvae.engine.layers import Layer, reading
 from fluxvae.engine.layers.attention import Attention
 from fluxvae.engine.layers.conv_in import ConvIn
 from fluxvae.engine.layers.conv_out import ConvOut
@@ -21,7 +21,7 @@ from fluxvae.engine.layers.resnet import Resnet
 from fluxvae.engine.layers.upsample import Upsample
 from fluxvae.engine.records import Conv, PixelNorm, Projections
 
-__all__ = ["attention", "conv", "conv_in", "conv_out", "downsample", "norm", "resnet", "upsample"]
+__all__ = ["attention", "conv_in", "conv_out", "down_layer", "kinds", "resnet", "upsample"]
 
 NORMALIZE_EPS = 1e-12
 """The least length by which ``torch.nn.functional.normalize`` divides."""
@@ -95,6 +95,15 @@ def downsample(name: str, module: Any) -> Downsample:
     if tuple(pad.padding) != (0, 1, 0, 1):
         reading.refuse(f"{name}.resample.0", pad, "zeros at the right and below")
     return Downsample(name, reading.conv(f"{name}.resample.1", module.resample[1], 3, stride=2))
+
+
+def down_layer(name: str, module: Any) -> list[Layer]:
+    """Read one of an encoder's layers, which do not stand in blocks there."""
+    inner = reading.unwrapped(module)
+    for read, kind in ((resnet, "ResidualBlock"), (attention, "AttentionBlock"), (downsample, "Resample")):
+        if any(reading.is_of(inner, one) for one in kinds(kind)):
+            return [read(name, module)]
+    reading.refuse(name, module, "a residual block, attention or a downsampling")
 
 
 def conv_in(name: str, module: Any, pointwise: Any = None) -> ConvIn:
