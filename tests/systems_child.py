@@ -164,6 +164,7 @@ def library(folder: Path, free: int) -> None:
     """Decode with spilled maps, encode, install, and do so without a limit: with the bits of the other process."""
     import fluxvae
     from fluxvae import system
+    from fluxvae.engine.kernels.cpu import vector_code
     from fluxvae.engine.memory import heap
 
     heap.trim_heap()
@@ -179,7 +180,8 @@ def library(folder: Path, free: int) -> None:
     assert decoder.plan(height, width).spill_bytes > 0
     during: set[str] = set()
     image = decoder.decode(latents, output_type="pt", progress=lambda *_: during.update(os.listdir(spills)))
-    assert torch.equal(image, wanted["image"])
+    # No other system than Linux is asked for AMX, and other products round otherwise.
+    torch.testing.assert_close(image, wanted["image"], rtol=0, atol=1e-4 if vector_code.HAS_AMX else 0)
     assert during, "as on Windows, the file has a name while it is there"
     assert not os.listdir(spills)
 

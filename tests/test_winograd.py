@@ -30,9 +30,11 @@ from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.choose import make_kernels, no_winograd
 from fluxvae.engine.kernels.cpu import (
+    amx,
     attention,
     counters,
     few_outputs,
+    multiply,
     pixel_loops,
     products,
     row_tasks,
@@ -583,7 +585,7 @@ def test_they_are_what_a_cpu_decodes_with() -> None:
 def test_numbas_cache_knows_the_vector_code() -> None:
     # Numba recompiles when the file of a function changes, not when what it calls does.
     digest = hashlib.sha256()
-    for module in (vector_code, counters, products, pixel_loops, winograd_loops, winograd_matrices):
+    for module in (vector_code, counters, products, amx, multiply, pixel_loops, winograd_loops, winograd_matrices):
         digest.update(Path(module.__file__).read_bytes())
     for module in (winograd_tasks, winograd_weights, row_tasks, few_outputs, attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (

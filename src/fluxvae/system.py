@@ -26,6 +26,7 @@ __all__ = [
     "free_memory",
     "give_way",
     "hold",
+    "may_use_amx",
     "names_ignore_case",
     "peak_of_memory",
     "process_start",
@@ -36,6 +37,9 @@ _CONTROL_GROUPS = (
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
 """The files with the limit and the use of this process's control group, in Linux's second and first version of them."""
+
+_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA = 158, 0x1023, 18
+"""The number of Linux's system call on x86-64, and of its ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA."""
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -256,6 +260,20 @@ def give_way() -> int:
         with contextlib.suppress(OSError, AttributeError, TypeError):
             return ctypes.cast(getattr(ctypes.CDLL(library), name), ctypes.c_void_p).value or 0
     return 0
+
+
+@functools.cache
+def may_use_amx() -> bool:
+    """Ask the system whether this process may use the registers of AMX, and tell it that it will.
+
+    Linux gives a process these 8 kB a thread only when it is asked (``arch_prctl(2)``). How other systems are asked has
+    not been tried, so the answer is no there, and where a sandbox refuses the call.
+    """
+    if not Path("/proc/self").exists():
+        return False
+    with contextlib.suppress(OSError, AttributeError):
+        return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_STATE, _TILE_DATA) == 0)
+    return False
 
 
 def after_fork(call: Callable[[], object]) -> None:

@@ -95,6 +95,11 @@ class Costs(Protocol):
         """Values of a block of rows. None: what `block_values` gives, which suits a core's cache."""
 
     @property
+    def block_factor(self) -> int:
+        """How many times as many values a block has as `block_values` gives; kernels that multiply much faster than
+        they read weights want larger ones."""
+
+    @property
     def stages_spills(self) -> bool:
         """Whether blocks of rows of a spilled map are held on the device on their way (`HostMap` does that)."""
 

@@ -290,7 +290,8 @@ def make_planner(
         graphs: whether each image is computed by a CUDA graph.
     """
     pixels = math.prod(network.picture(size))
-    values = block_values or costs.block_values or default_block_values(network.full_channels, pixels)
+    usual = default_block_values(network.full_channels, pixels) * costs.block_factor
+    values = block_values or costs.block_values or usual
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values, costs.precise_row_multiple)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(

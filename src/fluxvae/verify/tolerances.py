@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "AMX_PRODUCTS",
     "CAUSAL_ERROR_RATIO",
     "COMFYUI_LATENTS",
     "CUDA_ATTENTION",
@@ -23,6 +24,7 @@ __all__ = [
     "EXACT_VS_REFERENCE_LEVELS",
     "PEAK_PREDICTION",
     "PREVIEW_PEAK",
+    "PRODUCTS",
     "THERE_AND_BACK",
     "WINOGRAD_ATTENTION",
     "WINOGRAD_CHANGED",
@@ -96,6 +98,8 @@ COMFYUI_LATENTS = Tolerance(
     3e-4, 5.9e-5, "largest difference of latents that ComfyUI's own VAE and fluxvae's node encode, full widths, random"
 )
 
+PRODUCTS = Tolerance(2e-7, 1.3e-7, "rms error of sums of 512 products by fused multiply-adds, relative to their rms")
+AMX_PRODUCTS = Tolerance(1.3e-7, 8.7e-8, "the same by AMX, of three bfloat16 parts each")
 WINOGRAD_CONV = Tolerance(2e-4, 2.7e-5, "largest error of one Winograd convolution of values of unit variance")
 WINOGRAD_PRECISE = Tolerance(2e-5, 3.5e-6, "the same where the convolution is precise, or of stride 2")
 WINOGRAD_ENCODER_RATIO = Tolerance(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "padded_queries"]
 
-VECTOR_CODE = "19653e52121c5d7a"
+VECTOR_CODE = "431ccf56c86f47fd"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 4
 """How many panels of queries a task has: the more, the less often the map is read. That counts where memory is slow: on

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fluxvae.engine.calls import Call
 from fluxvae.engine.kernels.cpu.attention import attention_bytes, padded_queries
 from fluxvae.engine.kernels.cpu.few_outputs import OUTPUTS
+from fluxvae.engine.kernels.cpu.multiply import split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
-from fluxvae.engine.kernels.cpu.row_tasks import panel_bytes
-from fluxvae.engine.kernels.cpu.vector_code import LANES
+from fluxvae.engine.kernels.cpu.row_tasks import linear_bytes
+from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES
 from fluxvae.engine.kernels.cpu.winograd_cut import (
     cut_tasks,
     form_of,
@@ -28,6 +29,7 @@ class WinogradCosts(DirectCosts):
     name = "winograd"
     row_multiple = STEPS[PLAIN]
     precise_row_multiple = STEPS[PRECISE]
+    block_factor = 2 if AMX else 1
 
     def runtime_bytes(self, itemsize: int) -> int:
         """None: oneDNN computes few of the convolutions."""
@@ -44,9 +46,9 @@ class WinogradCosts(DirectCosts):
     def loaded(self, call: Call) -> int:
         """Bytes of the arena that hold the transformed weights."""
         if _attends(call):
-            return 4 * panel_bytes(call.cin, call.cout)
+            return 4 * linear_bytes(call.cin, call.cout)
         if call.kind == "linear" and whole_vectors(call.cin, call.cout, call.itemsize):
-            return panel_bytes(call.cin, call.cout)
+            return linear_bytes(call.cin, call.cout)
         if few(call.kind, call.cin, call.cout, call.itemsize):
             return 9 * call.cin * OUTPUTS * 4
         if not _applies(call):
@@ -61,7 +63,7 @@ class WinogradCosts(DirectCosts):
             return super().overhead(call)
         form = form_of(call.kind, call.precise)
         cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
-        patches = cut.workers * THIRD * POSITIONS[form] * call.cin * 4
+        patches = cut.workers * (THIRD * POSITIONS[form] * call.cin * 4 + split_bytes(cut.longest, call.cin))
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + patches)
 
     def workspace(self, call: Call) -> int:

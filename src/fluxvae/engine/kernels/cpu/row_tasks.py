@@ -11,6 +11,7 @@ import numpy as np
 
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.counters import fetch_add
+from fluxvae.engine.kernels.cpu.multiply import multiply, pack_panel, panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.pixel_loops import (
     add_bias,
     affine,
@@ -20,7 +21,7 @@ from fluxvae.engine.kernels.cpu.pixel_loops import (
     copy,
     gather_tiles,
 )
-from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_cut import rounded
 
@@ -36,12 +37,12 @@ __all__ = [
     "RowsJob",
     "affine_rows",
     "linear",
+    "linear_bytes",
     "linear_rows",
     "linear_weights",
-    "panel_bytes",
 ]
 
-VECTOR_CODE = "19653e52121c5d7a"
+VECTOR_CODE = "431ccf56c86f47fd"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
@@ -101,13 +102,17 @@ class LinearJob(NamedTuple):
     src: int
     dst: int
     weights: int
-    """The address of the weights, (panels, cin, NR) float32."""
+    """The address of the weights, panels as `multiply` reads them."""
+    panel_weights: int
+    """The bytes of one panel's weights."""
     bias: int
     rows: int
     cin: int
     cout: int
     run: int
     """How many rows one task has: a multiple of THIRD."""
+    split: int
+    """The bytes of scratch that a thread needs for `multiply`."""
     tasks: int
 
 
@@ -118,31 +123,18 @@ def linear_rows(job: LinearJob, counter: Any) -> None:
     group, panel_out = job.cin * THIRD * 4, job.run * NR * 4
     gathered = np.empty(job.run * job.cin, np.float32)
     multiplied = np.empty(job.run * panels * NR, np.float32)
-    left_at, out_at = gathered.ctypes.data, multiplied.ctypes.data
+    split = np.empty(job.split // 4 + 16, np.float32)
+    left_at, out_at, split_at = gathered.ctypes.data, multiplied.ctypes.data, (split.ctypes.data + 63) // 64 * 64
     while True:
         task = fetch_add(counter.ctypes.data, 1)
         if task >= job.tasks:
-            gathered[0] = multiplied[0] = 0.0  # Numba frees an array after its last use, and sees no use of its address
+            # Numba frees an array after its last use, and sees no use of its address.
+            gathered[0] = multiplied[0] = split[0] = 0.0
             return
         first = task * job.run
         count = min(job.run, job.rows - first)
         gather_tiles(job.src + first * job.cin * 4, job.cin * 4, left_at, group, count, blocks)
-        for panel in range(panels):
-            weights = job.weights + panel * job.cin * NR * 4
-            done = 0
-            while done < count:
-                left, out, rest = (
-                    left_at + done // THIRD * group,
-                    out_at + panel * panel_out + done * NR * 4,
-                    count - done,
-                )
-                if rest > 2 * THIRD:
-                    products_3(left, group, weights, blocks, out, weights, 0)
-                elif rest > THIRD:
-                    products_2(left, group, weights, blocks, out, weights, 0)
-                else:
-                    products_1(left, group, weights, blocks, out, weights, 0)
-                done += TILES
+        multiply(left_at, count, job.weights, job.panel_weights, panels, job.cin, out_at, panel_out, split_at)
         for row in range(count):
             target = job.dst + (first + row) * job.cout * 4
             add_bias(out_at + row * NR * 4, panel_out, target, job.bias, job.cout // LANES)
@@ -158,20 +150,22 @@ class LinearWeights(NamedTuple):
     cout: int
 
 
-def panel_bytes(cin: int, cout: int) -> int:
+def linear_bytes(cin: int, cout: int) -> int:
     """Bytes that a linear layer's weights take when they are laid out in panels."""
-    return cin * -(-cout // NR) * NR * 4
+    return -(-cout // NR) * panel_bytes(cin)
 
 
 def linear_weights(weight: torch.Tensor, bias: torch.Tensor | None, into: torch.Tensor) -> LinearWeights:
-    """(cout, cin) or (cout, cin, 1, 1) as (panels, cin, NR); beyond cout, arbitrary."""
+    """(cout, cin) or (cout, cin, 1, 1) as panels; what stands for outputs beyond cout is arbitrary."""
     import torch  # here, because a plan asks this module for sizes without it
 
     cout, cin = weight.shape[:2]
-    panels = into[: panel_bytes(cin, cout)].view(torch.float32).view(-1, cin, NR)
+    panels = into[: linear_bytes(cin, cout)].view(-1, panel_bytes(cin))
+    columns = torch.zeros(cin, NR, dtype=torch.float32, device="cpu")
     for index, panel in enumerate(panels):
         part = weight.reshape(cout, cin)[index * NR : (index + 1) * NR]
-        panel[:, : len(part)] = part.t()
+        columns[:, : len(part)] = part.t()
+        pack_panel(columns.data_ptr(), cin, panel.data_ptr())
     if bias is None:
         bias = torch.zeros(cout, dtype=torch.float32, device=weight.device)
     return LinearWeights(panels, bias.float(), cin, cout)
@@ -183,6 +177,7 @@ def linear(rows: torch.Tensor, weights: LinearWeights, out: torch.Tensor) -> Non
     run = min(MOST_RUN, rounded(count))
     job = LinearJob(
         src=rows.data_ptr(), dst=out.data_ptr(), weights=weights.panels.data_ptr(), bias=weights.bias.data_ptr(),
-        rows=count, cin=weights.cin, cout=weights.cout, run=run, tasks=-(-count // run),
+        panel_weights=panel_bytes(weights.cin), rows=count, cin=weights.cin, cout=weights.cout, run=run,
+        split=split_bytes(run, weights.cin), tasks=-(-count // run),
     )  # fmt: skip
     threads.share(linear_rows, job, job.tasks)

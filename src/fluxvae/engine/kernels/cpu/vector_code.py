@@ -20,9 +20,13 @@ from llvmlite import ir
 from numba import config, njit, types
 from numba.extending import intrinsic
 
+from fluxvae import system
+
 __all__ = [
+    "AMX",
     "F32",
     "F64",
+    "HAS_AMX",
     "I64",
     "LANES",
     "REGISTERS",
@@ -55,6 +59,10 @@ def _registers() -> tuple[int, int]:
 
 
 LANES, REGISTERS = _registers()
+HAS_AMX = LANES == 16 and _has("amx-tile") and _has("amx-bf16")
+"""Whether there is AMX, used or not."""
+AMX = HAS_AMX and system.may_use_amx()
+"""Whether products are computed by AMX (`cpu.amx`), in place of fused multiply-adds (`cpu.products`)."""
 
 F32, F64 = ir.FloatType(), ir.DoubleType()
 VECTOR = ir.VectorType(F32, LANES)
@@ -158,6 +166,24 @@ class Code:
         if function is None:
             function = ir.Function(self.function.module, ir.FunctionType(kind, [kind] * len(arguments)), full)
         return self.b.call(function, arguments)
+
+    def parts(self, first: ir.Value, second: ir.Value) -> list[ir.Value]:
+        """The high, middle and low parts of two vectors, as pairs of bfloat16: first[i] in the lower half of pair i.
+
+        The three parts of a value add up to it exactly, unless it is so small (1e-33) that the low one underflows. An
+        infinity's parts are infinite and NaN.
+        """
+        values, made = [first, second], []
+        half, upper = (ir.Constant(VECTOR_I, [bits] * LANES) for bits in (0x8000, 0xFFFF0000))
+        for part in range(3):
+            bits = [self.b.bitcast(value, VECTOR_I) for value in values]
+            if part < 2:  # rounded to the nearest; what is left for the last part is a bfloat16 as it is
+                bits = [self.b.add(one, half) for one in bits]
+            bits = [self.b.and_(one, upper) for one in bits]
+            values = [self.b.fsub(value, self.b.bitcast(one, VECTOR)) for value, one in zip(values, bits, strict=True)]
+            lower = self.b.lshr(bits[0], ir.Constant(VECTOR_I, [16] * LANES))
+            made.append(self.b.bitcast(self.b.or_(lower, bits[1]), VECTOR))
+        return made
 
     def exp(self, t: ir.Value) -> ir.Value:
         """exp(t), within 1 unit in the last place from -87 to 88; t is clamped to that range, and NaN stays NaN.
@@ -297,6 +323,10 @@ def vector_function(name: str, count: int, emit: Callable[..., None]) -> Any:
 
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile at the first call, without the GIL, and keep the code for the next process where there is a place."""
+    if HAS_AMX and not AMX:
+        # Numba keeps code by the processor's features and does not know what the system allows. Under another name,
+        # it is not taken for that of a process that may use AMX.
+        function.__qualname__ += "_without_amx"
     try:
         return njit(nogil=True, cache=True, error_model="numpy")(function)
     except RuntimeError:  # neither beside the file nor in the user's cache folder

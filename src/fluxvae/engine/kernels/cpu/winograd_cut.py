@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from fluxvae.engine.calls import Kind, length_out
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.multiply import panel_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
-from fluxvae.engine.kernels.cpu.vector_code import LINE
+from fluxvae.engine.kernels.cpu.vector_code import AMX, LINE
 from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, SPAN, STEPS, UP
 
 __all__ = [
@@ -23,8 +24,9 @@ ALONE = 128
 """The most channels with which a unit of tiles is one thread's alone. The unit's transformed tiles and their products
 stay in that thread's L2 cache, which is worth more than reading the weights once for all threads, since there are few
 of them: 4 MB at 128 channels, 17 MB at 256."""
-UNIT = 32
-"""How many tiles a unit has at most: 1.1 MB of transformed tiles at 128 channels."""
+UNIT = 96 if AMX else 32
+"""How many tiles a unit has at most. 32 are 1.1 MB of transformed tiles at 128 channels, which stay in the L2 cache.
+AMX multiplies so fast that reading the weights for every unit takes longer than reading tiles from the L3 cache."""
 
 
 class Cut(NamedTuple):
@@ -40,6 +42,8 @@ class Cut(NamedTuple):
     """How many parts of the tiles one thread each computes alone; 0: all threads compute all of them together."""
     place: int
     """The bytes of a place for one position of the transformed tiles or of the products."""
+    longest: int
+    """How many tiles a thread multiplies at once: those of a unit, or all."""
     workers: int
     """How many threads find work."""
 
@@ -52,7 +56,7 @@ class Cut(NamedTuple):
 
 def position_bytes(cin: int, cout: int) -> int:
     """Bytes that one position's transformed weights take."""
-    return _odd_lines(cin * -(-cout // NR) * NR * 4)
+    return _odd_lines(-(-cout // NR) * panel_bytes(cin))
 
 
 def form_of(kind: Kind, precise: bool) -> int:
@@ -79,7 +83,7 @@ def cut_tasks(form: int, cin: int, cout: int, rows: int, width: int) -> Cut:
         units = min(-(-tiles // (UNIT * workers)) * workers, spans)  # equally many for every thread
         longest = min(tiles, UNIT)
     place = _odd_lines(rounded(longest) * channels * 4)
-    return Cut(across, tiles, panels, spans, units, place, min(workers, units or POSITIONS[form]))
+    return Cut(across, tiles, panels, spans, units, place, longest, min(workers, units or POSITIONS[form]))
 
 
 def rounded(tiles: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from fluxvae import system
 from fluxvae.engine.kernels import ConvBlock
 from fluxvae.engine.kernels.cpu import threads
+from fluxvae.engine.kernels.cpu.multiply import panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE, VECTOR_BYTES
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
@@ -41,7 +42,7 @@ def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into
     kernel, channel, row, column = (4 * stride for stride in weight.stride())
     job = WeightsJob(
         src=weight.data_ptr(), kernel=kernel, channel=channel, row=row, column=column, dst=into.data_ptr(),
-        cin=cin, cout=cout, position=position_bytes(cin, cout), form=form,
+        cin=cin, cout=cout, panel=panel_bytes(cin), position=position_bytes(cin, cout), form=form,
     )  # fmt: skip
     _check_aligned(into)
     threads.share(transform_weights, job, cout // LANES)
@@ -70,7 +71,8 @@ def run(block: ConvBlock) -> None:
         cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=out.shape[0], columns=out.shape[1],
         cout=cout, form=form, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
         weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout), panels=cut.panels,
-        tiles_across=cut.across, tiles=cut.tiles, units=cut.units,
+        panel_weights=panel_bytes(cin), split=split_bytes(cut.longest, cin), tiles_across=cut.across, tiles=cut.tiles,
+        units=cut.units,
         piece=max(1, cut.tiles // (4 * THIRD * workers)),  # a few for each thread, so that none waits for long
         place=cut.place, scratch=work.data_ptr(), give_way=system.give_way(),
     )  # fmt: skip

@@ -11,8 +11,10 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
+from fluxvae.engine.kernels.cpu.amx import REGISTER
 from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import (
+    AMX,
     F64,
     I64,
     VECTOR,
@@ -195,37 +197,49 @@ def _output_transform(at: Matrix, residual: bool) -> Any:
 
 
 def _kernel_transform(g: Matrix) -> Any:
-    """``kernel_transform(src, kernel, row, column, dst, position)``: LANES kernels, G g GT, in float64, rounded once.
+    """``kernel_transform(src, second, kernel, row, column, dst, position)``: LANES kernels, G g GT, in float64.
 
     ``src``: tap (i, j) of kernel k at src + k * kernel + i * row + j * column; ``dst``: position p at
-    dst + p * position, the kernels side by side.
+    dst + p * position, the kernels side by side, rounded to float32 once.
+
+    For AMX also those of another input channel, ``second`` bytes further (zeros where that is 0): pairs of the two, in
+    parts, as `amx.split_weights` writes them.
     """
-    n = len(g)
+    n, both = len(g), 2 if AMX else 1
 
     def emit(
-        x: Code, src: ir.Value, kernel: ir.Value, row: ir.Value, column: ir.Value, dst: ir.Value, position: ir.Value
-    ) -> None:
-        half = x.array(n * 3, WIDE)
+        x: Code, src: ir.Value, second: ir.Value, kernel: ir.Value, row: ir.Value, column: ir.Value, dst: ir.Value,
+        position: ir.Value,
+    ) -> None:  # fmt: skip
+        half = x.array(both * n * 3, WIDE)
 
         def down(j: ir.Value) -> None:
-            top = x.at(src, x.b.mul(j, column))
-            taps = [x.at(top, x.b.mul(row, x.i(i))) for i in range(3)]
-            values = [x.b.fpext(x.gather(tap, kernel), WIDE) for tap in taps]
-            for i, coefficients in enumerate(g):
-                x.b.store(x.combine(coefficients, values), x.b.gep(half, [x.b.add(j, x.i(3 * i))]))
+            for k in range(both):
+                top = x.at(src, x.b.mul(j, column), *[second] * k)
+                taps = [x.at(top, x.b.mul(row, x.i(i))) for i in range(3)]
+                values = [x.b.fpext(x.gather(tap, kernel), WIDE) for tap in taps]
+                for i, coefficients in enumerate(g):
+                    x.b.store(x.combine(coefficients, values), x.b.gep(half, [x.b.add(j, x.i(3 * (k * n + i)))]))
 
         def across(i: ir.Value) -> None:
-            first = x.b.mul(i, x.i(3))
-            values = [x.b.load(x.b.gep(half, [x.b.add(first, x.i(j))])) for j in range(3)]
             target = x.at(dst, x.b.mul(x.b.mul(i, x.i(n)), position))
+            values = [
+                [x.b.load(x.b.gep(half, [x.b.add(x.b.mul(i, x.i(3)), x.i(3 * k * n + j))])) for j in range(3)]
+                for k in range(both)
+            ]
             for coefficients in g:
-                x.stream(x.b.fptrunc(x.combine(coefficients, values), VECTOR), target)
+                made = [x.b.fptrunc(x.combine(coefficients, own), VECTOR) for own in values]
+                if AMX:
+                    made[1] = x.b.select(x.b.icmp_signed("!=", second, x.i(0)), made[1], x.const(0.0))
+                    made = x.parts(*made)
+                for k, value in enumerate(made):
+                    x.stream(value, x.at(target, k * REGISTER))
                 target = x.at(target, position)
 
         x.loop(x.i(3), down)
         x.loop(x.i(n), across)
 
-    return vector_function(f"fluxvae_kernel_transform_{n}", 6, emit)
+    return vector_function(f"fluxvae_kernel_transform_{n}", 7, emit)
 
 
 _F63 = toom_cook(6, 3)

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fluxvae.engine.kernels.cpu.counters import fence, fetch_add, wait_until
+from fluxvae.engine.kernels.cpu.multiply import multiply
 from fluxvae.engine.kernels.cpu.pixel_loops import copy
-from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
 from fluxvae.engine.kernels.cpu.winograd_loops import (
     input_transform,
@@ -36,7 +37,7 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "Shared", "convolve", "merge"]
 
-VECTOR_CODE = "19653e52121c5d7a"
+VECTOR_CODE = "431ccf56c86f47fd"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3
@@ -76,11 +77,15 @@ class ConvJob(NamedTuple):
     residual: int
     """The address of the residual minus that of the output; -1 if there is none."""
     weights: int
-    """The address of the transformed weights, (positions, panels, cin, NR) float32."""
+    """The address of the transformed weights: for every position, the panels as `multiply` reads them."""
     position_weights: int
     """The bytes of one position's weights, padding included."""
     panels: int
     """How many panels of NR output channels there are."""
+    panel_weights: int
+    """The bytes of one panel's weights."""
+    split: int
+    """The bytes of scratch that a thread needs for `multiply`."""
     tiles_across: int
     tiles: int
     units: int
@@ -192,33 +197,22 @@ def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any)
 def _multiply(job: ConvJob, first: int, last: int, scratch: int, free: int, places: Any, counters: Any) -> None:
     """The second step: multiply the tiles of one position by its weights."""
     positions, tiles = POSITIONS[job.form], last - first
-    group_bytes, panel_weights = THIRD * job.cin * 4, job.cin * NR * 4
     panel_out = (tiles + THIRD - 1) // THIRD * THIRD * NR * 4
-    blocks = job.cin // LANES
-    pace = NR * 4 // (-(-tiles // TILES)) + 1
+    split = np.empty(job.split // 4 + 16, np.float32)
+    split_at = (split.ctypes.data + 63) // 64 * 64
     while True:
         position = fetch_add(counters[2].ctypes.data, 1)
         if position >= positions:
             break
         transformed = scratch + position * job.place
-        for panel in range(job.panels):
-            weights = job.weights + position * job.position_weights + panel * panel_weights
-            next_weights = weights + panel_weights
-            done = 0
-            while done < tiles:
-                left, out = transformed + done // THIRD * group_bytes, free + panel * panel_out + done * NR * 4
-                ahead = next_weights + done // TILES * pace * job.cin
-                rest = tiles - done
-                if rest > 2 * THIRD:
-                    products_3(left, group_bytes, weights, blocks, out, ahead, pace)
-                elif rest > THIRD:
-                    products_2(left, group_bytes, weights, blocks, out, ahead, pace)
-                else:
-                    products_1(left, group_bytes, weights, blocks, out, ahead, pace)
-                done += TILES
+        multiply(
+            transformed, tiles, job.weights + position * job.position_weights, job.panel_weights, job.panels, job.cin,
+            free, panel_out, split_at,
+        )  # fmt: skip
         places[position] = free
         free = transformed
         fetch_add(counters[3].ctypes.data, 1)
+    split[0] = 0.0
     wait_until(counters[3].ctypes.data, positions, job.give_way)
 
 

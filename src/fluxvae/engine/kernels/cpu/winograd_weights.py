@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fluxvae.engine.kernels.cpu.amx import CHUNK, CHUNK_BYTES, ROWS
 from fluxvae.engine.kernels.cpu.counters import fence, fetch_add
 from fluxvae.engine.kernels.cpu.products import NR
-from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
+from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES, LINE, compiled
 from fluxvae.engine.kernels.cpu.winograd_loops import (
     kernel_transform,
     kernel_transform_down,
@@ -19,7 +20,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
 
 __all__ = ["WeightsJob", "transform_weights"]
 
-VECTOR_CODE = "19653e52121c5d7a"
+VECTOR_CODE = "431ccf56c86f47fd"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
@@ -36,6 +37,8 @@ class WeightsJob(NamedTuple):
     """The address of the result, laid out as `ConvJob.weights`. Columns beyond cout hold arbitrary values."""
     cin: int
     cout: int
+    panel: int
+    """The bytes of the weights of NR output channels, as in `ConvJob.panel_weights`."""
     position: int
     """The bytes of one position's weights, as in `ConvJob.position_weights`."""
     form: int
@@ -50,12 +53,18 @@ def transform_weights(job: WeightsJob, counter: Any) -> None:
         if half * LANES >= job.cout:
             fence()
             return
-        for channel in range(job.cin):
+        panel = job.dst + half // 2 * job.panel
+        for index in range((job.cin + CHUNK - 1) // CHUNK * ROWS if AMX else job.cin):
+            channel, second, target = index, 0, panel + (index * NR + half % 2 * LANES) * 4
+            if AMX:  # channels in pairs, as `amx` multiplies them
+                chunk, pair = index // ROWS, index % ROWS
+                channel = chunk * CHUNK + pair
+                second = ROWS * job.channel if channel + ROWS < job.cin else 0
+                target = panel + (2 * chunk + half % 2) * CHUNK_BYTES + pair * LINE
             src = job.src + half * LANES * job.kernel + channel * job.channel
-            target = job.dst + ((half // 2 * job.cin + channel) * NR + half % 2 * LANES) * 4
             if job.form == DOWN:
-                kernel_transform_down(src, job.kernel, job.row, job.column, target, job.position)
+                kernel_transform_down(src, second, job.kernel, job.row, job.column, target, job.position)
             elif job.form == PRECISE:
-                kernel_transform_precise(src, job.kernel, job.row, job.column, target, job.position)
+                kernel_transform_precise(src, second, job.kernel, job.row, job.column, target, job.position)
             else:
-                kernel_transform(src, job.kernel, job.row, job.column, target, job.position)
+                kernel_transform(src, second, job.kernel, job.row, job.column, target, job.position)

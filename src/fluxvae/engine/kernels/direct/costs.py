@@ -70,6 +70,7 @@ class DirectCosts:
 
     name = "torch"
     row_multiple = precise_row_multiple = 1
+    block_factor = 1
     fuse_chunk = 16
     """How many output channels' kernels are summed at a time, so that the float64 temporaries stay at about 1 MB."""
 
