@@ -160,11 +160,17 @@ def run(*words: str | Path) -> tuple[int, str]:
     return status, said.read()
 
 
+def same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """The bits of the other process; or nearly, where it used AMX, which no other system than Linux is asked for."""
+    from fluxvae.engine.kernels.cpu import vector_code
+
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 if vector_code.HAS_AMX else 0)
+
+
 def library(folder: Path, free: int) -> None:
-    """Decode with spilled maps, encode, install, and do so without a limit: with the bits of the other process."""
+    """Decode with spilled maps, encode, install, and do so without a limit: as the other process did."""
     import fluxvae
     from fluxvae import system
-    from fluxvae.engine.kernels.cpu import vector_code
     from fluxvae.engine.memory import heap
 
     heap.trim_heap()
@@ -180,19 +186,18 @@ def library(folder: Path, free: int) -> None:
     assert decoder.plan(height, width).spill_bytes > 0
     during: set[str] = set()
     image = decoder.decode(latents, output_type="pt", progress=lambda *_: during.update(os.listdir(spills)))
-    # No other system than Linux is asked for AMX, and other products round otherwise.
-    torch.testing.assert_close(image, wanted["image"], rtol=0, atol=1e-4 if vector_code.HAS_AMX else 0)
+    same(image, wanted["image"])
     assert during, "as on Windows, the file has a name while it is there"
     assert not os.listdir(spills)
 
     handle = fluxvae.install(decoder.vae, memory_limit=limit)
     raw = latents / decoder.vae.config.scaling_factor + decoder.vae.config.shift_factor
     with torch.no_grad():
-        assert torch.equal(decoder.vae.decode(raw).sample, wanted["decoded"])
+        same(decoder.vae.decode(raw).sample, wanted["decoded"])
     handle.remove()
     picture = np.asarray(Image.open(folder / "picture.png"))
     encoder = fluxvae.Encoder.from_pretrained("demo", device="cpu", memory_limit="1GB")
-    assert torch.equal(encoder.encode(picture, packed=False), wanted["encoded"])
+    same(encoder.encode(picture, packed=False), wanted["encoded"])
 
     told, ctypes.windll = ctypes.windll, None  # type: ignore[attr-defined]
     assert system.free_memory() is None

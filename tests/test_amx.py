@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from fluxvae import system
-from fluxvae.engine.kernels.cpu.amx import CHUNK, CHUNK_BYTES, ROWS, split_tiles, split_weights
+from fluxvae.engine.kernels.cpu.amx import CHUNK, CHUNK_BYTES, ROWS, split_rows, split_weights
 from fluxvae.engine.kernels.cpu.multiply import _tiles_at_once, multiply, pack_panel, panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES
@@ -26,13 +26,13 @@ Floats = NDArray[np.float32]
 
 
 @njit
-def call_split_tiles(src: int, group: int, groups: int, blocks: int, dst: int) -> None:
-    split_tiles(src, group, groups, blocks, dst)
+def call_split_rows(src: int, group: int, row: int, block: int, rows: int, blocks: int, dst: int) -> None:
+    split_rows(src, group, row, block, rows, blocks, dst)
 
 
 @njit
-def call_split_weights(src: int, channels: int, dst: int) -> None:
-    split_weights(src, channels, dst)
+def call_split_weights(src: int, row: int, rows: int, dst: int) -> None:
+    split_weights(src, row, rows, dst)
 
 
 def lines(nbytes: int) -> NDArray[np.uint8]:
@@ -83,30 +83,35 @@ def run(tiles: Floats, weights: Floats) -> Floats:
 
 
 @needs_amx
-@settings(deadline=None, max_examples=20)
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 1000))
-def test_tiles_are_the_sum_of_their_parts(groups: int, blocks: int, seed: int) -> None:
-    tiles = values(seed, groups * THIRD, blocks * LANES)
-    chunks, sixteens = -(-blocks // 2), -(-groups * THIRD // ROWS)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 37), st.integers(1, 5), st.booleans(), st.integers(0, 1000))
+def test_rows_are_the_sum_of_their_parts(rows: int, blocks: int, as_groups: bool, seed: int) -> None:
+    given = values(seed, rows, blocks * LANES)
+    chunks, sixteens, row = -(-blocks // 2), -(-rows // ROWS), blocks * LANES * 4
     dst = lines(sixteens * chunks * CHUNK_BYTES)
-    src = grouped(tiles)
-    call_split_tiles(src.ctypes.data, THIRD * blocks * LANES * 4, groups, blocks, dst.ctypes.data)
-    got = whole(dst.reshape(sixteens, chunks, 3, ROWS, 64)).transpose(0, 2, 1, 4, 3).reshape(-1, chunks * CHUNK)
-    np.testing.assert_array_equal(got[: len(tiles), : tiles.shape[1]], tiles.astype(np.float64))
-    assert not got[: len(tiles), tiles.shape[1] :].any()
+    if as_groups:
+        src, strides = grouped(given), (THIRD * row, LANES * 4, THIRD * LANES * 4)
+    else:
+        src, strides = given, (THIRD * row, row, LANES * 4)
+    call_split_rows(src.ctypes.data, *strides, rows, blocks, dst.ctypes.data)
+    kept = dst.reshape(sixteens, chunks, 3, ROWS, 64)
+    got = whole(kept).transpose(0, 2, 1, 4, 3).reshape(-1, chunks * CHUNK)
+    np.testing.assert_array_equal(got[:rows, : blocks * LANES], given.astype(np.float64))
+    assert not got[:rows, blocks * LANES :].any()
+    assert (kept.transpose(0, 3, 1, 2, 4).reshape(sixteens * ROWS, -1)[rows:] == 0xAB).all()
 
 
 @needs_amx
-@settings(deadline=None, max_examples=20)
-@given(st.integers(1, 7), st.integers(0, 1000))
-def test_weights_are_the_sum_of_their_parts(blocks: int, seed: int) -> None:
-    weights = values(seed, blocks * LANES, NR)
-    chunks = -(-blocks // 2)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 70), st.integers(0, 2), st.integers(0, 1000))
+def test_weights_are_the_sum_of_their_parts(rows: int, apart: int, seed: int) -> None:
+    weights = values(seed, rows, NR + apart * LANES)
+    chunks = -(-rows // CHUNK)
     dst = lines(chunks * 2 * CHUNK_BYTES)
-    call_split_weights(weights.ctypes.data, len(weights), dst.ctypes.data)
+    call_split_weights(weights.ctypes.data, weights.shape[1] * 4, rows, dst.ctypes.data)
     got = whole(dst.reshape(chunks, 2, 3, ROWS, 64)).transpose(0, 4, 2, 1, 3).reshape(chunks * CHUNK, NR)
-    np.testing.assert_array_equal(got[: len(weights)], weights.astype(np.float64))
-    assert not got[len(weights) :].any()
+    np.testing.assert_array_equal(got[:rows], weights[:, :NR].astype(np.float64))
+    assert not got[rows:].any()
 
 
 @pytest.mark.parametrize("cin", [16, 32, 48, 128, 512])

@@ -32,6 +32,8 @@ from fluxvae.engine.kernels.choose import make_kernels, no_winograd
 from fluxvae.engine.kernels.cpu import (
     amx,
     attention,
+    attention_amx,
+    attention_loops,
     counters,
     few_outputs,
     multiply,
@@ -585,7 +587,11 @@ def test_they_are_what_a_cpu_decodes_with() -> None:
 def test_numbas_cache_knows_the_vector_code() -> None:
     # Numba recompiles when the file of a function changes, not when what it calls does.
     digest = hashlib.sha256()
-    for module in (vector_code, counters, products, amx, multiply, pixel_loops, winograd_loops, winograd_matrices):
+    called = (
+        vector_code, counters, products, amx, multiply, pixel_loops, winograd_loops, winograd_matrices, attention_loops,
+        attention_amx,
+    )  # fmt: skip
+    for module in called:
         digest.update(Path(module.__file__).read_bytes())
     for module in (winograd_tasks, winograd_weights, row_tasks, few_outputs, attention):
         assert digest.hexdigest()[:16] == module.VECTOR_CODE, (

@@ -21,7 +21,7 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 
-from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, NR, THIRD
+from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import I64, LINE, VECTOR, VECTOR_BYTES, Code, vector_function
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "multiply_32",
     "release_registers",
     "shape_registers",
-    "split_tiles",
+    "split_rows",
     "split_weights",
 ]
 
@@ -119,7 +119,7 @@ def _release_registers() -> Any:
 def _multiply(halves: int) -> Any:
     """``f(a, half, b, chunks, c, ahead, lines)``: up to 16 * halves tiles, K channels, by NR output channels, to ``c``.
 
-    ``a``: the parts of 16 tiles as `split_tiles` writes them; those of the next 16 are ``half`` bytes further. ``b``:
+    ``a``: the parts of 16 tiles as `split_rows` writes them; those of the next 16 are ``half`` bytes further. ``b``:
     those of the weights of NR output channels, as `split_weights` writes them. ``c``: (tiles, NR) float32 contiguous.
     Meanwhile ``lines`` cache lines for each chunk are fetched from ``ahead`` into L2.
     """
@@ -175,68 +175,80 @@ def _multiply(halves: int) -> Any:
     return vector_function(f"fluxvae_amx_multiply_{ROWS * halves}", 7, emit)
 
 
-def _split_tiles() -> Any:
-    """``split_tiles(src, group, groups, blocks, dst)``: groups of `products`' tiles into parts.
+def _split_rows() -> Any:
+    """``split_rows(src, group, row, block, rows, blocks, dst)``: rows of blocks * LANES values into parts.
 
-    ``src``: groups of THIRD tiles of blocks * LANES channels, ``group`` bytes apart. ``dst``: for every 16 tiles, for
-    every chunk, the three parts, each of 16 cache lines. Where the last chunk has 16 channels, the rest of it is zero.
+    ``src``: groups of THIRD rows ``group`` bytes apart, the rows of a group ``row`` bytes apart, and their vectors
+    ``block`` bytes apart. ``dst``: for every 16 rows, for every chunk, the three parts, each of 16 cache lines. Where
+    the last chunk has 16 channels, the rest of it is zero. What follows the last row is not written.
     """
 
-    def emit(x: Code, src: ir.Value, group: ir.Value, groups: ir.Value, blocks: ir.Value, dst: ir.Value) -> None:
+    def emit(
+        x: Code, src: ir.Value, group: ir.Value, row: ir.Value, block: ir.Value, rows: ir.Value, blocks: ir.Value,
+        dst: ir.Value,
+    ) -> None:  # fmt: skip
         chunks = x.b.sdiv(x.b.add(blocks, x.i(1)), x.i(2))
-        per_rows = ROWS // THIRD
 
-        def one(index: ir.Value) -> None:
-            source = x.at(src, x.b.mul(index, group))
-            register, place = x.b.sdiv(index, x.i(per_rows)), x.b.srem(index, x.i(per_rows))
-            target = x.at(
-                dst, x.b.mul(register, x.b.mul(chunks, x.i(CHUNK_BYTES))), x.b.mul(place, x.i(THIRD * LINE))
-            )  # fmt: skip
+        def split(first: ir.Value, count: int) -> None:
+            which, place = x.b.sdiv(first, x.i(THIRD)), x.b.srem(first, x.i(THIRD))
+            source = x.at(src, x.b.mul(which, group), x.b.mul(place, row))
+            sixteen, line = x.b.sdiv(first, x.i(ROWS)), x.b.srem(first, x.i(ROWS))
+            target = x.at(dst, x.b.mul(sixteen, x.b.mul(chunks, x.i(CHUNK_BYTES))), x.b.mul(line, x.i(LINE)))
 
             def chunk(k: ir.Value) -> None:
-                left, right = x.at(source, x.b.mul(k, x.i(2 * GROUP_BYTES))), x.at(target, x.b.mul(k, x.i(CHUNK_BYTES)))
-                other = x.b.icmp_signed("<", x.b.add(x.b.mul(k, x.i(2)), x.i(1)), blocks)
-                far = x.b.select(other, x.i(GROUP_BYTES), x.i(0))
-                for t in range(THIRD):
-                    where = x.at(left, t * VECTOR_BYTES)
-                    second = x.b.select(other, x.load(x.at(where, far)), x.const(0.0))
+                left = x.at(source, x.b.mul(k, x.b.mul(block, x.i(2))))
+                right = x.at(target, x.b.mul(k, x.i(CHUNK_BYTES)))
+                there = x.b.icmp_signed("<", x.b.add(x.b.mul(k, x.i(2)), x.i(1)), blocks)
+                far = x.b.select(there, block, x.i(0))
+                for t in range(count):
+                    where = x.at(left, x.b.mul(row, x.i(t)))
+                    second = x.b.select(there, x.load(x.at(where, far)), x.const(0.0))
                     for part, value in enumerate(x.parts(x.load(where), second)):
                         x.store(value, x.at(right, part * REGISTER + t * LINE))
 
             x.loop(chunks, chunk)
 
-        x.loop(groups, one)
+        # A group at a time, because lines that lie side by side are written faster.
+        groups, rest = x.b.sdiv(rows, x.i(THIRD)), x.b.srem(rows, x.i(THIRD))
+        whole = x.b.sub(rows, rest)
+        with x.b.if_then(x.b.icmp_signed(">", groups, x.i(0))):
+            x.loop(groups, lambda index: split(x.b.mul(index, x.i(THIRD)), THIRD))
+        with x.b.if_then(x.b.icmp_signed(">", rest, x.i(0))):
+            x.loop(rest, lambda index: split(x.b.add(whole, index), 1))
 
-    return vector_function("fluxvae_amx_split_tiles", 5, emit)
+    return vector_function("fluxvae_amx_split_rows", 7, emit)
 
 
 def _split_weights() -> Any:
-    """``split_weights(src, channels, dst)``: (channels, NR) float32 into the parts that `multiply_32` takes.
+    """``split_weights(src, row, rows, dst)``: (rows, NR) float32, ``row`` bytes apart, as `multiply_32` takes weights.
 
-    ``dst``: for every chunk, for the first and the second 16 output channels, the three parts, each of 16 cache lines
-    of pairs. Where the last chunk has 16 channels, the rest of it is zero.
+    ``dst``: for every chunk of 32 rows, for the first and the second 16 columns, the three parts, each of 16 cache
+    lines of pairs. What a last chunk lacks of rows is zero.
     """
 
-    def emit(x: Code, src: ir.Value, channels: ir.Value, dst: ir.Value) -> None:
+    def emit(x: Code, src: ir.Value, row: ir.Value, rows: ir.Value, dst: ir.Value) -> None:
         def chunk(k: ir.Value) -> None:
-            left, right = x.at(src, x.b.mul(k, x.i(CHUNK * NR * 4))), x.at(dst, x.b.mul(k, x.i(2 * CHUNK_BYTES)))
-            other = x.b.icmp_signed("<", x.b.add(x.b.mul(k, x.i(CHUNK)), x.i(ROWS)), channels)
-            far = x.b.select(other, x.i(ROWS * NR * 4), x.i(0))
+            target = x.at(dst, x.b.mul(k, x.i(2 * CHUNK_BYTES)))
 
-            def row(c: ir.Value) -> None:
+            def pair(c: ir.Value) -> None:
+                first = x.b.add(x.b.mul(k, x.i(CHUNK)), c)
+                line = x.at(target, x.b.mul(c, x.i(LINE)))
                 for w in range(2):
-                    where = x.at(left, x.b.mul(c, x.i(NR * 4)), w * VECTOR_BYTES)
-                    second = x.b.select(other, x.load(x.at(where, far)), x.const(0.0))
-                    for part, value in enumerate(x.parts(x.load(where), second)):
-                        x.store(value, x.at(right, x.b.mul(c, x.i(LINE)), w * CHUNK_BYTES + part * REGISTER))
+                    values = []
+                    for index in (first, x.b.add(first, x.i(ROWS))):
+                        there = x.b.icmp_signed("<", index, rows)
+                        where = x.at(src, x.b.select(there, x.b.mul(index, row), x.i(0)), w * VECTOR_BYTES)
+                        values.append(x.b.select(there, x.load(where), x.const(0.0)))
+                    for part, value in enumerate(x.parts(*values)):
+                        x.store(value, x.at(line, w * CHUNK_BYTES + part * REGISTER))
 
-            x.loop(x.i(ROWS), row)
+            x.loop(x.i(ROWS), pair)
 
-        x.loop(x.b.sdiv(x.b.add(channels, x.i(CHUNK - 1)), x.i(CHUNK)), chunk)
+        x.loop(x.b.sdiv(x.b.add(rows, x.i(CHUNK - 1)), x.i(CHUNK)), chunk)
 
-    return vector_function("fluxvae_amx_split_weights", 3, emit)
+    return vector_function("fluxvae_amx_split_weights", 4, emit)
 
 
 shape_registers, release_registers = _shape_registers(), _release_registers()
 multiply_16, multiply_32 = _multiply(1), _multiply(2)
-split_tiles, split_weights = _split_tiles(), _split_weights()
+split_rows, split_weights = _split_rows(), _split_weights()

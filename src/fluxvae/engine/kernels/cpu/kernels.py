@@ -1,9 +1,9 @@
 """3x3 convolutions on a CPU with a fifth of the multiplications, by Winograd's F(6, 3) in float32, channels last.
 
-`products`, `winograd_loops` and `pixel_loops` have the inner loops, `winograd_tasks` and `winograd_weights` the order
-of work, `winograd_layer` the weights and the job of one convolution, and `threads` the threads. `row_tasks` has linear
-layers and passes over pixels, `attention` attention, and `few_outputs` the last layer. What is not in float32, or has
-no whole vectors of channels, goes to the direct kernels.
+`products`, `amx`, `winograd_loops` and `pixel_loops` have the inner loops, and `multiply` chooses between the first
+two. `winograd_tasks` and `winograd_weights` have the order of work, `winograd_layer` the weights and the job of one
+convolution, and `threads` the threads. `row_tasks` has linear layers and passes over pixels, `attention` attention, and
+`few_outputs` the last layer. What is not in float32, or has no whole vectors of channels, goes to the direct kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fluxvae.engine.kernels.cpu.attention import (
     AttentionJob,
     attention,
     attention_tasks,
+    attention_tasks_amx,
 )
 from fluxvae.engine.kernels.cpu.costs import WinogradCosts, attention_results, few, whole_vectors
 from fluxvae.engine.kernels.cpu.few_outputs import (
@@ -44,6 +45,7 @@ from fluxvae.engine.kernels.cpu.row_tasks import (
     linear_rows,
     linear_weights,
 )
+from fluxvae.engine.kernels.cpu.vector_code import AMX
 from fluxvae.engine.kernels.cpu.winograd_cut import form_of, transformed_bytes
 from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
 from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, Shared, convolve, merge
@@ -86,7 +88,8 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)
-        attention_tasks(AttentionJob(*[1] * len(AttentionJob._fields)), done, 0)
+        for tasks in (attention_tasks, attention_tasks_amx) if AMX else (attention_tasks,):
+            tasks(AttentionJob(*[1] * len(AttentionJob._fields)), done, 0)
         few_outputs_rows(FewJob(*[1] * len(FewJob._fields)), done)
         threads.run(lambda worker: None, 2)  # compiles how threads wait
         _prepared = True

@@ -14,14 +14,14 @@ from fluxvae.engine.kernels.cpu.amx import (
     multiply_32,
     release_registers,
     shape_registers,
-    split_tiles,
+    split_rows,
     split_weights,
 )
 from fluxvae.engine.kernels.cpu.pixel_loops import copy
-from fluxvae.engine.kernels.cpu.products import NR, THIRD, TILES, products_1, products_2, products_3
-from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES, LINE, compiled
+from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, NR, THIRD, TILES, products_1, products_2, products_3
+from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES, LINE, VECTOR_BYTES, compiled
 
-__all__ = ["multiply", "pack_panel", "panel_bytes", "split_bytes"]
+__all__ = ["multiply", "multiply_parts", "pack_panel", "panel_bytes", "split_bytes"]
 
 SPLIT_BYTES = 1100 << 10
 """The bytes of tiles' parts that are multiplied by all weights before the next ones: a third of the L2 cache that every
@@ -49,6 +49,23 @@ _tiles_at_once_compiled = compiled(_tiles_at_once)
 
 
 @compiled
+def multiply_parts(parts: int, tiles: int, weights: int, chunks: int, out: int, ahead: int, lines: int) -> None:
+    """Multiply tiles by one panel's weights, both of them in parts, by AMX; see `amx` for the arguments."""
+    half, whole, rest = chunks * CHUNK_BYTES, tiles // (2 * ROWS), tiles % (2 * ROWS)
+    if whole:
+        shape_registers(ROWS, ROWS)
+    for _ in range(whole):
+        multiply_32(parts, half, weights, chunks, out, ahead, lines)
+        parts, out, ahead = parts + 2 * half, out + 2 * ROWS * NR * 4, ahead + lines * chunks * LINE
+    if rest > ROWS:
+        shape_registers(ROWS, rest - ROWS)
+        multiply_32(parts, half, weights, chunks, out, ahead, lines)
+    elif rest > 0:
+        shape_registers(rest, rest)
+        multiply_16(parts, half, weights, chunks, out, ahead, lines)
+
+
+@compiled
 def multiply(
     left: int, tiles: int, weights: int, panel_weights: int, panels: int, cin: int, out: int, panel_out: int, split: int
 ) -> None:
@@ -63,30 +80,15 @@ def multiply(
     """
     blocks, group = cin // LANES, THIRD * cin * 4
     if AMX:
-        half = -(-cin // CHUNK) * CHUNK_BYTES
-        chunks, most = half // CHUNK_BYTES, _tiles_at_once_compiled(cin)
+        chunks, most = -(-cin // CHUNK), _tiles_at_once_compiled(cin)
         done = 0
         while done < tiles:
             count = min(most, tiles - done)
-            split_tiles(left + done // THIRD * group, group, (count + THIRD - 1) // THIRD, blocks, split)
-            whole, rest = count // (2 * ROWS), count % (2 * ROWS)
-            lines = 2 * CHUNK_BYTES // LINE // (whole + (rest > 0)) + 1
+            split_rows(left + done // THIRD * group, group, VECTOR_BYTES, GROUP_BYTES, count, blocks, split)
+            lines = 2 * CHUNK_BYTES // LINE // -(-count // (2 * ROWS)) + 1
             for panel in range(panels):
                 right, target = weights + panel * panel_weights, out + panel * panel_out + done * NR * 4
-                ahead = right + panel_weights
-                if whole:
-                    shape_registers(ROWS, ROWS)
-                for block in range(whole):
-                    multiply_32(split + 2 * block * half, half, right, chunks, target, ahead, lines)
-                    target += 2 * ROWS * NR * 4
-                    ahead += lines * chunks * LINE
-                last = split + 2 * whole * half
-                if rest > ROWS:
-                    shape_registers(ROWS, rest - ROWS)
-                    multiply_32(last, half, right, chunks, target, ahead, lines)
-                elif rest > 0:
-                    shape_registers(rest, rest)
-                    multiply_16(last, half, right, chunks, target, ahead, lines)
+                multiply_parts(split, count, right, chunks, target, right + panel_weights, lines)
             done += count
         release_registers()
         return
@@ -111,6 +113,6 @@ def multiply(
 def pack_panel(src: int, cin: int, dst: int) -> None:
     """Lay out the weights of NR output channels, (cin, NR) float32, as `multiply` reads them."""
     if AMX:
-        split_weights(src, cin, dst)
+        split_weights(src, NR * 4, cin, dst)
     else:
         copy(src, dst, cin * NR // LANES)

@@ -185,6 +185,22 @@ class Code:
             made.append(self.b.bitcast(self.b.or_(lower, bits[1]), VECTOR))
         return made
 
+    def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:
+        """LANES vectors as the columns of a square matrix, by swapping smaller and smaller blocks."""
+        rows, distance = list(rows), LANES // 2
+        while distance:
+            for i in range(LANES):
+                if i & distance:
+                    continue
+                one, other = rows[i], rows[i + distance]
+                for k, begin in enumerate((0, distance)):
+                    swapped = LANES - distance  # from a lane of one to a lane of the other, of which more follow
+                    order = [lane + begin + (swapped if lane & distance else 0) for lane in range(LANES)]
+                    picks = ir.Constant(ir.VectorType(I32, LANES), order)
+                    rows[i + k * distance] = self.b.shuffle_vector(one, other, picks)
+            distance //= 2
+        return rows
+
     def exp(self, t: ir.Value) -> ir.Value:
         """exp(t), within 1 unit in the last place from -87 to 88; t is clamped to that range, and NaN stays NaN.
 
