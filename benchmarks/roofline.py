@@ -3,11 +3,12 @@
     uv run --group bench benchmarks/roofline.py                        # FLUX.1 at 512 and 1024 pixels
     uv run --group bench benchmarks/roofline.py --model flux2-small --sizes 256
 
-First the machine: how many multiply-adds a second our product loop does on all threads while everything is in the L1
-cache, and how many bytes a second a large copy reads and writes. Then one decode, timed call by call. For each kind of
-call the table has two floors: its multiply-adds at that rate, and the bytes of its maps and of its weights at that
-bandwidth. Whatever is in a cache by then is not read from memory, so a call can be faster than its floor of bytes. The
-products of Winograd's form are counted, not those that direct convolution would take; the transforms are not.
+First the machine: how many multiply-adds in float32 a second our product loop does on all threads while everything is
+in the L1 cache (with AMX each of them is six in bfloat16), and how many bytes a second a large copy reads and writes.
+Then one decode, timed call by call. For each kind of call the table has two floors: its multiply-adds at that rate, and
+the bytes of its maps and of its weights at that bandwidth. Whatever is in a cache by then is not read from memory, so a
+call can be faster than its floor of bytes. The products of Winograd's form are counted, not those that direct
+convolution would take; the transforms are not.
 
 The machine is measured before and after each decode, because its speed may swing; the larger rate counts. The decode
 must be equal, bit for bit, to one that is not timed. The last line is JSON.
@@ -33,12 +34,17 @@ from fluxvae.engine.calls import Call
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock
 from fluxvae.engine.kernels.cpu import threads
-from fluxvae.engine.kernels.cpu.products import GROUP_BYTES, NR, TILES, products_3
-from fluxvae.engine.kernels.cpu.vector_code import LANES, compiled
+from fluxvae.engine.kernels.cpu.multiply import multiply, pack_panel, panel_bytes, split_bytes
+from fluxvae.engine.kernels.cpu.products import NR, TILES
+from fluxvae.engine.kernels.cpu.vector_code import AMX, compiled
 from measure import MODELS, full_vae, machine, raw_latents
 
 K = 128
 """The length of the products with which the machine is measured: everything is in the L1 cache."""
+ROWS = 32 if AMX else TILES
+"""How many tiles they are of: one register block."""
+PANELS = 64
+"""How often a block is multiplied, each time by the same weights; with AMX it is split into parts once before."""
 
 
 @dataclass
@@ -59,22 +65,28 @@ class Machine:
 
 
 @compiled
-def _multiply(left: Any, right: Any, out: Any, times: int) -> None:
+def _multiply(left: Any, right: Any, out: Any, split: Any, times: int) -> None:
+    aligned = (split.ctypes.data + 63) // 64 * 64
     for _ in range(times):
-        products_3(left.ctypes.data, GROUP_BYTES * K // LANES, right.ctypes.data, K // LANES, out.ctypes.data, 0, 0)
+        multiply(left.ctypes.data, ROWS, right.ctypes.data, 0, PANELS, K, out.ctypes.data, 0, aligned)
 
 
 def measure_machine(workers: int, repeats: int = 5) -> Machine:
     """Measure the multiply-adds and the bytes copied in a second by so many threads; the best of ``repeats``."""
-    times = 20_000
-    arrays = [[np.zeros(n, np.float32) for n in (K * TILES, K * NR, TILES * NR)] for _ in range(workers)]
+    times = 300
+    random = np.random.default_rng(0)  # with zeros a processor draws less power, and may run faster
+    sizes = (K * ROWS, panel_bytes(K) // 4, ROWS * NR, split_bytes(ROWS, K) // 4 + 16)
+    arrays = [[random.random(n, np.float32) for n in sizes] for _ in range(workers)]
+    weights = random.random((K, NR), np.float32)
+    for _, right, *_ in arrays:
+        pack_panel(weights.ctypes.data, K, right.ctypes.data)
     source, target = torch.zeros(2, 1 << 26, dtype=torch.float32, device="cpu")
     _multiply(*arrays[0], 1)
     macs = nbytes = 0.0
     for _ in range(repeats):
         start = time.perf_counter()
         threads.run(lambda worker: _multiply(*arrays[worker], times), workers)
-        macs = max(macs, workers * times * K * TILES * NR / (time.perf_counter() - start))
+        macs = max(macs, workers * times * PANELS * K * ROWS * NR / (time.perf_counter() - start))
         start = time.perf_counter()
         target.copy_(source)
         nbytes = max(nbytes, 2 * source.nbytes / (time.perf_counter() - start))

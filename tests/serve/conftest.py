@@ -108,7 +108,7 @@ def family(
 ) -> Iterator[Family]:
     """A server of every model that ships. FLUX.1's encoder has little memory, which small pictures do not need."""
     settings = {name: {"checkpoint": checkpoint, "threads": "1"} for name, checkpoint in checkpoints.items()}
-    settings["vae_encoder"]["memory_limit"] = "8MB"
+    settings["vae_encoder"]["memory_limit"] = "9MB"
     repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
     library = {name: Decoder.from_pretrained(checkpoints[name], device="cpu") for name in DECODERS}
     encoders = {name: Encoder.from_pretrained(checkpoints[name], device="cpu") for name in ENCODERS}

@@ -463,7 +463,7 @@ def test_flux2_there_and_back(others: TritonServer, flux2_encoder: Encoder, prot
 
 def test_a_memory_limit_that_is_too_small(others: TritonServer) -> None:
     with Client(others.grpc_url) as client:
-        with pytest.raises(MemoryLimitError, match="memory_limit: got 8000000 bytes"):
+        with pytest.raises(MemoryLimitError, match="memory_limit: got 9000000 bytes"):
             client.encode(pixels(1024, 1024))
         assert client.encode(pixels(32, 32)).shape == (1, 4, 64)
 

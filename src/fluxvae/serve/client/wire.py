@@ -6,6 +6,7 @@ client of NumPy arrays and pictures starts in a fraction of a second and stays s
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Callable
@@ -141,6 +142,11 @@ def refused_before_work(error: BaseException) -> bool:
     return isinstance(error, Unsent) or (isinstance(error, UnavailableError) and _FULL in str(error))
 
 
+def _in_words(seconds: float) -> str:
+    """A timeout as the caller knows it, from what was left of it when the request was ready: milliseconds less."""
+    return f"{math.ceil(100 * seconds) / 100:g}"
+
+
 def error_of(status: str, message: str, request: Request, *, timeout_s: float) -> FluxVAEError:
     """Return the error that the library would have raised, or the one that is nearest to it.
 
@@ -157,8 +163,8 @@ def error_of(status: str, message: str, request: Request, *, timeout_s: float) -
         return InvalidOptionError(message) if name in _OPTIONS else request.refusal(message)
     if status == "DEADLINE_EXCEEDED" or (status == "UNAVAILABLE" and _LATE in message):
         return DeadlineExceededError(
-            f"timeout_s: no answer within {timeout_s:.3g} s {where}, so it is no longer waited for; allow more, or "
-            "send less"
+            f"timeout_s: no answer within {_in_words(timeout_s)} s {where}, so it is no longer waited for; allow more, "
+            "or send less"
         )
     if status == "CANCELLED":
         return DecodeCancelled(f"{message} {where}")

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "attention_tasks_amx", "padded_queries"]
 
-VECTOR_CODE = "c89c7846e463e47c"
+VECTOR_CODE = "b8309f3c93288fbc"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 8 if AMX else 4
 """How many panels of queries a task has: the more, the less often the map is read. That counts where memory is slow: on

@@ -37,7 +37,7 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["ConvJob", "Shared", "convolve", "merge"]
 
-VECTOR_CODE = "c89c7846e463e47c"
+VECTOR_CODE = "b8309f3c93288fbc"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 PLAIN, UP, DOWN, PRECISE = 0, 1, 2, 3
