@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,10 +174,18 @@ def test_a_system_that_does_not_let_us() -> None:
     assert out.strip() == ("pack_panel_without_amx" if AMX else "pack_panel")
 
 
-def test_linux_is_asked_once() -> None:
-    assert system.may_use_amx() is system.may_use_amx()
-    if AMX:
-        assert system.may_use_amx()
+@pytest.mark.parametrize(("answer", "may"), [(0, True), (-1, False), (None, False)])
+def test_linux_is_asked(answer: int | None, may: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def syscall(*words: int) -> int | None:
+        asked.append(words)
+        return answer
+
+    library = SimpleNamespace() if answer is None else SimpleNamespace(syscall=syscall)  # a C library without it
+    monkeypatch.setattr(system.ctypes, "CDLL", lambda name: library)
+    assert system.may_use_amx.__wrapped__() is may
+    assert asked == ([] if answer is None else [(158, 0x1023, 18)])
 
 
 @pytest.mark.slow

@@ -1,10 +1,9 @@
 """Exact attention of one wide head on a CPU, in float32.
 
 The softmax is computed online, so that only the scores of a few keys are stored at a time. Keys and values are the same
-rows here, those of the normalised map (`TorchKernels.attend` says why), and both products read them where they lie.
-Everything is transposed: a vector holds the same channel of several queries, NR of which make a panel. A softmax over
-the keys then goes from row to row, and no vector ever has to be summed up or shuffled. The result of a query is one
-chain of operations in a fixed order, whichever thread computes it and whatever other queries there are.
+rows here, those of the normalised map (`TorchKernels.attend` says why). NR queries make a panel, whose inner loops are
+in `attention_loops`, and in `attention_amx` what else AMX needs. The result of a query is one chain of operations in a
+fixed order, whichever thread computes it and whatever other queries there are.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
 Compiled by Numba, without the GIL. Addresses and strides are in bytes.
