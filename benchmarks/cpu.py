@@ -53,9 +53,9 @@ class _Decoder(torch.nn.Module):
         return image
 
 
-def _exact(kernels: str, dtype: torch.dtype = torch.float32) -> Build:
+def _exact(kernels: str, dtype: torch.dtype = torch.float32, *, keep_memory: bool = False) -> Build:
     def build(model: str, raw: torch.Tensor) -> Decode:
-        engine = ExactDecoder(full_vae(model, dtype), kernels=kernels)
+        engine = ExactDecoder(full_vae(model, dtype), kernels=kernels, keep_memory=keep_memory)
         engine.decode(raw[:, :, :2, :2].to(dtype))  # compiles the kernels, or loads compiled ones
         return lambda raw: engine.decode(raw.to(dtype))
 
@@ -103,6 +103,7 @@ def _onnxruntime(model: str, raw: torch.Tensor) -> Decode:
 
 ENGINES: dict[str, tuple[str, Build]] = {
     "fluxvae": ("fluxvae, Winograd float32", _exact("winograd")),
+    "fluxvae-kept": ("fluxvae, keep_memory", _exact("winograd", keep_memory=True)),
     "diffusers-f32": ("diffusers float32", _diffusers(torch.float32)),
     "openvino-f32": ("OpenVINO f32", _openvino("f32")),
     "fluxvae-direct": ("fluxvae, direct float32", _exact("torch")),

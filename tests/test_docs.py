@@ -48,10 +48,12 @@ def test_getting_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect
 
 
 def test_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    [block] = blocks(DOCS / "memory.md", "python")
-    names = run(block, tmp_path, monkeypatch)
+    bounded, keeping = blocks(DOCS / "memory.md", "python")
+    names = run(bounded, tmp_path, monkeypatch)
     assert names["decoder"].plan(2048, 2048).peak_bytes <= 600_000_000
     assert "2048x2048" in capsys.readouterr().out
+    names = run(keeping, tmp_path, monkeypatch, names)
+    assert names["decoder"].plan(1024, 1024).kept_bytes > 0
 
 
 def test_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from engine_models import Shape, needs_vector_code, one_thread, rms, shapes, true_encode
 from fluxvae import devices
 from fluxvae.engine.exact import ExactEncoder, PrecisionRetryWarning
+from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.runner import Runner
 from fluxvae.errors import DecodeCancelled, InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.verify.tolerances import (
@@ -194,7 +195,8 @@ def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int, more: t
         layers.append(layer)
     plan = planner._make(tuple(layers), fastest=tuple(layers), limit=None, source="", spill_dir=None)
     moments = torch.empty(8, 5 + more[0] // 4, 4 + more[1] // 4)
-    runner = Runner(engine.network, plan, engine._kernels(pixels.device), spill, pixels.device, pixels.dtype, int)
+    room, kernels = ArenaPool(pixels.device), engine._kernels(pixels.device)
+    runner = Runner(engine.network, plan, kernels, room, spill, pixels.device, pixels.dtype, int)
     with torch.no_grad():
         runner.run(pixels[0], moments)
     runner.close()

@@ -20,6 +20,7 @@ from fluxvae import devices
 from fluxvae.engine import planner
 from fluxvae.engine.exact import ExactDecoder, PrecisionRetryWarning
 from fluxvae.engine.kernels.direct import onednn
+from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.records import Norm
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.statistics import MOST_BLOCKS, FiniteChecks, Moments, block_moments
@@ -145,7 +146,8 @@ def test_same_bits_for_any_plan_at_all(data: st.DataObject, blocks: int) -> None
         layers.append(layer)
     plan = planner._make(tuple(layers), fastest=tuple(layers), limit=None, source="", spill_dir=None)
     image = torch.empty(3, 20, 16)
-    runner = Runner(engine.network, plan, engine._kernels(raw.device), spill, raw.device, raw.dtype, lambda: None)
+    room = ArenaPool(raw.device)
+    runner = Runner(engine.network, plan, engine._kernels(raw.device), room, spill, raw.device, raw.dtype, lambda: None)
     with torch.no_grad():
         runner.run(raw[0], image)
     runner.close()

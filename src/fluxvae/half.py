@@ -53,6 +53,7 @@ class Half(Generic[Exact, Reference, Preview]):
         memory_limit: int | str | None,
         spill_dir: str | Path | None,
         cuda_graphs: bool,
+        keep_memory: bool,
         tiling: bool,
         slicing: bool,
     ) -> None:
@@ -72,6 +73,7 @@ class Half(Generic[Exact, Reference, Preview]):
             "memory_limit": memory_limit,
             "spill_dir": spill_dir,
             "cuda_graphs": cuda_graphs,
+            "keep_memory": keep_memory,
             "tiling": tiling,
             "slicing": slicing,
         }
@@ -94,8 +96,9 @@ class Half(Generic[Exact, Reference, Preview]):
         self.engine: Exact | Reference | Preview
         if engine == "exact":
             self.engine = exact(
-                vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir, cuda_graphs=cuda_graphs
-            )
+                vae, kernels=kernels, memory_limit=self.memory_limit, spill_dir=spill_dir, cuda_graphs=cuda_graphs,
+                keep_memory=keep_memory,
+            )  # fmt: skip
         elif engine == "preview":
             self.engine = preview(vae, memory_limit=self.memory_limit)
         else:

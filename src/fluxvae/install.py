@@ -152,6 +152,7 @@ def install(
     spill_dir: str | Path | None = None,
     kernels: str = "auto",
     cuda_graphs: bool = False,
+    keep_memory: bool = False,
 ) -> Installed:
     """Make ``vae.decode`` and ``vae.encode`` exact and bounded in memory, in place, whatever pipeline holds the VAE.
 
@@ -166,6 +167,7 @@ def install(
         spill_dir: the folder for feature maps that memory has no room for.
         kernels, cuda_graphs: as for `fluxvae.Decoder`. Graphs are of no use to a pipeline that moves its VAE between
             images, as those with offloading do: a moved model is recorded anew.
+        keep_memory: as for `fluxvae.Decoder`, for each half of the VAE.
 
     Returns:
         A handle whose ``remove()`` undoes it.
@@ -193,6 +195,7 @@ def install(
     halves = [way for way in (DECODE, ENCODE) if getattr(vae, way.network, None) is not None]
     options: dict[str, Any] = {
         "kernels": kernels, "memory_limit": limit, "spill_dir": spill_dir, "cuda_graphs": cuda_graphs,
+        "keep_memory": keep_memory,
     }  # fmt: skip
     decoder = ExactDecoder(vae, **options) if halves != [ENCODE] else None  # which refuses what has neither half
     encoder = ExactEncoder(vae, **options) if ENCODE in halves else None

@@ -94,7 +94,7 @@ def resolve_engine(engine: str, vae: VAE) -> str:
 
 
 _OPTIONS_OF = {
-    "exact": {"kernels", "memory_limit", "spill_dir", "cuda_graphs"},
+    "exact": {"kernels", "memory_limit", "spill_dir", "cuda_graphs", "keep_memory"},
     "preview": {"memory_limit"},
     "diffusers": {"tiling", "slicing"},
 }

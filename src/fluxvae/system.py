@@ -13,6 +13,7 @@ import ctypes
 import functools
 import importlib
 import itertools
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ __all__ = [
     "free_memory",
     "give_way",
     "hold",
+    "in_large_pages",
     "may_use_amx",
     "names_ignore_case",
     "peak_of_memory",
@@ -142,6 +144,35 @@ def peak_of_memory() -> Iterator[list[int]]:
     before = _resident("VmRSS")
     yield peak
     peak.append(_resident("VmHWM") - before)
+
+
+_LARGE_PAGE = 2 << 20
+"""The bytes of a large page of x86-64, and of Arm with small pages of 4 kB."""
+
+
+def in_large_pages(nbytes: int) -> memoryview | None:
+    """Allocate memory, all zeros, for which Linux is asked for large pages; whether it has any is its own affair.
+
+    Returns:
+        None where no system can be asked.
+
+    Raises:
+        MemoryError: there is not so much memory.
+    """
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return None
+    try:
+        block = mmap.mmap(-1, nbytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"cannot allocate {nbytes} bytes: {error}") from error
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _LARGE_PAGE
+    # What the last page has beyond what was asked for would be resident, so only whole pages are asked for.
+    whole = nbytes // _LARGE_PAGE * _LARGE_PAGE
+    if whole:
+        with contextlib.suppress(OSError):  # a system that was built without them
+            block.madvise(advice, start, whole)
+    return memoryview(block)[start : start + nbytes]
 
 
 def _resident(field: str) -> int:

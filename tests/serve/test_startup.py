@@ -37,6 +37,7 @@ def test_every_parameter_is_honoured() -> None:
             "engine": "diffusers",
             "memory_limit": "2GiB",
             "cuda_graphs": "true",
+            "keep_memory": "true",
             "max_pixels": "1024",
             "threads": "3",
         }
@@ -49,6 +50,7 @@ def test_every_parameter_is_honoured() -> None:
         "engine": "diffusers",
         "memory_limit": "2GiB",
         "cuda_graphs": True,
+        "keep_memory": True,
     }
 
 

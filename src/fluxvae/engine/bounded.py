@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fluxvae.engine.calls import ALIGN
 from fluxvae.engine.clock import Cancel, Clock, Progress
 from fluxvae.engine.graphs import addresses
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.memory.free import is_out_of_memory
+from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.plan import Plan, size_in_words
 from fluxvae.engine.planned import PlannedEngine, dtype_name
@@ -60,6 +62,9 @@ class ExactEngine(PlannedEngine):
             stays allocated between calls, which counts against the limit: `Plan.graph_bytes`. The graphs that were used
             least recently are dropped where the limit has no room for another. Plans that spill have no graph. A model
             that is moved between calls, as pipelines with offloading do, is recorded anew each time.
+        keep_memory: on a CPU, keep the arena from one call to the next, in large pages where the system has them, with
+            the same bits. It counts against the limit from the start of every call: `Plan.kept_bytes`. Where a call
+            needs a larger one, or its limit leaves no room for it, another one takes its place.
         block_values: how many values a block of rows has, for tests. Unlike a limit, it changes an image's last bits.
 
     Raises:
@@ -143,6 +148,7 @@ class ExactEngine(PlannedEngine):
         dtype = kernels.compute_dtype(given.dtype)
         tried = self._plan_of(given, kernels, spill, limit, source, dtype).peak_bytes
         self._graphs.clear()
+        self._kept.drop()
         if given.device.type == "cuda":
             torch.cuda.empty_cache()
         planner = self._planner((given.shape[2], given.shape[3]), given.shape[0], dtype, given.dtype, kernels)
@@ -180,6 +186,7 @@ class ExactEngine(PlannedEngine):
             with suppress(MemoryLimitError):  # a limit that small is refused when there is something to do
                 self._compute(self._weight.new_zeros(1, self.network.in_channels, side, side), None, None)
             self._graphs.clear()  # nobody will decode anything of that size
+            self._kept.drop()
             self._prepared = True
         return time.perf_counter() - start
 
@@ -193,7 +200,8 @@ class ExactEngine(PlannedEngine):
 
         def runner(recorded: bool = False) -> Runner:
             tick = (lambda: None) if recorded else clock.tick
-            return Runner(self.network, plan, kernels, spill, given.device, dtype, tick, recorded=recorded)
+            room = self._kept if plan.keeps else ArenaPool(given.device)
+            return Runner(self.network, plan, kernels, room, spill, given.device, dtype, tick, recorded=recorded)
 
         with kernels.session():
             self._prepared = True  # whatever is computed loads the libraries' code
@@ -201,6 +209,9 @@ class ExactEngine(PlannedEngine):
                 key = (plan.layers, plan.geometry, dtype, given.device, kernels.channels_last, addresses(self.network))
                 self._graphs.run(key, plan, images, runner, limit=limit, tick=clock.tick)
                 return
+            if plan.keeps:
+                least = plan.arena_bytes + ALIGN
+                self._kept.fit(least, least + limit - plan.peak_bytes)
             with closing(runner()) as running:
                 for one, result in images:
                     running.run(one, result)

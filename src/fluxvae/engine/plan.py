@@ -31,7 +31,7 @@ def peak_of(layers: tuple[LayerPlan, ...], *, at_once: bool = False) -> int:
     together never more than the whole.
 
     Args:
-        at_once: all of the arena counts from the start, as memory of a GPU does.
+        at_once: all of the arena counts from the start, as memory of a GPU and what is kept does.
     """
     whole = max(step.arena for layer in layers for step in layer.steps)
     if at_once:
@@ -70,10 +70,12 @@ class Plan:
     geometry: Geometry = field(repr=False)
     spill_dir: str | None = None
     at_once: bool = False
-    """Whether all of the arena counts from the start, as memory of a GPU does: see `peak_of`."""
+    """Whether all of the arena counts from the start, as memory of a GPU and what is kept does: see `peak_of`."""
     graph_bytes: int | None = None
     """What a CUDA graph of one image holds between two calls, which is part of `peak_bytes`; 0: there is no graph,
     because maps are spilled. None: none was asked for."""
+    keeps: bool = False
+    """Whether the arena is kept from one call to the next."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -84,6 +86,11 @@ class Plan:
     def arena_bytes(self) -> int:
         """The size of the one allocation for maps and scratch."""
         return max(step.arena for step in self.steps)
+
+    @property
+    def kept_bytes(self) -> int:
+        """What stays allocated between two calls, beside CUDA graphs; it is part of `peak_bytes`."""
+        return self.arena_bytes if self.keeps else 0
 
     @property
     def peak_bytes(self) -> int:
@@ -118,6 +125,8 @@ class Plan:
             note += ["CUDA graph: none, because maps are spilled; a larger memory_limit would allow one"]
         elif self.graph_bytes is not None:
             note += [f"CUDA graph: holds {size_in_words(self.graph_bytes)} between calls"]
+        if self.keeps:
+            note += [f"memory: keeps {size_in_words(self.kept_bytes)} between calls"]
         lines = [
             f"{self.batch} x {self.width}x{self.height}, kernels {self.kernels!r}, limit {limit}",
             f"peak {size_in_words(self.peak_bytes)} above the weights{spill}; work x{self.work_ratio:.2f}",

@@ -12,6 +12,7 @@ import torch
 from fluxvae.engine.graphs import Graphs, check_device
 from fluxvae.engine.kernels import Kernels
 from fluxvae.engine.kernels.choose import check_kernels, make_kernels
+from fluxvae.engine.memory import kept
 from fluxvae.engine.memory.free import available_memory
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import read_network
@@ -44,6 +45,7 @@ class PlannedEngine:
         memory_limit: int | None = None,
         spill_dir: str | Path | None = None,
         cuda_graphs: bool = False,
+        keep_memory: bool = False,
         block_values: int | None = None,
     ) -> None:
         if memory_limit is not None and memory_limit < 1:
@@ -55,6 +57,9 @@ class PlannedEngine:
         self._cuda_graphs = cuda_graphs
         if cuda_graphs:
             check_device(None)
+        self._keeps = keep_memory
+        if keep_memory:
+            kept.check_device(self._device)
         self._block_values = block_values
         if spill_dir is not None and self._device.type == "cpu":
             Spill(self._device, spill_dir)
@@ -64,11 +69,12 @@ class PlannedEngine:
         self._prepared = False
         self._planners: dict[Hashable, Planner] = {}
         self._graphs = Graphs()
+        self._kept = kept.KeptMemory()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Give a copy the model and the options; it works out for itself what follows from them."""
-        left_out = ("_prepared", "_planners", "_graphs", "_lock")
+        left_out = ("_prepared", "_planners", "_graphs", "_kept", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,12 +122,12 @@ class PlannedEngine:
         return planner.smallest_limit(spill.free())
 
     def limit(self) -> tuple[int, str]:
-        """The bytes that a call may add above the weights now, those of CUDA graphs included; and what set them."""
+        """The bytes that a call may add above the weights now, with what is kept between calls; and what set them."""
         return limit_of(self.memory_limit, self._free)
 
     def _free(self) -> FreeMemory:
         free = available_memory(self._device)
-        return free._replace(nbytes=free.nbytes + self._graphs.held_bytes)
+        return free._replace(nbytes=free.nbytes + self._graphs.held_bytes + self._kept.held_bytes)
 
     def _planner_for(self, height: int, width: int, batch: int) -> tuple[Planner, Spill]:
         least = self._least
@@ -152,7 +158,7 @@ class PlannedEngine:
         planner = make_planner(
             self.network, kernels, size, batch=batch, computed=dtype.itemsize, stored=stored.itemsize,
             cast=dtype != stored, on_cpu=self._device.type == "cpu", threads=threads, block_values=self._block_values,
-            graphs=self._cuda_graphs and dtype == stored,
+            graphs=self._cuda_graphs and dtype == stored, keeps=self._keeps,
         )  # fmt: skip
         while len(self._planners) >= _KEPT_PLANNERS:
             self._planners.pop(next(iter(self._planners)), None)
@@ -162,6 +168,8 @@ class PlannedEngine:
     def _kernels(self, device: torch.device) -> Kernels:
         if self._cuda_graphs:
             check_device(device)
+        if self._keeps:
+            kept.check_device(device)
         kernels = make_kernels(self._kernels_name, device)
         weight = parameters(self.network.last.conv)[0]
         kernels.channels_last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

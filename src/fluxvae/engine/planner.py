@@ -35,13 +35,14 @@ class Planner:
         batch: int = 1,
         stored_itemsize: int | None = None,
         graphs: bool = False,
+        keeps: bool = False,
         at_once: bool = False,
         macs_per_second: float = 1e11,
         spill_bytes_per_second: float = 1e9,
     ) -> None:
         self.network, self.geometry, self.costs, self.batch = network, geometry, costs, batch
         self._rates, self._graphs = (macs_per_second, spill_bytes_per_second), graphs
-        self._at_once = at_once
+        self._at_once, self._keeps = at_once, keeps
         self._known: dict[tuple[int, State], list[tuple[LayerPlan, State]]] = {}
         self._sizes = network.sizes((geometry.height, geometry.width))
         self.fixed_bytes = self._fixed_bytes(stored_itemsize or geometry.itemsize)
@@ -184,6 +185,7 @@ class Planner:
             geometry=self.geometry,
             spill_dir=spill_dir,
             at_once=self._at_once,
+            keeps=self._keeps,
         )
         if not self._graphs:
             return plan
@@ -278,6 +280,7 @@ def make_planner(
     threads: int,
     block_values: int | None = None,
     graphs: bool = False,
+    keeps: bool = False,
 ) -> Planner:
     """The planner of one size.
 
@@ -288,6 +291,7 @@ def make_planner(
         threads: how many threads an operation on a CPU has.
         block_values: values of a block of rows; None takes what the kernels or the size ask for.
         graphs: whether each image is computed by a CUDA graph.
+        keeps: whether the arena is kept from one call to the next.
     """
     pixels = math.prod(network.picture(size))
     usual = default_block_values(network.full_channels, pixels) * costs.block_factor
@@ -295,8 +299,9 @@ def make_planner(
     geometry = Geometry(*size, computed, cast, costs.row_multiple, values, costs.precise_row_multiple)
     macs, moved = _RATES["cpu"] if on_cpu else _RATES["half" if computed == 2 else "single"]
     return Planner(
-        network, geometry, costs, batch=batch, stored_itemsize=stored, graphs=graphs, at_once=not on_cpu,
-        macs_per_second=macs * (threads if on_cpu else 1), spill_bytes_per_second=moved,
+        network, geometry, costs, batch=batch, stored_itemsize=stored, graphs=graphs, keeps=keeps,
+        at_once=keeps or not on_cpu, macs_per_second=macs * (threads if on_cpu else 1),
+        spill_bytes_per_second=moved,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fluxvae.engine.kernels import Kernels
+from fluxvae.engine.memory.arena import Room
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.network import Network
@@ -26,6 +27,7 @@ class Runner:
         network: Network,
         plan: Plan,
         kernels: Kernels,
+        room: Room,
         spill: Spill,
         device: torch.device,
         dtype: torch.dtype,
@@ -36,6 +38,7 @@ class Runner:
         """Prepare to run ``plan``.
 
         Args:
+            room: where the arenas come from.
             tick: called after every block of rows; it may raise to stop.
             recorded: what is asked of the device is only recorded, so that nothing can be known of it meanwhile.
         """
@@ -44,7 +47,7 @@ class Runner:
         # A small decode has little to give back to the system, and giving it back would be much of its time. A small
         # encode has: what its first convolution takes would stay beside all that follows.
         trims = device.type == "cpu" and (plan.peak_bytes > 32 << 20 or network.way == ENCODE)
-        self._maps = Maps(plan.arena_bytes, spill, device, dtype, trims=trims)
+        self._maps = Maps(plan.arena_bytes, room, spill, dtype, trims=trims)
         self.checks = FiniteChecks(device, at_once=False if recorded else None)
 
     def close(self) -> None:

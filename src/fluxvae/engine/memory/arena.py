@@ -1,16 +1,28 @@
 """The arena: one allocation for a whole image, with a map at each end and the running sweep's scratch between them.
 
-It is never fragmented, its pages are touched once, and nothing of it outlives the call.
+It is never fragmented, and its pages are touched once. Nothing of it outlives the call, unless that is asked for.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 
 from fluxvae.engine.calls import ALIGN, aligned
 from fluxvae.engine.memory.stores import MemoryMap
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "Room"]
+
+
+class Room(Protocol):
+    """Where the blocks of a call's arenas come from, one at a time."""
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """A block of at least ``nbytes``, flat uint8, with arbitrary contents, in place of the last one."""
+
+    def close(self) -> None:
+        """The call is over, and nothing refers to the block any more."""
 
 
 class Arena:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from fluxvae.engine.calls import ALIGN, Place
-from fluxvae.engine.memory.arena import Arena
+from fluxvae.engine.memory.arena import Arena, Room
 from fluxvae.engine.memory.heap import trim_heap
-from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.memory.spill import Spill
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store
 
@@ -17,32 +16,31 @@ __all__ = ["Maps"]
 class Maps:
     """Hands out what the plan has room for; holds the arena and the spilled maps until `close`."""
 
-    def __init__(
-        self, arena_bytes: int, spill: Spill, device: torch.device, dtype: torch.dtype, *, trims: bool
-    ) -> None:
+    def __init__(self, arena_bytes: int, room: Room, spill: Spill, dtype: torch.dtype, *, trims: bool) -> None:
         """Prepare to hand out memory; nothing is allocated before `begin`.
 
         Args:
             arena_bytes: the bytes that maps and scratch need together, as the plan says.
+            room: where they come from.
             dtype: the dtype that is computed in.
             trims: whether the C library's heap gives back what it holds free between two sweeps.
         """
         self._bytes, self._spill, self._trims = arena_bytes, spill, trims
-        self._dtype, self._pool = dtype, ArenaPool(device)
+        self._dtype, self._room = dtype, room
         self._arena = _nothing()
         self._open: list[Store] = []
 
     def begin(self) -> None:
-        """Make a fresh arena for an image, so that what the last image's sweeps touched is not resident any more."""
+        """Make an arena for an image. Unless it is kept, it is a fresh one: what the last image touched is gone."""
         self._arena = _nothing()
-        self._arena = Arena(self._bytes, self._pool.take(self._bytes + ALIGN))
+        self._arena = Arena(self._bytes, self._room.take(self._bytes + ALIGN))
 
     def close(self) -> None:
         """Give everything back, whatever state the run is in."""
         while self._open:
             self._open.pop().close()
-        self._arena = _nothing()  # before its pool, which gives back only what nobody refers to
-        self._pool.close()
+        self._arena = _nothing()  # before its room, which gives back only what nobody refers to
+        self._room.close()
         self._trim()
 
     def in_memory(self, side: int, shape: tuple[int, int, int]) -> MemoryMap:

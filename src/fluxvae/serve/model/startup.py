@@ -52,6 +52,7 @@ class Settings:
     engine: str | None = None
     memory_limit: str | None = None
     cuda_graphs: bool | None = None
+    keep_memory: bool | None = None
     max_pixels: int = 4096 * 4096
     """The largest number of pixels that all images of one request, or of one decode, may have together."""
     threads: int | None = None
@@ -99,7 +100,7 @@ class Settings:
                 f"config.pbtxt or {variables['checkpoint']}, or serve other models only: from a model "
                 "repository that does not hold this one"
             )
-        for name in ("approximate", "encodes", "cuda_graphs"):
+        for name in ("approximate", "encodes", "cuda_graphs", "keep_memory"):
             if name in values:
                 values[name] = _flag(name, values[name])
         for name in ("max_pixels", "threads"):
@@ -113,7 +114,9 @@ class Settings:
 
     def options(self) -> dict[str, Any]:
         """Return the keyword arguments for ``from_pretrained``: the settings that are set."""
-        names = ("revision", "variant", "family", "device", "dtype", "engine", "memory_limit", "cuda_graphs")
+        names = (
+            "revision", "variant", "family", "device", "dtype", "engine", "memory_limit", "cuda_graphs", "keep_memory",
+        )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def check(self, half: Decoder | Encoder) -> None:
