@@ -21,12 +21,16 @@ __all__ = [
 ]
 
 ALONE = 128
-"""The most channels with which a unit of tiles is one thread's alone. The unit's transformed tiles and their products
-stay in that thread's L2 cache, which is worth more than reading the weights once for all threads, since there are few
-of them: 4 MB at 128 channels, 17 MB at 256."""
-UNIT = 96 if AMX else 32
+"""The most channels with which a unit of tiles is one thread's alone. What a thread transforms and multiplies is then
+in its own caches when it needs it again, which is worth more than reading the weights once for all threads, since there
+are few of them: 4 MB at 128 channels, 17 MB at 256."""
+FEW = 4 if AMX else 0
+"""With so many threads or fewer, that also goes for twice as many channels: a unit then has enough tiles to be worth
+reading the weights for. Without AMX this was not measured."""
+UNIT = 240 if AMX else 32
 """How many tiles a unit has at most. 32 are 1.1 MB of transformed tiles at 128 channels, which stay in the L2 cache.
-AMX multiplies so fast that reading the weights for every unit takes longer than reading tiles from the L3 cache."""
+AMX multiplies so fast that reading the weights for every unit takes longer than reading tiles from the L3 cache: all
+that a thread has of a block is one unit."""
 
 
 class Cut(NamedTuple):
@@ -79,9 +83,9 @@ def cut_tasks(form: int, cin: int, cout: int, rows: int, width: int) -> Cut:
     panels = -(-cout // NR)
     channels = max(cin, panels * NR)
     workers, spans, units, longest = threads.count(), -(-tiles // SPAN), 0, tiles
-    if channels <= ALONE:
+    if channels <= (2 * ALONE if workers <= FEW else ALONE):
         units = min(-(-tiles // (UNIT * workers)) * workers, spans)  # equally many for every thread
-        longest = min(tiles, UNIT)
+        longest = min(-(-spans // workers) * SPAN, UNIT, tiles)
     place = _odd_lines(rounded(longest) * channels * 4)
     return Cut(across, tiles, panels, spans, units, place, longest, min(workers, units or POSITIONS[form]))
 
