@@ -21,6 +21,7 @@ from family_models import qwen_image_vae, wan_vae
 from fluxvae import InvalidOptionError, MemoryLimitError, NonFiniteOutputError
 from fluxvae.engine.exact import ExactDecoder, ExactEncoder
 from fluxvae.engine.kernels.choose import make_kernels
+from fluxvae.engine.memory.pool import ArenaPool
 from fluxvae.engine.runner import Runner
 from fluxvae.engine.statistics import PixelScale
 from fluxvae.verify.oracle import level_difference
@@ -244,7 +245,8 @@ def test_same_bits_for_any_plan_at_all(kernels: str, data: st.DataObject, blocks
     plan = planner._make(tuple(layers), fastest=tuple(layers), limit=None, source="", spill_dir=None)
     image = torch.empty(3, 20, 16)
     chosen = engine._kernels(raw.device)
-    runner = Runner(engine.network, plan, chosen, spill, raw.device, raw.dtype, lambda: None)
+    room = ArenaPool(raw.device)
+    runner = Runner(engine.network, plan, chosen, room, spill, raw.device, raw.dtype, lambda: None)
     with torch.no_grad(), chosen.session():
         runner.run(raw[0], image)
     runner.close()

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
+from fluxvae.engine import bounded
 from fluxvae.engine.exact import ExactDecoder, OutOfMemoryWarning
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
-from fluxvae.engine.memory import host_map, maps, spill
+from fluxvae.engine.memory import host_map, spill
 from fluxvae.engine.memory.host_map import HostMap
 from fluxvae.errors import UnavailableError
 
@@ -146,14 +147,14 @@ def full(monkeypatch: pytest.MonkeyPatch, capacity: int, error: Exception) -> li
     """No block for an arena above ``capacity`` bytes: what was asked for."""
     asked: list[int] = []
 
-    class Full(maps.ArenaPool):
+    class Full(bounded.ArenaPool):
         def take(self, nbytes: int) -> torch.Tensor:
             asked.append(nbytes)
             if nbytes > capacity:
                 raise error
             return super().take(nbytes)
 
-    monkeypatch.setattr(maps, "ArenaPool", Full)
+    monkeypatch.setattr(bounded, "ArenaPool", Full)
     return asked
 
 

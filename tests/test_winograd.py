@@ -642,7 +642,7 @@ def test_compiled_code_holds_its_arrays_while_it_works_in_them() -> None:
             if hasattr(function, "py_func"):
                 held |= {f"{name}: {array}": kept for array, kept in addresses_taken(function.py_func).items()}
     assert held.keys() >= {
-        "_transform: patches", "_transform: table", "_transform_back: terms", "_transform_back: shares",
+        "_transform: strip", "_transform: table", "_transform_back: terms", "_transform_back: shares",
         "linear_rows: gathered", "linear_rows: multiplied",
     }  # fmt: skip
     assert all(held.values()), held

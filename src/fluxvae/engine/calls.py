@@ -117,6 +117,12 @@ class Costs(Protocol):
         ``itemsize``: bytes of a value that is computed with.
         """
 
+    def reads_in_place(self, call: Call) -> bool:
+        """Whether the rows of a map in memory are read from where they are, through their norm, and padded on the way.
+
+        Otherwise they are copied into a window of scratch, and put through the norm there.
+        """
+
     def macs(self, call: Call) -> int:
         """Multiply-adds that the call computes."""
 

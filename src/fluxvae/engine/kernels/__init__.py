@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fluxvae.engine.calls import Call, Costs, Kind
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fluxvae.engine.records import Conv, Norm, Projections
     from fluxvae.engine.statistics import Affine, FiniteChecks, Moments, Scaling
 
-__all__ = ["AttentionBlock", "ConvBlock", "Kernels", "Refill", "Stream"]
+__all__ = ["AttentionBlock", "ConvBlock", "Kernels", "Padded", "Raw", "Refill", "Stream"]
 
 
 class Stream(Protocol):
@@ -40,6 +40,27 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
+class Raw:
+    """What is still to be done to the rows of a block that were not put into a window: `Costs.reads_in_place`."""
+
+    norm: Scaling | None
+    """What the rows go through, with SiLU after it; None: nothing."""
+    above: bool
+    """Whether there is a row above the block. Outside of the map are zeros, which do not go through the norm."""
+    below: bool
+    """Whether there is one below it."""
+
+
+class Padded(NamedTuple):
+    """The input of one block of a 3x3 convolution."""
+
+    rows: torch.Tensor
+    """As `ConvBlock.rows`."""
+    raw: Raw | None = None
+    """As `ConvBlock.raw`."""
+
+
+@dataclass(frozen=True)
 class ConvBlock:
     """One convolution of one block of rows: ``out = (conv(rows) + bias + residual) / scale``."""
 
@@ -49,7 +70,7 @@ class ConvBlock:
     rows: torch.Tensor
     """(n + 2, W, cin): the block with one row above and one below, which are zero outside the map. For ``"down"``, n is
     even, the first output is centred on the block's second row, and the row above is not looked at. For ``"linear"``,
-    (n, W, cin)."""
+    (n, W, cin). Where the rows are `raw`, those of them that there are."""
     weights: Any
     """What `Kernels.load` gave for this convolution and this kind."""
     out: torch.Tensor
@@ -63,6 +84,8 @@ class ConvBlock:
     statistics: Moments | None = None
     """Where the statistics of ``out`` are added to, if they are wanted; `Kernels.moments` made it. Not for
     ``"linear"``."""
+    raw: Raw | None = None
+    """What is still to be done to the rows; None: nothing. Only where `Costs.reads_in_place` says so."""
 
 
 @dataclass(frozen=True)

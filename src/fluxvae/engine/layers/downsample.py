@@ -65,7 +65,8 @@ class Downsample:
         small = Held((*self.size_after(size), self.conv.cout), geometry.itemsize, place)
         others = () if self._in_place(state, place) else (small,)
         buffer = None if place == "memory" else stage.output
-        return Sweep("down", start, others, ((small, 1),), Link((stage,)), state.chain, buffer=buffer)
+        over = self._in_place(state, place)
+        return Sweep("down", start, others, ((small, 1),), Link((stage,)), state.chain, over=over, buffer=buffer)
 
     def run(self, run: Run, current: Current, planned: LayerPlan, *, statistics: bool) -> Current:
         """Where the result takes the input's place, it moves to its end of the arena when all of it is there."""

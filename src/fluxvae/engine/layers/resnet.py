@@ -81,7 +81,7 @@ class Resnet:
         for middle in PLACES:
             for place in STORED:
                 steps = tuple(sweep.step(costs) for sweep in self._sweeps(geometry, size, state, middle, place))
-                flips = not self._in_place(state, middle, place)
+                flips = not self._in_place(state, place)
                 planned = LayerPlan(self.name, *size, self.conv2.cout, middle, place, flips, steps)
                 yield planned, State(place)
 
@@ -91,9 +91,9 @@ class Resnet:
     def _base(self, geometry: Geometry, size: tuple[int, int], state: State) -> Held:
         return Held((*size, self.conv1.cin), geometry.itemsize, state.place)
 
-    def _in_place(self, state: State, middle: Place, place: Place) -> bool:
+    def _in_place(self, state: State, place: Place) -> bool:
         """The result is written over the input, row by row: safe, as no row is read again behind the sweep."""
-        return place != middle and place == state.place and self.shortcut is None
+        return place == state.place and self.shortcut is None
 
     def _link(self, geometry: Geometry, size: tuple[int, int]) -> Link:
         first = Stage.of(geometry, "conv3", self.conv1, size, self.norm1)
@@ -110,16 +110,20 @@ class Resnet:
         link, start = self._link(geometry, size), state.start(self._base(geometry, size, state))
         inner = Held((*size, self.conv1.cout), geometry.itemsize, middle)
         out = Held((*size, self.conv2.cout), geometry.itemsize, place)
-        new = (out,) if place != middle and not self._in_place(state, middle, place) else ()
+        in_place = self._in_place(state, place)
+        new = (out,) if place != middle and not in_place else ()
         buffer = None if place == "memory" else link.stages[-1].output
         if middle == "recompute":
-            last = Sweep("conv2", start, new, ((out, 1),), link, state.chain, buffer=buffer)
+            last = Sweep("conv2", start, new, ((out, 1),), link, state.chain, over=in_place, buffer=buffer)
             if not self.norm2.of_map:
                 return (last,)
         else:
             second = replace(link, stages=link.stages[1:])
             passes = ((inner, 1), (out, 1))
-            last = Sweep("conv2", start, (inner, *new), passes, second, state.chain, inner=True, buffer=buffer)
+            over = place == middle and not in_place
+            last = Sweep(
+                "conv2", start, (inner, *new), passes, second, state.chain, inner=True, over=over, buffer=buffer
+            )
         first = Stage.of(geometry, "conv3", self.conv1, size, self.norm1)
         buffer = None if middle == "memory" else first.output
         before = Sweep("conv1", start, (inner,), ((inner, 1),), Link((first,)), state.chain, buffer=buffer)
@@ -140,10 +144,10 @@ class Resnet:
             between = run.sweep(sweep, store, inner, norms=norms, statistics=self.norm2.of_map)
         norms[self.norm2] = run.norm(self.norm2, between)
 
-        if inner is not None and middle == place:
-            out = inner
-        elif self._in_place(current.state, middle, place):
+        if self._in_place(current.state, place):
             out = store
+        elif inner is not None and middle == place:
+            out = inner
         else:
             out = maps.new(place, other, (*current.size, self.conv2.cout))
         moments = run.sweep(last, store, out, norms=norms, inner=inner, statistics=statistics)

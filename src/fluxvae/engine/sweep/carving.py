@@ -183,6 +183,8 @@ class Sweep:
     """What computes that one's map from the stored one, in order; none if it is stored itself."""
     inner: bool = False
     """The link's convolution reads another stored map. Only what is added to it comes from the start."""
+    over: bool = False
+    """The result is written over the map that the link's first convolution reads."""
     buffer: Shape | None = None
     """A block of results, where they cannot be computed into place."""
 
@@ -209,6 +211,12 @@ class Sweep:
         ahead = link.residual and position > 0 and not (self.inner and position == len(self.chain))
         return link.ring if ahead else None
 
+    def reads_in_place(self, costs: Costs) -> bool:
+        """Whether the link's first convolution reads its map from where it is: no other has one that stays as it is."""
+        held = self.others[:1] if self.inner else () if self.chain else self.start
+        in_memory = not self.over and any(one.place == "memory" for one in held)
+        return in_memory and costs.reads_in_place(self.link.stages[0].call)
+
     def step(self, costs: Costs) -> Step:
         """Count the sweep: the memory, work and traffic that it takes with these kernels."""
         links = (*self.chain, self.link)
@@ -221,7 +229,7 @@ class Sweep:
             near=held_in("memory", *self.start),
             far=held_in("memory", *self.others),
             spilled=held_in("spill", *self.start, *self.others),
-            scratch=sum(map(self._bytes, self._shapes()))
+            scratch=sum(map(self._bytes, self._shapes(costs)))
             + sum(aligned(costs.loaded(call)) for call in calls)
             + max(aligned(costs.workspace(call)) for call in calls)
             + aligned(kept),
@@ -246,11 +254,12 @@ class Sweep:
             if link.shortcut is not None:
                 yield link.shortcut
 
-    def _shapes(self) -> Iterator[Shape]:
+    def _shapes(self, costs: Costs) -> Iterator[Shape]:
         """Every block of scratch that is laid out in the compute dtype."""
         for position, link in enumerate((*self.chain, self.link)):
-            for stage in link.stages:
-                yield stage.input
+            for index, stage in enumerate(link.stages):
+                if index or position < len(self.chain) or not self.reads_in_place(costs):
+                    yield stage.input
                 if position < len(self.chain) or stage is not link.stages[-1]:
                     yield stage.output
             if link.shortcut is not None:

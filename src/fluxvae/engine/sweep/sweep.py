@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 import torch
 
 from fluxvae.engine.calls import Call, Geometry
-from fluxvae.engine.kernels import ConvBlock, Kernels, Stream
+from fluxvae.engine.kernels import ConvBlock, Kernels, Padded, Stream
 from fluxvae.engine.memory.maps import Maps
 from fluxvae.engine.memory.stores import Given, MemoryMap, Store, Target
 from fluxvae.engine.records import AnyNorm, Conv, PixelNorm
 from fluxvae.engine.statistics import FiniteChecks, Moments, Scaling, pixel_scale
 from fluxvae.engine.sweep.carving import Link, Stage, State, Sweep
-from fluxvae.engine.sweep.windows import Behind, ComputedRows, Copy, Ring, StoredRows, Window
+from fluxvae.engine.sweep.windows import Behind, ComputedRows, Copy, MapRows, Ring, StoredRows, Window
 
 __all__ = ["Current", "Run"]
 
@@ -44,7 +44,7 @@ class _Scratch:
     """The kernels' scratch."""
 
 
-_Close: TypeAlias = Callable[[torch.Tensor, torch.Tensor, "Moments | None"], None]
+_Close: TypeAlias = Callable[[Padded, torch.Tensor, "Moments | None"], None]
 """Computes a block of a link's result: of a padded block of rows, to where it is told, with statistics if wanted."""
 
 
@@ -163,18 +163,19 @@ class Run:
 
     def _closing(
         self, sweep: Sweep, position: int, main: Stream, side: Stream | None, scratch: _Scratch
-    ) -> tuple[Window, _Close]:
+    ) -> tuple[Window | MapRows, _Close]:
         """The window of a link's last convolution, and what computes a block of its result."""
         link, work = (*sweep.chain, sweep.link)[position], scratch.work
+        in_place = position == len(sweep.chain) and sweep.reads_in_place(self.kernels)
         for stage in link.stages[:-1]:
-            main = self._computed(stage, main, scratch)
+            main, in_place = self._computed(stage, main, scratch, in_place), False
         last = link.stages[-1]
-        window, weights = self._window(last, main, scratch), self._load(last)
+        window, weights = self._window(last, main, scratch, in_place), self._load(last)
         projection = None if link.shortcut is None else self._projection(link.shortcut, work)
         staged = sweep.staged(position)
         staging = None if staged is None else self.maps.scratch(staged)
 
-        def close(padded: torch.Tensor, made: torch.Tensor, moments: Moments | None) -> None:
+        def close(padded: Padded, made: torch.Tensor, moments: Moments | None) -> None:
             residual = None
             if side is not None:
                 # Without staging, only the number of rows matters, since the stream answers with a view.
@@ -182,7 +183,10 @@ class Run:
                 if projection is not None:
                     assert staging is not None
                     residual = projection(residual, staging[: len(made)])
-            self.kernels.convolve(ConvBlock(last.call.kind, padded, weights, made, work, residual, link.scale, moments))
+            rows, raw = padded
+            self.kernels.convolve(
+                ConvBlock(last.call.kind, rows, weights, made, work, residual, link.scale, moments, raw)
+            )
 
         return window, close
 
@@ -194,8 +198,9 @@ class Run:
         window, close = self._closing(sweep, position, main, side, scratch)
         call, block = link.stages[-1].call, self.maps.scratch(link.stages[-1].output)
 
-        def compute(padded: torch.Tensor) -> torch.Tensor:
-            made = block[: call.out(len(padded) - 2)]
+        def compute(padded: Padded) -> torch.Tensor:
+            start, stop = window.span
+            made = block[: call.out(stop - start)]
             close(padded, made, None)
             return made
 
@@ -214,20 +219,24 @@ class Run:
 
         return project
 
-    def _computed(self, stage: Stage, source: Stream, scratch: _Scratch) -> Stream:
+    def _computed(self, stage: Stage, source: Stream, scratch: _Scratch, in_place: bool) -> Stream:
         """The rows of a convolution whose result is not stored."""
-        window = self._window(stage, source, scratch)
+        window = self._window(stage, source, scratch, in_place)
         weights, block = self._load(stage), self.maps.scratch(stage.output)
 
-        def compute(padded: torch.Tensor) -> torch.Tensor:
-            rows = block[: stage.call.out(len(padded) - 2)]
-            self.kernels.convolve(ConvBlock(stage.call.kind, padded, weights, rows, scratch.work))
-            return rows
+        def compute(padded: Padded) -> torch.Tensor:
+            start, stop = window.span
+            made = block[: stage.call.out(stop - start)]
+            self.kernels.convolve(ConvBlock(stage.call.kind, padded.rows, weights, made, scratch.work, raw=padded.raw))
+            return made
 
         return ComputedRows(window, compute, self._copier(scratch.work))
 
-    def _window(self, stage: Stage, source: Stream, scratch: _Scratch) -> Window:
+    def _window(self, stage: Stage, source: Stream, scratch: _Scratch, in_place: bool) -> Window | MapRows:
         norm = None if stage.norm is None else scratch.norms.get(stage.norm) or self.norm(stage.norm, None)
+        if in_place:
+            assert isinstance(source, StoredRows)
+            return MapRows(source.rows, norm, stage.call.rows, stage.height)
         buffer = self.maps.scratch(stage.input)
         return Window(self.kernels, source, norm, buffer, stage.height, stage.stored, scratch.work)
 

@@ -3,7 +3,8 @@
 Every operation walks its input from top to bottom in blocks cut by absolute position. A block's input stands in a
 `Window`: the block's rows and one halo row on either side, in scratch laid out the same way every time. The last two
 rows of a window are the first two of the next, so no row is read, normalised or computed twice within a sweep, and
-whatever a sweep has read may be overwritten: that is what makes working in place safe.
+whatever a sweep has read may be overwritten: that is what makes working in place safe. Kernels that pad and normalise
+on the way need no window where the map stays as it is (`MapRows`).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import TypeAlias
 
 import torch
 
-from fluxvae.engine.kernels import Kernels, Refill, Stream
+from fluxvae.engine.kernels import Kernels, Padded, Raw, Refill, Stream
 from fluxvae.engine.memory.stores import MemoryMap, Store
 from fluxvae.engine.statistics import Scaling
 
-__all__ = ["Behind", "ComputedRows", "Copy", "Ring", "StoredRows", "Window"]
+__all__ = ["Behind", "ComputedRows", "Copy", "MapRows", "Ring", "StoredRows", "Window"]
 
 Copy: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 """Copies the first rows to the second, which have the same shape."""
@@ -30,6 +31,12 @@ class StoredRows:
         self._store = store
         self._at = 0
         self.views = isinstance(store, MemoryMap)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """All rows of a map in memory, where they are."""
+        assert isinstance(self._store, MemoryMap), "the map is not in memory: the plan was wrong"
+        return self._store.rows
 
     def take(self, into: torch.Tensor) -> torch.Tensor:
         """Give the next rows, as `Stream.take` says."""
@@ -70,7 +77,7 @@ class Window:
         self._have = 0
         self.span = (0, 0)
 
-    def advance(self) -> torch.Tensor | None:
+    def advance(self) -> Padded | None:
         """The next block (n + 2, width, channels), whose rows `span` then says as (start, stop); None at the end."""
         start, stop = self._next, min(self._next + self._rows, self._height)
         if start == stop:
@@ -81,7 +88,26 @@ class Window:
         self._kernels.refill(Refill(self._buffer, start == 0, fresh, bottom, self._source, self._norm, self._work))
         self._next, self._have = stop, need
         self.span = (start, stop)
-        return self._buffer[: stop - start + 2]
+        return Padded(self._buffer[: stop - start + 2])
+
+
+class MapRows:
+    """The blocks of a map that stays as it is, for kernels that pad and normalise on the way: in a `Window`'s place."""
+
+    def __init__(self, rows: torch.Tensor, norm: Scaling | None, block: int, height: int) -> None:
+        """Begin at the top of the map; ``block`` is how many of its rows one block has, ``height`` all of them have."""
+        self._map, self._norm, self._rows, self._height = rows, norm, block, height
+        self.span = (0, 0)
+
+    def advance(self) -> Padded | None:
+        """The next block and the rows above and below it that there are, as `Window.advance`."""
+        start = self.span[1]
+        stop = min(start + self._rows, self._height)
+        if start == stop:
+            return None
+        self.span = (start, stop)
+        above, below = start > 0, stop < len(self._map)
+        return Padded(self._map[start - above : stop + below], Raw(self._norm, above, below))
 
 
 class ComputedRows:
@@ -89,7 +115,7 @@ class ComputedRows:
 
     views = False
 
-    def __init__(self, window: Window, compute: Callable[[torch.Tensor], torch.Tensor], copy: Copy) -> None:
+    def __init__(self, window: Window | MapRows, compute: Callable[[Padded], torch.Tensor], copy: Copy) -> None:
         """``compute`` turns the window's padded block into output rows, which its next call may overwrite."""
         self._window, self._compute, self._copy = window, compute, copy
         self._block: torch.Tensor | None = None

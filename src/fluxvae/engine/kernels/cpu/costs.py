@@ -14,7 +14,7 @@ from fluxvae.engine.kernels.cpu.winograd_cut import (
     form_of,
     transformed_bytes,
 )
-from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, STEPS
+from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, SIZES, STEPS, STRIP
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
@@ -63,8 +63,13 @@ class WinogradCosts(DirectCosts):
             return super().overhead(call)
         form = form_of(call.kind, call.precise)
         cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
-        patches = cut.workers * (THIRD * POSITIONS[form] * call.cin * 4 + split_bytes(cut.longest, call.cin))
-        return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + patches)
+        strip = THIRD * SIZES[form] ** 2 * STRIP * 4
+        own = cut.workers * (strip + split_bytes(cut.longest, call.cin))
+        return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + own)
+
+    def reads_in_place(self, call: Call) -> bool:
+        """Winograd's convolutions do, unless that norm is of each pixel: they read the pixels of a tile one by one."""
+        return _applies(call) and call.kind != "down" and not call.by_pixel
 
     def workspace(self, call: Call) -> int:
         """Bytes of the arena: each thread's transformed tiles and products, or attention's results, sums and scores."""

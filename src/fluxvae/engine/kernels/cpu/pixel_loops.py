@@ -109,6 +109,42 @@ def _copy() -> Any:
 copy = _copy()
 
 
+def _let_in(affine: bool) -> Any:
+    """``f(src, stride, dst, scale, shift, pixels, vectors)``: pixels ``stride`` bytes apart into contiguous ones.
+
+    y = silu(x * scale + shift), by the very operations of `affine_silu`; or y = x, where ``scale`` is not looked at.
+    """
+
+    def emit(
+        x: Code, src: ir.Value, stride: ir.Value, dst: ir.Value, scale: ir.Value, shift: ir.Value, pixels: ir.Value,
+        vectors: ir.Value,
+    ) -> None:  # fmt: skip
+        size, ahead = x.b.mul(vectors, x.i(VECTOR_BYTES)), x.b.mul(stride, x.i(PIXELS_AHEAD))
+
+        def pixel(index: ir.Value) -> None:
+            source, target = x.at(src, x.b.mul(index, stride)), x.at(dst, x.b.mul(index, size))
+
+            def channels(vector: ir.Value) -> None:
+                offset = x.b.mul(vector, x.i(VECTOR_BYTES))
+                where = x.at(source, offset)
+                x.prefetch(x.at(where, ahead))
+                value = x.load(where)
+                if affine:
+                    value = x.silu(x.fma(value, x.load(x.at(scale, offset)), x.load(x.at(shift, offset))))
+                x.store(value, x.at(target, offset))
+
+            x.loop(vectors, channels)
+
+        x.loop(pixels, pixel)
+
+    return vector_function(f"fluxvae_let_in_{affine:d}", 7, emit)
+
+
+PIXELS_AHEAD = 8
+"""How many pixels ahead those of `let_in` are fetched."""
+let_in, let_in_as_it_is = _let_in(True), _let_in(False)
+
+
 def _gather_tiles() -> Any:
     """``gather_tiles(src, row, dst, group, rows, blocks)``: rows of blocks * LANES values as `products` wants them.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fluxvae import system
-from fluxvae.engine.kernels import ConvBlock
+from fluxvae.engine.kernels import ConvBlock, Raw
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.multiply import panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
@@ -55,10 +55,11 @@ def run(block: ConvBlock) -> None:
     """Compute a block of a 3x3 convolution of whatever kind, and its statistics: see `ConvBlock`."""
     padded, weights, out, residual = block.rows, block.weights, block.out, block.residual
     work = block.work
-    rows, width = padded.shape[0] - 2, padded.shape[1]
+    raw = block.raw or Raw(None, above=True, below=True)  # a window has both, zeros where the map ends
+    rows, width = padded.shape[0] - raw.above - raw.below, padded.shape[1]
     cin, cout, form = weights.cin, weights.cout, weights.form
     cut = cut_tasks(form, cin, cout, rows, width)
-    row = out.shape[1] * cout * 4
+    row = width * cin * 4
     workers = cut.workers
     while workers and cut.scratch_bytes(form, workers) > work.numel():
         workers -= 1  # threads that were added since the work was planned have no place of their own
@@ -66,9 +67,12 @@ def run(block: ConvBlock) -> None:
         needed = cut.scratch_bytes(form, 1)
         raise RuntimeError(f"the workspace of {work.numel()} bytes is too small for {needed}: the plan was wrong")
     _check_aligned(work, out)
+    scale, shift = (0, 0) if raw.norm is None else (raw.norm.scale.data_ptr(), raw.norm.shift.data_ptr())
     job = ConvJob(
-        src=padded.data_ptr(), src_row=width * cin * 4, src_column=cin * 4, src_rows=rows + 2, src_columns=width,
-        cin=cin, dst=out.data_ptr(), dst_row=row, dst_column=cout * 4, rows=out.shape[0], columns=out.shape[1],
+        src=padded.data_ptr() - (0 if raw.above else row), src_row=row, src_column=cin * 4,
+        src_first=0 if raw.above else 1, src_rows=1 + rows + raw.below, src_columns=width, cin=cin, scale=scale,
+        shift=shift, dst=out.data_ptr(), dst_row=out.shape[1] * cout * 4, dst_column=cout * 4, rows=out.shape[0],
+        columns=out.shape[1],
         cout=cout, form=form, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
         weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout), panels=cut.panels,
         panel_weights=panel_bytes(cin), split=split_bytes(cut.longest, cin), tiles_across=cut.across, tiles=cut.tiles,

@@ -20,7 +20,7 @@ from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
 
 __all__ = ["WeightsJob", "transform_weights"]
 
-VECTOR_CODE = "b8309f3c93288fbc"
+VECTOR_CODE = "95b445c50d959091"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 

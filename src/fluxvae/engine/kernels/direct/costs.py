@@ -107,6 +107,10 @@ class DirectCosts:
             return ONEDNN_BYTES if itemsize == 4 else 0
         return CUBLAS_BYTES + ROUNDING_BYTES
 
+    def reads_in_place(self, call: Call) -> bool:
+        """Never: libraries pad what they are given, and know nothing of norms."""
+        return False
+
     def macs(self, call: Call) -> int:
         """Multiply-adds that one call computes."""
         pixels = call.rows * call.width
