@@ -16,6 +16,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from fluxvae import Decoder
+from fluxvae.engine.kernels.choose import make_kernels
 from fluxvae.serve.supervisor.checks import check_numpy
 from fluxvae.serve.triton.installation import TritonServerError, find_tritonserver
 from fluxvae.serve.triton.server import TritonServer
@@ -140,6 +141,9 @@ def decoder(vae: AutoencoderKL) -> Decoder:
 def tritonserver() -> None:
     """A test that starts a Triton server asks for this. It is skipped where none can run, as on Python 3.13.
 
+    The kernels are compiled here first, which takes twenty seconds on a machine that has not done so yet: the models of
+    a server load at the same time in processes of their own, each of which would compile all of them.
+
     Raises:
         TritonServerError: none can run, though FLUXVAE_REQUIRE_TRITON says that one must, as it does in CI.
     """
@@ -151,6 +155,7 @@ def tritonserver() -> None:
         if os.environ.get("FLUXVAE_REQUIRE_TRITON"):
             raise
         pytest.skip(f"no Triton server: {error}")
+    make_kernels("auto", torch.device("cpu")).prepare()
 
 
 @pytest.fixture(scope="session")
