@@ -1,12 +1,12 @@
 """Measures the peak memory of exact decodes and encodes, or previews, in a process of its own.
 
-``engine_peaks.py '<json>'`` is told {"preview": true or false, "causal": true or false, "encode": true or false, "vae":
-keywords of AutoencoderTiny, AutoencoderKLQwenImage or AutoencoderKL, "kernels": ..., "dtype": ..., "threads": n,
-"block_values": n or null, "keep_memory": true or false, "cases":
+``engine_peaks.py`` reads a job from each line of its input: {"preview": true or false, "causal": true or false,
+"encode": true or false, "vae": keywords of AutoencoderTiny, AutoencoderKLQwenImage or AutoencoderKL, "kernels": ...,
+"dtype": ..., "threads": n, "block_values": n or null, "keep_memory": true or false, "cases":
 [{"size": [lh, lw], "batch": n, "fraction": f or null}]}. A size is that of latents, or of pixels that are encoded. A
 fraction of 0 sets the memory limit to the smallest that works, 1 to the peak of the unlimited plan, and values between
-them to limits between these. One line of JSON is printed for each case: {"predicted": bytes, "measured": bytes,
-"limit": ..., "runtime": bytes, "work_ratio": ..., "spill": bytes, "seconds": s}.
+them to limits between these. One line of JSON is printed for each case, and an empty one after a job: {"predicted":
+bytes, "measured": bytes, "limit": ..., "runtime": bytes, "work_ratio": ..., "spill": bytes, "seconds": s}.
 
 What is measured is the high-water mark of resident memory during the call, above what was resident before it; of
 two calls, where the first one's memory is kept for the second.
@@ -14,13 +14,16 @@ two calls, where the first one's memory is kept for the second.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
@@ -42,11 +45,41 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def measure(job: dict[str, object]) -> list[dict[str, float]]:
-    """Run this file in a process of its own: a dictionary for each case."""
-    child = subprocess.run([sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    return [json.loads(line) for line in child.stdout.splitlines()]
+Measure = Callable[[dict[str, Any]], list[dict[str, float]]]
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[Measure]:
+    """Start this file in a process of its own. Yields what measures a job there: a dictionary for each case.
+
+    Several small jobs may share a process, whose start takes as long as they do. Every case measures above what is
+    resident as it begins.
+    """
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        stdin, stdout = child.stdin, child.stdout
+
+        def measure(job: dict[str, Any]) -> list[dict[str, float]]:
+            print(json.dumps(job), file=stdin, flush=True)
+            rows = []
+            while (line := stdout.readline()) != "\n":
+                assert line, f"it ended with status {child.wait()}; what it said is on standard error"
+                rows.append(json.loads(line))
+            assert len(rows) == len(job["cases"])
+            return rows
+
+        try:
+            yield measure
+        finally:
+            stdin.close()
+
+
+def measure(job: dict[str, Any]) -> list[dict[str, float]]:
+    """Measure one job in a process of its own: a dictionary for each case."""
+    with measuring() as measure_there:
+        return measure_there(job)
 
 
 def runtime(engine: ExactDecoder | ExactEncoder, itemsize: int) -> int:
@@ -55,9 +88,15 @@ def runtime(engine: ExactDecoder | ExactEncoder, itemsize: int) -> int:
 
 
 def main() -> None:
-    job = json.loads(sys.argv[1])
-    if job.get("threads"):
-        torch.set_num_threads(job["threads"])
+    usual = torch.get_num_threads()
+    for line in sys.stdin:
+        job = json.loads(line)
+        torch.set_num_threads(job.get("threads", usual))
+        run(job)
+        print(flush=True)
+
+
+def run(job: dict[str, Any]) -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, job.get("dtype", "float32"))
     preview = job.get("preview", False)

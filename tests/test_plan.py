@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_models import Shape, one_thread
-from engine_peaks import measure
+from engine_peaks import Measure, measure, measuring
 from fluxvae.engine import planner
 from fluxvae.engine.calls import Geometry
 from fluxvae.engine.exact import ExactDecoder
@@ -67,31 +68,38 @@ def assert_predicted(rows: list[dict[str, float]], output: int = 0) -> None:
             assert row["measured"] <= row["limit"], row
 
 
-def test_measured_peak_is_what_was_predicted() -> None:
+@pytest.fixture(scope="module")
+def together() -> Iterator[Measure]:
+    """Measures small jobs in one process. Those at full widths, which are marked slow, have one each."""
+    with measuring() as there:
+        yield there
+
+
+def test_measured_peak_is_what_was_predicted(together: Measure) -> None:
     cases = [
         {"size": [160, 150]},
         {"size": [150, 160], "fraction": 0.5},
     ]
-    assert_predicted(measure({"vae": WIDE, "kernels": "torch", "threads": 2, "cases": cases}))
+    assert_predicted(together({"vae": WIDE, "kernels": "torch", "threads": 2, "cases": cases}))
 
 
 @pytest.mark.parametrize("kernels", ["torch", "winograd"])
-def test_measured_peak_of_an_encode_is_what_was_predicted(kernels: str) -> None:
+def test_measured_peak_of_an_encode_is_what_was_predicted(together: Measure, kernels: str) -> None:
     cases = [{"size": [640, 600]}, {"size": [601, 643], "fraction": 0.5}, {"size": [640, 640], "fraction": 0.0}]
-    assert_predicted(measure({"encode": True, "vae": WIDE, "kernels": kernels, "threads": 2, "cases": cases}))
+    assert_predicted(together({"encode": True, "vae": WIDE, "kernels": kernels, "threads": 2, "cases": cases}))
 
 
 @pytest.mark.parametrize(
     ("kernels", "encode"), [("winograd", False), pytest.param("torch", True, marks=pytest.mark.slow)]
 )
-def test_measured_peak_of_a_causal_network_is_what_was_predicted(kernels: str, encode: bool) -> None:
+def test_measured_peak_of_a_causal_network_is_what_was_predicted(together: Measure, kernels: str, encode: bool) -> None:
     """Maps that are never stored, and the rings and blocks that stand for them."""
     vae = {"base_dim": 48, "num_res_blocks": 1}
     scale = 8 if encode else 1
     sizes = [(scale * 80, scale * 75), (scale * 75, scale * 80), (scale * 80, scale * 80)]
     cases = [{"size": size, "fraction": part} for size, part in zip(sizes, (1.0, 0.5, 0.0), strict=True)]
     job = {"causal": True, "encode": encode, "vae": vae, "kernels": kernels, "threads": 2, "cases": cases}
-    assert_predicted(measure(job))
+    assert_predicted(together(job))
 
 
 @pytest.mark.slow
