@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+# Each of the tests' many processes would compile PyTorch and diffusers again where bytecode is not kept, for ten
+# seconds. Where the environment says that none is to be written beside the code, it goes into the folder of builds.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path(__file__).parents[1] / "build/bytecode"))
 
 import diffusers
 import pytest
@@ -21,6 +28,7 @@ from fluxvae.serve.supervisor.checks import check_numpy
 from fluxvae.serve.triton.installation import TritonServerError, find_tritonserver
 from fluxvae.serve.triton.server import TritonServer
 from models import random_vae
+from shared_servers import killed_in_the_end
 
 # The models are tiny, so a second thread would only wait for the first, and for long where other work wants the cores.
 torch.set_num_threads(1)
@@ -165,5 +173,6 @@ def demo_server(tritonserver: None) -> Iterator[TritonServer]:
         for name in ("CHECKPOINT", "DEVICE", "MEMORY_LIMIT"):
             patch.delenv(f"FLUXVAE_{name}", raising=False)
         folder = Path(__file__).parents[1] / "triton_models"
-        with TritonServer(folder, models=["vae_decoder"], env={"OMP_NUM_THREADS": "1"}) as server:
+        demo = TritonServer(folder, models=["vae_decoder"], env={"OMP_NUM_THREADS": "1"})
+        with killed_in_the_end(demo) as server:
             yield server

@@ -20,6 +20,7 @@ from serve.chromium import LOCAL, chromium
 from serve.client import GATHER, GATHER_ENCODES, Serving
 from serve.families import DECODERS, ENCODERS, Family
 from serve.gateways import Gateways
+from shared_servers import killed_in_the_end
 
 TRITON_MODELS = Path(__file__).parents[2] / "triton_models"
 
@@ -77,12 +78,13 @@ def serving(
         (repository / shipped).symlink_to(TRITON_MODELS / shipped)
         copy_model(repository, copy, shipped, **patient)
     log = tmp_path_factory.mktemp("log") / "triton.log"
-    with TritonServer(
+    of_flux1 = TritonServer(
         repository,
         open_apis=["shared-memory", "statistics"],
         env={"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"},
         log_path=log,
-    ) as server:
+    )
+    with killed_in_the_end(of_flux1) as server:
         yield Serving(server, library)
 
 
@@ -112,7 +114,8 @@ def family(
     repository = write_repository(tmp_path_factory.mktemp("family") / "models", settings, device="cpu")
     library = {name: Decoder.from_pretrained(checkpoints[name], device="cpu") for name in DECODERS}
     encoders = {name: Encoder.from_pretrained(checkpoints[name], device="cpu") for name in ENCODERS}
-    with TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"}) as server:
+    of_all = TritonServer(repository, open_apis=["shared-memory"], env={"OMP_NUM_THREADS": "1"})
+    with killed_in_the_end(of_all) as server:
         yield Family(server, library, encoders)
 
 

@@ -25,6 +25,7 @@ from fluxvae.serve.triton.server import TritonServer
 from serve.client import BAD_REQUEST, PROTOCOLS, Protocol, Request, Serving, random_latents
 from serve.conftest import copy_model
 from serve.waiting import wait_for
+from shared_servers import killed_in_the_end
 
 protocols = pytest.mark.parametrize("protocol", PROTOCOLS)
 SLOW = "slow_queue"
@@ -58,7 +59,8 @@ def pressed(
     )
     log = tmp_path_factory.mktemp("pressed_log") / "triton.log"
     environment = {"FLUXVAE_CHECKPOINT": str(tiny_checkpoint), "OMP_NUM_THREADS": "1"}
-    with TritonServer(repository, open_apis=["statistics"], env=environment, log_path=log) as server:
+    alone = TritonServer(repository, open_apis=["statistics"], env=environment, log_path=log)
+    with killed_in_the_end(alone) as server:
         yield Serving(server, library)
 
 
