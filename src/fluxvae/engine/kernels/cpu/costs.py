@@ -68,7 +68,7 @@ class WinogradCosts(DirectCosts):
         return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + own)
 
     def reads_in_place(self, call: Call) -> bool:
-        """Winograd's convolutions do, unless that norm is of each pixel: they read the pixels of a tile one by one."""
+        """Winograd's convolutions do, unless the norm is of each pixel, all channels of which are not read at once."""
         return _applies(call) and call.kind != "down" and not call.by_pixel
 
     def workspace(self, call: Call) -> int:
