@@ -43,6 +43,7 @@ from fluxvae.engine.kernels.cpu import (
     threads,
     vector_code,
     winograd_cut,
+    winograd_job,
     winograd_loops,
     winograd_matrices,
     winograd_tasks,
@@ -588,8 +589,8 @@ def test_numbas_cache_knows_the_vector_code() -> None:
     # Numba recompiles when the file of a function changes, not when what it calls does.
     digest = hashlib.sha256()
     called = (
-        vector_code, counters, products, amx, pixel_loops, winograd_loops, winograd_matrices, attention_loops,
-        attention_amx,
+        vector_code, counters, products, amx, pixel_loops, winograd_loops, winograd_matrices, winograd_job,
+        attention_loops, attention_amx,
     )  # fmt: skip
     for module in called:
         digest.update(Path(module.__file__).read_bytes())

@@ -210,8 +210,7 @@ class ExactEngine(PlannedEngine):
                 self._graphs.run(key, plan, images, runner, limit=limit, tick=clock.tick)
                 return
             if plan.keeps:
-                least = plan.arena_bytes + ALIGN
-                self._kept.fit(least, least + limit - plan.peak_bytes)
+                self._kept.fit(plan.arena_bytes + ALIGN + limit - plan.peak_bytes)
             with closing(runner()) as running:
                 for one, result in images:
                     running.run(one, result)

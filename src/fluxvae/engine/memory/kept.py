@@ -41,9 +41,9 @@ class KeptMemory:
         block = self._block
         return 0 if block is None else len(block)
 
-    def fit(self, least: int, most: int) -> None:
-        """Give the block back if it is too small for a call, or larger than its limit leaves room for."""
-        if not least <= self.held_bytes <= most:
+    def fit(self, most: int) -> None:
+        """Give the block back if it is larger than a call's limit leaves room for."""
+        if self.held_bytes > most:
             self.drop()
 
     def take(self, nbytes: int) -> torch.Tensor:

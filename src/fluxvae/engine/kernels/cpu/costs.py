@@ -14,7 +14,7 @@ from fluxvae.engine.kernels.cpu.winograd_cut import (
     form_of,
     transformed_bytes,
 )
-from fluxvae.engine.kernels.cpu.winograd_tasks import PLAIN, POSITIONS, PRECISE, SIZES, STEPS, STRIP
+from fluxvae.engine.kernels.cpu.winograd_job import PLAIN, POSITIONS, PRECISE, SIZES, STEPS, STRIP
 from fluxvae.engine.kernels.direct.costs import DirectCosts
 
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]

@@ -47,8 +47,9 @@ from fluxvae.engine.kernels.cpu.row_tasks import (
 )
 from fluxvae.engine.kernels.cpu.vector_code import AMX
 from fluxvae.engine.kernels.cpu.winograd_cut import form_of, transformed_bytes
+from fluxvae.engine.kernels.cpu.winograd_job import ConvJob, Shared
 from fluxvae.engine.kernels.cpu.winograd_layer import Weights, transformed
-from fluxvae.engine.kernels.cpu.winograd_tasks import ConvJob, Shared, convolve, merge
+from fluxvae.engine.kernels.cpu.winograd_tasks import convolve, merge
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.kernels.direct.kernels import TorchKernels
 from fluxvae.engine.records import Conv, Projections, parameters

@@ -9,7 +9,7 @@ from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.multiply import panel_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import AMX, LINE
-from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PLAIN, POSITIONS, PRECISE, SPAN, STEPS, UP
+from fluxvae.engine.kernels.cpu.winograd_job import DOWN, PLAIN, POSITIONS, PRECISE, SPAN, STEPS, UP
 
 __all__ = [
     "Cut",

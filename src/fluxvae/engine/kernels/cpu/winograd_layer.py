@@ -14,7 +14,8 @@ from fluxvae.engine.kernels.cpu.multiply import panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE, VECTOR_BYTES
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
-from fluxvae.engine.kernels.cpu.winograd_tasks import POSITIONS, ConvJob, Shared, convolve, merge
+from fluxvae.engine.kernels.cpu.winograd_job import POSITIONS, ConvJob, Shared
+from fluxvae.engine.kernels.cpu.winograd_tasks import convolve, merge
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.statistics import Partial
 

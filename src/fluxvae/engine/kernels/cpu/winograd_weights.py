@@ -11,16 +11,16 @@ from fluxvae.engine.kernels.cpu.amx import CHUNK, CHUNK_BYTES, ROWS
 from fluxvae.engine.kernels.cpu.counters import fence, fetch_add
 from fluxvae.engine.kernels.cpu.products import NR
 from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES, LINE, compiled
+from fluxvae.engine.kernels.cpu.winograd_job import DOWN, PRECISE
 from fluxvae.engine.kernels.cpu.winograd_loops import (
     kernel_transform,
     kernel_transform_down,
     kernel_transform_precise,
 )
-from fluxvae.engine.kernels.cpu.winograd_tasks import DOWN, PRECISE
 
 __all__ = ["WeightsJob", "transform_weights"]
 
-VECTOR_CODE = "95b445c50d959091"
+VECTOR_CODE = "e4c2c47ac652b3f1"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 
 
