@@ -82,17 +82,68 @@ def test_a_block_in_place_has_the_bits_of_one_in_a_window(
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@given(st.integers(1, 30), st.integers(1, 9))
-def test_the_rows_of_a_map_block_by_block(height: int, block: int) -> None:
+@given(
+    channels=st.sampled_from([(16, 16), (80, 48), (144, 64), (512, 32)]),
+    kind=st.sampled_from(["conv3", "up"]),
+    size=st.tuples(st.sampled_from([6, 12]), st.integers(2, 4), st.integers(1, 30)),
+    around=st.tuples(st.booleans(), st.booleans()),
+    residual=st.booleans(),
+    workers=st.integers(1, 3),
+)
+def test_blocks_of_one_call_have_the_bits_that_they_have_alone(
+    channels: tuple[int, int], kind: Any, size: tuple[int, int, int], around: tuple[bool, bool], residual: bool,
+    workers: int,
+) -> None:  # fmt: skip
+    """Those of as many channels as one thread multiplies alone, and of more; with rows around them, and without."""
+    height, blocks, width = size
+    one, through = conv(*channels, precise=False), norm(channels[0])
+    above, below = around
+    generator = torch.Generator().manual_seed(height)
+    rows = torch.randn(blocks * height + above + below, width, channels[0], generator=generator)
+    call = Call(kind, *channels, height, width, 4, False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(workers)
+    try:
+        into, work = (torch.empty(cost(call), dtype=torch.uint8) for cost in (KERNELS.loaded, KERNELS.workspace))
+        weights = KERNELS.load(one, kind, torch.float32, into)
+        out = torch.full((blocks * call.out(height), call.out(width), one.cout), torch.nan)
+        added = torch.randn(out.shape, generator=generator) if residual and kind == "conv3" else None
+        expected, alone, together = out.clone(), Moments(), Moments()
+        for index in range(blocks):
+            start, stop = index * height + above, (index + 1) * height + above
+            raw = Raw(through, start > 0, stop < len(rows))
+            part = slice(index * call.out(height), (index + 1) * call.out(height))
+            KERNELS.convolve(
+                ConvBlock(
+                    kind, rows[start - raw.above : stop + raw.below], weights, expected[part], work,
+                    None if added is None else added[part], statistics=alone, raw=raw,
+                )
+            )  # fmt: skip
+        raw = Raw(through, above, below, blocks)
+        KERNELS.convolve(ConvBlock(kind, rows, weights, out, work, added, statistics=together, raw=raw))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out, expected)
+    assert together.counts == alone.counts
+    assert all(torch.equal(*pair) for pair in zip(together.stacked(), alone.stacked(), strict=True))
+
+
+@given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4))
+def test_the_rows_of_a_map_block_by_block(height: int, block: int, at_once: int) -> None:
     rows = torch.arange(height, dtype=torch.float32).view(height, 1, 1)
-    reader, seen = MapRows(rows, None, block, height), []
+    reader, seen, blocks = MapRows(rows, None, block, height, at_once), [], 0
     while (padded := reader.advance()) is not None:
         start, stop = reader.span
-        assert padded.raw == Raw(None, start > 0, stop < height)
+        assert padded.raw is not None
+        assert 1 <= padded.raw.blocks <= at_once
+        assert stop - start == padded.raw.blocks * block or (padded.raw.blocks == 1 and stop == height)
+        assert padded.raw == Raw(None, start > 0, stop < height, padded.raw.blocks)
         assert padded.rows.flatten().tolist() == list(range(max(start - 1, 0), min(stop + 1, height)))
         assert padded.rows.data_ptr() == rows[max(start - 1, 0)].data_ptr()
         seen += range(start, stop)
+        blocks += padded.raw.blocks
     assert seen == list(range(height))
+    assert blocks == -(-height // block), "every block is counted"
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
@@ -132,7 +183,7 @@ def resnets() -> list[Resnet]:
 def test_no_map_is_read_in_place_that_is_not_in_memory_or_is_written_over(
     middle: Place, place: Place, start: Place
 ) -> None:
-    geometry = Geometry(64, 64, 4)
+    geometry = Geometry(64, 64, 4, row_multiple=6, block_values=12 * 64 * 32)
     for layer in resnets():
         sweeps = layer._sweeps(geometry, (64, 64), State(start), middle, place)
         over_itself = {
@@ -144,6 +195,11 @@ def test_no_map_is_read_in_place_that_is_not_in_memory_or_is_written_over(
         assert sweeps[0].reads_in_place(WinogradCosts("cpu")) == (start == "memory")
         assert sweeps[-1].reads_in_place(WinogradCosts("cpu")) == (read == "memory" and not over_itself)
         assert not any(sweep.reads_in_place(DirectCosts("cpu")) for sweep in sweeps)
+        for sweep in sweeps:
+            made_alone = sweep.buffer is None and sweep.staged(0) is None and len(sweep.link.stages) == 1
+            assert (sweep.blocks_at_once(WinogradCosts("cpu")) > 1) == (
+                made_alone and sweep.reads_in_place(WinogradCosts("cpu"))
+            )
 
 
 def test_scratch_has_no_window_for_what_is_read_in_place() -> None:
@@ -163,3 +219,14 @@ def test_a_norm_of_each_pixel_has_a_window() -> None:
     assert not costs.reads_in_place(replace(call, kind="down"))
     assert not costs.reads_in_place(replace(call, cin=33))
     assert not costs.reads_in_place(replace(call, tokens=100)), "a small map is PyTorch's"
+
+
+def test_the_statistics_of_blocks_at_once_are_bounded() -> None:
+    costs = WinogradCosts("cpu")
+    call = Call("conv3", 128, 128, 12, 64, 4, False, tokens=4096)
+    counts = [costs.blocks_at_once(replace(call, width=width)) for width in (64, 256, 1024, 4096)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] == 1, "one of those that have more alone"
+    assert costs.blocks_at_once(replace(call, by_pixel=True)) == 1
+    assert costs.blocks_at_once(replace(call, rows=11)) == 1, "its tiles would reach into the next block"
+    assert DirectCosts("cpu").blocks_at_once(call) == 1

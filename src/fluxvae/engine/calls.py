@@ -123,6 +123,9 @@ class Costs(Protocol):
         Otherwise they are copied into a window of scratch, and put through the norm there.
         """
 
+    def blocks_at_once(self, call: Call) -> int:
+        """How many blocks of rows that are read in place one call may have, each with the bits that it has alone."""
+
     def macs(self, call: Call) -> int:
         """Multiply-adds that the call computes."""
 

@@ -49,6 +49,9 @@ class Raw:
     """Whether there is a row above the block. Outside of the map are zeros, which do not go through the norm."""
     below: bool
     """Whether there is one below it."""
+    blocks: int = 1
+    """How many blocks these rows are, all of them equally high. Each has statistics of its own, and the bits that it
+    has alone: `Costs.blocks_at_once`."""
 
 
 class Padded(NamedTuple):

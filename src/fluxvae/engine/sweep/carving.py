@@ -217,6 +217,12 @@ class Sweep:
         in_memory = not self.over and any(one.place == "memory" for one in held)
         return in_memory and costs.reads_in_place(self.link.stages[0].call)
 
+    def blocks_at_once(self, costs: Costs) -> int:
+        """How many blocks one call computes: several where they are read in place and made in place, in one step."""
+        position = len(self.chain)
+        alone = len(self.link.stages) == 1 and self.buffer is None and self.staged(position) is None
+        return costs.blocks_at_once(self.stage.call) if alone and self.reads_in_place(costs) else 1
+
     def step(self, costs: Costs) -> Step:
         """Count the sweep: the memory, work and traffic that it takes with these kernels."""
         links = (*self.chain, self.link)

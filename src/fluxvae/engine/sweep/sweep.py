@@ -145,7 +145,8 @@ class Run:
             close(padded, made, moments)
             if out is not None and buffer is not None:
                 out.write(start, made)
-            self.tick()
+            for _ in range(1 if padded.raw is None else padded.raw.blocks):
+                self.tick()
         return moments
 
     def _readers(
@@ -170,7 +171,8 @@ class Run:
         for stage in link.stages[:-1]:
             main, in_place = self._computed(stage, main, scratch, in_place), False
         last = link.stages[-1]
-        window, weights = self._window(last, main, scratch, in_place), self._load(last)
+        at_once = sweep.blocks_at_once(self.kernels) if in_place else 1
+        window, weights = self._window(last, main, scratch, in_place, at_once), self._load(last)
         projection = None if link.shortcut is None else self._projection(link.shortcut, work)
         staged = sweep.staged(position)
         staging = None if staged is None else self.maps.scratch(staged)
@@ -232,11 +234,13 @@ class Run:
 
         return ComputedRows(window, compute, self._copier(scratch.work))
 
-    def _window(self, stage: Stage, source: Stream, scratch: _Scratch, in_place: bool) -> Window | MapRows:
+    def _window(
+        self, stage: Stage, source: Stream, scratch: _Scratch, in_place: bool, at_once: int = 1
+    ) -> Window | MapRows:
         norm = None if stage.norm is None else scratch.norms.get(stage.norm) or self.norm(stage.norm, None)
         if in_place:
             assert isinstance(source, StoredRows)
-            return MapRows(source.rows, norm, stage.call.rows, stage.height)
+            return MapRows(source.rows, norm, stage.call.rows, stage.height, at_once)
         buffer = self.maps.scratch(stage.input)
         return Window(self.kernels, source, norm, buffer, stage.height, stage.stored, scratch.work)
 

@@ -94,20 +94,30 @@ class Window:
 class MapRows:
     """The blocks of a map that stays as it is, for kernels that pad and normalise on the way: in a `Window`'s place."""
 
-    def __init__(self, rows: torch.Tensor, norm: Scaling | None, block: int, height: int) -> None:
-        """Begin at the top of the map; ``block`` is how many of its rows one block has, ``height`` all of them have."""
-        self._map, self._norm, self._rows, self._height = rows, norm, block, height
+    def __init__(self, rows: torch.Tensor, norm: Scaling | None, block: int, height: int, at_once: int = 1) -> None:
+        """Begin at the top of the map.
+
+        Args:
+            rows: all of the map.
+            norm: what rows are still to go through, with SiLU after it; None: nothing.
+            block: how many rows a block has.
+            height: how many rows the blocks have together.
+            at_once: how many blocks `advance` gives at most. What is left of the map for a last, lower block comes
+                alone.
+        """
+        self._map, self._norm, self._rows, self._height, self._at_once = rows, norm, block, height, at_once
         self.span = (0, 0)
 
     def advance(self) -> Padded | None:
-        """The next block and the rows above and below it that there are, as `Window.advance`."""
+        """The next blocks and the rows above and below them that there are, as `Window.advance`."""
         start = self.span[1]
-        stop = min(start + self._rows, self._height)
+        blocks = max(1, min((self._height - start) // self._rows, self._at_once))
+        stop = min(start + blocks * self._rows, self._height)
         if start == stop:
             return None
         self.span = (start, stop)
         above, below = start > 0, stop < len(self._map)
-        return Padded(self._map[start - above : stop + below], Raw(self._norm, above, below))
+        return Padded(self._map[start - above : stop + below], Raw(self._norm, above, below, blocks))
 
 
 class ComputedRows:

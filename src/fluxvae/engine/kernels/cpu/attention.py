@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionJob", "attention", "attention_bytes", "attention_tasks", "attention_tasks_amx", "padded_queries"]
 
-VECTOR_CODE = "e4c2c47ac652b3f1"
+VECTOR_CODE = "35ab4ff49856a543"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 PANELS = 8 if AMX else 4
 """How many panels of queries a task has: the more, the less often the map is read. That counts where memory is slow: on

@@ -10,6 +10,7 @@ from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.row_tasks import linear_bytes
 from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES
 from fluxvae.engine.kernels.cpu.winograd_cut import (
+    Cut,
     cut_tasks,
     form_of,
     transformed_bytes,
@@ -19,6 +20,9 @@ from fluxvae.engine.kernels.direct.costs import DirectCosts
 
 __all__ = ["WinogradCosts", "attention_results", "few", "whole_vectors"]
 
+AT_ONCE_BYTES = 1 << 20
+"""The bytes of statistics that the blocks of one call have together at most. That is four blocks of the usual size,
+which a sweep is done with in some hundredths of a second, so progress and the end of a cancelled call do not wait."""
 LEAST_PIXELS = 1024
 """Maps of fewer pixels are not made by Winograd: transforming the weights would take longer than it saves."""
 
@@ -65,11 +69,19 @@ class WinogradCosts(DirectCosts):
         cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
         strip = THIRD * SIZES[form] ** 2 * STRIP * 4
         own = cut.workers * (strip + split_bytes(cut.longest, call.cin))
-        return max(9 * call.cin * call.cout * 4 * call.cast, cut.spans * cut.panels * NR * 16 + own)
+        return max(9 * call.cin * call.cout * 4 * call.cast, self.blocks_at_once(call) * _statistics_bytes(cut) + own)
 
     def reads_in_place(self, call: Call) -> bool:
         """Winograd's convolutions do, unless the norm is of each pixel, all channels of which are not read at once."""
         return _applies(call) and call.kind != "down" and not call.by_pixel
+
+    def blocks_at_once(self, call: Call) -> int:
+        """As many as their statistics leave room for, if whole tiles make a block."""
+        form = form_of(call.kind, call.precise)
+        if not self.reads_in_place(call) or call.out(call.rows) % STEPS[form]:
+            return 1
+        cut = cut_tasks(form, call.cin, call.cout, call.rows, call.width)
+        return max(1, AT_ONCE_BYTES // _statistics_bytes(cut))
 
     def workspace(self, call: Call) -> int:
         """Bytes of the arena: each thread's transformed tiles and products, or attention's results, sums and scores."""
@@ -90,6 +102,11 @@ def _applies(call: Call) -> bool:
     pixels = call.tokens // 4 if call.kind == "down" else call.tokens
     worthwhile = call.tokens == 0 or pixels >= LEAST_PIXELS
     return call.kind in ("conv3", "up", "down") and worthwhile and whole_vectors(call.cin, call.cout, call.itemsize)
+
+
+def _statistics_bytes(cut: Cut) -> int:
+    """What the statistics of one block's spans take until they are merged."""
+    return cut.spans * cut.panels * NR * 16
 
 
 def _attends(call: Call) -> bool:

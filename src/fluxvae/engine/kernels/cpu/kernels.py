@@ -81,11 +81,12 @@ class WinogradKernels(WinogradCosts, TorchKernels):
         start = time.perf_counter()
         done = np.ones(1, np.int64)  # a counter past the last task: there is nothing to do
         nothing = Shared(
-            np.zeros((2, 1), np.float32), np.zeros((1, 1, 1, 1)), np.ones(1, np.int64), np.zeros((1, 1), np.int64),
+            np.zeros((2, 1), np.float32), np.zeros((1, 1, 1, 1, 1)), np.ones((1, 1), np.int64),
+            np.zeros((1, 1), np.int64),
             np.full((1, 7, 8), 1 << 20),  # past the last tasks, and all of them done
         )  # fmt: skip
         convolve(ConvJob(*[1] * len(ConvJob._fields)), nothing, 0)
-        merge(nothing, np.zeros((2, 1)))
+        merge(nothing, 0, np.zeros((2, 1)))
         transform_weights(WeightsJob(*[1] * len(WeightsJob._fields)), done)
         linear_rows(LinearJob(*[1] * len(LinearJob._fields)), done)
         affine_rows(RowsJob(*[1] * len(RowsJob._fields)), done)

@@ -23,7 +23,7 @@ from fluxvae.engine.kernels.cpu.vector_code import AMX, LANES, LINE, VECTOR_BYTE
 
 __all__ = ["multiply", "multiply_parts", "pack_panel", "panel_bytes", "split_bytes"]
 
-VECTOR_CODE = "57d980523186035c"
+VECTOR_CODE = "92c1fcf797b3d95c"
 """The digest of the files that this one calls, for the reason that `winograd_tasks.VECTOR_CODE` gives."""
 SPLIT_BYTES = 1100 << 10
 """The bytes of tiles' parts that are multiplied by all weights before the next ones: half of the L2 cache of the

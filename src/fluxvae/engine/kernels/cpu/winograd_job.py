@@ -1,4 +1,4 @@
-"""One Winograd convolution in numbers: the forms of its tiles, and the job that `winograd_tasks` does.
+"""Winograd's convolution in numbers: the forms of its tiles, and the job of one call that `winograd_tasks` does.
 
 Addresses and strides are in bytes.
 """
@@ -29,10 +29,14 @@ SPAN = 4
 
 
 class ConvJob(NamedTuple):
-    """The job of one call: a 3x3 convolution of a block of rows, of the map as it is or enlarged, or of stride 2."""
+    """The job of one call: a 3x3 convolution of one or more blocks of rows, all of which are equally high.
+
+    It is one of the map as it is or enlarged, or of stride 2. Every block has tiles of its own, so that a result does
+    not depend on how many blocks a call has.
+    """
 
     src: int
-    """The address of row 0, which is the one above the block, whether it is there or not."""
+    """The address of row 0, which is the one above the first block, whether it is there or not."""
     src_row: int
     src_column: int
     src_first: int
@@ -49,7 +53,7 @@ class ConvJob(NamedTuple):
     dst_row: int
     dst_column: int
     rows: int
-    """The rows of the output; ``columns`` and ``cout`` are its too."""
+    """The rows of the output of one block; ``columns`` and ``cout`` are the output's too."""
     columns: int
     cout: int
     form: int
@@ -66,10 +70,15 @@ class ConvJob(NamedTuple):
     """The bytes of one panel's weights."""
     split: int
     """The bytes of scratch that a thread needs for `multiply`."""
+    blocks: int
+    block_rows: int
+    """How many rows of the input one block has, without a halo."""
     tiles_across: int
     tiles: int
+    """The tiles of one block."""
     units: int
-    """How many units the tiles are split into, each of which one thread computes alone; 0: all compute all of them."""
+    """How many units the tiles of a block are split into, each of which one thread computes alone; 0: all compute all
+    of them."""
     piece: int
     """How many groups of THIRD tiles one task of the first step has."""
     place: int
@@ -87,11 +96,12 @@ class Shared(NamedTuple):
     factor_bias: Any
     """(2, panels * NR) float32. Outputs are multiplied by the first row, then the second is added."""
     stats: Any
-    """(spans, panels, 2, NR) float64 of zeros, filled with the mean and the squared deviations of each SPAN tiles."""
+    """(blocks, spans, panels, 2, NR) float64 of zeros: the mean and the squared deviations of each SPAN tiles go there.
+    """
     counts: Any
-    """(spans,) int64, filled with the pixels of each."""
+    """(blocks, spans) int64, filled with the pixels of each."""
     places: Any
     """(threads, positions) int64, filled with the addresses of a unit's products; without units, the first row is."""
     counters: Any
-    """(units or 1, 7, 8) int64 of zeros: the numbers of the next tasks and of those done for each step, and of units,
-    each in a cache line of its own."""
+    """(blocks * (units or 1), 7, 8) int64 of zeros: the numbers of the next tasks and of those done for each step, and
+    of units, each in a cache line of its own."""

@@ -14,7 +14,7 @@ from fluxvae.engine.kernels.cpu.multiply import panel_bytes, split_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import LANES, LINE, VECTOR_BYTES
 from fluxvae.engine.kernels.cpu.winograd_cut import cut_tasks, position_bytes
-from fluxvae.engine.kernels.cpu.winograd_job import POSITIONS, ConvJob, Shared
+from fluxvae.engine.kernels.cpu.winograd_job import POSITIONS, STEPS, ConvJob, Shared
 from fluxvae.engine.kernels.cpu.winograd_tasks import convolve, merge
 from fluxvae.engine.kernels.cpu.winograd_weights import WeightsJob, transform_weights
 from fluxvae.engine.statistics import Partial
@@ -53,13 +53,17 @@ def transformed(form: int, weight: torch.Tensor, bias: torch.Tensor | None, into
 
 
 def run(block: ConvBlock) -> None:
-    """Compute a block of a 3x3 convolution of whatever kind, and its statistics: see `ConvBlock`."""
+    """Compute blocks of a 3x3 convolution of whatever kind, and their statistics: see `ConvBlock`."""
     padded, weights, out, residual = block.rows, block.weights, block.out, block.residual
     work = block.work
     raw = block.raw or Raw(None, above=True, below=True)  # a window has both, zeros where the map ends
     rows, width = padded.shape[0] - raw.above - raw.below, padded.shape[1]
     cin, cout, form = weights.cin, weights.cout, weights.form
-    cut = cut_tasks(form, cin, cout, rows, width)
+    blocks = raw.blocks
+    block_rows, made_rows = rows // blocks, out.shape[0] // blocks
+    if blocks > 1 and (rows % blocks or made_rows % STEPS[form]):  # tiles would read what is the next block's
+        raise RuntimeError(f"{rows} rows are not {blocks} blocks of whole tiles: the plan was wrong")
+    cut = cut_tasks(form, cin, cout, block_rows, width)
     row = width * cin * 4
     workers = cut.workers
     while workers and cut.scratch_bytes(form, workers) > work.numel():
@@ -72,12 +76,12 @@ def run(block: ConvBlock) -> None:
     job = ConvJob(
         src=padded.data_ptr() - (0 if raw.above else row), src_row=row, src_column=cin * 4,
         src_first=0 if raw.above else 1, src_rows=1 + rows + raw.below, src_columns=width, cin=cin, scale=scale,
-        shift=shift, dst=out.data_ptr(), dst_row=out.shape[1] * cout * 4, dst_column=cout * 4, rows=out.shape[0],
-        columns=out.shape[1],
-        cout=cout, form=form, residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
+        shift=shift, dst=out.data_ptr(), dst_row=out.shape[1] * cout * 4, dst_column=cout * 4, rows=made_rows,
+        columns=out.shape[1], cout=cout, form=form,
+        residual=-1 if residual is None else residual.data_ptr() - out.data_ptr(),
         weights=weights.transformed.data_ptr(), position_weights=position_bytes(cin, cout), panels=cut.panels,
-        panel_weights=panel_bytes(cin), split=split_bytes(cut.longest, cin), tiles_across=cut.across, tiles=cut.tiles,
-        units=cut.units,
+        panel_weights=panel_bytes(cin), split=split_bytes(cut.longest, cin), blocks=blocks, block_rows=block_rows,
+        tiles_across=cut.across, tiles=cut.tiles, units=cut.units,
         piece=max(1, cut.tiles // (4 * THIRD * workers)),  # a few for each thread, so that none waits for long
         place=cut.place, scratch=work.data_ptr(), give_way=system.give_way(),
     )  # fmt: skip
@@ -86,17 +90,18 @@ def run(block: ConvBlock) -> None:
         factor_bias = (factor_bias / block.scale).astype(np.float32)
     shared = Shared(
         factor_bias=factor_bias,
-        stats=np.zeros((cut.spans, cut.panels, 2, NR)),
-        counts=np.empty(cut.spans, np.int64),
+        stats=np.zeros((blocks, cut.spans, cut.panels, 2, NR)),
+        counts=np.empty((blocks, cut.spans), np.int64),
         places=np.empty((workers, POSITIONS[form]), np.int64),
-        counters=np.zeros((max(cut.units, 1), 7, 8), np.int64),
+        counters=np.zeros((blocks * max(cut.units, 1), 7, 8), np.int64),
     )
     threads.run(lambda worker: convolve(job, shared, worker), workers)
     if block.statistics is None:
         return
     merged = torch.empty(2, cout, dtype=torch.float64, device="cpu")
-    merge(shared, merged.numpy())
-    block.statistics.add(Partial(out.shape[0] * out.shape[1], merged[0], merged[1]))
+    for index in range(blocks):
+        merge(shared, index, merged.numpy())
+        block.statistics.add(Partial(made_rows * out.shape[1], merged[0], merged[1]))
 
 
 def _check_aligned(*written: torch.Tensor) -> None:

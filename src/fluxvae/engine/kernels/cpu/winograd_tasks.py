@@ -1,4 +1,4 @@
-"""The work of one Winograd convolution as tasks that threads take from a counter. Compiled by Numba, without the GIL.
+"""The work of Winograd's convolutions as tasks that threads take from a counter. Compiled by Numba, without the GIL.
 
 All threads work on a block in three steps, each of which waits for the one before: they transform groups of tiles,
 then multiply position by position, then transform groups of tiles back with bias, residual and statistics. So the
@@ -50,47 +50,51 @@ from fluxvae.engine.kernels.cpu.winograd_loops import (
 
 __all__ = ["convolve", "merge"]
 
-VECTOR_CODE = "e4c2c47ac652b3f1"
+VECTOR_CODE = "35ab4ff49856a543"
 """The digest of the files that this one calls. Numba keeps compiled code until this file changes and does not look at
 the others, so their digest is written here, and a test says when it has to be renewed."""
 
 
 @compiled
 def convolve(job: ConvJob, shared: Shared, worker: int) -> None:
-    """Take part in a block's three steps until they are done; ``worker`` is the number of this thread."""
+    """Take part in every block's three steps until they are done; ``worker`` is the number of this thread."""
     positions = POSITIONS[job.form]
     if job.units == 0:
         free = job.scratch + (positions + worker) * job.place
-        places, counters = shared.places[0], shared.counters[0]
-        _transform(job, 0, job.tiles, job.scratch, counters)
-        _multiply(job, 0, job.tiles, job.scratch, free, places, counters)
-        _transform_back(job, shared, 0, job.tiles, places, counters)
+        places = shared.places[0]
+        for block in range(job.blocks):
+            counters = shared.counters[block]
+            _transform(job, block, 0, job.tiles, job.scratch, counters)
+            _multiply(job, 0, job.tiles, job.scratch, free, places, counters)
+            _transform_back(job, shared, block, 0, job.tiles, places, counters)
         return
     scratch = job.scratch + worker * (positions + 1) * job.place
     free = scratch + positions * job.place
     spans = (job.tiles + SPAN - 1) // SPAN
     while True:
         unit = fetch_add(shared.counters[0, 6].ctypes.data, 1)
-        if unit >= job.units:
+        if unit >= job.blocks * job.units:
             return
-        first = spans * unit // job.units * SPAN
-        last = min(spans * (unit + 1) // job.units * SPAN, job.tiles)
+        block, part = unit // job.units, unit % job.units
+        first = spans * part // job.units * SPAN
+        last = min(spans * (part + 1) // job.units * SPAN, job.tiles)
         places, counters = shared.places[worker], shared.counters[unit]
-        _transform(job, first, last, scratch, counters)
+        _transform(job, block, first, last, scratch, counters)
         _multiply(job, first, last, scratch, free, places, counters)
-        _transform_back(job, shared, first, last, places, counters)
+        _transform_back(job, shared, block, first, last, places, counters)
 
 
 @compiled
-def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any) -> None:
-    """The first step: transform groups of tiles.
+def _transform(job: ConvJob, block: int, first: int, last: int, scratch: int, counters: Any) -> None:
+    """The first step: transform groups of tiles of a block.
 
     They are read from where they are. A group that goes through a norm, or that reaches beyond the map, is copied first
     to a strip of the thread's own, a few channels at a time, so that it is in the caches when it is transformed.
     """
     size, reach = SIZES[job.form], REACHES[job.form]
     skipped = 1 if job.form == DOWN else 0  # the halo above the block and left of the map, which stride 2 does not see
-    blocks = job.cin // LANES
+    origin = block * job.block_rows + skipped
+    vectors_in = job.cin // LANES
     past = 1 if job.units == 0 else 0  # the tiles of a whole block would push one another out of the caches
     strip = np.empty(THIRD * size * size * STRIP, np.float32)
     table = np.empty((THIRD, 3), np.int64)
@@ -106,7 +110,7 @@ def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any)
             count = min(THIRD, last - begin)
             copied = job.scale != 0
             for t in range(count):
-                top = (begin + t) // job.tiles_across * reach + skipped
+                top = origin + (begin + t) // job.tiles_across * reach
                 left = (begin + t) % job.tiles_across * reach - 1 + skipped
                 table[t, 0] = job.src + top * job.src_row + left * job.src_column
                 table[t, 1], table[t, 2] = job.src_row, job.src_column
@@ -114,10 +118,10 @@ def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any)
                     copied = True
             target = scratch + group * THIRD * job.cin * 4
             if not copied:
-                _transform_group(job.form, table_at, count, target, job.place, blocks, past)
+                _transform_group(job.form, table_at, count, target, job.place, vectors_in, past)
                 continue
-            for vector in range(0, blocks, STRIP // LANES):
-                vectors = min(STRIP // LANES, blocks - vector)
+            for vector in range(0, vectors_in, STRIP // LANES):
+                vectors = min(STRIP // LANES, vectors_in - vector)
                 pixel = vectors * VECTOR_BYTES
                 at = strip_at
                 t = 0
@@ -125,7 +129,7 @@ def _transform(job: ConvJob, first: int, last: int, scratch: int, counters: Any)
                     row, column = (begin + t) // job.tiles_across, (begin + t) % job.tiles_across
                     run = min(count - t, job.tiles_across - column)
                     width = (run - 1) * reach + size
-                    _fill(job, row * reach + skipped, column * reach - 1 + skipped, size, width, vector, vectors, at)
+                    _fill(job, origin + row * reach, column * reach - 1 + skipped, size, width, vector, vectors, at)
                     for k in range(run):
                         table[t + k, 0] = at + k * reach * pixel
                         table[t + k, 1], table[t + k, 2] = width * pixel, pixel
@@ -200,7 +204,9 @@ def _multiply(job: ConvJob, first: int, last: int, scratch: int, free: int, plac
 
 
 @compiled
-def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places: Any, counters: Any) -> None:
+def _transform_back(
+    job: ConvJob, shared: Shared, block: int, first: int, last: int, places: Any, counters: Any
+) -> None:
     """The third step: transform groups of tiles back, with bias, residual and statistics."""
     step = STEPS[job.form]
     panel_out = (last - first + THIRD - 1) // THIRD * THIRD * NR * 4
@@ -208,6 +214,7 @@ def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places:
     shares = np.empty(3, np.float64)
     terms_at, shares_at = terms.ctypes.data, shares.ctypes.data
     places_at = places.ctypes.data
+    dst = job.dst + block * job.rows * job.dst_row
     spans = (last - first + SPAN - 1) // SPAN
     while True:
         task = fetch_add(counters[4].ctypes.data, 1)
@@ -218,12 +225,12 @@ def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places:
             channel = panel * NR
             vectors = min(NR, job.cout - channel) // LANES
             terms[:2] = shared.factor_bias[:, channel : channel + NR]
-            stats_at = shared.stats[span, panel].ctypes.data
+            stats_at = shared.stats[block, span, panel].ctypes.data
             before = 0
             for tile in range(span * SPAN, min((span + 1) * SPAN, last)):
                 y = tile // job.tiles_across * step
                 x = tile % job.tiles_across * step
-                target = job.dst + y * job.dst_row + x * job.dst_column + channel * 4
+                target = dst + y * job.dst_row + x * job.dst_column + channel * 4
                 offset = panel * panel_out + (tile - first) * NR * 4
                 rows, columns = min(step, job.rows - y), min(step, job.columns - x)
                 pixels = rows * columns
@@ -256,7 +263,7 @@ def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places:
                         NR * 4, stats_at, shares_at, before == 0, vectors,
                     )  # fmt: skip
                 before += pixels
-            shared.counts[span] = before
+            shared.counts[block, span] = before
         fence()
         fetch_add(counters[5].ctypes.data, 1)
     terms[0, 0] = 0.0
@@ -265,16 +272,16 @@ def _transform_back(job: ConvJob, shared: Shared, first: int, last: int, places:
 
 
 @compiled
-def merge(shared: Shared, out: Any) -> None:
-    """Combine the spans' statistics in their order into (2, cout): mean and deviations.
+def merge(shared: Shared, block: int, out: Any) -> None:
+    """Combine the statistics of a block's spans in their order into (2, cout): mean and deviations.
 
     Source: Chan, Golub and LeVeque 1979.
     """
     out[:] = 0.0
     before = 0
-    stats = shared.stats
-    for span in range(len(shared.counts)):
-        count = shared.counts[span]
+    stats, counts = shared.stats[block], shared.counts[block]
+    for span in range(len(counts)):
+        count = counts[span]
         share = count / (before + count)
         weight = share * before
         before += count

@@ -111,6 +111,10 @@ class DirectCosts:
         """Never: libraries pad what they are given, and know nothing of norms."""
         return False
 
+    def blocks_at_once(self, call: Call) -> int:
+        """One."""
+        return 1
+
     def macs(self, call: Call) -> int:
         """Multiply-adds that one call computes."""
         pixels = call.rows * call.width
