@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from fluxvae.engine.kernels.cpu import threads as kernel_threads
+from fluxvae.engine import thread_count
 from fluxvae.engine.kernels.cpu.attention import attention, attention_bytes
 from measure import machine
 
@@ -37,7 +37,7 @@ def run_size(tokens: int, threads: int, rounds: int) -> list[dict[str, Any]]:
     out, work = torch.empty_like(queries), torch.empty(attention_bytes(QUERIES, CHANNELS), dtype=torch.uint8)
 
     def ours() -> torch.Tensor:
-        with kernel_threads.alone():
+        with thread_count.alone():
             attention(queries, keys, SCALE, out, work)
         return out
 

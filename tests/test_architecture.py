@@ -34,6 +34,7 @@ LEVELS = (
 """The parts of the package: a part imports only from lines above its own, and from itself."""
 ENGINE = (
     ("torch_library",),
+    ("thread_count",),
     ("way",),
     ("calls", "clock", "frames", "records", "settings"),
     ("memory", "plan", "statistics"),

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from engine_models import needs_vector_code, rms
 from fluxvae import Decoder, unpack_latents
 from fluxvae.checkpoints import ASSETS
+from fluxvae.engine import thread_count
 from fluxvae.engine.calls import Call
 from fluxvae.engine.exact import ExactDecoder
 from fluxvae.engine.kernels import ConvBlock
@@ -40,7 +41,6 @@ from fluxvae.engine.kernels.cpu import (
     pixel_loops,
     products,
     row_tasks,
-    threads,
     vector_code,
     winograd_cut,
     winograd_job,
@@ -467,12 +467,12 @@ def test_several_python_threads_at_once() -> None:
 
 def test_alone_gives_the_threads_back() -> None:
     torch.set_num_threads(3)
-    with threads.alone(), threads.alone():
-        assert (threads.count(), torch.get_num_threads()) == (3, 1)
-        with threads.pytorchs():
+    with thread_count.alone(), thread_count.alone():
+        assert (thread_count.count(), torch.get_num_threads()) == (3, 1)
+        with thread_count.pytorchs():
             assert torch.get_num_threads() == 3
         assert torch.get_num_threads() == 1
-    assert (threads.count(), torch.get_num_threads()) == (3, 3)
+    assert (thread_count.count(), torch.get_num_threads()) == (3, 3)
 
 
 # -- whole decodes -------------------------------------------------------------------------------------------------

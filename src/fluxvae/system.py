@@ -16,6 +16,8 @@ import itertools
 import mmap
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ __all__ = [
     "give_way",
     "hold",
     "in_large_pages",
+    "make_pages",
     "may_use_amx",
     "names_ignore_case",
     "peak_of_memory",
@@ -173,6 +176,50 @@ def in_large_pages(nbytes: int) -> memoryview | None:
         with contextlib.suppress(OSError):  # a system that was built without them
             block.madvise(advice, start, whole)
     return memoryview(block)[start : start + nbytes]
+
+
+_POPULATE_WRITE = 23
+"""The number of Linux's MADV_POPULATE_WRITE, which is there from 5.14 on."""
+_EACH = 4 << 20
+"""How many bytes a thread makes pages for at least, or starting it would take longer than what it does."""
+
+
+def make_pages(address: int, nbytes: int, threads: int) -> None:
+    """Have the system make the pages of memory that will be written to, many at once, by so many threads.
+
+    Where it cannot be asked for that, or has too little, nothing happens: a page is then made when it is touched. The
+    contents stay as they are, and what only shares its first or last page with other memory is left to that.
+    """
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = (address + nbytes - start) // mmap.PAGESIZE
+    advise = _madvise()
+    if advise is None or pages <= 0:
+        return
+    workers = max(1, min(threads, pages * mmap.PAGESIZE // _EACH))
+    cuts = [start + pages * k // workers * mmap.PAGESIZE for k in range(workers + 1)]
+    others = [
+        threading.Thread(target=advise, args=(first, last - first, _POPULATE_WRITE))
+        for first, last in itertools.pairwise(cuts[1:])
+    ]
+    for other in others:
+        other.start()
+    advise(start, cuts[1] - start, _POPULATE_WRITE)
+    for other in others:
+        other.join()
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Linux's ``madvise``; elsewhere its numbers mean something else."""
+    if sys.platform != "linux":
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (TypeError, AttributeError):  # there is no one library in which all functions of the process are found
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    made: Callable[[int, int, int], int] = function
+    return made
 
 
 def _resident(field: str) -> int:

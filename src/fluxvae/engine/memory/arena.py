@@ -1,6 +1,8 @@
 """The arena: one allocation for a whole image, with a map at each end and the running sweep's scratch between them.
 
-It is never fragmented, and its pages are touched once. Nothing of it outlives the call, unless that is asked for.
+It is never fragmented. Nothing of it outlives the call, unless that is asked for. On a CPU its pages are made just
+before the map or the scratch that they are handed out for, by all threads and many at once: one by one, as each of them
+is touched for the first time, takes twice as long, and pushes out of the caches what is being computed.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from typing import Protocol
 
 import torch
 
+from fluxvae.engine import thread_count
 from fluxvae.engine.calls import ALIGN, aligned
 from fluxvae.engine.memory.stores import MemoryMap
+from fluxvae.system import make_pages
 
 __all__ = ["Arena", "Room"]
 
@@ -34,6 +38,7 @@ class Arena:
         self._flat = block[-block.data_ptr() % ALIGN :][:nbytes]
         self._maps = [0, 0]
         self._cursor = 0
+        self._reached = [0, nbytes]  # what lies before the one or behind the other was handed out before
 
     def map(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
         """Make the map of one end of the arena, in place of the one that was there."""
@@ -43,6 +48,7 @@ class Arena:
         start = 0 if side == 0 else len(self._flat) // ALIGN * ALIGN - size
         if start < 0 or sum(self._maps) > len(self._flat):
             raise AssertionError(f"maps of {self._maps} bytes in an arena of {len(self._flat)}: the plan was wrong")
+        self._reach(side, start, start + nbytes)
         return MemoryMap(self._flat[start : start + nbytes].view(dtype).view(shape))
 
     def shrunk(self, side: int, shape: tuple[int, int, int], dtype: torch.dtype) -> MemoryMap:
@@ -77,4 +83,15 @@ class Arena:
         start, self._cursor = self._cursor, self._cursor + aligned(nbytes)
         if self._cursor > len(self._flat) // ALIGN * ALIGN - self._maps[1]:
             raise AssertionError(f"scratch of {self._cursor - self._maps[0]} bytes does not fit: the plan was wrong")
+        self._reach(0, start, start + nbytes)
         return self._flat[start : start + nbytes].view(dtype).view(shape)
+
+    def _reach(self, side: int, start: int, stop: int) -> None:
+        """Make the pages of what is handed out for the first time, and nothing beyond: a plan counts these."""
+        left, right = self._reached
+        start, stop = max(start, left), min(stop, right)
+        if start >= stop:
+            return
+        self._reached[side] = (stop, start)[side]
+        if self._flat.device.type == "cpu":
+            make_pages(self._flat.data_ptr() + start, stop - start, thread_count.count())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fluxvae.engine import thread_count
 from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.amx import (
     CHUNK,
@@ -188,7 +189,7 @@ def attention_bytes(count: int, channels: int) -> int:
 
 
 def _workers(panels: int) -> int:
-    return min(threads.count(), -(-panels // PANELS))
+    return min(thread_count.count(), -(-panels // PANELS))
 
 
 def _scratch_bytes(channels: int) -> int:

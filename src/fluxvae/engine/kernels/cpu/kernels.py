@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fluxvae.engine import thread_count
 from fluxvae.engine.calls import Kind
 from fluxvae.engine.kernels import AttentionBlock, ConvBlock, Refill
 from fluxvae.engine.kernels.cpu import threads, winograd_layer
@@ -102,7 +103,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
 
     def session(self) -> AbstractContextManager[None]:
         """A context without OpenMP's threads, which would spin in our way after each of PyTorch's operations."""
-        return threads.alone()
+        return thread_count.alone()
 
     def load(self, conv: Conv, kind: Kind, dtype: torch.dtype, into: torch.Tensor) -> Any:
         """The weights as the kernel wants them. Those for Winograd are transformed in float64 and rounded once."""
@@ -163,7 +164,7 @@ class WinogradKernels(WinogradCosts, TorchKernels):
                     raise RuntimeError("few_outputs: got a residual, a scale or statistics, which no last layer has")
                 few_outputs(block.rows, block.weights, block.out)
             case _:
-                with threads.pytorchs() if block.kind in ("conv3", "down") else nullcontext():
+                with thread_count.pytorchs() if block.kind in ("conv3", "down") else nullcontext():
                     super().convolve(block)
 
     def load_attention(self, projections: Projections, dtype: torch.dtype, into: torch.Tensor) -> Any:

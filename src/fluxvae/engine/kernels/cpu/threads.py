@@ -1,4 +1,4 @@
-"""Threads for compiled functions that release the GIL: as many as ``torch.get_num_threads()``, the caller among them.
+"""Threads for compiled functions that release the GIL: as many as `thread_count` says, the caller among them.
 
 Neither Numba's thread pool nor OpenMP's serves here: Numba's is not safe when several Python threads call it at once,
 and OpenMP's threads spin after each use and would compete with ours. Instead, every thread runs a function that takes
@@ -11,66 +11,23 @@ our threads look for the next one for a while before they sleep.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fluxvae import system
-from fluxvae.engine import torch_library
 from fluxvae.engine.kernels.cpu.counters import advance, changed, wait
+from fluxvae.engine.thread_count import count
 from fluxvae.system import after_fork
 
-__all__ = ["alone", "count", "pytorchs", "run", "share"]
+__all__ = ["run", "share"]
 
-_mine = threading.local()
 _CLOSED = 1 << 40
 """More helpers than there are anywhere."""
 LOOKS = 4000
 """How many times a helper looks for work before it sleeps: about a quarter of a millisecond, which is longer than a
 sweep takes between two calls, and too short to be in the way of anything else."""
-
-
-def count() -> int:
-    """How many threads a call may use now, that of its caller included."""
-    return getattr(_mine, "count", 0) or max(torch_library.threads(), 1)
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Leave all threads to our kernels: PyTorch's operations in this Python thread use one thread meanwhile.
-
-    OpenMP's threads spin for milliseconds after each operation, in the way of ours. That was measured to be half of the
-    CPU time of a decode whose sweeps copy a row with PyTorch now and then.
-    """
-    if getattr(_mine, "count", 0):
-        yield
-        return
-    import torch  # here, because a plan counts threads without it
-
-    _mine.count = count()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_mine.count)
-        _mine.count = 0
-
-
-@contextmanager
-def pytorchs() -> Iterator[None]:
-    """Inside of `alone`, let PyTorch's operations use all threads again, for operations that take long."""
-    import torch
-
-    ours = getattr(_mine, "count", 0)
-    if ours:
-        torch.set_num_threads(ours)
-    try:
-        yield
-    finally:
-        if ours:
-            torch.set_num_threads(1)
 
 
 def run(function: Callable[[int], None], workers: int) -> None:

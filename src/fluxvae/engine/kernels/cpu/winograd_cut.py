@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fluxvae.engine import thread_count
 from fluxvae.engine.calls import Kind, length_out
-from fluxvae.engine.kernels.cpu import threads
 from fluxvae.engine.kernels.cpu.multiply import panel_bytes
 from fluxvae.engine.kernels.cpu.products import NR, THIRD
 from fluxvae.engine.kernels.cpu.vector_code import AMX, LINE
@@ -82,7 +82,7 @@ def cut_tasks(form: int, cin: int, cout: int, rows: int, width: int) -> Cut:
     tiles = across * -(-length_out(kind, rows) // STEPS[form])
     panels = -(-cout // NR)
     channels = max(cin, panels * NR)
-    workers, spans, units, longest = threads.count(), -(-tiles // SPAN), 0, tiles
+    workers, spans, units, longest = thread_count.count(), -(-tiles // SPAN), 0, tiles
     if channels <= (2 * ALONE if workers <= FEW else ALONE):
         units = min(-(-tiles // (UNIT * workers)) * workers, spans)  # equally many for every thread
         longest = min(-(-spans // workers) * SPAN, UNIT, tiles)
