@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import sys
 from typing import Any
@@ -76,7 +77,7 @@ def test_each_byte_is_asked_for_once_when_it_is_handed_out(data: st.DataObject, 
             total = sum(nbytes for _, nbytes in made)
             assert total == min(size, sum(reached)) * ALIGN
             starts = sorted((address - base, address - base + nbytes) for address, nbytes in made)
-            assert all(before[1] <= after[0] for before, after in zip(starts, starts[1:], strict=False))
+            assert all(before[1] <= after[0] for before, after in itertools.pairwise(starts))
             assert all(0 <= start < stop <= size * ALIGN for start, stop in starts)
 
 
