@@ -108,12 +108,14 @@ def watch(kernels: Any, spent: dict[str, Spent]) -> Any:
     def watched_convolve(block: ConvBlock) -> None:
         rows, out = block.rows, block.out
         halo = 0 if block.kind == "linear" else 2
-        call = Call(
-            block.kind, rows.shape[2], out.shape[2], rows.shape[0] - halo, rows.shape[1], rows.itemsize, False
-        )  # fmt: skip
+        blocks = 1
+        if block.raw is not None:
+            halo, blocks = block.raw.above + block.raw.below, block.raw.blocks
+        height = (rows.shape[0] - halo) // blocks
+        call = Call(block.kind, rows.shape[2], out.shape[2], height, rows.shape[1], rows.itemsize, False)
         maps = rows.nbytes + out.nbytes + (0 if block.residual is None else out.nbytes)
         name = f"{block.kind} {call.cin}->{call.cout}, {out.shape[1]} wide"
-        timed(name, kernels.macs(call), maps + kernels.loaded(call), lambda: convolve(block))
+        timed(name, blocks * kernels.macs(call), maps + blocks * kernels.loaded(call), lambda: convolve(block))
 
     def watched_attend(block: AttentionBlock) -> None:
         tokens, channels = block.tokens.shape

@@ -2,7 +2,7 @@
 
 It is never fragmented. Nothing of it outlives the call, unless that is asked for. On a CPU its pages are made just
 before the map or the scratch that they are handed out for, by all threads and many at once: one by one, as each of them
-is touched for the first time, takes twice as long, and pushes out of the caches what is being computed.
+is touched for the first time, takes half as long again, and pushes out of the caches what is being computed.
 """
 
 from __future__ import annotations

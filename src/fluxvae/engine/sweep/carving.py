@@ -219,8 +219,7 @@ class Sweep:
 
     def blocks_at_once(self, costs: Costs) -> int:
         """How many blocks one call computes: several where they are read in place and made in place, in one step."""
-        position = len(self.chain)
-        alone = len(self.link.stages) == 1 and self.buffer is None and self.staged(position) is None
+        alone = len(self.link.stages) == 1 and self.buffer is None and self.staged(len(self.chain)) is None
         return costs.blocks_at_once(self.stage.call) if alone and self.reads_in_place(costs) else 1
 
     def step(self, costs: Costs) -> Step:
