@@ -14,9 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxvae import system
 from fluxvae.engine.calls import ALIGN
-from fluxvae.engine.memory import arena
+from fluxvae.engine.memory import arena, pages
 from fluxvae.engine.memory.arena import Arena
 
 PAGE = mmap.PAGESIZE
@@ -39,7 +38,7 @@ def test_whole_pages_are_made_and_no_others(start: int, nbytes: int, threads: in
     block.madvise(mmap.MADV_NOHUGEPAGE)
     block[start] = 7
     address = ctypes.addressof(ctypes.c_char.from_buffer(block))
-    system.make_pages(address + start, nbytes, threads)
+    pages.make_pages(address + start, nbytes, threads)
     first, last = -(-start // PAGE), (start + nbytes) // PAGE
     expected = {start // PAGE, *range(first, last)}
     assert {index for index, there in enumerate(resident(block)) if there} == expected
@@ -50,8 +49,8 @@ def test_whole_pages_are_made_and_no_others(start: int, nbytes: int, threads: in
 
 def test_a_system_that_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for one in (None, lambda address, nbytes, advice: -1):
-        monkeypatch.setattr(system, "_madvise", lambda one=one: one)
-        system.make_pages(0, 1 << 30, 2)
+        monkeypatch.setattr(pages, "_madvise", lambda one=one: one)
+        pages.make_pages(0, 1 << 30, 2)
 
 
 @given(data=st.data(), size=st.integers(20, 60))

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 
 from engine_models import Shape
 from engine_peaks import measure
-from fluxvae import Decoder, Encoder, install, system
+from fluxvae import Decoder, Encoder, install
 from fluxvae.engine import planned
 from fluxvae.engine.calls import ALIGN
 from fluxvae.engine.exact import ExactDecoder, ExactEncoder, OutOfMemoryWarning
-from fluxvae.engine.memory import kept
+from fluxvae.engine.memory import kept, pages
+from fluxvae.engine.memory.pages import in_large_pages
 from fluxvae.engine.plan import peak_of
 from fluxvae.errors import InvalidOptionError
-from fluxvae.system import FreeMemory, in_large_pages
+from fluxvae.system import FreeMemory
 from fluxvae.verify.tolerances import PEAK_PREDICTION
 
 SHAPE = Shape()
@@ -209,7 +210,7 @@ def test_more_than_there_is() -> None:
 
 
 def test_a_system_without_large_pages(vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(system.mmap, "MADV_HUGEPAGE", raising=False)
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
     assert in_large_pages(4096) is None
     decoder = ExactDecoder(vae, kernels="torch", keep_memory=True)
     assert torch.equal(decoder.decode(raw(6, 5)), decoder.decode(raw(6, 5)))

@@ -67,6 +67,7 @@ PLACES = {
     "forked.py": {"/proc", "os.fork", "os.kill", "os.WNOHANG", "signal.SIGKILL"},
     "plans.py": {"/dev"},
     "engine/memory/heap.py": {"ctypes.CDLL(None)"},
+    "engine/memory/pages.py": {"ctypes.CDLL(None)"},
     "serve/triton/": None,
     "serve/supervisor/": None,
     "serve/model/": None,

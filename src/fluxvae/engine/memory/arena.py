@@ -13,8 +13,8 @@ import torch
 
 from fluxvae.engine import thread_count
 from fluxvae.engine.calls import ALIGN, aligned
+from fluxvae.engine.memory.pages import make_pages
 from fluxvae.engine.memory.stores import MemoryMap
-from fluxvae.system import make_pages
 
 __all__ = ["Arena", "Room"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from fluxvae.engine.memory.pages import in_large_pages
 from fluxvae.errors import InvalidOptionError
-from fluxvae.system import in_large_pages
 
 __all__ = ["KeptMemory", "check_device"]
 
