@@ -165,6 +165,25 @@ def test_an_image_has_the_same_bits_by_windows(monkeypatch: pytest.MonkeyPatch, 
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
+def test_every_block_is_reported_where_one_call_has_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(widths=(16, 32, 64), height=17, width=13, layers_per_block=2, seed=5)
+    decoder = ExactDecoder(shape.vae(), kernels="winograd", block_values=12_000)
+    told: list[tuple[int, int]] = []
+    blocks: list[int] = []
+    advance = MapRows.advance
+
+    def noted(self: MapRows) -> Any:
+        if (padded := advance(self)) is not None:
+            blocks.append(padded.raw.blocks)
+        return padded
+
+    monkeypatch.setattr(MapRows, "advance", noted)
+    decoder.decode(shape.latents(), progress=lambda done, total: told.append((done, total)))
+    total = decoder.plan(17, 13).total_blocks
+    assert max(blocks) > 1
+    assert told == [(done, total) for done in range(total + 1)]
+
+
 # -- where it is done --------------------------------------------------------------------------------------------------
 
 PLACES: tuple[Place, ...] = ("memory", "spill", "recompute")
